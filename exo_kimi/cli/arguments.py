@@ -11,7 +11,11 @@ from exo_kimi.cli.values import OBJECTIVES, Commands, byte_count, command, count
 
 DEFAULT_PORT = 52415
 LAYOUTS = ("mlx", "int4", "fp8", "bf16")
-BENCHES = ("conformance", "link_speed", "plan")
+BENCHES = (  # modules of exo_kimi.bench, with - for _
+    "conformance",
+    "link_speed",
+    "plan",
+)
 
 
 def build_parser() -> argparse.ArgumentParser:

@@ -127,7 +127,7 @@ def _doctor(arguments: argparse.Namespace) -> int:
 def _bench(arguments: argparse.Namespace) -> int:
     from importlib import import_module
 
-    status = import_module(f"exo_kimi.bench.{arguments.name}").main(arguments.rest)
+    status = import_module(f"exo_kimi.bench.{arguments.name.replace('-', '_')}").main(arguments.rest)
     return int(status or 0)
 
 
