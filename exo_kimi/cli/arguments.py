@@ -14,6 +14,7 @@ LAYOUTS = ("mlx", "int4", "fp8", "bf16")
 BENCHES = (  # modules of exo_kimi.bench, with - for _
     "conformance",
     "link_speed",
+    "pipeline",
     "plan",
 )
 
