@@ -7,7 +7,18 @@ import os
 from pathlib import Path
 
 from exo_kimi.cli.exo_arguments import add_exo
-from exo_kimi.cli.values import OBJECTIVES, Commands, byte_count, command, counts, deadline, key, port, positive
+from exo_kimi.cli.values import (
+    OBJECTIVES,
+    Commands,
+    byte_count,
+    command,
+    counts,
+    deadline,
+    guesses,
+    key,
+    port,
+    positive,
+)
 
 DEFAULT_PORT = 52415
 LAYOUTS = ("mlx", "int4", "fp8", "bf16")
@@ -104,6 +115,13 @@ def _add_serve(commands: Commands) -> None:
     )
     parser.add_argument("--prefill-chunk", type=positive, metavar="N", help="prompt tokens of one step at most")
     parser.add_argument("--queue-limit", type=positive, metavar="N", help="requests that may wait")
+    parser.add_argument(
+        "--speculate",
+        type=guesses,
+        default="auto",
+        metavar="off|auto|K",
+        help="guess tokens from the text so far: where it saves bytes (default), or up to K whenever it repeats",
+    )
     parser.add_argument(
         "--stall-deadline", type=deadline, default=30.0, metavar="TIME", help="silence of a stage (default 30s)"
     )

@@ -40,6 +40,11 @@ def counts(text: str) -> list[int]:
     return [positive(part.strip()) for part in text.split(",")]
 
 
+def guesses(text: str) -> str | int:
+    """`off`, `auto`, or a number of tokens to guess."""
+    return text if text in ("off", "auto") else positive(text)
+
+
 def port(text: str) -> int:
     """A TCP port; 0 takes a free one."""
     if not text.isdecimal() or not 0 <= int(text) <= 65535:

@@ -17,6 +17,7 @@ from exo_kimi.runtime.pipeline import Failed, Pipeline, Ready
 from exo_kimi.runtime.requests import EngineSnapshot, GenerationRequest, TokenEvent
 from exo_kimi.runtime.scheduler import Scheduler
 from exo_kimi.runtime.sequence import Outcome, Sequence
+from exo_kimi.runtime.speculation import Drafter
 from exo_kimi.runtime.steps import StepResult
 from exo_kimi.runtime.tally import Tally
 
@@ -35,6 +36,7 @@ class Engine:
         prefill_chunk: tokens of one step.
         queue_limit: requests that may wait; one more is refused.
         max_running: sequences that may hold KV memory at a time.
+        drafter: guesses tokens ahead, so that a step may give several; it changes no token. None does not.
     """
 
     def __init__(
@@ -45,11 +47,14 @@ class Engine:
         prefill_chunk: int = 512,
         queue_limit: int = 256,
         max_running: int = 128,
+        drafter: Drafter | None = None,
     ) -> None:
         self.pipeline = pipeline
         self.queue_limit = queue_limit
         self._context = context
-        self._scheduler = Scheduler(stages=pipeline.stages, prefill_chunk=prefill_chunk, max_running=max_running)
+        self._scheduler = Scheduler(
+            stages=pipeline.stages, prefill_chunk=prefill_chunk, max_running=max_running, drafter=drafter
+        )
         self._limits: Limits | None = None
         self._down: RuntimeFault | None = None
         self._closed = False

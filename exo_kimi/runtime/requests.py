@@ -127,6 +127,10 @@ class EngineSnapshot:
     preemptions_total: int = 0
     steps_total: int = 0
     restarts_total: int = 0
+    draft_tokens_total: int = 0
+    draft_tokens_accepted_total: int = 0
+    decode_bytes_total: float = 0.0
+    decode_bytes_without_drafts_total: float = 0.0
     events: tuple[str, ...] = ()
 
 

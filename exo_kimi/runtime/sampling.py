@@ -28,7 +28,7 @@ class SequenceSampler:
         start: the sequence as it was registered; its history counts as generated.
     """
 
-    __slots__ = ("counts", "generated_tokens", "params", "prompt_tokens", "seed", "seen", "seq_id")
+    __slots__ = ("counts", "generated_tokens", "params", "prompt_tokens", "run", "seed", "seen", "seq_id")
 
     def __init__(self, start: SequenceStart) -> None:
         if start.sampling.seed is None and start.sampling.temperature > 0:
@@ -40,6 +40,7 @@ class SequenceSampler:
         self.counts: Counter[int] = Counter(start.history)
         self.generated_tokens = len(start.history)
         self.seen: set[int] = set(start.history)
+        self.run: list[tuple[int, bool]] = []  # accepted since the last `begin_run`, and whether that was seen before
 
     @property
     def plain_greedy(self) -> bool:
@@ -55,9 +56,21 @@ class SequenceSampler:
 
     def accept(self, token_id: int) -> None:
         """Note a token that was generated."""
+        self.run.append((token_id, token_id in self.seen))
         self.counts[token_id] += 1
         self.seen.add(token_id)
         self.generated_tokens += 1
+
+    def begin_run(self, *, keep: int) -> None:
+        """A new segment came: of the tokens accepted for the one before, the leader kept the first `keep`."""
+        for token_id, seen_before in reversed(self.run[keep:]):
+            self.counts[token_id] -= 1
+            if not self.counts[token_id]:
+                del self.counts[token_id]
+            if not seen_before:
+                self.seen.discard(token_id)
+            self.generated_tokens -= 1
+        self.run.clear()
 
 
 def sample(

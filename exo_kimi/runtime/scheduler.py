@@ -8,13 +8,17 @@ waiting for results. When the KV memory runs out, the youngest sequence gives it
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Iterator
+from itertools import groupby
+from operator import gt
 
 import numpy as np
 
 from exo_kimi.errors import ProtocolError
 from exo_kimi.runtime.admission import KvLedger, Limits
-from exo_kimi.runtime.sequence import InFlight, Outcome, Sequence
-from exo_kimi.runtime.steps import Step, StepResult
+from exo_kimi.runtime.sequence import InFlight, Outcome, Part, Sequence
+from exo_kimi.runtime.speculation import Drafter
+from exo_kimi.runtime.steps import Sampled, Step, StepResult
 
 
 class Scheduler:
@@ -25,12 +29,14 @@ class Scheduler:
         prefill_chunk: tokens of a step. Decoding goes first and is never cut; prefill takes what is left, but at least a
             quarter of it, so that neither starves the other.
         max_running: most sequences with caches at a time.
+        drafter: guesses what sequences that decode go on with; None does not.
     """
 
-    def __init__(self, *, stages: int, prefill_chunk: int, max_running: int) -> None:
+    def __init__(self, *, stages: int, prefill_chunk: int, max_running: int, drafter: Drafter | None = None) -> None:
         self.stages = stages
         self.prefill_chunk = prefill_chunk
         self.max_running = max_running
+        self.drafter = drafter
         self.epoch: int | None = None
         self.ledger: KvLedger | None = None
         # Both by arrival, and who runs came before who waits: the head is let in first, the youngest gives way first.
@@ -90,18 +96,19 @@ class Scheduler:
             return None
         decodes = self._take_decodes()
         self._admit()
+        self._draft(decodes)
         chunks = self._take_chunks(decodes)
         shares = [(s, 1) for s in decodes] + chunks
         if not shares and not self._frees:
             return None
         return self._send(shares)
 
-    def complete(self, result: StepResult) -> list[Outcome]:
+    def complete(self, result: StepResult) -> Iterator[Outcome]:
         """Take the answer of the oldest step in flight.
 
         Returns:
-            The tokens of sequences that still want one, appended to them; a sequence whose `finish_reason` is not None
-            is to be ended by the caller.
+            The tokens of sequences that still want them, each appended when it is reached, to be read to the end. The
+            caller ends a sequence whose `finish_reason` is not None, and sets its mask, before it reads on.
 
         Raises:
             ProtocolError: the answer is not the one that is due.
@@ -115,27 +122,32 @@ class Scheduler:
             )
         step = self._in_flight.popleft()
         asked = [part for part in step.parts if part.sample]
-        if [part.seq_id for part in asked] != [sampled.seq_id for sampled in result.sampled]:
+        runs = [list(run) for _, run in groupby(result.sampled, key=lambda sampled: sampled.seq_id)]
+        lengths = [1 + part.drafts for part in asked]
+        if [part.seq_id for part in asked] != [run[0].seq_id for run in runs] or any(map(gt, map(len, runs), lengths)):
             raise ProtocolError(
                 f"the result of step {step.step_id} is for other sequences",
-                expected=[part.seq_id for part in asked],
+                expected=[f"{part.seq_id} (at most {1 + part.drafts})" for part in asked],
                 found=[sampled.seq_id for sampled in result.sampled],
             )
         for part in step.parts:
             if part.sequence.seq_id == part.seq_id and part.sequence.state == "running":
                 self.prompt_tokens += part.sequence.reached(part.end)
-        outcomes = []
-        for part, sampled in zip(asked, result.sampled, strict=True):
+        if self.drafter is not None and asked:
+            self.drafter.count(step, kept=len(result.sampled))
+        return self._outcomes(asked, runs)
+
+    def _outcomes(self, asked: list[Part], runs: list[list[Sampled]]) -> Iterator[Outcome]:
+        for part, run in zip(asked, runs, strict=True):
             sequence = part.sequence
             sequence.sampling = False
             if sequence.state == "ended":
                 continue
-            # A sequence that was preempted meanwhile keeps the token: it is the same that it would draw again.
-            sequence.tokens.append(sampled.token_id)
+            # A sequence that was preempted meanwhile keeps the tokens: they are the same that it would draw again.
+            for sampled in sequence.accept(run):
+                yield Outcome(sequence=sequence, sampled=sampled)
             if sequence.state == "running":
                 self._decode_turns.append(sequence)
-            outcomes.append(Outcome(sequence=sequence, sampled=sampled))
-        return outcomes
 
     def _enqueue(self, sequence: Sequence) -> None:
         sequence.state = "waiting"
@@ -160,6 +172,20 @@ class Scheduler:
         while sequence.state == "running" and not self.ledger.reserve(sequence.seq_id, sequence.sent + 1):
             self._preempt(self.running[-1])
         return sequence.state == "running"
+
+    def _draft(self, decodes: list[Sequence]) -> None:
+        """Let the drafter put guesses on sequences of the group, in memory that is free, at most half of the step."""
+        assert self.ledger is not None
+        if self.drafter is None or not decodes:
+            return
+        filling = sum(s.pending for s in self.running if not s.decoding)
+        room = self.prefill_chunk // 2 - len(decodes)
+        self.drafter.draft(decodes, others=min(filling, self.prefill_chunk), room=room)
+        for sequence in decodes:
+            while sequence.drafts and not self.ledger.reserve(
+                sequence.seq_id, sequence.sent + 1 + len(sequence.drafts)
+            ):
+                sequence.drafts = sequence.drafts[:-1]
 
     def _preempt(self, sequence: Sequence) -> None:
         self.preemptions += 1
@@ -200,7 +226,7 @@ class Scheduler:
 
     def _take_chunks(self, decodes: list[Sequence]) -> list[tuple[Sequence, int]]:
         """Prefill chunks, oldest first; the oldest leaves up to half of the budget to those behind it."""
-        budget = max(self.prefill_chunk - len(decodes), -(-self.prefill_chunk // 4))
+        budget = max(self.prefill_chunk - sum(1 + len(s.drafts) for s in decodes), -(-self.prefill_chunk // 4))
         filling = [s for s in self.running if not s.decoding]
         chunks: list[tuple[Sequence, int]] = []
         for position, sequence in enumerate(filling):
@@ -219,7 +245,9 @@ class Scheduler:
         begin = tuple(sequence.begin(self.epoch) for sequence, _ in shares if not sequence.begun)
         tokens = [token for sequence, length in shares for token in sequence.next_tokens(length)]
         taken = [sequence.take(length) for sequence, length in shares]
-        self._in_flight.append(InFlight(step_id=step_id, parts=tuple(part for _, part in taken)))
+        cached = sum(segment.offset + segment.length for segment, _ in taken)
+        parts = tuple(part for _, part in taken)
+        self._in_flight.append(InFlight(step_id=step_id, parts=parts, tokens=len(tokens), cached_tokens=cached))
         frees, self._frees = self._frees, []
         return Step(
             epoch=self.epoch,

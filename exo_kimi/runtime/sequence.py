@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Literal
 
+from exo_kimi.runtime.lookup import Lookup
 from exo_kimi.runtime.requests import FinishReason, GenerationRequest, RequestProgress
 from exo_kimi.runtime.steps import Sampled, Segment, SequenceStart
 
@@ -31,7 +33,7 @@ class Sequence:
     seq_id: int = field(default=-1, init=False)
     """Its name on the stages; a new one each time that it is admitted."""
     sent: int = field(default=0, init=False)
-    """Tokens in the caches once every step sent so far is done: the offset of its next segment."""
+    """Known tokens in the caches once every step sent so far is done: the offset of its next segment."""
     done: int = field(default=0, init=False)
     """Tokens in the last stage's cache, as far as results tell."""
     counted: int = field(default=0, init=False)
@@ -42,7 +44,11 @@ class Sequence:
     sampling: bool = field(default=False, init=False)
     """A step in flight will answer with its next token."""
     decoding: bool = field(default=False, init=False)
-    """All that was known when it was admitted has been sent; from now on it is fed one token at a time."""
+    """All that was known when it was admitted has been sent; from now on it is fed one token at a time, and drafts."""
+    drafts: tuple[int, ...] = field(default=(), init=False)
+    """Guesses of what follows its newest token, to be sent after it."""
+    lookup: Lookup | None = field(default=None, init=False)
+    """Where its drafts come from, made with the first ones."""
 
     def __post_init__(self) -> None:
         self.tokens = list(self.request.prompt_ids)
@@ -68,8 +74,9 @@ class Sequence:
         return self.prompt_tokens + self.max_new_tokens - 1
 
     def next_tokens(self, length: int) -> list[int]:
-        """The next tokens to send."""
-        return self.tokens[self.sent : self.sent + length]
+        """The next tokens to send, with the drafts after the newest one."""
+        found = self.tokens[self.sent : self.sent + length]
+        return [*found, *self.drafts] if self.sent + length == len(self.tokens) else found
 
     def begin(self, epoch: int) -> SequenceStart:
         """How it is registered on the stages, as of now."""
@@ -83,15 +90,29 @@ class Sequence:
         )
 
     def take(self, length: int) -> tuple[Segment, Part]:
-        """Its next segment, which counts as sent; the one that reaches its newest token samples."""
+        """Its next segment, which counts as sent; the one that reaches its newest token takes the drafts and samples."""
         offset, end = self.sent, self.sent + length
         sample = end == len(self.tokens)
         self.sent = end
         self.sampling = sample
         self.decoding = self.decoding or sample
         mask = self.mask if sample else None
-        segment = Segment(seq_id=self.seq_id, offset=offset, length=length, sample=sample, mask=mask)
-        return segment, Part(sequence=self, seq_id=self.seq_id, end=end, sample=sample)
+        drafts, self.drafts = len(self.drafts) if sample else 0, ()
+        segment = Segment(
+            seq_id=self.seq_id, offset=offset, length=length + drafts, sample=sample, mask=mask, drafts=drafts
+        )
+        return segment, Part(sequence=self, seq_id=self.seq_id, end=end, sample=sample, drafts=drafts)
+
+    def accept(self, run: Iterable[Sampled]) -> Iterator[Sampled]:
+        """Append the tokens of one answer, giving each to the caller, who may end the sequence or set its mask: what comes
+        after is then dropped, for it was drawn without them."""
+        for sampled in run:
+            self.tokens.append(sampled.token_id)
+            yield sampled
+            if self.state == "ended" or self.mask is not None:
+                break
+        if self.begun and self.decoding:  # the caches hold all of it but the newest
+            self.sent = len(self.tokens) - 1
 
     def reached(self, end: int) -> int:
         """The last stage's cache holds `end` tokens. Returns how many prompt tokens that are new to it ever."""
@@ -103,6 +124,7 @@ class Sequence:
     def forget(self) -> None:
         """It holds nothing on the stages any more; a token on its way is still its next one."""
         self.sent = self.done = 0
+        self.drafts = ()
         self.begun = self.decoding = False
         self.seq_id = -1
 
@@ -132,14 +154,17 @@ class Part:
     seq_id: int
     end: int
     sample: bool
+    drafts: int = 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class InFlight:
-    """A step that was sent and not yet answered."""
+    """A step that was sent and not yet answered, with how many tokens it has and how many its sequences cache."""
 
     step_id: int
     parts: tuple[Part, ...]
+    tokens: int
+    cached_tokens: int
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

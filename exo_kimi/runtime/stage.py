@@ -11,8 +11,9 @@ import numpy as np
 
 from exo_kimi.errors import ProtocolError, RuntimeFault, StageError, StageOutOfMemoryError
 from exo_kimi.runtime.hidden import pack, unpack
-from exo_kimi.runtime.sampling import SequenceSampler, sample
+from exo_kimi.runtime.sampling import SequenceSampler
 from exo_kimi.runtime.steps import Sampled, SequenceStart, Step, StepResult
+from exo_kimi.runtime.verify import sample_runs
 
 
 class StageConfig(Protocol):
@@ -58,7 +59,19 @@ class _Held:
 
     caches: list[Any]
     length: int = 0
+    drafts: int = 0
+    """So many of the last ones are guesses, until the next segment tells."""
     sampler: SequenceSampler | None = field(default=None)
+
+    def settle(self, offset: int) -> None:
+        """Drop what is beyond `offset`: guesses that were wrong, or that the leader has no use for."""
+        excess = self.length - offset
+        for cache in self.caches if excess else ():
+            if cache.trim(excess) != excess:
+                raise StageError(f"a {type(cache).__name__} cannot give back {excess} tokens")
+        if self.sampler is not None:
+            self.sampler.begin_run(keep=1 + self.drafts - excess)
+        self.length, self.drafts = offset, 0
 
 
 class StageWorker:
@@ -151,14 +164,21 @@ class StageWorker:
             )
         for segment in step.segments:
             held = self._held.get(segment.seq_id)
-            if held is None or held.length != segment.offset or segment.length < 1:
+            if held is None or not held.length - held.drafts <= segment.offset <= held.length or segment.length < 1:
                 raise ProtocolError(
                     f"a segment of sequence {segment.seq_id} does not follow what the stage holds",
                     stage=self.stage,
                     expected="a sequence that was begun"
                     if held is None
-                    else f"offset {held.length}, length at least 1",
+                    else f"offset {held.length}{f' or up to {held.drafts} less' * bool(held.drafts)}, length at least 1",
                     found=f"offset {segment.offset}, length {segment.length}",
+                )
+            if segment.drafts and (segment.drafts >= segment.length or not segment.sample or segment.mask is not None):
+                raise ProtocolError(
+                    f"drafts of sequence {segment.seq_id} that cannot be checked",
+                    stage=self.stage,
+                    expected="a token before them, `sample`, and no mask",
+                    found=f"length {segment.length}, {segment.drafts} drafts",
                 )
 
     def _run(self, step: Step) -> Step | StepResult:
@@ -171,6 +191,8 @@ class StageWorker:
         else:
             x = unpack(step.hidden, tokens=total, hidden_size=model.args.hidden_size)
         held = [self._held[segment.seq_id] for segment in step.segments]
+        for segment, entry in zip(step.segments, held, strict=True):
+            entry.settle(segment.offset)
         out = model.forward_ragged(x, [(s.length, h.caches) for s, h in zip(step.segments, held, strict=True)])
         ends = np.cumsum([segment.length for segment in step.segments])
         result: Step | StepResult
@@ -181,12 +203,13 @@ class StageWorker:
             result = replace(step, hidden=pack(out))
         for segment, entry in zip(step.segments, held, strict=True):
             entry.length += segment.length
+            entry.drafts = segment.drafts
         return result
 
     def _observe(self, step: Step, held: list[_Held], ends: np.ndarray[Any, Any]) -> None:
         for segment, entry, end in zip(step.segments, held, ends, strict=True):
             if entry.sampler is not None:
-                entry.sampler.observe(step.tokens[end - segment.length : end])
+                entry.sampler.observe(step.tokens[end - segment.length : end - segment.drafts])
 
     def _sample(self, step: Step, held: list[_Held], ends: np.ndarray[Any, Any], out: mx.array) -> tuple[Sampled, ...]:
         rows = [row for row, segment in enumerate(step.segments) if segment.sample]
@@ -194,11 +217,12 @@ class StageWorker:
             # No lazy graph outlives a step. The last layer's output is not needed, only what it left in the caches.
             mx.eval([cache.state for entry in held for cache in entry.caches])
             return ()
-        last_positions = mx.array(ends[rows].astype(np.int32) - 1)
-        logits = self.model.logits(out[last_positions]).astype(mx.float32)
+        drafts = [step.tokens[ends[row] - step.segments[row].drafts : ends[row]] for row in rows]
+        asked = [np.arange(ends[row] - 1 - len(guess), ends[row]) for row, guess in zip(rows, drafts, strict=True)]
+        logits = self.model.logits(out[mx.array(np.concatenate(asked).astype(np.int32))]).astype(mx.float32)
         mx.eval(logits)
         samplers = [sampler for row in rows if (sampler := held[row].sampler) is not None]
-        return sample(np.asarray(logits), samplers, [step.segments[row].mask for row in rows])
+        return sample_runs(np.asarray(logits), samplers, [step.segments[row].mask for row in rows], drafts)
 
     def _answer(self, step: Step, sampled: tuple[Sampled, ...]) -> StepResult:
         return StepResult(epoch=step.epoch, step_id=step.step_id, sampled=sampled)

@@ -27,7 +27,7 @@ def encode_step(step: Step) -> tuple[dict[str, Any], list[Part]]:
     """Body and buffers of a step."""
     body: dict[str, Any] = {
         "step_id": step.step_id,
-        "segments": [[s.seq_id, s.offset, s.length, s.sample, s.mask is not None] for s in step.segments],
+        "segments": [[s.seq_id, s.offset, s.length, s.sample, s.mask is not None, s.drafts] for s in step.segments],
         "begin": [
             [start.seq_id, start.prompt_tokens, len(start.history), dataclasses.asdict(start.sampling)]
             for start in step.begin
@@ -52,7 +52,7 @@ def decode_step(header: dict[str, Any], buffers: Sequence[Part]) -> Step:
         ProtocolError: they do not describe one.
     """
     rows = [
-        fields.items(row, "segment", length=5) for row in fields.items(fields.member(header, "segments"), "segments")
+        fields.items(row, "segment", length=6) for row in fields.items(fields.member(header, "segments"), "segments")
     ]
     masked = sum(fields.boolean(row[4], "mask") for row in rows)
     hidden_row = fields.member(header, "hidden")
@@ -67,6 +67,7 @@ def decode_step(header: dict[str, Any], buffers: Sequence[Part]) -> Step:
             length=fields.integer(row[2], "length", low=1),
             sample=fields.boolean(row[3], "sample"),
             mask=bytes(next(masks)) if row[4] else None,
+            drafts=fields.integer(row[5], "drafts"),
         )
         for row in rows
     )

@@ -44,13 +44,18 @@ class SequenceStart:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Segment:
     """The next `length` tokens of one sequence. `offset` is the position of the first, equal to what the sequence's cache
-    holds; a stage refuses any other. `sample` asks the last stage for a token after the segment's last position."""
+    holds; a stage refuses any other. `sample` asks the last stage for a token after the segment's last position.
+
+    The last `drafts` of the tokens are guesses. `sample` then asks for a token after the position before the first guess,
+    and after each guess that was right (equal to the token before it in the answer). The next segment's offset tells how
+    much of it stays: it may be smaller than what the cache holds, by at most `drafts`, and a stage drops what is beyond."""
 
     seq_id: int
     offset: int
     length: int
     sample: bool
     mask: bytes | None = None
+    drafts: int = 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -79,7 +84,8 @@ class Sampled:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StepResult:
-    """What the last stage answers for a step: one Sampled per segment with `sample`, in segment order."""
+    """What the last stage answers for a step: for each segment with `sample`, in order, one Sampled, and one more for each
+    draft that was right."""
 
     epoch: int
     step_id: int

@@ -11,6 +11,7 @@ from exo_kimi.runtime.admission import Limits
 from exo_kimi.runtime.requests import EngineSnapshot, StageHealth
 from exo_kimi.runtime.scheduler import Scheduler
 from exo_kimi.runtime.sequence import Sequence
+from exo_kimi.runtime.speculation import DraftCounts
 
 EVENTS_KEPT = 64
 
@@ -61,6 +62,7 @@ class Tally:
             sequences: those with a reader.
         """
         ledger = scheduler.ledger
+        drafts = scheduler.drafter.counts if scheduler.drafter is not None else DraftCounts()
         return EngineSnapshot(
             ready=ledger is not None and not closed,
             stages=stages,
@@ -76,5 +78,9 @@ class Tally:
             preemptions_total=scheduler.preemptions,
             steps_total=self.steps,
             restarts_total=max(0, self.epochs - 1),
+            draft_tokens_total=drafts.drafted,
+            draft_tokens_accepted_total=drafts.accepted,
+            decode_bytes_total=drafts.read_bytes,
+            decode_bytes_without_drafts_total=drafts.plain_bytes,
             events=tuple(self.events),
         )

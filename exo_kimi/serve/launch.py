@@ -6,6 +6,7 @@ import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from exo_kimi.arch.config import KimiConfig, read_config
 from exo_kimi.chat.defaults import GenerationDefaults
@@ -15,11 +16,13 @@ from exo_kimi.checkpoint.doctor import text_errors
 from exo_kimi.checkpoint.index import open_index
 from exo_kimi.checkpoint.manifest import resolve
 from exo_kimi.errors import CheckpointProblems, UsageError
+from exo_kimi.planner.bytes import bytes_of_manifest
 from exo_kimi.planner.matching import check_matches
 from exo_kimi.planner.plan import read_plan
 from exo_kimi.runtime.cluster_plan import make_plan
 from exo_kimi.runtime.engine import Engine
 from exo_kimi.runtime.keys import ENVIRONMENT_NAME, find_key
+from exo_kimi.runtime.speculation import Drafter, Speculate
 from exo_kimi.runtime.supervisor import Cluster, ClusterOptions
 from exo_kimi.serve.app import create_app
 from exo_kimi.serve.server import DEFAULT_HOST, DEFAULT_PORT, Served, run
@@ -44,6 +47,7 @@ class ServeOptions:
     prefill_chunk: int | None = None
     queue_limit: int | None = None
     stall_deadline: float = 30.0
+    speculate: Speculate = "auto"
     key_file: Path | None = None
 
 
@@ -79,9 +83,12 @@ def serve(options: ServeOptions, *, announce: Callable[[str], None] | None = Non
     model_id = _utf8(options.model_id or options.directory.resolve().name)
     cluster_options = ClusterOptions(context=context, kv_bytes=options.kv_bytes, stall_s=options.stall_deadline)
 
+    drafter = Drafter.of(options.speculate, bytes_of_manifest(resolve(open_index(options.directory))))
+    given: dict[str, Any] = _given(options, "prefill_chunk", "queue_limit")
+
     async def factory() -> Served:
         cluster = Cluster(plan, cluster_options)
-        engine = Engine(cluster, context=context, **_given(options, "prefill_chunk", "queue_limit"))
+        engine = Engine(cluster, context=context, drafter=drafter, **given)
         app = create_app(engine, tokenizer, template, defaults, model_id=model_id, api_key=options.api_key)
         await cluster.start()
         await engine.start()

@@ -85,6 +85,14 @@ def _counters(snapshot: EngineSnapshot) -> Iterator[Metric]:
         ("generated_tokens", "Generated tokens", snapshot.generated_tokens_total),
         ("preemptions", "Sequences put back for want of KV memory", snapshot.preemptions_total),
         ("steps", "Forward passes", snapshot.steps_total),
+        ("draft_tokens", "Tokens that were guessed and sent to be verified", snapshot.draft_tokens_total),
+        ("draft_tokens_accepted", "Guesses that were right: steps saved", snapshot.draft_tokens_accepted_total),
+        ("decode_bytes", "Estimated bytes read by steps that gave tokens", snapshot.decode_bytes_total),
+        (
+            "decode_bytes_without_drafts",
+            "Estimated bytes that the same tokens would have read without guesses",
+            snapshot.decode_bytes_without_drafts_total,
+        ),
         ("stage_restarts", "Restarts of stages", snapshot.restarts_total),
     ):
         yield CounterMetricFamily(f"exo_kimi_{name}", text, value=value)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import zlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from types import SimpleNamespace
 
@@ -13,7 +13,7 @@ import pytest
 from exo_kimi.errors import EngineStoppedError, RuntimeFault, StageError
 from exo_kimi.runtime.pipeline import Failed, PipelineEvent, PipelineInfo, Ready
 from exo_kimi.runtime.requests import StageHealth
-from exo_kimi.runtime.steps import Sampled, Step, StepResult
+from exo_kimi.runtime.steps import Sampled, Segment, Step, StepResult
 
 VOCAB_SIZE = 1000
 
@@ -23,11 +23,16 @@ def next_token(tokens: Sequence[int]) -> int:
     return zlib.crc32(" ".join(map(str, tokens)).encode()) % VOCAB_SIZE
 
 
-def generation(prompt: Sequence[int], count: int) -> list[int]:
-    """What the fake model generates after a prompt."""
+def repeating_token(tokens: Sequence[int]) -> int:
+    """Another fake model, which goes round in circles and leaves them now and then."""
+    return zlib.crc32(f"{tokens[-2:]} {len(tokens) % 13 == 0}".encode()) % 6
+
+
+def generation(prompt: Sequence[int], count: int, model: Callable[[Sequence[int]], int] = next_token) -> list[int]:
+    """What a fake model generates after a prompt."""
     tokens = list(prompt)
     for _ in range(count):
-        tokens.append(next_token(tokens))
+        tokens.append(model(tokens))
     return tokens[len(prompt) :]
 
 
@@ -36,9 +41,11 @@ class FakeStages:
     """All stages at once, in order, with real stages' refusals as assertions."""
 
     info: PipelineInfo
+    model: Callable[[Sequence[int]], int] = next_token
     held: dict[int, list[int]] = field(default_factory=dict)
     prompts: dict[int, int] = field(default_factory=dict)
     steps: list[Step] = field(default_factory=list)
+    guesses: dict[int, int] = field(default_factory=dict)
 
     def execute(self, step: Step) -> StepResult:
         self.steps.append(step)
@@ -53,15 +60,27 @@ class FakeStages:
         sampled, row = [], 0
         for segment in step.segments:
             tokens = self.held[segment.seq_id]
-            assert segment.offset == len(tokens)
-            assert segment.length >= 1
+            assert len(tokens) - self.guesses.get(segment.seq_id, 0) <= segment.offset <= len(tokens)
+            assert segment.length >= 1 + segment.drafts
+            del tokens[segment.offset :]
             tokens.extend(step.tokens[row : row + segment.length].tolist())
             row += segment.length
+            self.guesses[segment.seq_id] = segment.drafts
+            assert segment.sample or not segment.drafts
             if segment.sample:
-                sampled.append(Sampled(seq_id=segment.seq_id, token_id=next_token(tokens)))
+                sampled += self.answer(segment, tokens)
         assert row == len(step.tokens)
         assert self.kv_tokens <= self.info.kv_capacity_tokens, "more KV than the stages have"
         return StepResult(epoch=step.epoch, step_id=step.step_id, sampled=tuple(sampled))
+
+    def answer(self, segment: Segment, tokens: list[int]) -> list[Sampled]:
+        assert segment.mask is None or not segment.drafts
+        found = []
+        for end in range(len(tokens) - segment.drafts, len(tokens) + 1):
+            found.append(Sampled(seq_id=segment.seq_id, token_id=self.model(tokens[:end])))
+            if end < len(tokens) and found[-1].token_id != tokens[end]:
+                break
+        return found
 
     @property
     def kv_tokens(self) -> int:
@@ -81,6 +100,7 @@ class FakePipeline:
         cache_step: int = 16,
         gated: bool = False,
         ready: bool = True,
+        model: Callable[[Sequence[int]], int] = next_token,
     ) -> None:
         self.stages = stages
         self._info = PipelineInfo(
@@ -94,7 +114,8 @@ class FakePipeline:
         self.sent = self.refused = 0
         self._unanswered: list[StepResult] = []
         self._events: asyncio.Queue[PipelineEvent | None] = asyncio.Queue()
-        self.fake = FakeStages(self._info)
+        self.model = model
+        self.fake = FakeStages(self._info, model)
         if ready:
             self.recover()
 
@@ -144,7 +165,7 @@ class FakePipeline:
         self.up = True
         self.epoch += 1
         self._info = info or self._info
-        self.fake = FakeStages(self._info)
+        self.fake = FakeStages(self._info, self.model)
         self._events.put_nowait(Ready(epoch=self.epoch, info=self._info))
 
 
@@ -152,5 +173,10 @@ class FakePipeline:
 def fakes() -> SimpleNamespace:
     """Fakes and their oracle, for tests that cannot import a sibling file."""
     return SimpleNamespace(
-        Pipeline=FakePipeline, Stages=FakeStages, generation=generation, next_token=next_token, vocab_size=VOCAB_SIZE
+        Pipeline=FakePipeline,
+        Stages=FakeStages,
+        generation=generation,
+        next_token=next_token,
+        repeating_token=repeating_token,
+        vocab_size=VOCAB_SIZE,
     )

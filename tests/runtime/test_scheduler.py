@@ -11,12 +11,15 @@ from hypothesis import strategies as st
 
 from exo_kimi.errors import ContextLengthError, ProtocolError, RequestError
 from exo_kimi.runtime.admission import KvLedger, Limits, check_request
+from exo_kimi.runtime.draft_policy import StepBytes
 from exo_kimi.runtime.pipeline import PipelineInfo
 from exo_kimi.runtime.requests import GenerationRequest, SamplingParams
 from exo_kimi.runtime.scheduler import Scheduler
 from exo_kimi.runtime.sequence import Sequence
+from exo_kimi.runtime.speculation import Drafter
 from exo_kimi.runtime.steps import Step, StepResult
 
+STEP_BYTES = StepBytes(shared_bytes=10, expert_bytes=40, experts=8, experts_per_token=2, kv_token_bytes=1)
 INFO = PipelineInfo(context=10_000, kv_capacity_tokens=100_000, cache_step=16, vocab_size=1000)
 
 
@@ -106,6 +109,7 @@ def generated(sequence: Sequence) -> list[int]:
     prefill_chunk=st.integers(1, 40),
     capacity_steps=st.integers(16, 30),
     max_running=st.integers(1, 12),
+    drafts=st.sampled_from([0, 0, 1, 3, 8]),
 )
 def test_whatever_comes_every_sequence_gets_its_own_tokens_and_all_memory_comes_back(
     fakes: SimpleNamespace,
@@ -114,10 +118,13 @@ def test_whatever_comes_every_sequence_gets_its_own_tokens_and_all_memory_comes_
     prefill_chunk: int,
     capacity_steps: int,
     max_running: int,
+    drafts: int,
 ) -> None:
     # A small allocation step and room for one to two of the longest: memory runs out all the time.
     info = PipelineInfo(context=64, kv_capacity_tokens=capacity_steps * 4 + 1, cache_step=4, vocab_size=1000)
-    bench = Bench(fakes, info, stages=stages, prefill_chunk=prefill_chunk, max_running=max_running)
+    drafter = Drafter(step_bytes=STEP_BYTES, limit=drafts, always=True) if drafts else None
+    bench = Bench(fakes, info, stages=stages, prefill_chunk=prefill_chunk, max_running=max_running, drafter=drafter)
+    model = bench.stages.model = fakes.repeating_token if drafts else fakes.next_token
     sequences = [bench.add(prompt, 60 - prompt) for prompt in data.draw(st.lists(st.integers(1, 40), max_size=6))]
     cancelled: list[Sequence] = []
     for action in data.draw(st.lists(st.sampled_from("aassssprrrcf"), max_size=60)):
@@ -139,7 +146,8 @@ def test_whatever_comes_every_sequence_gets_its_own_tokens_and_all_memory_comes_
     bench.run()
     for sequence in sequences:
         if sequence not in cancelled:
-            assert generated(sequence) == fakes.generation(sequence.request.prompt_ids, sequence.max_new_tokens)
+            prompt = sequence.request.prompt_ids
+            assert generated(sequence) == fakes.generation(prompt, sequence.max_new_tokens, model)
     assert bench.stages.held == {}
     assert bench.scheduler.ledger is not None
     assert bench.scheduler.ledger.reserved_tokens == 0

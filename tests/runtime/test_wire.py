@@ -32,7 +32,14 @@ def steps(draw: st.DrawFn) -> Step:
     lengths = draw(st.lists(st.integers(1, 5), max_size=4))
     masks = st.none() | st.binary(max_size=12)
     segments = tuple(
-        Segment(seq_id=draw(counts), offset=draw(counts), length=n, sample=draw(st.booleans()), mask=draw(masks))
+        Segment(
+            seq_id=draw(counts),
+            offset=draw(counts),
+            length=n,
+            sample=draw(st.booleans()),
+            mask=draw(masks),
+            drafts=n // 2,
+        )
         for n in lengths
     )
     tokens = np.array([draw(token_ids) for _ in range(sum(lengths))], np.int32)

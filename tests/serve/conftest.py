@@ -149,6 +149,9 @@ class ScriptedEngine:
             kv_reserved_tokens=1024,
             requests_total=len(self.requests),
             preemptions_total=3,
+            draft_tokens_total=9,
+            draft_tokens_accepted_total=7,
+            decode_bytes_total=2e12,
         )
 
     async def close(self) -> None:

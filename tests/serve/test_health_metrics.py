@@ -58,6 +58,9 @@ async def test_metrics_count_what_happened_and_parse(saying, client_of):
     assert samples["exo_kimi_http_requests_total", "404", "other"] == 1
     assert samples["exo_kimi_requests_total",] == 1
     assert samples["exo_kimi_preemptions_total",] == 3
+    assert samples["exo_kimi_draft_tokens_total",] == 9
+    assert samples["exo_kimi_draft_tokens_accepted_total",] == 7
+    assert samples["exo_kimi_decode_bytes_total",] == 2e12
     assert samples["exo_kimi_kv_reserved_tokens",] == 1024
     assert samples["exo_kimi_stage_state", "1", "loading"] == 1
     assert samples["exo_kimi_stage_state", "1", "ready"] == 0
