@@ -13,12 +13,13 @@ from typing import Any, Self
 from exo_kimi.errors import EngineStoppedError, ExoKimiError, OverloadedError, RequestError, RuntimeFault, StageError
 from exo_kimi.runtime.admission import Limits, check_request
 from exo_kimi.runtime.grammar import next_mask
+from exo_kimi.runtime.pacing import Pace
 from exo_kimi.runtime.pipeline import Failed, Pipeline, Ready
 from exo_kimi.runtime.requests import EngineSnapshot, GenerationRequest, TokenEvent
 from exo_kimi.runtime.scheduler import Scheduler
 from exo_kimi.runtime.sequence import Outcome, Sequence
 from exo_kimi.runtime.speculation import Drafter
-from exo_kimi.runtime.steps import StepResult
+from exo_kimi.runtime.steps import Step, StepResult
 from exo_kimi.runtime.tally import Tally
 
 logger = logging.getLogger(__name__)
@@ -33,7 +34,7 @@ class Engine:
     Args:
         pipeline: the stages; the engine closes it.
         context: most positions of a sequence; None takes the pipeline's.
-        prefill_chunk: tokens of one step.
+        prefill_chunk: tokens of one step at most; `pacing` chooses how many.
         queue_limit: requests that may wait; one more is refused.
         max_running: sequences that may hold KV memory at a time.
         drafter: guesses tokens ahead, so that a step may give several; it changes no token. None does not.
@@ -55,6 +56,7 @@ class Engine:
         self._scheduler = Scheduler(
             stages=pipeline.stages, prefill_chunk=prefill_chunk, max_running=max_running, drafter=drafter
         )
+        self._pace = Pace(stages=pipeline.stages, prefill_chunk=prefill_chunk)
         self._limits: Limits | None = None
         self._down: RuntimeFault | None = None
         self._closed = False
@@ -165,14 +167,19 @@ class Engine:
         while True:
             await self._wake.wait()
             self._wake.clear()
-            while self._refused_epoch != self._scheduler.epoch and (step := self._scheduler.next_step()) is not None:
+            while self._refused_epoch != self._scheduler.epoch and (step := self._next_step()) is not None:
                 try:
+                    self._pace.sent(step)
                     await self.pipeline.send(step)
                     self._tally.steps += 1
                 except RuntimeFault as fault:
                     # A Failed event tells why, before or after this; its cause says more than the refusal does.
                     self._refused_epoch = step.epoch
                     asyncio.get_running_loop().call_later(FAILED_GRACE_S, self._fail_epoch, step.epoch, fault)
+
+    def _next_step(self) -> Step | None:
+        self._scheduler.prefill_chunk = self._pace.chunk(self._scheduler.running, self._scheduler.waiting)
+        return self._scheduler.next_step()
 
     async def _receive_loop(self) -> None:
         while True:
@@ -204,6 +211,7 @@ class Engine:
         self._fail(StageError("the stages started again"))  # only what a Failed should have ended already
         self._limits = Limits.of(event.info, context=self._context)
         self._scheduler.open(event.epoch, self._limits)
+        self._pace.forget()
         self._tally.epochs += 1
         self._down = None
         self._ready.set()
@@ -217,6 +225,7 @@ class Engine:
                 self._end_with(sequence, refusal)
 
     def _on_result(self, result: StepResult) -> None:
+        self._pace.answered(result.step_id)
         for outcome in self._scheduler.complete(result):
             self._tally.generated += 1
             self._deliver(outcome)
