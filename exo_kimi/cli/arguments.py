@@ -27,6 +27,7 @@ BENCHES = (  # modules of exo_kimi.bench, with - for _
     "link_speed",
     "pipeline",
     "plan",
+    "speculation",
 )
 
 

@@ -25,7 +25,7 @@ MAX_STEP_DRAFTS = 64
 
 @dataclass(slots=True, kw_only=True)
 class DraftCounts:
-    """Totals since the start. Bytes are estimates of what steps that gave tokens read, and would have read for the same
+    """Totals since the start. Bytes are estimates of what steps that fed generated tokens read, and would have read for the same
     tokens without guesses."""
 
     drafted: int = 0
@@ -89,15 +89,19 @@ class Drafter:
             sequence.drafts = tuple(guess[:count])
 
     def count(self, step: InFlight, *, kept: int) -> None:
-        """A step that gave `kept` tokens was answered."""
-        asked = sum(part.sample for part in step.parts)
+        """A step was answered with `kept` tokens; the first token of an answer is prefill's."""
+        asked = [part for part in step.parts if part.sample]
+        decoding = [part for part in asked if part.end > part.sequence.prompt_tokens]
+        if not decoding:
+            return
+        kept -= len(asked) - len(decoding)
         drafts = sum(part.drafts for part in step.parts)
         read = self.step_bytes.read(step.tokens, cached_tokens=step.cached_tokens)
         plain = self.step_bytes.read(step.tokens - drafts, cached_tokens=step.cached_tokens - drafts)
         self.counts.drafted += drafts
-        self.counts.accepted += kept - asked
+        self.counts.accepted += kept - len(decoding)
         self.counts.read_bytes += read
-        self.counts.plain_bytes += plain * kept / asked
+        self.counts.plain_bytes += plain * kept / len(decoding)
 
     def _guess(self, sequence: Sequence) -> tuple[list[int], list[float]]:
         lookup = sequence.lookup

@@ -87,7 +87,7 @@ def _counters(snapshot: EngineSnapshot) -> Iterator[Metric]:
         ("steps", "Forward passes", snapshot.steps_total),
         ("draft_tokens", "Tokens that were guessed and sent to be verified", snapshot.draft_tokens_total),
         ("draft_tokens_accepted", "Guesses that were right: steps saved", snapshot.draft_tokens_accepted_total),
-        ("decode_bytes", "Estimated bytes read by steps that gave tokens", snapshot.decode_bytes_total),
+        ("decode_bytes", "Estimated bytes read by steps with decoding", snapshot.decode_bytes_total),
         (
             "decode_bytes_without_drafts",
             "Estimated bytes that the same tokens would have read without guesses",
