@@ -23,6 +23,7 @@ from exo_kimi.cli.values import (
 DEFAULT_PORT = 52415
 LAYOUTS = ("mlx", "int4", "fp8", "bf16")
 BENCHES = (  # modules of exo_kimi.bench, with - for _
+    "all",
     "conformance",
     "link_speed",
     "pipeline",
