@@ -6,7 +6,7 @@ are the checkpoint keys, and layers keep their number in a stage. On top: `forwa
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import mlx.core as mx
@@ -14,7 +14,8 @@ import mlx.nn as nn
 
 from exo_kimi.arch.config import KimiConfig
 from exo_kimi.arch.modules import check_range
-from exo_kimi.models import ops
+from exo_kimi.models import fused, ops
+from exo_kimi.models.decode import Decoder
 from exo_kimi.models.mla import Attention, Span
 from exo_kimi.models.moe import MLP, MoE
 from exo_kimi.models.ops import CACHE_STEP, KVCache, Rope
@@ -82,6 +83,7 @@ class Model(nn.Module):
         self.model = KimiK2Model(args, start_layer, end_layer, embeds=self.is_first, norms=self.is_last)
         if self.is_last:
             self.lm_head = nn.Linear(args.hidden_size, args.vocab_size, bias=False)
+        self.decoder: Decoder | None = None
 
     @property
     def layers(self) -> list[DecoderLayer]:
@@ -130,6 +132,8 @@ class Model(nn.Module):
         Returns:
             (N, D) hidden states, before the final norm on the last stage.
         """
+        if self.decoder is not None and self.decoder.takes(segments):
+            return self.decoder(self.model.embed_tokens(x) if self.is_first else x, [caches for _, caches in segments])
         positions = mx.concatenate(
             [mx.arange(caches[0].offset, caches[0].offset + length, dtype=mx.int32) for length, caches in segments]
         )
@@ -142,6 +146,28 @@ class Model(nn.Module):
     def logits(self, hidden: mx.array) -> mx.array:
         """(n, vocab) float32 logits of (n, D) hidden states, on the last stage."""
         return self.lm_head(self.model.norm(hidden)).astype(mx.float32)
+
+    def groups(self) -> Iterator[tuple[str, Any, tuple[str, ...]]]:
+        """Modules with projections that can lie in one array and do not yet: path, module, names of the projections."""
+        for path, module in self.named_modules():
+            for names in getattr(module, "together", ()):
+                parts = [module[name] for name in names if name in module]
+                if module.fused is None and len(parts) == len(names) and fused.agree(parts):
+                    yield path, module, names
+
+    def fuse(self) -> None:
+        """Make decoding fast, once every weight is in place; call it again after changing one.
+
+        Projections of one input share an array wherever their bits agree (one module at a time is held twice meanwhile),
+        router weights become float32, and `forward_ragged` takes single tokens through `decode.Decoder`.
+        """
+        for _, module, names in list(self.groups()):
+            module.fused = fused.fuse([module[name] for name in names])
+        for layer in self.layers:
+            if isinstance(layer.mlp, MoE):
+                layer.mlp.gate.weight = layer.mlp.gate.weight.astype(mx.float32)
+                mx.eval(layer.mlp.gate.weight)
+        self.decoder = Decoder(self.layers)
 
     def sanitize(self, weights: dict[str, mx.array]) -> dict[str, mx.array]:
         """Checkpoint tensors under this model's names, for mlx-lm's loaders; see `models.sanitize`."""

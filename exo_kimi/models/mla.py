@@ -7,13 +7,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import mlx.core as mx
 import mlx.nn as nn
 
 from exo_kimi.arch.config import KimiConfig
 from exo_kimi.models import ops
+from exo_kimi.models.fused import Fused
 from exo_kimi.models.ops import Rope
 
 LATENT_NORM_EPS = 1e-6
@@ -53,8 +54,11 @@ class Attention(nn.Module):
     Source: "DeepSeek-V2", section 2.1; DeepseekV3Attention in transformers.
     """
 
+    together: ClassVar = (("q_a_proj", "kv_a_proj_with_mqa"),)
+
     def __init__(self, config: KimiConfig, rope: Rope) -> None:
         super().__init__()
+        self.fused: Fused | None = None
         self.heads = config.num_attention_heads
         self.nope, self.pe, self.v = config.qk_nope_head_dim, config.qk_rope_head_dim, config.v_head_dim
         self.rank = config.kv_lora_rank

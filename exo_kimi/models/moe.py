@@ -2,24 +2,32 @@
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 import mlx.core as mx
 import mlx.nn as nn
 
 from exo_kimi.arch.config import KimiConfig
 from exo_kimi.models import ops
+from exo_kimi.models.experts import ExpertGLU
+from exo_kimi.models.fused import Fused
 
 
 class MLP(nn.Module):
     """down(silu(gate(x)) * up(x))."""
 
+    together: ClassVar = (("gate_proj", "up_proj"),)
+
     def __init__(self, hidden: int, width: int) -> None:
         super().__init__()
+        self.fused: Fused | None = None
         self.gate_proj = nn.Linear(hidden, width, bias=False)
         self.up_proj = nn.Linear(hidden, width, bias=False)
         self.down_proj = nn.Linear(width, hidden, bias=False)
 
     def __call__(self, x: mx.array) -> mx.array:
-        return self.down_proj(ops.swiglu(self.gate_proj(x), self.up_proj(x)))
+        gate, up = (self.gate_proj(x), self.up_proj(x)) if self.fused is None else mx.split(self.fused(x), 2, axis=-1)
+        return self.down_proj(ops.swiglu(gate, up))
 
 
 class Router(nn.Module):
@@ -43,15 +51,23 @@ class Router(nn.Module):
 
     def __call__(self, x: mx.array) -> tuple[mx.array, mx.array]:
         """Experts (N, K) uint32 and weights (N, K) float32 of tokens (N, D)."""
-        scores = mx.sigmoid(x.astype(mx.float32) @ self.weight.astype(mx.float32).T)
-        ranking = scores + self.e_score_correction_bias.astype(mx.float32)
+        logits = x.astype(mx.float32) @ self.weight.astype(mx.float32).T
+        indices, weights = self.choose(logits, self.e_score_correction_bias.astype(mx.float32))
+        return indices, weights * self.factor
+
+    def choose(self, logits: mx.array, bias: mx.array) -> tuple[mx.array, mx.array]:
+        """Experts (..., K) and their weights, not yet times the factor, of logits (..., E) and a bias that broadcasts."""
+        scores, ranking = ops.scores_and_ranking(logits, bias)
         if self.kept_groups < self.groups:
             ranking = self._within_best_groups(ranking)
-        indices = mx.argpartition(-ranking, kth=self.chosen - 1, axis=-1)[..., : self.chosen]
+        others = ranking.shape[-1] - self.chosen
+        indices = (
+            mx.argpartition(ranking, kth=others, axis=-1)[..., others:] if others else mx.argsort(ranking, axis=-1)
+        )
         weights = mx.take_along_axis(scores, indices, axis=-1)
         if self.normalised:
-            weights = weights / (weights.sum(axis=-1, keepdims=True) + 1e-20)
-        return indices, weights * self.factor
+            weights = ops.shares(weights, weights.sum(axis=-1, keepdims=True))
+        return indices, weights
 
     def _within_best_groups(self, ranking: mx.array) -> mx.array:
         """Rank every expert outside the best groups last; a group is as good as its two best experts together."""
@@ -70,7 +86,7 @@ class MoE(nn.Module):
     def __init__(self, config: KimiConfig) -> None:
         super().__init__()
         self.gate = Router(config)
-        self.switch_mlp = ops.ExpertGLU(config.hidden_size, config.moe_intermediate_size, config.n_routed_experts)
+        self.switch_mlp = ExpertGLU(config.hidden_size, config.moe_intermediate_size, config.n_routed_experts)
         if config.n_shared_experts:
             self.shared_experts = MLP(config.hidden_size, config.moe_intermediate_size * config.n_shared_experts)
 

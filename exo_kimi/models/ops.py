@@ -16,7 +16,6 @@ import mlx.nn as nn
 from mlx_lm.models.base import create_attention_mask
 from mlx_lm.models.cache import KVCache
 from mlx_lm.models.mla import MultiLinear
-from mlx_lm.models.switch_layers import SwitchGLU, SwitchLinear
 
 from exo_kimi.arch.config import KimiConfig
 from exo_kimi.arch.rope import yarn_mscale
@@ -24,7 +23,6 @@ from exo_kimi.arch.rope import yarn_mscale
 __all__ = [
     "CACHE_STEP",
     "SCRATCH_BYTES",
-    "ExpertGLU",
     "KVCache",
     "MultiLinear",
     "Rope",
@@ -33,7 +31,10 @@ __all__ = [
     "causal_mask",
     "compiled_on_gpu",
     "head_rows_matmul",
+    "on_cpu",
     "rows_matmul",
+    "scores_and_ranking",
+    "shares",
     "swiglu",
 ]
 
@@ -70,37 +71,17 @@ def swiglu(gate: mx.array, up: mx.array) -> mx.array:
     return gate * mx.sigmoid(gate) * up
 
 
-class _Activation(nn.Module):
-    def __call__(self, up: mx.array, gate: mx.array) -> mx.array:
-        return swiglu(gate, up)
+@compiled_on_gpu
+def scores_and_ranking(logits: mx.array, bias: mx.array) -> tuple[mx.array, mx.array]:
+    """sigmoid(logits), and the same plus a bias."""
+    scores = mx.sigmoid(logits)
+    return scores, scores + bias
 
 
-class _ExpertLinear(SwitchLinear):
-    def __call__(self, x: mx.array, indices: mx.array, sorted_indices: bool = False) -> mx.array:
-        if not on_cpu() or x.dtype == self.weight.dtype == mx.float32:
-            return super().__call__(x, indices, sorted_indices=sorted_indices)
-        # gather_mm on the CPU takes float32 only: 0.32 raises, 0.31 may crash the process.
-        weight = self.weight.astype(mx.float32).swapaxes(-1, -2)
-        y = mx.gather_mm(x.astype(mx.float32), weight, rhs_indices=indices, sorted_indices=sorted_indices)
-        return y.astype(x.dtype)
-
-
-class ExpertGLU(SwitchGLU):
-    """down_e(silu(gate_e(x)) * up_e(x)) for the experts e of each token; each projection has its own quantization.
-
-    Args:
-        x: (N, D) tokens.
-        indices: (N, K) experts of each token.
-
-    Returns:
-        (N, K, D).
-    """
-
-    def __init__(self, input_dims: int, hidden_dims: int, experts: int) -> None:
-        super().__init__(input_dims, hidden_dims, experts, activation=_Activation())
-        self.gate_proj = _ExpertLinear(input_dims, hidden_dims, experts, bias=False)
-        self.up_proj = _ExpertLinear(input_dims, hidden_dims, experts, bias=False)
-        self.down_proj = _ExpertLinear(hidden_dims, input_dims, experts, bias=False)
+@compiled_on_gpu
+def shares(weights: mx.array, total: mx.array) -> mx.array:
+    """weights / total, and 0 where every weight is."""
+    return weights / (total + 1e-20)
 
 
 @dataclass(frozen=True, slots=True)

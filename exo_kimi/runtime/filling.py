@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import mlx.core as mx
 import numpy as np
@@ -12,6 +12,7 @@ from exo_kimi.checkpoint.index import TensorEntry
 from exo_kimi.checkpoint.manifest import ModuleSource
 from exo_kimi.errors import DtypeError, QuantizationError
 from exo_kimi.models.sanitize import dequantize_fp8, int4_biases
+from exo_kimi.runtime.target import Target
 from exo_kimi.runtime.tensor_reader import TensorReader
 
 STAGING_BYTES = 32 * 1024**2
@@ -19,41 +20,6 @@ STAGING_BYTES = 32 * 1024**2
 
 FLOATS = {"BF16": mx.bfloat16, "F16": mx.float16, "F32": mx.float32}
 CODES = {"U32": mx.uint32, "I32": mx.uint32, "U8": mx.uint8}
-RAW = {1: mx.uint8, 2: mx.uint16, 4: mx.uint32}
-
-
-@dataclass(slots=True)
-class Target:
-    """A parameter to be: MLX memory that is filled in place, part by part, and then taken as an array.
-
-    Memory is allocated at the first part. `derive` makes the array from another target's instead.
-    """
-
-    shape: tuple[int, ...]
-    dtype: mx.Dtype
-    parts: int = 1
-    derive: Callable[[], mx.array] | None = None
-    _storage: mx.array | None = field(default=None, repr=False)
-
-    def part(self, index: int) -> memoryview:
-        """Writable bytes of one of `parts` equal parts."""
-        if self._storage is None:
-            # Raw words: numpy and memoryview know no bfloat16.
-            self._storage = mx.zeros(self.shape, RAW[self.dtype.size])
-            mx.eval(self._storage)
-        data = memoryview(self._storage).cast("B")  # type: ignore[arg-type]
-        size = len(data) // self.parts
-        return data[index * size : (index + 1) * size]
-
-    def take(self) -> mx.array:
-        """The filled array; its memory is the one that was filled."""
-        if self.derive is not None:
-            array = self.derive()
-        else:
-            assert self._storage is not None, "a target is taken after its parts were filled"
-            array = self._storage.view(self.dtype)
-        mx.eval(array)
-        return array
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,7 +56,7 @@ def jobs_of(source: ModuleSource, dtype: mx.Dtype | None) -> tuple[list[Job], di
         jobs += leaf_jobs
     if source.layout == "int4":
         scales = targets[f"{path}.scales"]
-        targets[f"{path}.biases"] = Target(scales.shape, scales.dtype, derive=lambda: int4_biases(scales.take()))
+        targets[f"{path}.biases"] = Target(scales.shape, scales.dtype, derive=int4_biases, source=scales)
     return jobs, targets
 
 
@@ -115,18 +81,20 @@ def _copy_or_convert(entry: TensorEntry, target: Target, part: int) -> Job:
     stored = FLOATS.get(entry.dtype, target.dtype)
 
     def copy(reader: TensorReader) -> None:
-        reader.read_into(target.part(part), entry)
+        reader.read_scattered(target.pieces(part), entry)
 
     def convert(reader: TensorReader) -> None:
-        destination = target.part(part)
-        elements, done = entry.nbytes // stored.size, 0
-        while done < elements:
-            count = min(elements - done, STAGING_BYTES // stored.size)
-            staging = np.empty(count * stored.size, np.uint8)
-            reader.read_into(staging.data, entry, done * stored.size)
-            values = mx.array(staging).view(stored).astype(target.dtype)
-            _write(values, destination[done * target.dtype.size : (done + count) * target.dtype.size])
-            done += count
+        position = 0
+        for piece in target.pieces(part):
+            elements, done = len(piece) // target.dtype.size, 0
+            while done < elements:
+                count = min(elements - done, STAGING_BYTES // stored.size)
+                staging = np.empty(count * stored.size, np.uint8)
+                reader.read_into(staging.data, entry, position)
+                values = mx.array(staging).view(stored).astype(target.dtype)
+                _write(values, piece[done * target.dtype.size : (done + count) * target.dtype.size])
+                done += count
+                position += count * stored.size
 
     return Job(entry, copy if stored == target.dtype else convert)
 
@@ -148,7 +116,7 @@ def _fp8(source: ModuleSource, dtype: mx.Dtype) -> tuple[list[Job], Target]:
                 code = np.empty(entry.shape[-2:], np.uint8)
                 reader.read_into(code.data.cast("B"), entry, index * size)
                 value = dequantize_fp8(mx.array(code), scale[index]).astype(dtype)
-                _write(value, target.part(part * per_entry + index))
+                _write(value, target.pieces(part * per_entry + index)[0])
 
         return Job(entry, fill)
 

@@ -7,6 +7,7 @@ that MLX owns, in file order, and only the stage's own byte ranges are read.
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,15 +18,24 @@ from mlx.utils import tree_flatten
 from exo_kimi.checkpoint.index import open_index
 from exo_kimi.checkpoint.manifest import ModuleSource, StageManifest, resolve
 from exo_kimi.errors import MissingTensorError, ShapeMismatchError, UnexpectedTensorError, UsageError
+from exo_kimi.models.fused import LEAVES, adopt
 from exo_kimi.models.kimi_k2 import Model
-from exo_kimi.runtime.filling import Job, Target, jobs_of
+from exo_kimi.runtime.filling import Job, jobs_of
+from exo_kimi.runtime.target import Storage, Target, can_share, share
 from exo_kimi.runtime.tensor_reader import TensorReader
 
 Progress = Callable[[int, int], None]
 DTYPES = {"float32": mx.float32, "bfloat16": mx.bfloat16, "float16": mx.float16}
 
 
-def load(path: str | Path, start_layer: int = 0, end_layer: int | None = None, dtype: str | None = None) -> Model:
+def load(
+    path: str | Path,
+    start_layer: int = 0,
+    end_layer: int | None = None,
+    dtype: str | None = None,
+    *,
+    fuse: bool = False,
+) -> Model:
     """Load a Kimi K2 checkpoint, or the stage of it that owns a half-open range of layers, strictly.
 
     Args:
@@ -34,6 +44,7 @@ def load(path: str | Path, start_layer: int = 0, end_layer: int | None = None, d
         end_layer: None for all further layers; the stage that ends last owns the final norm and the head.
         dtype: "float32", "bfloat16" or "float16" for every floating parameter (and so for activations); None keeps what
             is stored. Packed weights stay packed, the router's correction bias stays float32.
+        fuse: see `load_stage`.
 
     Returns:
         The model in evaluation mode. Only its own bytes were read and stay resident.
@@ -45,11 +56,16 @@ def load(path: str | Path, start_layer: int = 0, end_layer: int | None = None, d
         UsageError: an unknown dtype.
     """
     check_dtype(dtype)
-    return load_stage(resolve(open_index(Path(path)), start_layer, end_layer), dtype=dtype)
+    return load_stage(resolve(open_index(Path(path)), start_layer, end_layer), dtype=dtype, fuse=fuse)
 
 
 def load_stage(
-    manifest: StageManifest, *, dtype: str | None = None, progress: Progress | None = None, layers_only: bool = False
+    manifest: StageManifest,
+    *,
+    dtype: str | None = None,
+    progress: Progress | None = None,
+    layers_only: bool = False,
+    fuse: bool = False,
 ) -> Model:
     """Build the model of a manifest's layer range and fill it.
 
@@ -58,6 +74,7 @@ def load_stage(
         dtype: see `load`.
         progress: called with (bytes read, bytes to read) as reading goes on.
         layers_only: leave out the embedding, the final norm and the head.
+        fuse: make decoding fast, see `Model.fuse`: projections of one input are read into one array, without a copy.
 
     Raises:
         MissingTensorError, UnexpectedTensorError, ShapeMismatchError: the manifest does not fit the model.
@@ -78,6 +95,7 @@ def load_stage(
         jobs += source_jobs
         targets |= source_targets
     _check_targets(model, targets, where=manifest.directory)
+    groups = _share_arrays(model, targets) if fuse else []
 
     total = sum(entry.nbytes for source in sources for entries in source.parts.values() for entry in entries)
     done = 0
@@ -91,9 +109,15 @@ def load_stage(
     with TensorReader(manifest.directory, on_read) as reader:
         for job in sorted(jobs, key=lambda job: (job.entry.file, job.entry.start)):
             job.fill(reader)
+    for group in groups:
+        group.module.fused = adopt([group.module[name] for name in group.names], group.take())
+        for path in group.paths:
+            del targets[path]
     for path, target in targets.items():
         module_path, _, leaf = path.rpartition(".")
         _module_at(model, module_path)[leaf] = target.take()
+    if fuse:
+        model.fuse()
     model.eval()
     mx.clear_cache()
     return model
@@ -136,6 +160,35 @@ def _check_targets(model: Model, targets: dict[str, Target], *, where: Path) -> 
     for path, target in targets.items():
         if target.shape != expected[path]:
             raise ShapeMismatchError(path, expected=expected[path], found=target.shape, where=where)
+
+
+@dataclass(frozen=True, slots=True)
+class _Group:
+    """Projections of one module that are read into one array for each leaf; None where it is derived from the scales."""
+
+    module: Any
+    names: tuple[str, ...]
+    paths: tuple[str, ...]
+    arrays: dict[str, Storage | Callable[[mx.array], mx.array]]
+
+    def take(self) -> dict[str, mx.array]:
+        """The filled arrays."""
+        taken = {leaf: store.array() for leaf, store in self.arrays.items() if isinstance(store, Storage)}
+        derived = {leaf: make(taken["scales"]) for leaf, make in self.arrays.items() if not isinstance(make, Storage)}
+        mx.eval(derived)
+        return taken | derived
+
+
+def _share_arrays(model: Model, targets: dict[str, Target]) -> list[_Group]:
+    groups = []
+    for path, module, names in model.groups():
+        leaves = [leaf for leaf in LEAVES if f"{path}.{names[0]}.{leaf}" in targets]
+        members = {leaf: [targets[f"{path}.{name}.{leaf}"] for name in names] for leaf in leaves}
+        if all(can_share(parts) for parts in members.values()):
+            arrays = {leaf: parts[0].derive or share(parts) for leaf, parts in members.items()}
+            paths = tuple(f"{path}.{name}.{leaf}" for name in names for leaf in leaves)
+            groups.append(_Group(module, names, paths, arrays))
+    return groups
 
 
 def _module_at(model: nn.Module, path: str) -> Any:

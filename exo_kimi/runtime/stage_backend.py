@@ -90,7 +90,7 @@ class MlxBackend:
                 where=directory,
                 fix="copy the leader's checkpoint to this machine, or give the right folder with --model",
             )
-        model: Model = load_stage(manifest, dtype=order.dtype, progress=progress)
+        model: Model = load_stage(manifest, dtype=order.dtype, progress=progress, fuse=True)
         if mx.metal.is_available():
             # Wired, so that weights that rest between requests are not paged out.
             mx.set_wired_limit(int(mx.device_info()["max_recommended_working_set_size"]))

@@ -3,15 +3,22 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import TracebackType
 
 from exo_kimi.checkpoint.index import TensorEntry
 from exo_kimi.errors import TensorFileError
 
-READ_BYTES = 64 * 1024**2
+READ_BYTES = 16 * 1024**2
 """Most bytes of one read: progress moves that often, and macOS refuses reads over 2 GiB."""
+
+READERS = 4
+"""Reads at a time within one tensor: what memory and fast disks can take, one processor cannot copy."""
+
+READ_PIECES = 512
+"""Most destinations of one read; systems allow 1,024."""
 
 
 class TensorReader:
@@ -27,6 +34,7 @@ class TensorReader:
         self.bytes_read = 0
         self._on_read = on_read
         self._descriptors: dict[str, int] = {}
+        self._pool = ThreadPoolExecutor(READERS, thread_name_prefix="read")
 
     def __enter__(self) -> TensorReader:
         return self
@@ -34,6 +42,7 @@ class TensorReader:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        self._pool.shutdown(cancel_futures=True)
         for descriptor in self._descriptors.values():
             os.close(descriptor)
         self._descriptors.clear()
@@ -44,16 +53,33 @@ class TensorReader:
         Raises:
             TensorFileError: the file is gone, cannot be read, or is shorter than its header said.
         """
-        done = 0
-        while done < len(destination):
-            position = entry.start + skip_bytes + done
-            piece = destination[done : done + READ_BYTES]
+        self.read_scattered([destination], entry, skip_bytes)
+
+    def read_scattered(self, destinations: Sequence[memoryview], entry: TensorEntry, skip_bytes: int = 0) -> None:
+        """Fill several destinations with bytes that follow each other in the file.
+
+        Raises:
+            TensorFileError: see `read_into`.
+        """
+        batches = list(_batches(destinations, entry.start + skip_bytes))
+        descriptor = self._descriptor(entry)
+        if len(batches) > 1:
+            counts = self._pool.map(lambda batch: self._fill(descriptor, batch[0], batch[1], entry), batches)
+        else:
+            counts = (self._fill(descriptor, pieces, position, entry) for pieces, position in batches)
+        for count in counts:
+            self.bytes_read += count
+            if self._on_read is not None:
+                self._on_read(count)
+
+    def _fill(self, descriptor: int, pieces: Sequence[memoryview], position: int, entry: TensorEntry) -> int:
+        """Fill pieces from a position of a file; returns their bytes."""
+        waiting, start = list(pieces), position
+        while waiting:
             try:
-                count = os.preadv(self._descriptor(entry.file), [piece], position)
+                count = os.preadv(descriptor, waiting, position)
             except OSError as failure:
-                raise TensorFileError(
-                    f"cannot read {entry.name}", found=failure.strerror or failure, where=self.directory / entry.file
-                ) from failure
+                raise self._unreadable(entry, failure) from failure
             if count == 0:
                 raise TensorFileError(
                     f"{entry.file} ends inside {entry.name}",
@@ -62,10 +88,12 @@ class TensorReader:
                     where=self.directory / entry.file,
                     fix="the file was cut or replaced in between: download or copy it again",
                 )
-            done += count
-            self.bytes_read += count
-            if self._on_read is not None:
-                self._on_read(count)
+            position += count
+            while waiting and count >= len(waiting[0]):
+                count -= len(waiting.pop(0))
+            if waiting:
+                waiting[0] = waiting[0][count:]
+        return position - start
 
     def read(self, entry: TensorEntry) -> bytearray:
         """All bytes of a small tensor.
@@ -77,7 +105,33 @@ class TensorReader:
         self.read_into(memoryview(data), entry)
         return data
 
-    def _descriptor(self, file: str) -> int:
-        if file not in self._descriptors:
-            self._descriptors[file] = os.open(self.directory / file, os.O_RDONLY)
-        return self._descriptors[file]
+    def _descriptor(self, entry: TensorEntry) -> int:
+        if entry.file not in self._descriptors:
+            try:
+                self._descriptors[entry.file] = os.open(self.directory / entry.file, os.O_RDONLY)
+            except OSError as failure:
+                raise self._unreadable(entry, failure) from failure
+        return self._descriptors[entry.file]
+
+    def _unreadable(self, entry: TensorEntry, failure: OSError) -> TensorFileError:
+        return TensorFileError(
+            f"cannot read {entry.name}", found=failure.strerror or failure, where=self.directory / entry.file
+        )
+
+
+def _batches(destinations: Sequence[memoryview], position: int) -> Iterator[tuple[list[memoryview], int]]:
+    """Destinations cut into reads, each with its position in the file."""
+    batch: list[memoryview] = []
+    size = 0
+    for destination in destinations:
+        rest = destination
+        while len(rest):
+            piece, rest = rest[: READ_BYTES - size], rest[READ_BYTES - size :]
+            batch.append(piece)
+            size += len(piece)
+            if size == READ_BYTES or len(batch) == READ_PIECES:
+                yield batch, position
+                position += size
+                batch, size = [], 0
+    if batch:
+        yield batch, position

@@ -13,6 +13,7 @@ import pytest
 
 from exo_kimi.arch.config import KimiConfig
 from exo_kimi.models import ops
+from exo_kimi.models.experts import ExpertGLU
 from exo_kimi.models.ops import CACHE_STEP, KVCache, Rope
 
 
@@ -71,7 +72,7 @@ def test_a_cache_takes_its_length_rounded_up_to_the_step(chunks: list[int]) -> N
 @pytest.mark.parametrize("tokens", [1, 3, 40])
 @pytest.mark.parametrize("dtype", [mx.float32, mx.bfloat16])
 def test_experts_compute_what_each_expert_alone_would(tokens: int, dtype: mx.Dtype) -> None:
-    experts = ops.ExpertGLU(32, 16, 6)
+    experts = ExpertGLU(32, 16, 6)
     experts.set_dtype(dtype)
     x = mx.random.normal((tokens, 32)).astype(dtype)
     indices = mx.random.randint(0, 6, (tokens, 3)).astype(mx.uint32)

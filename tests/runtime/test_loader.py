@@ -390,3 +390,38 @@ def test_the_package_loads_lazily() -> None:
     assert exo_kimi.__version__
     code = "import sys, exo_kimi; exo_kimi.__version__; sys.exit('mlx' in sys.modules or 'numpy' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+FUSED = {
+    "mlx": {"recipe": "uniform4"},
+    "absorbed": {"recipe": "uniform4", "absorbed": True},
+    "mixed": {},
+    "int4": {"layout": "int4"},
+    "fp8": {"layout": "fp8"},
+}
+
+
+@pytest.mark.parametrize("dtype", [None, "float32"])
+@pytest.mark.parametrize("options", FUSED.values(), ids=FUSED)
+def test_projections_read_into_one_array_keep_their_parameters(
+    stored: Callable[..., Path], monkeypatch: pytest.MonkeyPatch, options: dict[str, Any], dtype: str | None
+) -> None:
+    directory = stored(**options)
+    expected = parameters(load(directory, dtype=dtype))
+    real = os.preadv
+    monkeypatch.setattr(tensor_reader.os, "preadv", lambda fd, buffers, at: real(fd, [buffers[0][:1001]], at))
+    model = load(directory, dtype=dtype, fuse=True)
+    assert any(layer.mlp.switch_mlp.fused is not None for layer in model.layers[1:])
+    assert not list(model.groups())
+    for name, value in parameters(model).items():
+        wanted = expected[name].astype(mx.float32) if name.endswith("mlp.gate.weight") else expected[name]
+        assert value.dtype == wanted.dtype and mx.array_equal(value, wanted), name
+
+
+def test_a_large_tensor_is_read_in_pieces_at_once(stored: Callable[..., Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    directory = stored(recipe="uniform4")
+    expected = parameters(load(directory, fuse=True))
+    monkeypatch.setattr(tensor_reader, "READ_BYTES", 1000)
+    monkeypatch.setattr(tensor_reader, "READ_PIECES", 3)
+    found = parameters(load(directory, fuse=True))
+    assert all(mx.array_equal(found[name], value) for name, value in expected.items())

@@ -1,0 +1,142 @@
+"""Single tokens through the decoder agree with the layers, and fused projections with those apart."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+import pytest
+from mlx.utils import tree_flatten
+
+from exo_kimi.arch.config import KimiConfig
+from exo_kimi.models.decode import rotations
+from exo_kimi.models.kimi_k2 import Model
+from exo_kimi.models.ops import Rope
+
+PROMPTS = ([3, 1, 4, 1, 5], [9, 2], [6, 5, 3, 5, 8, 9, 7, 9])
+
+
+def build(raw: dict[str, Any], *, bits: int | None = 4, absorbed: bool = False, **changes: Any) -> Model:
+    mx.random.seed(0)
+    model = Model(KimiConfig.from_dict({**raw, **changes}))
+    for layer in model.layers:
+        if absorbed:
+            layer.self_attn.use_absorbed_modules()
+    for path, value in tree_flatten(model.parameters()):
+        if path.endswith(("layernorm.weight", "correction_bias")):
+            value[:] = 1 + 0.2 * mx.random.normal(value.shape)
+        elif path.endswith("gate.weight"):
+            value[:] = 0.2 * mx.random.normal(value.shape)
+    if bits is not None:
+        nn.quantize(model, group_size=32, bits=bits, class_predicate=lambda _, module: hasattr(module, "to_quantized"))
+    model.eval()
+    mx.eval(model.parameters())
+    return model
+
+
+def decode(model: Model, sequences: int, steps: int = 3) -> list[mx.array]:
+    """Logits of a few tokens of each sequence after its prompt."""
+    caches = [model.make_cache() for _ in range(sequences)]
+    for prompt, cache in zip(PROMPTS, caches, strict=False):
+        mx.eval(model.forward_ragged(mx.array(prompt), [(len(prompt), cache)]))
+    found = []
+    for step in range(steps):
+        tokens = mx.array([7 * step + 11 * index for index in range(sequences)])
+        found.append(model.logits(model.forward_ragged(tokens, [(1, cache) for cache in caches])))
+        mx.eval(found[-1])
+    return found
+
+
+@pytest.mark.parametrize("sequences", [1, 3])
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"bits": None},
+        {"absorbed": True},
+        {"q_lora_rank": None},
+        {"attention_bias": True},
+        {"n_shared_experts": 0, "n_group": 2, "topk_group": 1},
+        {"rope_scaling": None, "norm_topk_prob": False},
+    ],
+    ids=["kv_b", "plain", "absorbed", "no q_lora", "biases", "groups, none shared", "no yarn, not normalised"],
+)
+def test_the_decoder_agrees_with_the_layers(
+    raw_config: dict[str, Any], changes: dict[str, Any], sequences: int
+) -> None:
+    expected = decode(build(raw_config, **changes), sequences)
+    model = build(raw_config, **changes)
+    model.fuse()
+    assert model.decoder is not None
+    for slow, fast in zip(expected, decode(model, sequences), strict=True):
+        assert np.abs(np.array(slow - fast)).max() < 1e-4 * np.abs(np.array(slow)).max()
+
+
+def test_a_prompt_is_the_same_through_fused_projections(raw_config: dict[str, Any], tokens: mx.array) -> None:
+    model = build(raw_config)
+    caches = model.make_cache()
+    expected = model.forward_ragged(tokens, [(len(tokens), caches)])
+    mx.eval(expected)
+    model.fuse()
+    assert all(layer.mlp.switch_mlp.fused is not None for layer in model.layers[1:])
+    found = model.forward_ragged(tokens, [(len(tokens), model.make_cache())])
+    np.testing.assert_allclose(np.array(found), np.array(expected), rtol=1e-4, atol=1e-4)
+
+
+def test_fusing_keeps_every_parameter_and_its_memory(raw_config: dict[str, Any]) -> None:
+    model = build(raw_config, n_routed_experts=64, moe_intermediate_size=64)
+    before = {path: np.array(value) for path, value in tree_flatten(model.parameters())}
+    held_bytes = mx.get_active_memory()
+    model.fuse()
+    mx.clear_cache()
+    assert mx.get_active_memory() <= 1.02 * held_bytes
+    after = dict(tree_flatten(model.parameters()))
+    assert after.keys() == before.keys()
+    for path, value in before.items():
+        np.testing.assert_array_equal(np.array(after[path]), value)
+
+
+def test_projections_of_other_bits_stay_apart(raw_config: dict[str, Any]) -> None:
+    model = build(raw_config, bits=None)
+    nn.quantize(model, group_size=32, bits=4, class_predicate=lambda path, _: path.endswith("switch_mlp.gate_proj"))
+    expected = decode(model, 2)
+    model.fuse()
+    assert all(layer.mlp.switch_mlp.fused is None for layer in model.layers[1:])
+    assert all(layer.mlp.shared_experts.fused is not None for layer in model.layers[1:])
+    for slow, fast in zip(expected, decode(model, 2), strict=True):
+        np.testing.assert_allclose(np.array(fast), np.array(slow), rtol=1e-4, atol=1e-4)
+
+
+def test_bf16_weights_decode_as_the_layers_do(raw_config: dict[str, Any]) -> None:
+    model = build(raw_config, bits=None)
+    model.set_dtype(mx.bfloat16)
+    expected = decode(model, 2)
+    model.fuse()
+    assert all(layer.mlp.gate.weight.dtype == mx.float32 for layer in model.layers[1:])
+    for slow, fast in zip(expected, decode(model, 2), strict=True):
+        assert np.abs(np.array(slow - fast)).max() < 0.05 * np.abs(np.array(slow)).max()
+
+
+def test_rotations_turn_as_the_oracle_does(config: KimiConfig, rotate: Callable[..., Any]) -> None:
+    rope = Rope.of(config)
+    positions = np.array([0, 1, 777, 4096])
+    x = np.random.default_rng(0).standard_normal((4, 3, config.qk_rope_head_dim))
+    found = x @ rotations(positions, 1.0 / np.array(rope.wavelengths), rope.amplitude)
+    np.testing.assert_allclose(found, rotate(x, positions, config), atol=1e-3)
+
+
+def test_a_step_has_few_primitives(raw_config: dict[str, Any]) -> None:
+    from exo_kimi.bench.primitives import primitives
+
+    counts = []
+    for fuse in (False, True):
+        model = build(raw_config, absorbed=True)
+        if fuse:
+            model.fuse()
+        caches = model.make_cache()
+        mx.eval(model.forward_ragged(mx.array([1, 2, 3]), [(3, caches)]))
+        counts.append(sum(primitives(model.forward_ragged(mx.array([4]), [(1, caches)])).values()))
+    assert counts[1] < 0.6 * counts[0]
