@@ -31,6 +31,7 @@ REQUIRED = {
     "plan": ("DIR", "--cluster", "m3-ultra-512"),
     "doctor": ("DIR",),
     "bench": ("plan",),
+    "exo-legacy": ("--plan", "PLAN"),
     "exo plan": ("DIR",),
     "exo apply": ("PLAN",),
     "exo prepare": ("DIR", "--models-dir", "DIR"),

@@ -6,7 +6,7 @@ import argparse
 import os
 from pathlib import Path
 
-from exo_kimi.cli.exo_arguments import add_exo
+from exo_kimi.cli.exo_arguments import add_exo, add_exo_legacy
 from exo_kimi.cli.values import (
     OBJECTIVES,
     Commands,
@@ -54,6 +54,7 @@ def build_parser() -> argparse.ArgumentParser:
     _add_doctor(commands)
     _add_bench(commands)
     add_exo(commands)
+    add_exo_legacy(commands)
     return parser
 
 

@@ -23,6 +23,33 @@ def add_exo(commands: Commands) -> None:
     run.add_argument("rest", nargs=argparse.REMAINDER, metavar="-- ARGS", help="exo's own arguments")
 
 
+def add_exo_legacy(commands: Commands) -> None:
+    """exo 0.0.x, which has one command."""
+    parser = command(
+        commands, "exo-legacy", "start exo 0.0.x with our model and plan: exo-kimi exo-legacy --plan PLAN -- ARGS"
+    )
+    parser.add_argument("--plan", type=Path, required=True, metavar="PLAN", help="a file of `plan -o`, on every node")
+    parser.add_argument(
+        "--model",
+        type=Path,
+        metavar="DIR",
+        help="the checkpoint here, or this node's layers of it (default: exo's own)",
+    )
+    parser.add_argument("--preload", action="store_true", help="load at start, on every node, not on the first prompt")
+    parser.add_argument("--name", help="the model's name in exo's API (default: the plan's)")
+    parser.add_argument(
+        "--node",
+        dest="nodes",
+        action="append",
+        default=[],
+        metavar="MACHINE=NODE_ID",
+        help="where exo's --node-id is not the plan's machine",
+    )
+    parser.add_argument("--source", type=Path, metavar="DIR", help="a checkout of exo (default: the installed one)")
+    parser.add_argument("--api-host", metavar="HOST", help="where exo's API listens (default: exo's, every interface)")
+    parser.add_argument("rest", nargs=argparse.REMAINDER, metavar="-- ARGS", help="exo's own, with --node-id MACHINE")
+
+
 def _add_plan(commands: Commands) -> None:
     parser = _with_url(
         command(commands, "plan", "our plan for the cluster as exo sees it, exo's own beside it", room="exo")

@@ -1,4 +1,4 @@
-"""The commands of `exo-kimi exo`: a running exo seen, planned for, placed on, and started with our engine."""
+"""The commands of `exo-kimi exo` and `exo-legacy`: a running exo seen, planned for, placed on, and started with our engine."""
 
 from __future__ import annotations
 
@@ -44,6 +44,16 @@ def _run(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def _legacy(arguments: argparse.Namespace) -> int:
+    from exo_kimi.plugin.exo_legacy import run
+    from exo_kimi.plugin.exo_legacy_setup import LegacyOptions
+
+    options = _options(arguments)
+    rest = options.pop("rest")
+    run(LegacyOptions(**options), rest[1:] if rest[:1] == ["--"] else rest)
+    return 0
+
+
 def _options(arguments: argparse.Namespace) -> dict[str, Any]:
     return {name: value for name, value in vars(arguments).items() if name != "command"}
 
@@ -54,4 +64,5 @@ COMMANDS: dict[str, Callable[[argparse.Namespace], int]] = {
     "exo apply": _apply,
     "exo prepare": _prepare,
     "exo run": _run,
+    "exo-legacy": _legacy,
 }

@@ -20,8 +20,9 @@ class Name:
 
     Args:
         module: where it lives.
-        name: of the function or class.
-        parameters: of the function or constructor, `self` left out; None when it is never called by us or for us.
+        name: of the function or class, or `Class.method`.
+        parameters: of the function or constructor, `self` left out, or of the method with it; None when it is never called by
+            us or for us.
         abstract: methods that a subclass must have, all of them.
         fields: fields that a model must have, among others.
     """
@@ -113,7 +114,9 @@ def _mismatch(name: Name, find: Callable[[str], Any]) -> str | None:
         module = find(name.module)
     except ImportError as error:
         return f"{name.module} cannot be imported: {error}"
-    thing: Any = getattr(module, name.name, None)
+    thing: Any = module
+    for part in name.name.split("."):
+        thing = getattr(thing, part, None)
     if thing is None:
         return f"{name} does not exist"
     if name.parameters is not None:

@@ -196,7 +196,7 @@ class ExoClient:
             expected="GET /state of exo v1.0.71 or later",
             found=found,
             where=self.url,
-            fix="exo 0.0.x is not supported yet: install exo 1.x"
+            fix="for exo 0.0.x: `exo-kimi exo-legacy --plan PLAN -- ARGS`, in place of `exo ARGS`"
             if "0.0" in found
             else "check the address and the port",
         )

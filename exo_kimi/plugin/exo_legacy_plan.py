@@ -1,0 +1,158 @@
+"""A plan as legacy exo can follow it: node ids, inclusive ranges, borders between 0 and 1. Pure; it knows nothing of exo's code.
+
+Legacy exo cuts a model by fractions of its layers and truncates. A border of (cut + 0.5) / layers lies in the middle of a
+layer's interval, so it truncates to the cut for every model size; exo's own rounding misplaces 30 of the 60 cuts of 61 layers.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
+
+from exo_kimi.errors import UsageError
+from exo_kimi.planner.plan import Plan
+
+Range = tuple[int, int]
+Piece = tuple[str, float, float]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LegacySeat:
+    """A node and its layers, half-open."""
+
+    node_id: str
+    machine: str
+    start_layer: int
+    end_layer: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PinnedPlan:
+    """Who holds what, for as long as this node runs.
+
+    Args:
+        name: the model in exo's API.
+        layers: of the model.
+        model_hash: of the plan's model.
+        seats: first layers first.
+        own: index of this node's seat.
+        tokens: that all sequences together may hold, prompt and reply.
+    """
+
+    name: str
+    layers: int
+    model_hash: str
+    seats: tuple[LegacySeat, ...]
+    own: int
+    tokens: int
+
+    @property
+    def seat(self) -> LegacySeat:
+        """This node's."""
+        return self.seats[self.own]
+
+    @property
+    def node_ids(self) -> tuple[str, ...]:
+        """Of all seats, in order."""
+        return tuple(seat.node_id for seat in self.seats)
+
+    @property
+    def digest(self) -> str:
+        """Equal on nodes that follow one plan; it travels with every tensor."""
+        seats = [(seat.node_id, seat.start_layer, seat.end_layer) for seat in self.seats]
+        told = [self.name, self.layers, self.model_hash, seats]
+        return hashlib.sha256(repr(told).encode()).hexdigest()[:16]
+
+    def range_of(self, node_id: str) -> Range:
+        """A node's layers as legacy exo writes them: first and last."""
+        seat = self.seats[self.node_ids.index(node_id)]
+        return inclusive(seat.start_layer, seat.end_layer)
+
+    def pieces(self, present: Collection[str]) -> list[Piece]:
+        """What each node takes of any model, as fractions.
+
+        Args:
+            present: ids that exo sees now. While a node of the plan is away, those that are there share everything in the
+                plan's proportion: it keeps exo's own models and its display working. A Kimi waits (see `exo_legacy_node`).
+        """
+        seats = [seat for seat in self.seats if seat.node_id in present] or [self.seat]
+        layers = sum(seat.end_layer - seat.start_layer for seat in seats)
+        return _pieces([(seat.node_id, seat.end_layer - seat.start_layer) for seat in seats], layers)
+
+
+def inclusive(start_layer: int, end_layer: int) -> Range:
+    """Legacy exo's first and last layer of our half-open range: the one place where the two meet."""
+    return start_layer, end_layer - 1
+
+
+def pin(plan: Plan, *, node_id: str | None, nodes: Sequence[str] = (), name: str | None = None) -> PinnedPlan:
+    """A plan with this node's place in it.
+
+    Args:
+        plan: ours.
+        node_id: what exo is started with (`--node-id`).
+        nodes: `MACHINE=NODE_ID` where a node is not named after its machine.
+        name: the model's in exo's API; None takes the plan's.
+
+    Raises:
+        UsageError: a machine without a node, a node id that the plan does not have, or two nodes of one id.
+    """
+    given = dict(_pair(text) for text in nodes)
+    machines = [stage.machine for stage in plan.stages]
+    strangers = sorted(set(given) - set(machines))
+    if strangers:
+        raise UsageError(f"{strangers[0]} is no machine of the plan", expected=", ".join(machines), where="--node")
+    seats = tuple(
+        LegacySeat(
+            node_id=given.get(stage.machine, stage.machine),
+            machine=stage.machine,
+            start_layer=stage.start_layer,
+            end_layer=stage.end_layer,
+        )
+        for stage in plan.stages
+    )
+    ids = [seat.node_id for seat in seats]
+    if len(set(ids)) < len(ids):
+        raise UsageError("two machines of the plan have one node id", found=", ".join(ids), where="--node")
+    return PinnedPlan(
+        name=name or plan.model.name,
+        layers=plan.model.layers,
+        model_hash=plan.model.hash,
+        seats=seats,
+        own=_own(ids, machines, node_id, given),
+        tokens=plan.workload.context * plan.workload.concurrency,
+    )
+
+
+def _own(ids: Sequence[str], machines: Sequence[str], node_id: str | None, given: Mapping[str, str]) -> int:
+    if node_id in ids:
+        return ids.index(node_id)
+    named = ", ".join(
+        ident if machine == ident else f"{ident} ({machine})" for ident, machine in zip(ids, machines, strict=True)
+    )
+    if node_id is None:
+        fix = f"say which machine this is, after the two dashes: -- --node-id {ids[0]}"
+    else:
+        fix = f"one of them as --node-id, or before the two dashes: --node {machines[0]}={node_id}"
+    raise UsageError(
+        "this node is not in the plan", expected=f"--node-id of {named}", found=node_id or "no --node-id", fix=fix
+    )
+
+
+def _pieces(shares: Sequence[tuple[str, int]], layers: int) -> list[Piece]:
+    pieces: list[Piece] = []
+    start, cut = 0.0, 0
+    for index, (node_id, count) in enumerate(shares):
+        cut += count
+        end = 1.0 if index == len(shares) - 1 else (cut + 0.5) / layers
+        pieces.append((node_id, start, end))
+        start = end
+    return pieces
+
+
+def _pair(text: str) -> tuple[str, str]:
+    machine, equals, node = text.partition("=")
+    if not (machine and equals and node):
+        raise UsageError("cannot read a node", expected="MACHINE=NODE_ID", found=repr(text), where="--node")
+    return machine, node
