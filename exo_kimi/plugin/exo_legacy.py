@@ -21,6 +21,7 @@ from exo_kimi.plugin.exo_legacy_bindings import (
     NAMES,
     TESTED,
     Bound,
+    bind_arrays,
     bind_card,
     bind_engine,
     bind_node,
@@ -90,6 +91,7 @@ class Session:
         pinned, tokenizer = setup.pinned, setup.tokenizer
         self._stage = stage = LegacyStage(str(setup.directory), pinned, say=say)
         bind_card(self._bound, pinned.name, layers=pinned.layers, repo=setup.repo)
+        bind_arrays(self._bound)
         bind_partition(self._bound, pinned.pieces)
         bind_engine(self._bound, lambda own: engine_methods(own, stage=stage, pinned=pinned, tokenizer=tokenizer))
         bind_node(

@@ -19,7 +19,7 @@ _NODE = "exo.orchestration.node"
 _API = "exo.api.chatgpt_api"
 ENGINE_METHODS = ("ensure_shard", "infer_tensor", "sample")
 NODE_METHODS = ("get_current_shard", "process_prompt", "_process_prompt", "process_tensor", "forward_tensor")
-MAIN_NAMES = ("node", "api", "preemptively_load_shard", "resolve_tokenizer", "run")
+MAIN_NAMES = ("node", "api", "preemptively_load_shard", "resolve_tokenizer")
 
 _PROMPT = ("self", "base_shard", "prompt", "request_id", "inference_state")
 _RESULT = ("self", "shard", "result", "request_id", "inference_state")
@@ -64,6 +64,8 @@ NAMES = (
         name="get_supported_models",
         parameters=("supported_inference_engine_lists",),
     ),
+    Name(module="exo.networking.grpc.grpc_peer_handle", name="mx.array"),
+    Name(module="exo.networking.grpc.grpc_server", name="mx.array"),
     Name(module=_API, name="resolve_tokenizer", parameters=("repo_id",)),
     Name(module=_API, name="ChatGPTAPI.run", parameters=("self", "host", "port")),
 )
@@ -137,6 +139,14 @@ def bind_tokenizer(bound: Bound, owner: MutableMapping[str, Any], repo: str, mak
         return make() if str(repo_id) == repo else await own(repo_id)
 
     bound.item(owner, "resolve_tokenizer", resolve_tokenizer)
+
+
+def bind_arrays(bound: Bound) -> None:
+    """Off Macs, exo's gRPC code calls numpy `mx`, and fails on every `inference_state` that is not empty."""
+    for name in ("grpc_peer_handle", "grpc_server"):
+        module = importlib.import_module(f"exo.networking.grpc.{name}")
+        if not isinstance(module.mx.array, type):
+            bound.attribute(module, "mx", importlib.import_module("mlx.core"))
 
 
 def rename_loader() -> None:

@@ -132,3 +132,24 @@ def lose_tensor() -> Callable[[Path, Path, str], None]:
     """Copies a checkpoint without one tensor."""
     copy: Callable[[Path, Path, str], None] = _sibling("exo_shapes").lose_tensor
     return copy
+
+
+@pytest.fixture(scope="session")
+def real_legacy() -> ModuleType:
+    """The module that starts real nodes of legacy exo."""
+    return _sibling("real_legacy")
+
+
+@pytest.fixture(scope="session")
+def legacy_models() -> ModuleType:
+    """The module of checkpoints and oracles for legacy exo."""
+    return _sibling("legacy_models")
+
+
+@pytest.fixture(scope="session")
+def legacy_plan(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A plan file for machines `node1` and `node2`, 5 and 2 layers, of any tiny Kimi of this shape."""
+    path = tmp_path_factory.mktemp("plan") / "plan.json"
+    plan = _sibling("legacy_shapes").plan_of_shape()
+    plan.save(path)
+    return path
