@@ -153,3 +153,15 @@ def legacy_plan(tmp_path_factory: pytest.TempPathFactory) -> Path:
     plan = _sibling("legacy_shapes").plan_of_shape()
     plan.save(path)
     return path
+
+
+@pytest.fixture(scope="session")
+def legacy_shapes() -> ModuleType:
+    """The module of plans for legacy exo."""
+    return _sibling("legacy_shapes")
+
+
+@pytest.fixture(scope="session")
+def fake_legacy() -> ModuleType:
+    """The module of legacy exo's shapes."""
+    return _sibling("fake_legacy")

@@ -21,9 +21,14 @@ def kimi_reply(directory: Path, prompt: str, tokens: int) -> list[int]:
     """Greedy tokens of one process with all layers, to the first stop id; the whole prompt in one pass."""
     tokenizer = KimiTokenizer.from_directory(directory)
     template = ChatTemplate.from_directory(directory, tokenizer)
-    model = load(directory)
+    return greedy(directory, template.render([{"role": "user", "content": prompt}]).ids, tokens)
+
+
+def greedy(directory: Path, ids: list[int], tokens: int) -> list[int]:
+    """The same, of a prompt's ids."""
+    tokenizer, model = KimiTokenizer.from_directory(directory), load(directory)
     caches = model.make_cache()
-    x = mx.array(template.render([{"role": "user", "content": prompt}]).ids)
+    x = mx.array(ids)
     found: list[int] = []
     while len(found) < tokens:
         logits = model.logits(model.forward_ragged(x, [(x.shape[0], caches)])[-1:])
