@@ -117,6 +117,21 @@ def _add_serve(commands: Commands) -> None:
         "--kv-bytes", type=byte_count, metavar="SIZE", help="KV memory of each stage (default: what is free)"
     )
     parser.add_argument("--prefill-chunk", type=positive, metavar="N", help="prompt tokens of one step at most")
+    parser.add_argument(
+        "--prefix-cache-bytes",
+        type=byte_count,
+        metavar="SIZE",
+        help="KV memory of each stage for prompts answered before (default: all that is left; 0: none)",
+    )
+    parser.add_argument(
+        "--prefix-disk-bytes",
+        type=byte_count,
+        metavar="SIZE",
+        help="the same on each stage's disk, where it outlives restarts (default: none)",
+    )
+    parser.add_argument(
+        "--prefix-dir", type=Path, metavar="DIR", help="where on the disk (default: in the user's cache directory)"
+    )
     parser.add_argument("--queue-limit", type=positive, metavar="N", help="requests that may wait")
     parser.add_argument(
         "--speculate",

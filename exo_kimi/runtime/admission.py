@@ -142,6 +142,10 @@ class KvLedger:
         self.reserved_tokens += missing
         return True
 
+    def transfer(self, seq_id: int, to: int) -> None:
+        """Let a new name hold all that another held."""
+        self._held[to] = self.held(to) + self._held.pop(seq_id, 0)
+
     def release(self, seq_id: int) -> None:
         """Give back all that a sequence holds."""
         self.reserved_tokens -= self._held.pop(seq_id, 0)

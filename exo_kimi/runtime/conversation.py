@@ -11,7 +11,7 @@ from typing import TypeVar
 from exo_kimi.errors import ExoKimiError, ProtocolError, RuntimeFault, StageDiedError, StageUnreachableError
 from exo_kimi.runtime.faults import from_message
 from exo_kimi.runtime.link import Link
-from exo_kimi.runtime.messages import Hello, HelloAck, Joined, Loaded, Progress, Refused, StageFault
+from exo_kimi.runtime.messages import BlocksChanged, Hello, HelloAck, Joined, Loaded, Progress, Refused, StageFault
 from exo_kimi.runtime.stage_status import NO_EPOCH
 from exo_kimi.runtime.steps import StepResult
 from exo_kimi.runtime.wire import Message, decode, encode
@@ -27,7 +27,7 @@ class Conversation:
     Args:
         link: to the stage.
         stage: its index.
-        on_result: takes every StepResult.
+        on_result: takes every StepResult, and what the stage tells of its disk.
         on_fault: takes an error that the stage reports unasked, with the epoch it is about.
         on_lost: takes the reason when the link is lost or the other side talks nonsense.
     """
@@ -37,7 +37,7 @@ class Conversation:
         link: Link,
         stage: int,
         *,
-        on_result: Callable[[StepResult], None],
+        on_result: Callable[[StepResult | BlocksChanged], None],
         on_fault: Callable[[ExoKimiError, int], None],
         on_lost: Callable[[RuntimeFault], None],
     ) -> None:
@@ -130,7 +130,7 @@ class Conversation:
             self._on_lost(StageDiedError(what, stage=self._stage, where=self._link.address))
 
     def _hear(self, message: Message) -> None:
-        if isinstance(message, StepResult):
+        if isinstance(message, StepResult | BlocksChanged):
             self._on_result(message)
         elif isinstance(message, Progress):
             self.progress = message

@@ -14,7 +14,8 @@ from exo_kimi.errors import EngineStoppedError, ExoKimiError, OverloadedError, R
 from exo_kimi.runtime.admission import Limits, check_request
 from exo_kimi.runtime.grammar import next_mask
 from exo_kimi.runtime.pacing import Pace
-from exo_kimi.runtime.pipeline import Failed, Pipeline, Ready
+from exo_kimi.runtime.pipeline import DiskBlocks, Failed, Pipeline, Ready
+from exo_kimi.runtime.prefix_cache import PrefixOptions
 from exo_kimi.runtime.requests import EngineSnapshot, GenerationRequest, TokenEvent
 from exo_kimi.runtime.scheduler import Scheduler
 from exo_kimi.runtime.sequence import Outcome, Sequence
@@ -38,6 +39,7 @@ class Engine:
         queue_limit: requests that may wait; one more is refused.
         max_running: sequences that may hold KV memory at a time.
         drafter: guesses tokens ahead, so that a step may give several; it changes no token. None does not.
+        prefixes: what is kept of sequences that ended, for others that begin like them; None keeps nothing.
     """
 
     def __init__(
@@ -49,12 +51,17 @@ class Engine:
         queue_limit: int = 256,
         max_running: int = 128,
         drafter: Drafter | None = None,
+        prefixes: PrefixOptions | None = None,
     ) -> None:
         self.pipeline = pipeline
         self.queue_limit = queue_limit
         self._context = context
         self._scheduler = Scheduler(
-            stages=pipeline.stages, prefill_chunk=prefill_chunk, max_running=max_running, drafter=drafter
+            stages=pipeline.stages,
+            prefill_chunk=prefill_chunk,
+            max_running=max_running,
+            drafter=drafter,
+            prefixes=prefixes,
         )
         self._pace = Pace(stages=pipeline.stages, prefill_chunk=prefill_chunk)
         self._limits: Limits | None = None
@@ -191,6 +198,9 @@ class Engine:
                 self._fail(event.error)
                 if not event.recovering:
                     self._stop(event.error)
+            elif isinstance(event, DiskBlocks):
+                if event.epoch == self._scheduler.epoch:
+                    self._scheduler.prefixes.on_disk(event)
             elif event.epoch == self._scheduler.epoch:
                 self._on_result(event)
             self._wake.set()
@@ -210,7 +220,7 @@ class Engine:
     def _on_ready(self, event: Ready) -> None:
         self._fail(StageError("the stages started again"))  # only what a Failed should have ended already
         self._limits = Limits.of(event.info, context=self._context)
-        self._scheduler.open(event.epoch, self._limits)
+        self._scheduler.open(event.epoch, self._limits, event)
         self._pace.forget()
         self._tally.epochs += 1
         self._down = None
@@ -247,6 +257,7 @@ class Engine:
             logprob=sampled.logprob,
             top_logprobs=sampled.top_logprobs,
             finish_reason=reason,
+            cached_tokens=sequence.cached_tokens or 0,
         )
         self._streams[sequence].put_nowait(event)
 

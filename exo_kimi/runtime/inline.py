@@ -6,13 +6,15 @@ It knows nothing of the engine. Hidden states pass between stages as the same by
 from __future__ import annotations
 
 import asyncio
+import functools
 import logging
 import threading
 from collections.abc import Callable, Sequence
 from queue import SimpleQueue
 
 from exo_kimi.errors import EngineStoppedError, StageError
-from exo_kimi.runtime.pipeline import Failed, PipelineEvent, PipelineInfo, Ready
+from exo_kimi.runtime.pipeline import DiskBlocks, Failed, PipelineEvent, PipelineInfo, Ready
+from exo_kimi.runtime.prefix_disk import Changed, PrefixDisk
 from exo_kimi.runtime.requests import StageHealth, StageState
 from exo_kimi.runtime.stage import StageModel, StageWorker, as_fault
 from exo_kimi.runtime.steps import Step, StepResult
@@ -29,6 +31,7 @@ class InlinePipeline:
         context: most positions of one sequence.
         kv_capacity_tokens: cached tokens of all sequences together.
         cache_step: tokens by which a cache grows.
+        open_disk: makes the disk of a stage, from its index, its model and what to tell of changes; called in the thread.
     """
 
     def __init__(
@@ -39,12 +42,14 @@ class InlinePipeline:
         context: int,
         kv_capacity_tokens: int,
         cache_step: int,
+        open_disk: Callable[[int, StageModel, Changed], PrefixDisk] | None = None,
     ) -> None:
         self._load = load
         self._stages = stages
         self._context = context
         self._kv_capacity_tokens = kv_capacity_tokens
         self._cache_step = cache_step
+        self._open_disk = open_disk
         self._info: PipelineInfo | None = None
         self._epoch = 0
         self._closed = False
@@ -103,11 +108,13 @@ class InlinePipeline:
             logger.exception("the stages could not be loaded")
             self._post(Failed(error=as_fault(error, stage=None), recovering=False))
             return
+        disks = self._open_disks(workers)
         info = PipelineInfo(
             context=self._context,
             kv_capacity_tokens=self._kv_capacity_tokens,
             cache_step=self._cache_step,
             vocab_size=workers[0].model.args.vocab_size,
+            disk_blocks=min((disk.capacity_blocks for disk in disks), default=0),
         )
         self._ready(workers, info)
         while (step := self._steps.get()) is not None and not self._closed:
@@ -126,11 +133,24 @@ class InlinePipeline:
                 continue
             self._look(workers, "ready")
             self._post(result)
+        for disk in disks:
+            disk.close()
+
+    def _open_disks(self, workers: list[StageWorker]) -> list[PrefixDisk]:
+        if self._open_disk is None:
+            return []
+        for stage, worker in enumerate(workers):
+            worker.disk = self._open_disk(stage, worker.model, functools.partial(self._tell_blocks, stage))
+        return [worker.disk for worker in workers if worker.disk is not None]
+
+    def _tell_blocks(self, stage: int, added: tuple[str, ...], gone: tuple[str, ...]) -> None:
+        self._post(DiskBlocks(epoch=self._epoch, stage=stage, added=added, gone=gone))
 
     def _ready(self, workers: list[StageWorker], info: PipelineInfo) -> None:
         self._info = info
         self._look(workers, "ready")
-        self._post(Ready(epoch=self._epoch, info=info))
+        blocks = tuple(worker.disk.keys() if worker.disk is not None else () for worker in workers)
+        self._post(Ready(epoch=self._epoch, info=info, blocks=blocks))
 
     def _look(self, workers: list[StageWorker], state: StageState) -> None:
         self._health = tuple(

@@ -27,7 +27,9 @@ from exo_kimi.runtime.capacity import StageMemory
 from exo_kimi.runtime.child import Child
 from exo_kimi.runtime.cluster_plan import StagePlan
 from exo_kimi.runtime.conversation import Conversation
-from exo_kimi.runtime.messages import Goodbye, HelloAck, Join, Joined, Loaded, Ping
+from exo_kimi.runtime.messages import BlocksChanged, Goodbye, HelloAck, Join, Joined, Loaded, Ping
+from exo_kimi.runtime.pipeline import DiskBlocks
+from exo_kimi.runtime.prefix_key import unpack_keys
 from exo_kimi.runtime.requests import StageHealth, StageState
 from exo_kimi.runtime.stage_status import NO_EPOCH
 from exo_kimi.runtime.steps import Step, StepResult
@@ -49,6 +51,7 @@ class Member:
         terms: of the cluster.
         context: for its socket.
         on_result: takes every StepResult.
+        on_blocks: takes what changed on the stage's disk.
         on_fault: takes what went wrong while nothing was asked of the stage, with the epoch it is about (None: any).
     """
 
@@ -59,6 +62,7 @@ class Member:
         context: zmq.asyncio.Context,
         *,
         on_result: Callable[[StepResult], None],
+        on_blocks: Callable[[DiskBlocks], None],
         on_fault: Callable[[RuntimeFault, int | None], None],
     ) -> None:
         self.plan = plan
@@ -70,6 +74,7 @@ class Member:
         self._terms = terms
         self._context = context
         self._on_result = on_result
+        self._on_blocks = on_blocks
         self._on_fault = on_fault
         self._last_error: ExoKimiError | None = None
         self._conversation: Conversation | None = None
@@ -113,14 +118,22 @@ class Member:
         self._joined = None
         self.loaded = await self._talk().ask(self.plan.load, Loaded, epoch=NO_EPOCH)
 
-    async def join(self, epoch: int, next_address: str | None) -> None:
+    async def join(self, epoch: int, next_address: str | None, *, block_tokens: int) -> Joined:
         """Have the stage drop its sequences and link to the next one.
 
         Raises:
             RuntimeFault: as the stage reported it.
         """
-        join = Join(epoch=epoch, next_address=next_address)
-        self._joined = await self._talk().ask(join, Joined, epoch=epoch)
+        options = self._terms.options
+        join = Join(
+            epoch=epoch,
+            next_address=next_address,
+            block_tokens=block_tokens,
+            prefix_disk_bytes=options.prefix_disk_bytes,
+            prefix_directory=options.prefix_directory,
+        )
+        joined = self._joined = await self._talk().ask(join, Joined, epoch=epoch)
+        return joined
 
     async def send(self, message: Step | Goodbye) -> None:
         """Queue what needs no answer from this stage.
@@ -249,7 +262,7 @@ class Member:
         deadline_s = terms.options.reconnect_s if lost else terms.options.connect_s
         link = await connect(self._context, self._address, key=key, deadline_s=deadline_s)
         talk = Conversation(
-            link, self.stage, on_result=self._on_result, on_fault=self._hear_fault, on_lost=self._hear_loss
+            link, self.stage, on_result=self._hear_result, on_fault=self._hear_fault, on_lost=self._hear_loss
         )
         self._conversation = talk
         ack = self._hello = await talk.greet(terms.hello(), deadline_s=deadline_s)
@@ -261,6 +274,13 @@ class Member:
         if self._conversation is None:
             raise StageUnreachableError(f"stage {self.stage} is not connected", stage=self.stage, where=self.address)
         return self._conversation
+
+    def _hear_result(self, message: StepResult | BlocksChanged) -> None:
+        if isinstance(message, StepResult):
+            self._on_result(message)
+            return
+        added, gone = unpack_keys(message.added), unpack_keys(message.gone)
+        self._on_blocks(DiskBlocks(epoch=message.epoch, stage=self.stage, added=added, gone=gone))
 
     def _hear_fault(self, error: ExoKimiError, epoch: int) -> None:
         self._last_error = error

@@ -10,6 +10,7 @@
       Ping             ->                 each heartbeat
                        <-                 Progress, each heartbeat
       Step             -> first stage ... last stage -> StepResult
+                       <-                 BlocksChanged, when its disk has written or lost prefixes
       Goodbye          ->                 frees the weights; a local child ends
 
 Bytes are counts of bytes, `_s` are seconds. Integers are never negative.
@@ -111,20 +112,37 @@ class Loaded:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Join:
-    """A new epoch begins: every sequence is gone. `next_address` is None for the last stage."""
+    """A new epoch begins: every sequence is gone. `next_address` is None for the last stage. With `prefix_disk_bytes` the
+    stage keeps prefixes of `block_tokens` tokens each on its disk, in `prefix_directory` or else in its user's cache."""
 
     epoch: int
     next_address: str | None
+    block_tokens: int
+    prefix_disk_bytes: int
+    prefix_directory: str | None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Joined:
     """The stage is empty and linked to the next. `free_bytes` is what it could still take: of the machine as a whole when
-    `free_scope` is `host`; as if no other stage ran there when it is `process`."""
+    `free_scope` is `host`; as if no other stage ran there when it is `process`. On its disk is room for `disk_blocks` blocks
+    of tokens, and there are `blocks`, the one that was not used for longest first (see `prefix_key.pack_keys`)."""
 
     epoch: int
     free_bytes: int
     free_scope: FreeScope
+    disk_blocks: int
+    blocks: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BlocksChanged:
+    """Blocks that are on the stage's disk from now on, and blocks that are not: lost, or not written when told to. Both as
+    in Joined."""
+
+    epoch: int
+    added: str
+    gone: str
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -146,7 +164,9 @@ class Goodbye:
     """The leader leaves on purpose."""
 
 
-Control = Hello | HelloAck | Refused | Ping | Load | Progress | Loaded | Join | Joined | StageFault | Goodbye
+Control = (
+    Hello | HelloAck | Refused | Ping | Load | Progress | Loaded | Join | Joined | BlocksChanged | StageFault | Goodbye
+)
 CONTROL_KINDS: dict[str, type[Control]] = {
     "hello": Hello,
     "hello_ack": HelloAck,
@@ -157,6 +177,7 @@ CONTROL_KINDS: dict[str, type[Control]] = {
     "loaded": Loaded,
     "join": Join,
     "joined": Joined,
+    "blocks_changed": BlocksChanged,
     "stage_fault": StageFault,
     "goodbye": Goodbye,
 }

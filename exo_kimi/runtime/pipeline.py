@@ -1,6 +1,6 @@
 """What the engine needs of a chain of stages; it knows neither how steps travel nor what is scheduled.
 
-    engine --send(Step)--> [stage 0 .. stage S-1] --receive()--> StepResult | Ready | Failed
+    engine --send(Step)--> [stage 0 .. stage S-1] --receive()--> StepResult | DiskBlocks | Ready | Failed
 
 `inline.InlinePipeline` (one thread of this process) and `supervisor.Cluster` (processes over ZeroMQ) implement it.
 """
@@ -24,20 +24,37 @@ class PipelineInfo:
         kv_capacity_tokens: cached tokens of all sequences together, the smallest of all stages.
         cache_step: a sequence's cache grows by this many tokens at a time, so it takes its length rounded up to it.
         vocab_size: rows of the embedding; token ids are below it.
+        kv_bytes_per_token: bytes that a cached token takes on the stage where it takes most; 0 when that is not known.
+        disk_blocks: blocks of `cache_step` tokens for which every stage has room on its disk.
     """
 
     context: int
     kv_capacity_tokens: int
     cache_step: int
     vocab_size: int
+    kv_bytes_per_token: int = 0
+    disk_blocks: int = 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Ready:
-    """Every stage is loaded and empty. Steps carry this `epoch` until the next Failed."""
+    """Every stage is loaded and empty. Steps carry this `epoch` until the next Failed. `blocks`: for each stage the keys of
+    the blocks on its disk, the one that was not used for longest first."""
 
     epoch: int
     info: PipelineInfo
+    blocks: tuple[tuple[str, ...], ...] = ()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DiskBlocks:
+    """What changed on one stage's disk, see `messages.BlocksChanged`. Each block of a Step's `store` is told of once by
+    each stage, unless a Failed comes first."""
+
+    epoch: int
+    stage: int
+    added: tuple[str, ...] = ()
+    gone: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -49,7 +66,7 @@ class Failed:
     recovering: bool = True
 
 
-PipelineEvent = StepResult | Ready | Failed
+PipelineEvent = StepResult | DiskBlocks | Ready | Failed
 
 
 class Pipeline(Protocol):

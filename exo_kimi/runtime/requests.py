@@ -100,13 +100,14 @@ class StageHealth:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RequestProgress:
-    """Where one request stands; `prompt_done` counts prompt tokens that went through the last stage."""
+    """Where one request stands; `prompt_done` counts prompt tokens that went through the last stage, or were cached."""
 
     request_id: str
     state: Literal["waiting", "prefill", "decode"]
     prompt_tokens: int
     prompt_done: int
     generated_tokens: int
+    cached_tokens: int = 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -119,10 +120,14 @@ class EngineSnapshot:
     context: int
     kv_capacity_tokens: int
     kv_reserved_tokens: int
+    kv_prefix_tokens: int = 0
+    disk_blocks: int = 0
     requests_total: int = 0
     requests_failed_total: int = 0
     requests_cancelled_total: int = 0
     prompt_tokens_total: int = 0
+    cached_tokens_total: int = 0
+    prefix_evictions_total: int = 0
     generated_tokens_total: int = 0
     preemptions_total: int = 0
     steps_total: int = 0

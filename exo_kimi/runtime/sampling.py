@@ -39,7 +39,7 @@ class SequenceSampler:
         self.prompt_tokens = start.prompt_tokens
         self.counts: Counter[int] = Counter(start.history)
         self.generated_tokens = len(start.history)
-        self.seen: set[int] = set(start.history)
+        self.seen: set[int] = {*start.history, *start.seen}
         self.run: list[tuple[int, bool]] = []  # accepted since the last `begin_run`, and whether that was seen before
 
     @property

@@ -16,9 +16,11 @@ import numpy as np
 
 from exo_kimi.errors import ProtocolError
 from exo_kimi.runtime.admission import KvLedger, Limits
+from exo_kimi.runtime.pipeline import Ready
+from exo_kimi.runtime.prefix_cache import PrefixCache, PrefixOptions
 from exo_kimi.runtime.sequence import InFlight, Outcome, Part, Sequence
 from exo_kimi.runtime.speculation import Drafter
-from exo_kimi.runtime.steps import Sampled, Step, StepResult
+from exo_kimi.runtime.steps import Blocks, Sampled, Step, StepResult
 
 
 class Scheduler:
@@ -30,15 +32,25 @@ class Scheduler:
             quarter of it, so that neither starves the other.
         max_running: most sequences with caches at a time.
         drafter: guesses what sequences that decode go on with; None does not.
+        prefixes: what is kept of sequences that ended; None keeps nothing.
     """
 
-    def __init__(self, *, stages: int, prefill_chunk: int, max_running: int, drafter: Drafter | None = None) -> None:
+    def __init__(
+        self,
+        *,
+        stages: int,
+        prefill_chunk: int,
+        max_running: int,
+        drafter: Drafter | None = None,
+        prefixes: PrefixOptions | None = None,
+    ) -> None:
         self.stages = stages
         self.prefill_chunk = prefill_chunk
         self.max_running = max_running
         self.drafter = drafter
         self.epoch: int | None = None
         self.ledger: KvLedger | None = None
+        self.prefixes = PrefixCache(prefixes)
         # Both by arrival, and who runs came before who waits: the head is let in first, the youngest gives way first.
         self.waiting: list[Sequence] = []
         self.running: list[Sequence] = []
@@ -55,10 +67,11 @@ class Scheduler:
         """Steps sent and not yet answered."""
         return len(self._in_flight)
 
-    def open(self, epoch: int, limits: Limits) -> None:
-        """The stages are ready and empty."""
+    def open(self, epoch: int, limits: Limits, ready: Ready | None = None) -> None:
+        """The stages are ready and empty, but for their disks, of which `ready` tells."""
         self.epoch = epoch
         self.ledger = KvLedger(limits)
+        self.prefixes.open(self.ledger, self._frees, ready)
 
     def fail(self) -> list[Sequence]:
         """The stages lost everything: no step until `open`. Ends and returns the sequences that touched the stages in
@@ -67,6 +80,7 @@ class Scheduler:
         touched = [s for s in every if s.epoch is not None and s.epoch == self.epoch]
         for sequence in every:
             sequence.state = "waiting"
+            sequence.forget()
         for sequence in touched:
             sequence.state = "ended"
         self.waiting = [s for s in every if s.state == "waiting"]
@@ -76,6 +90,7 @@ class Scheduler:
         self._frees.clear()
         self.epoch = None
         self.ledger = None
+        self.prefixes.close()
         return touched
 
     def add(self, sequence: Sequence) -> None:
@@ -99,9 +114,10 @@ class Scheduler:
         self._draft(decodes)
         chunks = self._take_chunks(decodes)
         shares = [(s, 1) for s in decodes] + chunks
-        if not shares and not self._frees:
+        restores = self.prefixes.restores(self.running)
+        if not shares and not self._frees and not restores and not self.prefixes.has_orders:
             return None
-        return self._send(shares)
+        return self._send(shares, restores)
 
     def complete(self, result: StepResult) -> Iterator[Outcome]:
         """Take the answer of the oldest step in flight.
@@ -130,6 +146,15 @@ class Scheduler:
                 expected=[f"{part.seq_id} (at most {1 + part.drafts})" for part in asked],
                 found=[sampled.seq_id for sampled in result.sampled],
             )
+        if [seq_id for _, seq_id in step.restores] != [seq_id for seq_id, _ in result.restored]:
+            raise ProtocolError(
+                f"the result of step {step.step_id} is not about the sequences that were restored",
+                expected=[seq_id for _, seq_id in step.restores],
+                found=[seq_id for seq_id, _ in result.restored],
+            )
+        for (sequence, seq_id), (_, tokens) in zip(step.restores, result.restored, strict=True):
+            if sequence.seq_id == seq_id:
+                self.prefixes.restored(sequence, tokens)
         for part in step.parts:
             if part.sequence.seq_id == part.seq_id and part.sequence.state == "running":
                 self.prompt_tokens += part.sequence.reached(part.end)
@@ -170,7 +195,8 @@ class Scheduler:
         """Reserve room for one more token, taking it from the youngest; False when that is the sequence itself."""
         assert self.ledger is not None
         while sequence.state == "running" and not self.ledger.reserve(sequence.seq_id, sequence.sent + 1):
-            self._preempt(self.running[-1])
+            if not self.prefixes.evict_one():
+                self._preempt(self.running[-1])
         return sequence.state == "running"
 
     def _draft(self, decodes: list[Sequence]) -> None:
@@ -197,9 +223,7 @@ class Scheduler:
         self.running.remove(sequence)
         if sequence in self._decode_turns:
             self._decode_turns.remove(sequence)
-        self.ledger.release(sequence.seq_id)
-        if sequence.begun:
-            self._frees.append(sequence.seq_id)
+        self.prefixes.leave(sequence)
         sequence.forget()
 
     def _admit(self) -> None:
@@ -209,12 +233,13 @@ class Scheduler:
             sequence = self.waiting[0]
             # A preempted sequence whose last token is still on its way waits for it.
             needed = self.ledger.limits.rounded(len(sequence.tokens))
-            if sequence.sampling or needed + self._growth() > self.ledger.free_tokens:
+            if sequence.sampling or not self.prefixes.make_room(sequence, needed + self._growth()):
                 return
             self.waiting.pop(0)
             sequence.state = "running"
             sequence.seq_id = self._next_seq_id
             self._next_seq_id += 1
+            self.prefixes.enter(sequence)
             self.ledger.reserve(sequence.seq_id, len(sequence.tokens))
             self.running.append(sequence)
 
@@ -227,7 +252,7 @@ class Scheduler:
     def _take_chunks(self, decodes: list[Sequence]) -> list[tuple[Sequence, int]]:
         """Prefill chunks, oldest first; the oldest leaves up to half of the budget to those behind it."""
         budget = max(self.prefill_chunk - sum(1 + len(s.drafts) for s in decodes), -(-self.prefill_chunk // 4))
-        filling = [s for s in self.running if not s.decoding]
+        filling = [s for s in self.running if not s.decoding and self.prefixes.chosen(s, self.running)]
         chunks: list[tuple[Sequence, int]] = []
         for position, sequence in enumerate(filling):
             behind = sum(s.pending for s in filling[position + 1 :]) if position == 0 else 0
@@ -238,22 +263,41 @@ class Scheduler:
             budget -= length
         return chunks
 
-    def _send(self, shares: list[tuple[Sequence, int]]) -> Step:
+    def _send(self, shares: list[tuple[Sequence, int]], restores: dict[Sequence, Blocks]) -> Step:
         assert self.epoch is not None
         step_id = self._next_step_id
         self._next_step_id += 1
-        begin = tuple(sequence.begin(self.epoch) for sequence, _ in shares if not sequence.begun)
+        beginning = [sequence for sequence in (*restores, *(s for s, _ in shares)) if not sequence.begun]
+        begin = tuple(sequence.begin(self.epoch) for sequence in beginning)
+        for sequence in beginning:
+            self.prefixes.began(sequence)
         tokens = [token for sequence, length in shares for token in sequence.next_tokens(length)]
         taken = [sequence.take(length) for sequence, length in shares]
         cached = sum(segment.offset + segment.length for segment, _ in taken)
         parts = tuple(part for _, part in taken)
-        self._in_flight.append(InFlight(step_id=step_id, parts=parts, tokens=len(tokens), cached_tokens=cached))
-        frees, self._frees = self._frees, []
+        for part in parts:
+            if part.sample and part.end == len(part.sequence.tokens) and part.sequence.generated_tokens == 0:
+                self.prefixes.filled(part.sequence)
+        self._in_flight.append(
+            InFlight(
+                step_id=step_id,
+                parts=parts,
+                tokens=len(tokens),
+                cached_tokens=cached,
+                restores=tuple((sequence, sequence.seq_id) for sequence in restores),
+            )
+        )
+        store, drop = self.prefixes.disk_orders(busy=bool(shares))
+        frees = tuple(self._frees)
+        self._frees.clear()
         return Step(
             epoch=self.epoch,
             step_id=step_id,
             segments=tuple(segment for segment, _ in taken),
             tokens=np.array(tokens, np.int32),
             begin=begin,
-            free=tuple(frees),
+            free=frees,
+            restore=tuple(restores.values()),
+            store=store,
+            drop=drop,
         )

@@ -7,8 +7,29 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from exo_kimi.runtime.lookup import Lookup
+from exo_kimi.runtime.prefix_index import Kept, Tokens, as_tokens
 from exo_kimi.runtime.requests import FinishReason, GenerationRequest, RequestProgress
 from exo_kimi.runtime.steps import Sampled, Segment, SequenceStart
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Source:
+    """Caches on the stages whose first `tokens` tokens a sequence begins with; with `move` it takes them over."""
+
+    seq_id: int
+    tokens: int
+    move: bool = False
+
+
+@dataclass(slots=True, kw_only=True)
+class Restoring:
+    """Blocks that a sequence begins with from disk: how many were ordered, and where each unanswered order is to end."""
+
+    keys: tuple[str, ...]
+    ordered: int = 0
+    due: list[int] = field(default_factory=list)
+    failed: bool = False
+
 
 State = Literal["waiting", "running", "ended"]
 
@@ -49,9 +70,17 @@ class Sequence:
     """Guesses of what follows its newest token, to be sent after it."""
     lookup: Lookup | None = field(default=None, init=False)
     """Where its drafts come from, made with the first ones."""
+    takes: tuple[Kept, int] | None = field(default=None, init=False)
+    """Caches that it takes over when it is admitted, and how many of their tokens."""
+    source: Source | None = field(default=None, init=False)
+    restoring: Restoring | None = field(default=None, init=False)
+    cached_tokens: int | None = field(default=None, init=False)
+    """Prompt tokens that it began with when it was first sent; None before."""
+    prompt_ids: Tokens = field(init=False)
 
     def __post_init__(self) -> None:
         self.tokens = list(self.request.prompt_ids)
+        self.prompt_ids = as_tokens(self.tokens)
 
     @property
     def prompt_tokens(self) -> int:
@@ -78,6 +107,11 @@ class Sequence:
         found = self.tokens[self.sent : self.sent + length]
         return [*found, *self.drafts] if self.sent + length == len(self.tokens) else found
 
+    def begin_from(self, source: Source | None) -> None:
+        """Begin with what is cached, or with nothing."""
+        self.source = source
+        self.sent = source.tokens if source is not None else 0
+
     def begin(self, epoch: int) -> SequenceStart:
         """How it is registered on the stages, as of now."""
         self.begun = True
@@ -87,7 +121,16 @@ class Sequence:
             prompt_tokens=self.prompt_tokens,
             sampling=self.request.sampling,
             history=tuple(self.tokens[self.prompt_tokens :]),
+            source=self.source.seq_id if self.source is not None else None,
+            restore=self.sent,
+            move=self.source is not None and self.source.move,
+            seen=self._seen(),
         )
+
+    def _seen(self) -> tuple[int, ...]:
+        """Ids that the last stage will not be fed, if it has to know them."""
+        skips = self.source is not None or self.restoring is not None
+        return tuple(sorted(set(self.tokens))) if skips and self.request.sampling.repetition_penalty != 1 else ()
 
     def take(self, length: int) -> tuple[Segment, Part]:
         """Its next segment, which counts as sent; the one that reaches its newest token takes the drafts and samples."""
@@ -126,6 +169,7 @@ class Sequence:
         self.sent = self.done = 0
         self.drafts = ()
         self.begun = self.decoding = False
+        self.takes = self.source = self.restoring = None
         self.seq_id = -1
 
     def finish_reason(self) -> FinishReason | None:
@@ -143,6 +187,7 @@ class Sequence:
             prompt_tokens=self.prompt_tokens,
             prompt_done=min(self.done, self.prompt_tokens),
             generated_tokens=self.generated_tokens,
+            cached_tokens=self.cached_tokens or 0,
         )
 
 
@@ -165,6 +210,8 @@ class InFlight:
     parts: tuple[Part, ...]
     tokens: int
     cached_tokens: int
+    restores: tuple[tuple[Sequence, int], ...] = ()
+    """Who reads from disk, under which name."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -11,8 +11,11 @@ import numpy as np
 
 from exo_kimi.errors import ProtocolError, RuntimeFault, StageError, StageOutOfMemoryError
 from exo_kimi.runtime.hidden import pack, unpack
+from exo_kimi.runtime.prefix_disk import PrefixDisk
+from exo_kimi.runtime.prefix_kv import capacity_for, copy_prefix, trim
+from exo_kimi.runtime.prefix_stage import read_blocks, write_blocks
 from exo_kimi.runtime.sampling import SequenceSampler
-from exo_kimi.runtime.steps import Sampled, SequenceStart, Step, StepResult
+from exo_kimi.runtime.steps import Sampled, Segment, SequenceStart, Step, StepResult
 from exo_kimi.runtime.verify import sample_runs
 
 
@@ -55,13 +58,16 @@ class StageModel(Protocol):
 
 @dataclass(slots=True)
 class _Held:
-    """One sequence on this stage: its caches, how many tokens they hold, and on the last stage its sampler."""
+    """One sequence on this stage: its caches, how many tokens they hold, and on the last stage its sampler. `total` tokens
+    were known when it began; `restoring` until its first segment, which may start before the end of what came from disk."""
 
     caches: list[Any]
     length: int = 0
     drafts: int = 0
     """So many of the last ones are guesses, until the next segment tells."""
     sampler: SequenceSampler | None = field(default=None)
+    total: int = 0
+    restoring: bool = True
 
     def settle(self, offset: int) -> None:
         """Drop what is beyond `offset`: guesses that were wrong, or that the leader has no use for."""
@@ -81,12 +87,16 @@ class StageWorker:
         model: this stage's layers.
         epoch: steps of any other epoch are refused.
         stage: index of the stage, for errors.
+        disk: where it keeps prefixes; may be set later.
     """
 
-    def __init__(self, model: StageModel, *, epoch: int, stage: int | None = None) -> None:
+    def __init__(
+        self, model: StageModel, *, epoch: int, stage: int | None = None, disk: PrefixDisk | None = None
+    ) -> None:
         self.model = model
         self.epoch = epoch
         self.stage = stage
+        self.disk = disk
         self._held: dict[int, _Held] = {}
 
     @property
@@ -118,19 +128,56 @@ class StageWorker:
         """
         if step.epoch != self.epoch:
             raise ProtocolError("a step of another epoch", stage=self.stage, expected=self.epoch, found=step.epoch)
-        self._free(step.free)
-        for start in step.begin:
-            self._begin(start)
-        if not step.segments:
-            return self._answer(step, ()) if self.model.is_last else replace(step, hidden=None)
-        self._check(step)
         try:
-            return self._run(step)
+            self._free(step.free)
+            for start in step.begin:
+                self._begin(start)
+            step = self._restore(step)
+            result = self._work(step)
+            for blocks in step.store:
+                write_blocks(self.disk, self._known(blocks.seq_id).caches, blocks)
+            return result
         except RuntimeFault as fault:
             fault.stage = self.stage if fault.stage is None else fault.stage
             raise
         except (RuntimeError, ValueError, MemoryError) as error:  # what MLX raises
             raise as_fault(error, stage=self.stage) from error
+
+    def _work(self, step: Step) -> Step | StepResult:
+        if not step.segments:
+            return self._answer(step, ()) if self.model.is_last else replace(step, hidden=None)
+        for segment in step.segments:
+            self._trim(segment)
+        self._check(step)
+        return self._run(step)
+
+    def _known(self, seq_id: int) -> _Held:
+        held = self._held.get(seq_id)
+        if held is None:
+            raise ProtocolError(f"sequence {seq_id} was not begun", stage=self.stage)
+        return held
+
+    def _restore(self, step: Step) -> Step:
+        """Read blocks from disk, and note how far every stage so far came."""
+        if step.drop and self.disk is not None:
+            self.disk.drop(step.drop)
+        reached = dict(step.restored)
+        for blocks in step.restore:
+            held = self._known(blocks.seq_id)
+            # An order that does not follow what is held follows one that failed.
+            if held.restoring and held.length == blocks.offset:
+                held.length = read_blocks(self.disk, held.caches, blocks, total=held.total)
+            reached[blocks.seq_id] = min(held.length, reached.get(blocks.seq_id, held.length))
+        return replace(step, restored=tuple(reached.items())) if reached else step
+
+    def _trim(self, segment: Segment) -> None:
+        """Another stage may have restored less than this one."""
+        held = self._held.get(segment.seq_id)
+        if held is not None and held.restoring:
+            if segment.offset < held.length:
+                trim(held.caches, segment.offset)
+                held.length = segment.offset
+            held.restoring = False
 
     def _free(self, seq_ids: Sequence[int]) -> None:
         # An id that is not held was never begun: its sequence ended before its first segment.
@@ -142,7 +189,28 @@ class StageWorker:
         if start.seq_id in self._held:
             raise ProtocolError(f"sequence {start.seq_id} began twice", stage=self.stage)
         sampler = SequenceSampler(start) if self.model.is_last else None
-        self._held[start.seq_id] = _Held(self.model.make_cache(), sampler=sampler)
+        caches = self.model.make_cache() if start.source is None else self._prefix(start, start.source)
+        total = start.prompt_tokens + len(start.history)
+        self._held[start.seq_id] = _Held(caches, length=start.restore, sampler=sampler, total=total)
+
+    def _prefix(self, start: SequenceStart, source: int) -> list[Any]:
+        """Caches that begin as those of another sequence."""
+        held = self._known(source)
+        if held.length < start.restore:
+            raise ProtocolError(
+                f"sequence {start.seq_id} begins with more than sequence {source} has",
+                stage=self.stage,
+                expected=f"at most {held.length} tokens",
+                found=start.restore,
+            )
+        if start.move:
+            del self._held[source]
+            trim(held.caches, start.restore)
+            return held.caches
+        caches = self.model.make_cache()
+        capacity = capacity_for(start.prompt_tokens + len(start.history), caches)
+        copy_prefix(held.caches, caches, length=start.restore, capacity=capacity)
+        return caches
 
     def _check(self, step: Step) -> None:
         total = sum(segment.length for segment in step.segments)
@@ -225,7 +293,7 @@ class StageWorker:
         return sample_runs(np.asarray(logits), samplers, [step.segments[row].mask for row in rows], drafts)
 
     def _answer(self, step: Step, sampled: tuple[Sampled, ...]) -> StepResult:
-        return StepResult(epoch=step.epoch, step_id=step.step_id, sampled=sampled)
+        return StepResult(epoch=step.epoch, step_id=step.step_id, sampled=sampled, restored=step.restored)
 
 
 def as_fault(error: BaseException, *, stage: int | None) -> RuntimeFault:

@@ -6,6 +6,7 @@ Everything here runs in the thread that made the backend, for MLX's streams belo
 from __future__ import annotations
 
 import gc
+import logging
 from collections.abc import Callable
 from pathlib import Path
 from typing import Protocol
@@ -20,9 +21,12 @@ from exo_kimi.models.kimi_k2 import CACHE_STEP, Model
 from exo_kimi.runtime.fingerprint import stage_fingerprint
 from exo_kimi.runtime.loader import load_stage
 from exo_kimi.runtime.memory import FreeMemory, free_memory
-from exo_kimi.runtime.messages import Load, Loaded
+from exo_kimi.runtime.messages import Join, Load, Loaded
+from exo_kimi.runtime.prefix_disk import Changed, PrefixDisk, cache_identity, default_directory
 from exo_kimi.runtime.stage import StageWorker
 from exo_kimi.runtime.steps import Step, StepResult
+
+logger = logging.getLogger(__name__)
 
 
 class Backend(Protocol):
@@ -38,6 +42,14 @@ class Backend(Protocol):
 
     def reset(self, epoch: int) -> None:
         """Drop every sequence and take the steps of an epoch."""
+        ...
+
+    def open_disk(self, order: Join, changed: Changed) -> tuple[int, tuple[str, ...]]:
+        """Keep prefixes on disk as an order says, or none.
+
+        Returns:
+            For how many blocks there is room, and the keys of those that are there.
+        """
         ...
 
     def execute(self, step: Step) -> Step | StepResult:
@@ -68,6 +80,7 @@ class MlxBackend:
         self._directory = directory
         self._worker: StageWorker | None = None
         self._loaded: tuple[Load, Loaded] | None = None
+        self._disk_terms: tuple[int, int, str | None] | None = None
 
     def load(self, order: Load, progress: Callable[[int, int], None]) -> Loaded:
         """Load a stage, unless it is the one that is held.
@@ -95,6 +108,7 @@ class MlxBackend:
             # Wired, so that weights that rest between requests are not paged out.
             mx.set_wired_limit(int(mx.device_info()["max_recommended_working_set_size"]))
         self._worker = StageWorker(model, epoch=0, stage=order.stage)
+        self._dtype = model.layers[0].input_layernorm.weight.dtype
         loaded = Loaded(
             start_layer=order.start_layer,
             end_layer=order.end_layer,
@@ -104,13 +118,14 @@ class MlxBackend:
                 manifest.config,
                 order.start_layer,
                 order.end_layer,
-                bytes_per_element=model.layers[0].input_layernorm.weight.dtype.size,
+                bytes_per_element=self._dtype.size,
             ),
         )
         self._loaded = order, loaded
         return loaded
 
     def unload(self) -> None:
+        self._close_disk()
         self._worker = None
         self._loaded = None
         gc.collect()  # modules refer to each other: their arrays would wait for the collector
@@ -118,6 +133,48 @@ class MlxBackend:
 
     def reset(self, epoch: int) -> None:
         self._require().reset(epoch)
+
+    def open_disk(self, order: Join, changed: Changed) -> tuple[int, tuple[str, ...]]:
+        """What the disk does not allow is a warning: without it everything works, only restarts are slower."""
+        worker = self._require()
+        terms = order.block_tokens, order.prefix_disk_bytes, order.prefix_directory
+        if terms != self._disk_terms:
+            self._close_disk()
+        if worker.disk is None and order.prefix_disk_bytes:
+            try:
+                worker.disk = self._make_disk(worker, order, changed)
+                self._disk_terms = terms
+            except OSError as error:
+                where = error.filename or order.prefix_directory
+                logger.warning("no prefix is kept on this machine's disk: %s: %s", where, error.strerror)
+        return (worker.disk.capacity_blocks, worker.disk.keys()) if worker.disk is not None else (0, ())
+
+    def _make_disk(self, worker: StageWorker, order: Join, changed: Changed) -> PrefixDisk:
+        assert self._loaded is not None
+        load, loaded = self._loaded
+        cache = worker.model.make_cache()[0]
+        identity = cache_identity(
+            fingerprint=load.fingerprint,
+            start_layer=load.start_layer,
+            end_layer=load.end_layer,
+            dtype=str(self._dtype),
+            kv_format=f"{type(cache).__name__} {getattr(cache, 'bits', '')}",
+            block_tokens=order.block_tokens,
+        )
+        parent = Path(order.prefix_directory).expanduser() if order.prefix_directory else default_directory()
+        return PrefixDisk(
+            parent,
+            identity,
+            block_bytes=loaded.kv_bytes_per_token * order.block_tokens,
+            disk_bytes=order.prefix_disk_bytes,
+            changed=changed,
+        )
+
+    def _close_disk(self) -> None:
+        self._disk_terms = None
+        if self._worker is not None and self._worker.disk is not None:
+            self._worker.disk.close()
+            self._worker.disk = None
 
     def execute(self, step: Step) -> Step | StepResult:
         return self._require().execute(step)

@@ -13,7 +13,8 @@ from queue import SimpleQueue
 
 from exo_kimi.errors import CheckpointError, ExoKimiError, UsageError
 from exo_kimi.runtime.faults import to_message
-from exo_kimi.runtime.messages import Join, Joined, Load
+from exo_kimi.runtime.messages import BlocksChanged, Join, Joined, Load
+from exo_kimi.runtime.prefix_key import pack_keys
 from exo_kimi.runtime.stage import as_fault
 from exo_kimi.runtime.stage_backend import Backend
 from exo_kimi.runtime.stage_status import NO_EPOCH, StageStatus
@@ -78,9 +79,17 @@ class StageCompute:
         elif isinstance(order, Join):
             self._backend.reset(order.epoch)
             self._status.epoch = order.epoch
+            disk_blocks, blocks = self._backend.open_disk(order, self._tell_blocks)
             self._status.state = "ready"
             free = self._status.free = self._backend.free()
-            self._post(Joined(epoch=order.epoch, free_bytes=free.free_bytes, free_scope=free.scope))
+            joined = Joined(
+                epoch=order.epoch,
+                free_bytes=free.free_bytes,
+                free_scope=free.scope,
+                disk_blocks=disk_blocks,
+                blocks=pack_keys(blocks),
+            )
+            self._post(joined)
         elif isinstance(order, DropSequences):
             if self._status.state == "ready":
                 self._backend.reset(NO_EPOCH)
@@ -90,6 +99,9 @@ class StageCompute:
             self._status.state = "starting"
             self._status.loaded_bytes = self._status.total_bytes = 0
             self._status.free = self._backend.free()
+
+    def _tell_blocks(self, added: tuple[str, ...], gone: tuple[str, ...]) -> None:
+        self._post(BlocksChanged(epoch=self._status.epoch, added=pack_keys(added), gone=pack_keys(gone)))
 
     def _load(self, order: Load) -> None:
         status = self._status

@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from exo_kimi.runtime import fields
+from exo_kimi.runtime import fields, prefix_frames
 from exo_kimi.runtime.requests import SamplingParams
 from exo_kimi.runtime.steps import Hidden, Sampled, Segment, SequenceStart, Step, StepResult
 
@@ -29,10 +29,17 @@ def encode_step(step: Step) -> tuple[dict[str, Any], list[Part]]:
         "step_id": step.step_id,
         "segments": [[s.seq_id, s.offset, s.length, s.sample, s.mask is not None, s.drafts] for s in step.segments],
         "begin": [
-            [start.seq_id, start.prompt_tokens, len(start.history), dataclasses.asdict(start.sampling)]
+            [
+                start.seq_id,
+                start.prompt_tokens,
+                len(start.history),
+                dataclasses.asdict(start.sampling),
+                prefix_frames.encode_source(start),
+            ]
             for start in step.begin
         ],
         "free": list(step.free),
+        "prefix": prefix_frames.encode_orders(step),
         "hidden": None,
     }
     history = np.asarray([token for start in step.begin for token in start.history], "<i4")
@@ -84,6 +91,7 @@ def decode_step(header: dict[str, Any], buffers: Sequence[Part]) -> Step:
         begin=_decode_begin(header, _int32_array(buffers[1], "history")),
         free=fields.integers(fields.member(header, "free"), "free"),
         hidden=None if hidden_row is None else _decode_hidden(hidden_row, buffers[-1], tokens.size),
+        **prefix_frames.decode_orders(fields.member(header, "prefix")),
     )
 
 
@@ -91,7 +99,7 @@ def _decode_begin(header: dict[str, Any], history: np.ndarray[Any, np.dtype[np.i
     starts = []
     taken = 0
     for item in fields.items(fields.member(header, "begin"), "begin"):
-        row = fields.items(item, "begin", length=4)
+        row = fields.items(item, "begin", length=5)
         count = fields.integer(row[2], "history")
         starts.append(
             SequenceStart(
@@ -99,6 +107,7 @@ def _decode_begin(header: dict[str, Any], history: np.ndarray[Any, np.dtype[np.i
                 prompt_tokens=fields.integer(row[1], "prompt_tokens"),
                 sampling=_decode_sampling(fields.mapping(row[3], "sampling")),
                 history=tuple(history[taken : taken + count].tolist()),
+                **prefix_frames.decode_source(row[4]),
             )
         )
         taken += count
@@ -148,7 +157,8 @@ def encode_result(result: StepResult) -> tuple[dict[str, Any], list[Part]]:
     for sampled in result.sampled:
         logprobs += [] if sampled.logprob is None else [sampled.logprob]
         logprobs += [logprob for _, logprob in sampled.top_logprobs]
-    return {"step_id": result.step_id, "sampled": rows}, [np.asarray(logprobs, "<f8").tobytes()]
+    body = {"step_id": result.step_id, "sampled": rows, "restored": [list(pair) for pair in result.restored]}
+    return body, [np.asarray(logprobs, "<f8").tobytes()]
 
 
 def decode_result(header: dict[str, Any], buffers: Sequence[Part]) -> StepResult:
@@ -180,6 +190,7 @@ def decode_result(header: dict[str, Any], buffers: Sequence[Part]) -> StepResult
         epoch=fields.integer(fields.member(header, "epoch"), "epoch"),
         step_id=fields.integer(fields.member(header, "step_id"), "step_id"),
         sampled=tuple(sampled),
+        restored=prefix_frames.decode_restored(fields.member(header, "restored")),
     )
 
 

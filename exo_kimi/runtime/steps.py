@@ -33,12 +33,30 @@ class Hidden:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SequenceStart:
     """Registers a sequence on every stage. `history` are tokens generated before a preemption (for penalties and for the
-    position in the random stream); they come again as the tail of the prompt. `prompt_tokens` counts the true prompt."""
+    position in the random stream); they come again as the tail of the prompt. `prompt_tokens` counts the true prompt.
+
+    With `restore`, its caches begin with the first `restore` tokens of those of `source`, which every stage holds: a copy,
+    or with `move` the caches themselves, and `source` is gone. `seen` are the ids among them, where a penalty asks for them.
+    """
 
     seq_id: int
     prompt_tokens: int
     sampling: SamplingParams
     history: tuple[int, ...] = ()
+    source: int | None = None
+    restore: int = 0
+    move: bool = False
+    seen: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Blocks:
+    """Consecutive blocks of `block_tokens` tokens of one sequence, the first at position `offset`, under their disk keys."""
+
+    seq_id: int
+    offset: int
+    block_tokens: int
+    keys: tuple[str, ...]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -61,7 +79,12 @@ class Segment:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Step:
     """One pass. `tokens` int32 [sum of segment lengths] stays in the step on every stage; `hidden` is None for stage 0.
-    A stage first drops the caches of `free`, then registers `begin`, then runs `segments` (may be empty)."""
+    A stage first drops the caches of `free`, then registers `begin`, then deletes the blocks `drop` from its disk, reads
+    `restore` from there onto the ends of caches, runs `segments` (may be empty), and puts `store` on its way to the disk.
+
+    A stage that cannot read a block leaves the rest of that order undone. `restored` gathers on the way, for each sequence
+    of `restore`, how many tokens every stage so far holds; the sequence's first segment may start at any position up to
+    that, and what a stage holds beyond is dropped."""
 
     epoch: int
     step_id: int
@@ -70,6 +93,10 @@ class Step:
     begin: tuple[SequenceStart, ...] = ()
     free: tuple[int, ...] = ()
     hidden: Hidden | None = None
+    restore: tuple[Blocks, ...] = ()
+    store: tuple[Blocks, ...] = ()
+    drop: tuple[str, ...] = ()
+    restored: tuple[tuple[int, int], ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -85,8 +112,9 @@ class Sampled:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StepResult:
     """What the last stage answers for a step: for each segment with `sample`, in order, one Sampled, and one more for each
-    draft that was right."""
+    draft that was right; `restored` as in the step, (sequence, tokens that all stages hold)."""
 
     epoch: int
     step_id: int
     sampled: tuple[Sampled, ...]
+    restored: tuple[tuple[int, int], ...] = ()

@@ -30,7 +30,8 @@ from exo_kimi.runtime.child import socket_directory
 from exo_kimi.runtime.cluster_plan import ClusterPlan
 from exo_kimi.runtime.faults import LinkBroken
 from exo_kimi.runtime.member import Member
-from exo_kimi.runtime.pipeline import Failed, PipelineEvent, PipelineInfo, Ready
+from exo_kimi.runtime.pipeline import DiskBlocks, Failed, PipelineEvent, PipelineInfo, Ready
+from exo_kimi.runtime.prefix_key import unpack_keys
 from exo_kimi.runtime.requests import StageHealth
 from exo_kimi.runtime.restarts import Restarts
 from exo_kimi.runtime.steps import Step, StepResult
@@ -106,7 +107,14 @@ class Cluster:
             socket_directory=self._directory,
         )
         self._members = [
-            Member(stage, terms, self._zmq, on_result=self._on_result, on_fault=self._on_fault)
+            Member(
+                stage,
+                terms,
+                self._zmq,
+                on_result=self._on_result,
+                on_blocks=self._on_blocks,
+                on_fault=self._on_fault,
+            )
             for stage in self.plan.stages
         ]
         self._tasks = [asyncio.create_task(self._run(work)) for work in (self._supervise, self._watch)]
@@ -215,18 +223,26 @@ class Cluster:
         self._epoch += 1
         following = [member.from_previous for member in self._members[1:]]
         joins = zip(self._members, [*following, None], strict=True)
-        await all_or_none([member.join(self._epoch, address) for member, address in joins], unless=self._fault)
+        loaded = [member.loaded for member in self._members if member.loaded is not None]
+        cache_step = max(one.cache_step for one in loaded)
+        joined = await all_or_none(
+            [member.join(self._epoch, address, block_tokens=cache_step) for member, address in joins],
+            unless=self._fault,
+        )
         self._info = PipelineInfo(
             context=self._context_tokens,
             kv_capacity_tokens=kv_capacity_tokens(
                 [member.memory() for member in self._members], kv_bytes=self.options.kv_bytes
             ),
-            cache_step=max(member.loaded.cache_step for member in self._members if member.loaded is not None),
+            cache_step=cache_step,
             vocab_size=self.plan.config.vocab_size,
+            kv_bytes_per_token=max(one.kv_bytes_per_token for one in loaded),
+            disk_blocks=min(one.disk_blocks for one in joined),
         )
         self._ready = True
         logger.info("%d stages are ready after %.1f s", self.stages, time.monotonic() - started_s)
-        self._events.put_nowait(Ready(epoch=self._epoch, info=self._info))
+        blocks = tuple(unpack_keys(one.blocks) for one in joined)
+        self._events.put_nowait(Ready(epoch=self._epoch, info=self._info, blocks=blocks))
         if not self._first.done():
             self._first.set_result(None)
 
@@ -234,6 +250,10 @@ class Cluster:
         if self._ready and result.epoch == self._epoch:
             self._restarts.forget()
             self._events.put_nowait(result)
+
+    def _on_blocks(self, event: DiskBlocks) -> None:
+        if self._ready and event.epoch == self._epoch:
+            self._events.put_nowait(event)
 
     def _on_fault(self, fault: RuntimeFault, epoch: int | None) -> None:
         """What a member tells unasked. A fault of an old epoch is old news."""

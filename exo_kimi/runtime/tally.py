@@ -61,7 +61,7 @@ class Tally:
             stages: their health.
             sequences: those with a reader.
         """
-        ledger = scheduler.ledger
+        ledger, prefixes = scheduler.ledger, scheduler.prefixes
         drafts = scheduler.drafter.counts if scheduler.drafter is not None else DraftCounts()
         return EngineSnapshot(
             ready=ledger is not None and not closed,
@@ -69,11 +69,15 @@ class Tally:
             requests=tuple(s.progress() for s in sorted(sequences, key=lambda s: s.order) if s.state != "ended"),
             context=limits.context if limits else context or 0,
             kv_capacity_tokens=limits.kv_capacity_tokens if limits else 0,
-            kv_reserved_tokens=ledger.reserved_tokens if ledger else 0,
+            kv_reserved_tokens=ledger.reserved_tokens - prefixes.kept_tokens if ledger else 0,
+            kv_prefix_tokens=prefixes.kept_tokens,
+            disk_blocks=len(prefixes.blocks),
             requests_total=self.requests,
             requests_failed_total=self.failed,
             requests_cancelled_total=self.cancelled,
             prompt_tokens_total=scheduler.prompt_tokens,
+            cached_tokens_total=prefixes.hit_tokens,
+            prefix_evictions_total=prefixes.evictions,
             generated_tokens_total=self.generated,
             preemptions_total=scheduler.preemptions,
             steps_total=self.steps,

@@ -24,6 +24,8 @@ class ClusterOptions:
         reconnect_s: the same for a stage on another machine that was lost; it is tried again and again, and requests
             wait meanwhile.
         child_command: starts a local stage.
+        prefix_disk_bytes: budget of each stage for prefixes on its disk; 0 writes none.
+        prefix_directory: where, on each machine; None takes its user's cache directory.
     """
 
     context: int | None = None
@@ -33,6 +35,8 @@ class ClusterOptions:
     connect_s: float = 15.0
     reconnect_s: float = 3.0
     child_command: tuple[str, ...] = STAGE_COMMAND
+    prefix_disk_bytes: int = 0
+    prefix_directory: str | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

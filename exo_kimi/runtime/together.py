@@ -4,15 +4,20 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Coroutine, Iterable
-from typing import Any
+from typing import Any, TypeVar
+
+Answer = TypeVar("Answer")
 
 
-async def all_or_none(work: Iterable[Coroutine[Any, Any, None]], *, unless: asyncio.Future[Any]) -> None:
+async def all_or_none(work: Iterable[Coroutine[Any, Any, Answer]], *, unless: asyncio.Future[Any]) -> list[Answer]:
     """Run coroutines at once; the first error ends the others, and so does an error in `unless`.
 
     Args:
         work: what to do.
         unless: a future that is done when all of it has become pointless; its result is an exception.
+
+    Returns:
+        What each returned.
 
     Raises:
         Exception: the first error, or the result of `unless`.
@@ -27,6 +32,7 @@ async def all_or_none(work: Iterable[Coroutine[Any, Any, None]], *, unless: asyn
             for task in done:
                 task.result()
             waiting -= done
+        return [task.result() for task in tasks]
     finally:
         for task in tasks:
             task.cancel()

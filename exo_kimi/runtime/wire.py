@@ -18,7 +18,7 @@ from exo_kimi.runtime.step_frames import Part as Part
 from exo_kimi.runtime.step_frames import decode_result, decode_step, encode_result, encode_step
 from exo_kimi.runtime.steps import Step, StepResult
 
-PROTOCOL_VERSION = 2
+PROTOCOL_VERSION = 3
 MAX_HEADER_BYTES = 8 << 20  # 64 sequences with a logit bias of 1,000 tokens each take 1 MB
 MAX_PART_BYTES = 1 << 30  # K2's hidden states of a chunk of 16,384 tokens in float32 take 470 MB
 MAX_PARTS = 16_384

@@ -22,9 +22,11 @@ from exo_kimi.planner.plan import read_plan
 from exo_kimi.runtime.cluster_plan import make_plan
 from exo_kimi.runtime.engine import Engine
 from exo_kimi.runtime.keys import ENVIRONMENT_NAME, find_key
+from exo_kimi.runtime.prefix_cache import PrefixOptions
 from exo_kimi.runtime.speculation import Drafter, Speculate
 from exo_kimi.runtime.supervisor import Cluster, ClusterOptions
 from exo_kimi.serve.app import create_app
+from exo_kimi.serve.prefixes import disk_terms
 from exo_kimi.serve.server import DEFAULT_HOST, DEFAULT_PORT, Served, run
 
 
@@ -49,6 +51,9 @@ class ServeOptions:
     stall_deadline: float = 30.0
     speculate: Speculate = "auto"
     key_file: Path | None = None
+    prefix_cache_bytes: int | None = None
+    prefix_disk_bytes: int | None = None
+    prefix_dir: Path | None = None
 
 
 def serve(options: ServeOptions, *, announce: Callable[[str], None] | None = None) -> None:
@@ -81,14 +86,16 @@ def serve(options: ServeOptions, *, announce: Callable[[str], None] | None = Non
     defaults = GenerationDefaults.from_directory(options.directory, tokenizer)
     _check_texts(options.directory, plan.config)
     model_id = _utf8(options.model_id or options.directory.resolve().name)
-    cluster_options = ClusterOptions(context=context, kv_bytes=options.kv_bytes, stall_s=options.stall_deadline)
+    disk = disk_terms(options.prefix_disk_bytes, options.prefix_dir, check=not options.stage)
+    cluster_options = ClusterOptions(context=context, kv_bytes=options.kv_bytes, stall_s=options.stall_deadline, **disk)
+    prefixes = PrefixOptions(memory_bytes=options.prefix_cache_bytes)
 
     drafter = Drafter.of(options.speculate, bytes_of_manifest(resolve(open_index(options.directory))))
     given: dict[str, Any] = _given(options, "prefill_chunk", "queue_limit")
 
     async def factory() -> Served:
         cluster = Cluster(plan, cluster_options)
-        engine = Engine(cluster, context=context, drafter=drafter, **given)
+        engine = Engine(cluster, context=context, drafter=drafter, prefixes=prefixes, **given)
         app = create_app(engine, tokenizer, template, defaults, model_id=model_id, api_key=options.api_key)
         await cluster.start()
         await engine.start()

@@ -82,6 +82,8 @@ def _counters(snapshot: EngineSnapshot) -> Iterator[Metric]:
         ("requests_failed", "Sequences that failed", snapshot.requests_failed_total),
         ("requests_cancelled", "Sequences whose client went away or had enough", snapshot.requests_cancelled_total),
         ("prompt_tokens", "Prompt tokens", snapshot.prompt_tokens_total),
+        ("cached_prompt_tokens", "Prompt tokens that were found in a cache", snapshot.cached_tokens_total),
+        ("prefix_evictions", "Caches of ended sequences dropped for want of memory", snapshot.prefix_evictions_total),
         ("generated_tokens", "Generated tokens", snapshot.generated_tokens_total),
         ("preemptions", "Sequences put back for want of KV memory", snapshot.preemptions_total),
         ("steps", "Forward passes", snapshot.steps_total),
@@ -104,6 +106,8 @@ def _gauges(snapshot: EngineSnapshot) -> Iterator[Metric]:
         ("context_tokens", "Most positions of one sequence", snapshot.context),
         ("kv_capacity_tokens", "Cached tokens that fit, all sequences together", snapshot.kv_capacity_tokens),
         ("kv_reserved_tokens", "Cached tokens that sequences hold", snapshot.kv_reserved_tokens),
+        ("kv_prefix_tokens", "Cached tokens of ended sequences, kept until wanted", snapshot.kv_prefix_tokens),
+        ("prefix_disk_blocks", "Blocks of cached tokens on every stage's disk", snapshot.disk_blocks),
     ):
         yield GaugeMetricFamily(f"exo_kimi_{name}", text, value=value)
     states = GaugeMetricFamily("exo_kimi_requests_in_flight", "Sequences by state", labels=["state"])

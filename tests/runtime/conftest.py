@@ -12,8 +12,9 @@ import pytest
 
 from exo_kimi.errors import EngineStoppedError, RuntimeFault, StageError
 from exo_kimi.runtime.pipeline import Failed, PipelineEvent, PipelineInfo, Ready
+from exo_kimi.runtime.prefix_key import block_keys
 from exo_kimi.runtime.requests import StageHealth
-from exo_kimi.runtime.steps import Sampled, Segment, Step, StepResult
+from exo_kimi.runtime.steps import Blocks, Sampled, Segment, Step, StepResult
 
 VOCAB_SIZE = 1000
 
@@ -46,6 +47,8 @@ class FakeStages:
     prompts: dict[int, int] = field(default_factory=dict)
     steps: list[Step] = field(default_factory=list)
     guesses: dict[int, int] = field(default_factory=dict)
+    disk: dict[str, list[int]] = field(default_factory=dict)
+    """Blocks by key; what a test takes away is not restored."""
 
     def execute(self, step: Step) -> StepResult:
         self.steps.append(step)
@@ -54,8 +57,15 @@ class FakeStages:
             del self.held[seq_id]
         for start in step.begin:
             assert start.seq_id not in self.held
-            self.held[start.seq_id] = []
+            source = self.held[start.source] if start.source is not None else []
+            assert start.restore <= len(source), "begins with more than its source has"
+            self.held[start.seq_id] = source[: start.restore]
+            if start.move and start.source is not None:
+                del self.held[start.source]
             self.prompts[start.seq_id] = start.prompt_tokens
+        for key in step.drop:
+            self.disk.pop(key, None)
+        restored = tuple((blocks.seq_id, self._restore(blocks)) for blocks in step.restore)
         assert len({s.seq_id for s in step.segments}) == len(step.segments)
         sampled, row = [], 0
         for segment in step.segments:
@@ -71,7 +81,21 @@ class FakeStages:
                 sampled += self.answer(segment, tokens)
         assert row == len(step.tokens)
         assert self.kv_tokens <= self.info.kv_capacity_tokens, "more KV than the stages have"
-        return StepResult(epoch=step.epoch, step_id=step.step_id, sampled=tuple(sampled))
+        for blocks in step.store:
+            for index, key in enumerate(blocks.keys):
+                start = blocks.offset + index * blocks.block_tokens
+                tokens = self.held[blocks.seq_id][: start + blocks.block_tokens]
+                assert key == block_keys(tokens, blocks.block_tokens)[-1], "a key for other tokens"
+                self.disk[key] = tokens[start:]
+        return StepResult(epoch=step.epoch, step_id=step.step_id, sampled=tuple(sampled), restored=restored)
+
+    def _restore(self, blocks: Blocks) -> int:
+        held = self.held[blocks.seq_id]
+        for key in blocks.keys if len(held) == blocks.offset else ():
+            if key not in self.disk:
+                break
+            held.extend(self.disk[key])
+        return len(held)
 
     def answer(self, segment: Segment, tokens: list[int]) -> list[Sampled]:
         assert segment.mask is None or not segment.drafts

@@ -65,6 +65,9 @@ class FakeBackend:
     def reset(self, epoch):
         pass
 
+    def open_disk(self, order, changed):
+        return 0, ()
+
     def held(self):
         return 0, 0
 

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from exo_kimi.errors import ProtocolError
 from exo_kimi.runtime import messages, wire
 from exo_kimi.runtime.requests import SamplingParams
-from exo_kimi.runtime.steps import Hidden, Sampled, Segment, SequenceStart, Step, StepResult
+from exo_kimi.runtime.steps import Blocks, Hidden, Sampled, Segment, SequenceStart, Step, StepResult
 
 counts = st.integers(0, 2**63 - 1)
 token_ids = st.integers(0, 163_839)
@@ -25,6 +25,10 @@ json_values = st.recursive(
     lambda inner: st.lists(inner, max_size=5) | st.dictionaries(st.text(max_size=8), inner, max_size=5),
     max_leaves=12,
 )
+
+
+keys = st.lists(st.text("0123456789abcdef", min_size=32, max_size=32), max_size=3).map(tuple)
+blocks = st.builds(Blocks, seq_id=counts, offset=counts, block_tokens=st.integers(1, 2**31), keys=keys)
 
 
 @st.composite
@@ -58,6 +62,10 @@ def steps(draw: st.DrawFn) -> Step:
         begin=tuple(draw(st.lists(starts(), max_size=3))),
         free=tuple(draw(st.lists(counts, max_size=3))),
         hidden=hidden,
+        restore=tuple(draw(st.lists(blocks, max_size=2))),
+        store=tuple(draw(st.lists(blocks, max_size=2))),
+        drop=draw(keys),
+        restored=tuple(draw(st.lists(st.tuples(counts, counts), max_size=2))),
     )
 
 
@@ -73,7 +81,17 @@ def starts(draw: st.DrawFn) -> SequenceStart:
         top_logprobs=draw(st.integers(0, 20)),
     )
     history = tuple(draw(st.lists(token_ids, max_size=4)))
-    return SequenceStart(seq_id=draw(counts), prompt_tokens=draw(counts), sampling=sampling, history=history)
+    source = draw(st.none() | counts)
+    return SequenceStart(
+        seq_id=draw(counts),
+        prompt_tokens=draw(counts),
+        sampling=sampling,
+        history=history,
+        source=source,
+        restore=draw(st.integers(1, 2**31)) if source is not None else 0,
+        move=draw(st.booleans()) if source is not None else False,
+        seen=tuple(draw(st.lists(token_ids, max_size=3))),
+    )
 
 
 @st.composite
@@ -81,7 +99,10 @@ def results(draw: st.DrawFn) -> StepResult:
     logprobs = st.floats(allow_nan=False)
     tops = st.lists(st.tuples(token_ids, logprobs), max_size=3).map(tuple)
     sampled = st.builds(Sampled, seq_id=counts, token_id=token_ids, logprob=st.none() | logprobs, top_logprobs=tops)
-    return StepResult(epoch=draw(counts), step_id=draw(counts), sampled=tuple(draw(st.lists(sampled, max_size=3))))
+    restored = tuple(draw(st.lists(st.tuples(counts, counts), max_size=2)))
+    return StepResult(
+        epoch=draw(counts), step_id=draw(counts), sampled=tuple(draw(st.lists(sampled, max_size=3))), restored=restored
+    )
 
 
 def controls() -> st.SearchStrategy[Any]:

@@ -1,0 +1,90 @@
+"""Caches as arrays that can be cut, copied and put together again; it knows nothing of files, keys or sequences.
+
+A cache's `keys` and `values` are arrays (1, 1, capacity, width), or tuples of such (a quantized cache: data, scales, biases).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import mlx.core as mx
+
+Leaves = dict[str, mx.array]
+"""One array for each part of a cache, such as `keys` or `keys.0`."""
+
+
+def capacity_for(tokens: int, caches: Sequence[Any]) -> int:
+    """Tokens that a cache takes memory for when it is to hold `tokens`."""
+    step = int(caches[0].step)
+    return -(-tokens // step) * step
+
+
+def copy_prefix(source: Sequence[Any], target: Sequence[Any], *, length: int, capacity: int) -> None:
+    """Let empty caches begin as the first `length` tokens of others, with room for `capacity`: one copy, evaluated here, so
+    that neither side's next write finds its buffer shared."""
+    made: list[mx.array] = []
+    for theirs, ours in zip(source, target, strict=True):
+        leaves = {name: _resized(leaf, length, max(length, capacity)) for name, leaf in _leaves(theirs)}
+        made += leaves.values()
+        _put(ours, leaves, length)
+    mx.eval(made)
+
+
+def trim(caches: Sequence[Any], length: int) -> None:
+    """Forget what is beyond `length` tokens; nothing is copied."""
+    for cache in caches:
+        cache.trim(cache.offset - length)
+
+
+def cut(caches: Sequence[Any], start: int, end: int) -> Leaves:
+    """The tokens [start, end) of all layers' caches, stacked: arrays (layers, 1, 1, end - start, width), evaluated."""
+    parts: dict[str, list[mx.array]] = {}
+    for cache in caches:
+        for name, leaf in _leaves(cache):
+            parts.setdefault(name, []).append(leaf[..., start:end, :])
+    stacked = {name: mx.stack(layers) for name, layers in parts.items()}
+    mx.eval(list(stacked.values()))
+    return stacked
+
+
+def append(caches: Sequence[Any], blocks: Mapping[str, mx.array], *, capacity: int) -> None:
+    """Put stacked arrays, as `cut` makes them, behind what the caches hold; memory for `capacity` is taken at once."""
+    made: list[mx.array] = []
+    for layer, cache in enumerate(caches):
+        start, leaves = cache.offset, dict(_leaves(cache))
+        for name, stacked in blocks.items():
+            block = stacked[layer]
+            end = start + block.shape[2]
+            leaf = leaves.get(name)
+            if leaf is None:
+                leaf = mx.zeros((1, 1, max(end, capacity), block.shape[-1]), block.dtype)
+            elif leaf.shape[2] < end:
+                leaf = _resized(leaf, start, max(end, capacity))
+            leaf[..., start:end, :] = block
+            leaves[name] = leaf
+        made += leaves.values()
+        _put(cache, leaves, end)
+    mx.eval(made)
+
+
+def _resized(leaf: mx.array, length: int, capacity: int) -> mx.array:
+    empty = mx.zeros((*leaf.shape[:2], capacity - length, leaf.shape[3]), leaf.dtype)
+    return mx.concatenate([leaf[..., :length, :], empty], axis=2)
+
+
+def _leaves(cache: Any) -> Iterator[tuple[str, mx.array]]:
+    for side in ("keys", "values"):
+        value = getattr(cache, side)
+        if isinstance(value, mx.array):
+            yield side, value
+        elif value is not None:
+            for index, part in enumerate(value):
+                yield f"{side}.{index}", part
+
+
+def _put(cache: Any, leaves: Mapping[str, mx.array], length: int) -> None:
+    for side in ("keys", "values"):
+        parts = [leaves[name] for name in sorted(leaves) if name.startswith(f"{side}.")]
+        setattr(cache, side, tuple(parts) if parts else leaves[side])
+    cache.offset = length
