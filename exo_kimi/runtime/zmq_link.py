@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import socket as sockets
+import uuid
 from collections.abc import Sequence
 
 import zmq
@@ -17,6 +18,7 @@ from zmq.utils.monitor import parse_monitor_message
 from exo_kimi.errors import AddressError, KeyMismatchError, StageUnreachableError
 from exo_kimi.runtime.address import Address
 from exo_kimi.runtime.keys import ClusterKey, require_key
+from exo_kimi.runtime.ready_socket import ReadySocket, plain_socket
 from exo_kimi.runtime.step_frames import Part
 from exo_kimi.runtime.wire import MAX_PART_BYTES
 
@@ -29,19 +31,19 @@ _OTHER_KEY = "the two sides must hold the same key: give it with --key-file FILE
 class ZmqLink:
     """A DEALER with its monitor; made by `connect`."""
 
-    def __init__(self, address: Address, socket: zmq.asyncio.Socket, monitor: zmq.asyncio.Socket) -> None:
+    def __init__(self, address: Address, socket: zmq.Socket[bytes], monitor: zmq.asyncio.Socket) -> None:
         self.address = address
-        self._socket = socket
         self._monitor = monitor
         self._frames: asyncio.Queue[list[Part] | None] = asyncio.Queue()
         self._lost = False
-        self._tasks = [asyncio.create_task(self._pump()), asyncio.create_task(self._watch())]
+        self._socket = ReadySocket(socket, self._frames.put_nowait)
+        self._watching = asyncio.create_task(self._watch())
 
     async def send(self, parts: Sequence[Part]) -> None:
         if self._lost:
             raise self._lost_error()
         try:
-            await self._socket.send_multipart(parts, flags=zmq.NOBLOCK)
+            self._socket.send(parts)
         except zmq.ZMQError as error:
             raise self._lost_error() from error
 
@@ -53,28 +55,21 @@ class ZmqLink:
         return frame
 
     def close(self) -> None:
-        for task in self._tasks:
-            task.cancel()
+        self._watching.cancel()
         self._end()
 
-    async def _pump(self) -> None:
-        while True:
-            self._frames.put_nowait(await receive_parts(self._socket))
-
     async def _watch(self) -> None:
-        while True:
-            if parse_monitor_message(await self._monitor.recv_multipart())["event"] == zmq.Event.DISCONNECTED:
-                break
-        while int(self._socket.get(zmq.EVENTS)) & zmq.POLLIN:  # what arrived before the end
-            await asyncio.sleep(0)
-        self._tasks[0].cancel()
+        while parse_monitor_message(await self._monitor.recv_multipart())["event"] != zmq.Event.DISCONNECTED:
+            pass
+        self._socket.take_rest()
         self._end()
 
     def _end(self) -> None:
         if not self._lost:
             self._lost = True
             self._frames.put_nowait(None)
-            _close(self._socket, self._monitor)
+            _close_monitor(self._socket.raw, self._monitor)
+            self._socket.close()
 
     def _lost_error(self) -> StageUnreachableError:
         return StageUnreachableError("the connection was lost", where=self.address)
@@ -106,7 +101,7 @@ async def connect(
     if not address.is_loopback:
         key = require_key(key, address)
     endpoint = address.endpoint if address.path is not None else tcp_endpoint(await _resolve(address), address.port)
-    socket = context.socket(zmq.DEALER)
+    socket = plain_socket(context, zmq.DEALER)
     configure(socket)
     socket.ipv6 = "[" in endpoint
     socket.reconnect_ivl = 100
@@ -118,14 +113,23 @@ async def connect(
     if key is not None:
         socket.curve_serverkey = key.public
         socket.curve_publickey, socket.curve_secretkey = key.public, key.secret
-    monitor = socket.get_monitor_socket()
+    monitor = _monitor(context, socket)
     socket.connect(endpoint)
     try:
         await _handshake(monitor, address, key, deadline_s)
     except BaseException:
-        _close(socket, monitor)
+        _close_monitor(socket, monitor)
+        socket.close(linger=0)
         raise
     return ZmqLink(address, socket, monitor)
+
+
+def _monitor(context: zmq.asyncio.Context, socket: zmq.Socket[bytes]) -> zmq.asyncio.Socket:
+    address = f"inproc://monitor-{uuid.uuid4().hex}"
+    socket.monitor(address)
+    monitor = context.socket(zmq.PAIR)
+    monitor.connect(address)
+    return monitor
 
 
 async def _handshake(monitor: zmq.asyncio.Socket, address: Address, key: ClusterKey | None, deadline_s: float) -> None:
@@ -183,7 +187,7 @@ async def read_mechanism(address: Address) -> str | None:
     return greeting[12:32].rstrip(b"\0").decode(errors="replace") if is_zeromq else ""
 
 
-def configure(socket: zmq.asyncio.Socket) -> None:
+def configure(socket: zmq.Socket[bytes]) -> None:
     """What both sides want: no lingering, bounded parts, and dead machines noticed."""
     socket.linger = 0
     socket.maxmsgsize = MAX_PART_BYTES
@@ -192,21 +196,14 @@ def configure(socket: zmq.asyncio.Socket) -> None:
     socket.tcp_keepalive_idle, socket.tcp_keepalive_intvl, socket.tcp_keepalive_cnt = 10, 5, 3
 
 
-async def receive_parts(socket: zmq.asyncio.Socket) -> list[Part]:
-    """The next frame, not copied."""
-    frames = await socket.recv_multipart(copy=False)
-    return [frame.buffer for frame in frames]
-
-
 def tcp_endpoint(host: str, port: int) -> str:
     """An endpoint; IPv6 goes in brackets."""
     return f"tcp://[{host}]:{port}" if ":" in host else f"tcp://{host}:{port}"
 
 
-def _close(socket: zmq.asyncio.Socket, monitor: zmq.asyncio.Socket) -> None:
+def _close_monitor(socket: zmq.Socket[bytes], monitor: zmq.asyncio.Socket) -> None:
     socket.disable_monitor()  # before the monitor's own end: libzmq waits for ever to say that it stopped
     monitor.close(linger=0)
-    socket.close(linger=0)
 
 
 async def _resolve(address: Address) -> str:

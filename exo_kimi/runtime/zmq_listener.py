@@ -17,8 +17,9 @@ from zmq.utils import z85
 from exo_kimi.errors import AddressError
 from exo_kimi.runtime.address import Address
 from exo_kimi.runtime.keys import ClusterKey, require_key
+from exo_kimi.runtime.ready_socket import ReadySocket, plain_socket
 from exo_kimi.runtime.step_frames import Part
-from exo_kimi.runtime.zmq_link import configure, receive_parts, tcp_endpoint
+from exo_kimi.runtime.zmq_link import configure, tcp_endpoint
 
 _ZAP_ENDPOINT = "inproc://zeromq.zap.01"
 
@@ -36,23 +37,25 @@ class ZmqListener:
         if not address.is_loopback:
             key = require_key(key, address)
         self._gatekeeper: tuple[zmq.asyncio.Socket, asyncio.Task[None]] | None = None
-        self._socket = context.socket(zmq.ROUTER)
-        configure(self._socket)
-        self._socket.router_mandatory = True
+        socket = plain_socket(context, zmq.ROUTER)
+        configure(socket)
+        socket.router_mandatory = True
+        self._frames: asyncio.Queue[list[Part]] = asyncio.Queue()
+        self._socket = ReadySocket(socket, self._frames.put_nowait)
         if key is not None:
             # Before binding: a peer that comes before the gatekeeper would be let in with any key.
             self._gatekeeper = _start_gatekeeper(context, key)
-            self._socket.curve_server = True
-            self._socket.curve_publickey, self._socket.curve_secretkey = key.public, key.secret
+            socket.curve_server = True
+            socket.curve_publickey, socket.curve_secretkey = key.public, key.secret
         try:
-            self.address = _bind(self._socket, address, option)
+            self.address = _bind(socket, address, option)
         except AddressError:
             self.close()
             raise
 
     async def send(self, peer: bytes, parts: Sequence[Part]) -> bool:
         try:
-            await self._socket.send_multipart([peer, *parts], flags=zmq.NOBLOCK)
+            self._socket.send([peer, *parts])
         except zmq.ZMQError as error:
             if error.errno in (zmq.EHOSTUNREACH, zmq.EAGAIN):
                 return False
@@ -60,11 +63,11 @@ class ZmqListener:
         return True
 
     async def receive(self) -> tuple[bytes, list[Part]]:
-        peer, *parts = await receive_parts(self._socket)
+        peer, *parts = await self._frames.get()
         return bytes(peer), parts
 
     def close(self) -> None:
-        self._socket.close(linger=0)
+        self._socket.close()
         if self._gatekeeper is not None:
             socket, task = self._gatekeeper
             task.cancel()
@@ -87,7 +90,7 @@ def _start_gatekeeper(context: zmq.asyncio.Context, key: ClusterKey) -> tuple[zm
     return socket, asyncio.create_task(answer())
 
 
-def _bind(socket: zmq.asyncio.Socket, address: Address, option: str) -> Address:
+def _bind(socket: zmq.Socket[bytes], address: Address, option: str) -> Address:
     if address.path is not None:
         endpoint = address.endpoint
     else:

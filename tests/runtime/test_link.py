@@ -6,7 +6,7 @@ import asyncio
 import os
 import socket
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
 from pathlib import Path
 
 import pytest
@@ -73,6 +73,27 @@ async def test_frames_arrive_whole_in_order_and_are_answered(
     assert [[bytes(part) for part in parts] for _, parts in arrived] == sent
     assert await listener.send(arrived[0][0], [b"yes"])
     assert await link.receive() == [b"yes"]
+    link.close()
+
+
+async def test_no_frame_is_forgotten_when_both_sides_send_at_once(context: zmq.asyncio.Context, listen: Listen) -> None:
+    # The descriptor tells only of changes: a frame that came while this side was sending must be found all the same.
+    listener = listen()
+    link = await reach(context, listener.address)
+    await link.send([b"0"])
+    peer, _ = await listener.receive()
+
+    async def talk(send: Callable[[list[bytes]], Awaitable[object]]) -> None:
+        for number in range(300):
+            await send([b"%d" % number])
+            if number % 7 == 0:
+                await asyncio.sleep(0)
+
+    await asyncio.gather(talk(link.send), talk(lambda parts: listener.send(peer, parts)))
+    async with asyncio.timeout(30):
+        there = [bytes((await listener.receive())[1][0]) for _ in range(300)]
+        here = [bytes((await link.receive())[0]) for _ in range(300)]
+    assert there == here == [b"%d" % number for number in range(300)]
     link.close()
 
 
