@@ -14,7 +14,9 @@ import mlx.nn as nn
 
 from exo_kimi.arch.config import KimiConfig
 from exo_kimi.arch.modules import check_range
+from exo_kimi.arch.scratch import fitting_chunk
 from exo_kimi.models import fused, ops
+from exo_kimi.models.blocks import pieces_of
 from exo_kimi.models.decode import Decoder
 from exo_kimi.models.mla import Attention, Span
 from exo_kimi.models.moe import MLP, MoE
@@ -84,11 +86,19 @@ class Model(nn.Module):
         if self.is_last:
             self.lm_head = nn.Linear(args.hidden_size, args.vocab_size, bias=False)
         self.decoder: Decoder | None = None
+        self.set_scratch_bytes(ops.SCRATCH_BYTES)
 
     @property
     def layers(self) -> list[DecoderLayer]:
         """The owned layers, the first at index 0."""
         return [layer for layer in self.model.layers[self.start_layer :] if layer is not None]
+
+    def set_scratch_bytes(self, scratch_bytes: int) -> None:
+        """What a pass may take at most beside weights and caches: attention cuts its blocks by it, and `forward_ragged` its
+        tokens (not into pieces below `arch.scratch.CHUNK_FLOOR`)."""
+        self.scratch_bytes = scratch_bytes
+        for layer in self.layers:
+            layer.self_attn.scratch_bytes = scratch_bytes
 
     def make_cache(self) -> list[KVCache]:
         """Empty caches of one sequence, one per owned layer."""
@@ -134,6 +144,19 @@ class Model(nn.Module):
         """
         if self.decoder is not None and self.decoder.takes(segments):
             return self.decoder(self.model.embed_tokens(x) if self.is_first else x, [caches for _, caches in segments])
+        total = sum(length for length, _ in segments)
+        longest = max(caches[0].offset + length for length, caches in segments)
+        element_bytes = self.layers[0].input_layernorm.weight.dtype.size
+        chunk = fitting_chunk(self.args, total, longest, scratch_bytes=self.scratch_bytes, element_bytes=element_bytes)
+        if chunk == total:
+            return self._pass(x, segments)
+        outputs: list[mx.array] = []
+        for rows, pieces in pieces_of(segments, chunk):
+            outputs.append(self._pass(x[rows], pieces))
+            mx.eval(outputs[-1])  # or the graph of the next piece would hold this one's arrays
+        return mx.concatenate(outputs)
+
+    def _pass(self, x: mx.array, segments: Sequence[tuple[int, Sequence[KVCache]]]) -> mx.array:
         positions = mx.concatenate(
             [mx.arange(caches[0].offset, caches[0].offset + length, dtype=mx.int32) for length, caches in segments]
         )

@@ -6,43 +6,22 @@ Axes: N tokens laid end to end, B batch, L new tokens, T cached tokens, H heads,
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import mlx.core as mx
 import mlx.nn as nn
 
 from exo_kimi.arch.config import KimiConfig
+from exo_kimi.arch.scratch import AttentionShape, attention_bytes
 from exo_kimi.models import ops
+from exo_kimi.models.blocks import Span, Work, finish, head_groups, joined, query_blocks
 from exo_kimi.models.fused import Fused
 from exo_kimi.models.ops import Rope
 
+__all__ = ["Attention", "Span"]
+
 LATENT_NORM_EPS = 1e-6
 """Kimi's q_a and kv_a norms use this whatever rms_norm_eps says. Source: DeepseekV3RMSNorm's default."""
-
-
-@dataclass(frozen=True, slots=True)
-class Span:
-    """Rows of the flat token list that attend together: B sequences of L new tokens each, in one cache.
-
-    `mask` None lets every query see every key, "causal" aligns the last query with the last key, an array is boolean and
-    broadcasts to (B, H, L, T).
-    """
-
-    batch: int
-    length: int
-    mask: mx.array | str | None
-
-
-@dataclass(frozen=True, slots=True)
-class _Work:
-    """One span with what it attends to: latent (B, 1, T, R) and k_pe (B, 1, T, rope)."""
-
-    span: Span
-    rows: slice
-    latent: mx.array
-    k_pe: mx.array
-    absorbed: bool
 
 
 class Attention(nn.Module):
@@ -59,6 +38,7 @@ class Attention(nn.Module):
     def __init__(self, config: KimiConfig, rope: Rope) -> None:
         super().__init__()
         self.fused: Fused | None = None
+        self.config, self.shape = config, AttentionShape.of(config)
         self.heads = config.num_attention_heads
         self.nope, self.pe, self.v = config.qk_nope_head_dim, config.qk_rope_head_dim, config.v_head_dim
         self.rank = config.kv_lora_rank
@@ -102,21 +82,24 @@ class Attention(nn.Module):
         few = [item for item in work if item.absorbed]
         if few:
             # All the few-token spans share one pass over kv_b_proj on the way in and one on the way out.
-            queries = self.absorb(_joined([q_nope[item.rows] for item in few]))
+            queries = self.absorb(joined([q_nope[item.rows] for item in few]))
             attended, row = [], 0
             for item in few:
                 rows = slice(row, row + item.rows.stop - item.rows.start)
                 attended.append(self._attend_latent(queries[rows], q_pe[item.rows], item))
                 row = rows.stop
-            values, row = self.unembed(_joined(attended)), 0
+            values, row = self.unembed(joined(attended)), 0
             for item in few:
                 count = item.rows.stop - item.rows.start
                 outputs[item.rows.start] = values[row : row + count]
                 row += count
         for item in work:
             if not item.absorbed:
-                outputs[item.rows.start] = self._attend_expanded(q_nope[item.rows], q_pe[item.rows], item)
-        out = _joined([outputs[item.rows.start] for item in work])
+                values = self._attend_expanded(q_nope[item.rows], q_pe[item.rows], item)
+                if len(work) > 1:
+                    mx.eval(values)  # before the next span's keys are expanded
+                outputs[item.rows.start] = values
+        out = joined([outputs[item.rows.start] for item in work])
         return self.o_proj(out.reshape(x.shape[0], self.heads * self.v))
 
     def project(self, x: mx.array, positions: mx.array) -> tuple[mx.array, mx.array, mx.array, mx.array]:
@@ -128,14 +111,8 @@ class Attention(nn.Module):
         return q_nope, self.rope(q_pe, positions), self.kv_a_layernorm(latent), k_pe
 
     def prefers_absorbed(self, queries: int, keys: int) -> bool:
-        """Whether attending in latent space takes fewer multiplications than expanding every cached key and value.
-
-        For K2 and a long cache, absorbed wins below about 170 query tokens.
-        """
-        up = self.rank * (self.nope + self.v)
-        absorbed = queries * (up + keys * (2 * self.rank + self.pe))
-        expanded = keys * up + queries * keys * (self.nope + self.pe + self.v)
-        return absorbed < expanded
+        """Whether attending in latent space is the cheaper way, see `arch.scratch`."""
+        return self.shape.prefers_absorbed(queries, keys)
 
     def absorb(self, q_nope: mx.array) -> mx.array:
         """Queries (n, H, nope) in latent space, (n, H, R)."""
@@ -169,7 +146,7 @@ class Attention(nn.Module):
         k_nope = ops.rows_matmul(latent, self.embed_q, heads, transpose=False)
         return k_nope, ops.rows_matmul(latent, self.unembed_out, heads, transpose=True)
 
-    def _place(self, spans: Sequence[Span], caches: Sequence[Any], latent: mx.array, k_pe: mx.array) -> list[_Work]:
+    def _place(self, spans: Sequence[Span], caches: Sequence[Any], latent: mx.array, k_pe: mx.array) -> list[Work]:
         work, row = [], 0
         for span, cache in zip(spans, caches, strict=True):
             rows = slice(row, row + span.batch * span.length)
@@ -178,10 +155,18 @@ class Attention(nn.Module):
             seen_pe = k_pe[rows].reshape(span.batch, 1, span.length, self.pe)
             if cache is not None:
                 seen, seen_pe = ops.append_to_cache(cache, seen, seen_pe)
-            work.append(_Work(span, rows, seen, seen_pe, self.prefers_absorbed(span.length, seen.shape[2])))
+            absorbed = self.prefers_absorbed(span.length, seen.shape[2])
+            work.append(Work(span, rows, seen, seen_pe, absorbed, self._block_bytes(latent, seen)))
         return work
 
-    def _attend_latent(self, queries: mx.array, q_pe: mx.array, item: _Work) -> mx.array:
+    def _block_bytes(self, new: mx.array, seen: mx.array) -> int:
+        """What is left of the budget beside what every token of the pass takes."""
+        keys, element_bytes = seen.shape[2], new.dtype.size
+        return max(
+            0, self.scratch_bytes - attention_bytes(self.config, new.shape[0], keys, element_bytes=element_bytes)
+        )
+
+    def _attend_latent(self, queries: mx.array, q_pe: mx.array, item: Work) -> mx.array:
         """(n, H, R) attended latents of absorbed queries (n, H, R). Heads share the keys, so they are folded into rows."""
         queries, q_pe = (
             self._by_sequence(queries * self.scale, item.span),
@@ -189,7 +174,7 @@ class Attention(nn.Module):
         )
         batch, heads, length, _ = queries.shape
         blocks: list[mx.array] = []
-        for rows, seen, mask in self._blocks(item, heads):
+        for rows, seen, mask in query_blocks(item, heads):
             latent, k_pe = item.latent[:, :, :seen], item.k_pe[:, :, :seen]
             q = queries[:, :, rows].reshape(batch, 1, -1, self.rank)
             pe = q_pe[:, :, rows].reshape(batch, 1, -1, self.pe)
@@ -201,60 +186,31 @@ class Attention(nn.Module):
                 lowest = mx.array(mx.finfo(scores.dtype).min, scores.dtype)
                 scores = mx.where(mask, by_head, lowest).reshape(scores.shape)
             weights = mx.softmax(scores, axis=-1, precise=True)
-            _finish(blocks, (weights @ latent).reshape(batch, heads, -1, self.rank))
-        return _joined(blocks, axis=2).swapaxes(1, 2).reshape(batch * length, heads, self.rank)
+            finish(blocks, (weights @ latent).reshape(batch, heads, -1, self.rank))
+        return joined(blocks, axis=2).swapaxes(1, 2).reshape(batch * length, heads, self.rank)
 
-    def _attend_expanded(self, q_nope: mx.array, q_pe: mx.array, item: _Work) -> mx.array:
+    def _attend_expanded(self, q_nope: mx.array, q_pe: mx.array, item: Work) -> mx.array:
         """(n, H, v) values of queries (n, H, nope) and (n, H, rope), with keys and values of the whole cache expanded,
         as many heads at a time as fit the scratch budget."""
         queries = self._by_sequence(mx.concatenate([q_nope, q_pe], axis=-1), item.span)
-        head_bytes = item.latent.size // self.rank * (2 * self.nope + self.pe + self.v) * item.latent.dtype.size
-        step = min(max(1, self.scratch_bytes // head_bytes), self.heads)
         groups: list[mx.array] = []
-        for start in range(0, self.heads, step):
-            heads = slice(start, min(start + step, self.heads))
+        for heads in head_groups(item, self.shape):
             k_nope, values = self.expand(item.latent, heads)
             k_pe = mx.broadcast_to(item.k_pe, (*k_nope.shape[:3], self.pe))
             keys = mx.concatenate([k_nope, k_pe], axis=-1)
+            count = heads.stop - heads.start
+            spent_bytes = count * self.shape.head_elements(1) * item.key_bytes
             blocks: list[mx.array] = []
-            for rows, seen, mask in self._blocks(item, heads.stop - heads.start):
+            for rows, seen, mask in query_blocks(item, count, spent_bytes=spent_bytes):
                 output = mx.fast.scaled_dot_product_attention(
                     queries[:, heads, rows], keys[:, :, :seen], values[:, :, :seen], scale=self.scale, mask=mask
                 )
-                _finish(blocks, output)
-            _finish(groups, _joined(blocks, axis=2))
-        return _joined(groups, axis=1).swapaxes(1, 2).reshape(-1, self.heads, self.v)
+                finish(blocks, output)
+            groups.append(joined(blocks, axis=2))
+            if heads.stop < self.heads:
+                mx.eval(groups[-1])  # before the next group's keys are expanded
+        return joined(groups, axis=1).swapaxes(1, 2).reshape(-1, self.heads, self.v)
 
     def _by_sequence(self, rows: mx.array, span: Span) -> mx.array:
         """(B, H, L, width) of (B * L, H, width)."""
         return rows.reshape(span.batch, span.length, self.heads, -1).swapaxes(1, 2)
-
-    def _blocks(self, item: _Work, heads: int) -> list[tuple[slice, int, mx.array | str | None]]:
-        """Query rows, keys that any of them sees, and mask, such that one block's scores fit the scratch budget.
-
-        Scores count twice: the softmax writes a second matrix before the first is freed.
-        """
-        span, keys = item.span, item.latent.shape[2]
-        row_bytes = 2 * span.batch * heads * keys * item.latent.dtype.size
-        step = max(1, self.scratch_bytes // row_bytes)
-        blocks: list[tuple[slice, int, mx.array | str | None]] = []
-        for start in range(0, span.length, step):
-            stop = min(start + step, span.length)
-            mask, seen = span.mask, keys
-            if isinstance(mask, str):
-                seen = keys - span.length + stop
-            elif mask is not None:
-                mask = mask[..., start:stop, :]
-            blocks.append((slice(start, stop), seen, mask))
-        return blocks
-
-
-def _finish(blocks: list[mx.array], block: mx.array) -> None:
-    """Add a block of work; from the second on, compute the one before first: MLX runs ahead and would hold them all."""
-    if blocks:
-        mx.eval(blocks[-1])
-    blocks.append(block)
-
-
-def _joined(parts: Sequence[mx.array], axis: int = 0) -> mx.array:
-    return parts[0] if len(parts) == 1 else mx.concatenate(list(parts), axis=axis)

@@ -42,8 +42,7 @@ CACHE_STEP: int = KVCache.step
 """Tokens by which the cache of one sequence grows."""
 
 SCRATCH_BYTES = 512 * 1024**2
-"""Most bytes that the scores of one attention call may take, and again its expanded keys and values, unless a single
-query row or head needs more."""
+"""Most bytes of a pass beside weights and caches where nobody says otherwise."""
 
 Args = ParamSpec("Args")
 

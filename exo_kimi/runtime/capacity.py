@@ -17,6 +17,8 @@ RESERVE_FRACTION = 0.1
 _FEWER_LAYERS = (
     "give its machine fewer layers with --split, or raise its limit (macOS: sudo sysctl iogpu.wired_limit_mb=N)"
 )
+MIN_SCRATCH_BYTES = 64 * 2**20
+MAX_SCRATCH_BYTES = 2 * 2**30
 MAX_RESERVE_BYTES = 4 * 2**30  # activations of a prefill chunk and MLX's buffer cache; K2 needs about 2 GiB
 
 
@@ -84,6 +86,16 @@ def check_weights_fit(stages: Sequence[StageMemory]) -> None:
         needed_bytes = sum(member.weights_bytes for member in members)
         if needed_bytes > free_bytes:
             raise _short(members, "weights", short_bytes=needed_bytes - free_bytes, free_bytes=free_bytes)
+
+
+def default_scratch_bytes(free_bytes: int) -> int:
+    """What a stage's steps may take beside weights and caches when no plan says it: half of the reserve, for a neighbour on
+    the machine may take the other half, up to MAX_SCRATCH_BYTES and not below MIN_SCRATCH_BYTES.
+
+    Args:
+        free_bytes: on the machine, after the weights are loaded.
+    """
+    return max(MIN_SCRATCH_BYTES, min(MAX_SCRATCH_BYTES, _reserve_bytes(free_bytes) // 2))
 
 
 def _by_host(stages: Iterable[StageMemory]) -> list[list[StageMemory]]:

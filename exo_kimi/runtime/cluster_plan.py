@@ -49,6 +49,7 @@ def make_plan(
     remotes: Sequence[str] = (),
     key: ClusterKey | None = None,
     dtype: str | None = None,
+    scratch_bytes: int | None = None,
 ) -> ClusterPlan:
     """Read the headers of a checkpoint and place every layer. Local stages come first, for a stage on another machine could
     not reach one here; `remotes` are the last ones, in order.
@@ -60,6 +61,7 @@ def make_plan(
         remotes: addresses of `exo-kimi stage` processes.
         key: the cluster key.
         dtype: see `loader.load`.
+        scratch_bytes: see `messages.Load`.
 
     Raises:
         CheckpointError: the directory cannot be served.
@@ -95,6 +97,7 @@ def make_plan(
             end_layer=end,
             dtype=dtype,
             fingerprint=stage_fingerprint(manifest),
+            scratch_bytes=scratch_bytes,
         )
         plans.append(StagePlan(load=load, remote=remote, resident_bytes=manifest.resident_bytes))
     return ClusterPlan(directory=Path(directory), config=index.config, stages=tuple(plans), key=key)

@@ -73,7 +73,8 @@ class Ping:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Load:
     """Which layers to hold, half-open, as stage `stage`. The stage's own directory goes before `directory`. `fingerprint` is
-    that of these layers in the leader's checkpoint (see `fingerprint`). Loading again what is held costs nothing."""
+    that of these layers in the leader's checkpoint (see `fingerprint`). Loading again what is held costs nothing.
+    `scratch_bytes` is what a step may take beside weights and caches; None leaves it to the stage's free memory."""
 
     stage: int
     directory: str
@@ -81,6 +82,7 @@ class Load:
     end_layer: int
     dtype: str | None
     fingerprint: str
+    scratch_bytes: int | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

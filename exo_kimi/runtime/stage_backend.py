@@ -18,6 +18,7 @@ from exo_kimi.checkpoint.index import open_index
 from exo_kimi.checkpoint.manifest import resolve
 from exo_kimi.errors import CheckpointError, StageError
 from exo_kimi.models.kimi_k2 import CACHE_STEP, Model
+from exo_kimi.runtime.capacity import default_scratch_bytes
 from exo_kimi.runtime.fingerprint import stage_fingerprint
 from exo_kimi.runtime.loader import load_stage
 from exo_kimi.runtime.memory import FreeMemory, free_memory
@@ -107,6 +108,9 @@ class MlxBackend:
         if mx.metal.is_available():
             # Wired, so that weights that rest between requests are not paged out.
             mx.set_wired_limit(int(mx.device_info()["max_recommended_working_set_size"]))
+        scratch_bytes = order.scratch_bytes or default_scratch_bytes(self.free().free_bytes)
+        # Metal runs a graph while the next is built: what one has let go, the other may still hold.
+        model.set_scratch_bytes(scratch_bytes // 2 if mx.metal.is_available() else scratch_bytes)
         self._worker = StageWorker(model, epoch=0, stage=order.stage)
         self._dtype = model.layers[0].input_layernorm.weight.dtype
         loaded = Loaded(

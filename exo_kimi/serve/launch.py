@@ -70,9 +70,9 @@ def serve(options: ServeOptions, *, announce: Callable[[str], None] | None = Non
         RuntimeFault: the stages did not become ready the first time.
     """
     key = find_key(key_file=options.key_file, environment_text=os.environ.get(ENVIRONMENT_NAME))
-    split, context = options.split, options.context
+    split, context, scratch_bytes = options.split, options.context, None
     if options.plan is not None:
-        split, context = _follow(options.plan, options)
+        split, context, scratch_bytes = _follow(options.plan, options)
     plan = make_plan(
         options.directory,
         split=split,
@@ -80,6 +80,7 @@ def serve(options: ServeOptions, *, announce: Callable[[str], None] | None = Non
         remotes=options.stage,
         key=key,
         dtype=options.dtype,
+        scratch_bytes=scratch_bytes,
     )
     tokenizer = KimiTokenizer.from_directory(options.directory)
     template = ChatTemplate.from_directory(options.directory, tokenizer)
@@ -116,8 +117,8 @@ def _check_texts(directory: Path, config: KimiConfig) -> None:
         raise CheckpointProblems(errors, where=f"{directory} (exo-kimi doctor --fix may mend it)")
 
 
-def _follow(path: Path, options: ServeOptions) -> tuple[str, int]:
-    """The split and the context of a plan file that is for this checkpoint; `--context` may ask for less."""
+def _follow(path: Path, options: ServeOptions) -> tuple[str, int, int]:
+    """Split, context and scratch bytes of a plan file that is for this checkpoint; `--context` may ask for less."""
     if options.split is not None:
         raise UsageError("--plan and --split both say how to split", fix="give one of them")
     plan = read_plan(path)
@@ -131,7 +132,7 @@ def _follow(path: Path, options: ServeOptions) -> tuple[str, int]:
             where="--context",
             fix=f"plan again with --context {options.context}",
         )
-    return plan.split, options.context or planned
+    return plan.split, options.context or planned, min(stage.scratch_bytes for stage in plan.stages)
 
 
 def _given(options: ServeOptions, *names: str) -> dict[str, int]:

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from exo_kimi.arch.config import KimiConfig
+from exo_kimi.models import blocks
 from exo_kimi.models.mla import Attention, Span
 from exo_kimi.models.ops import KVCache, Rope
 
@@ -103,7 +104,10 @@ def test_blocks_of_queries_and_heads_change_nothing(config: KimiConfig, way: str
 
 
 @pytest.mark.parametrize("way", WAYS)
-def test_a_scratch_budget_bounds_the_score_matrix(config: KimiConfig, way: str) -> None:
+def test_a_scratch_budget_bounds_the_score_matrix(
+    config: KimiConfig, way: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(blocks, "CAUSAL_ROWS", 2**30)
     attention = build(config)
     queries = 1024
     x = mx.random.normal((queries, config.hidden_size))
