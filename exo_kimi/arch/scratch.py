@@ -51,8 +51,8 @@ class AttentionShape:
         return absorbed, expanded
 
     def head_elements(self, keys: int) -> int:
-        """One head's expanded keys and values: as projected, keys beside their rotary part, and values copied for a product."""
-        return keys * (2 * self.nope + self.rope + 2 * self.value)
+        """One head's expanded keys and values: as projected, keys beside their rotary part, and both copied for a product."""
+        return keys * (3 * self.nope + 2 * self.rope + 2 * self.value)
 
     @staticmethod
     def row_elements(keys: int) -> int:

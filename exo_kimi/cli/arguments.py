@@ -24,6 +24,7 @@ DEFAULT_PORT = 52415
 LAYOUTS = ("mlx", "int4", "fp8", "bf16")
 BENCHES = (  # modules of exo_kimi.bench, with - for _
     "all",
+    "attention",
     "conformance",
     "link_speed",
     "pipeline",

@@ -178,7 +178,7 @@ class Attention(nn.Module):
             latent, k_pe = item.latent[:, :, :seen], item.k_pe[:, :, :seen]
             q = queries[:, :, rows].reshape(batch, 1, -1, self.rank)
             pe = q_pe[:, :, rows].reshape(batch, 1, -1, self.pe)
-            scores = mx.addmm(pe @ k_pe.swapaxes(-1, -2), q, latent.swapaxes(-1, -2))
+            scores = mx.addmm(pe @ k_pe.swapaxes(-1, -2), q, ops.turned(latent, rows=q.shape[2]))
             if mask is not None:
                 if isinstance(mask, str):
                     mask = ops.causal_mask(rows.stop - rows.start, seen)
@@ -197,7 +197,7 @@ class Attention(nn.Module):
         for heads in head_groups(item, self.shape):
             k_nope, values = self.expand(item.latent, heads)
             k_pe = mx.broadcast_to(item.k_pe, (*k_nope.shape[:3], self.pe))
-            keys = mx.concatenate([k_nope, k_pe], axis=-1)
+            keys = ops.turned(mx.concatenate([k_nope, k_pe], axis=-1), rows=item.span.length).swapaxes(-1, -2)
             count = heads.stop - heads.start
             spent_bytes = count * self.shape.head_elements(1) * item.key_bytes
             blocks: list[mx.array] = []

@@ -36,6 +36,7 @@ __all__ = [
     "scores_and_ranking",
     "shares",
     "swiglu",
+    "turned",
 ]
 
 CACHE_STEP: int = KVCache.step
@@ -162,7 +163,7 @@ def _chosen_matmul(
 ) -> mx.array:
     weight = choose(module.weight)
     if "scales" not in module:
-        return x @ (weight.swapaxes(-1, -2) if transpose else weight)
+        return x @ (turned(weight, rows=x.shape[-2]) if transpose else weight)
     biases = module.get("biases")
     return mx.quantized_matmul(
         x,
@@ -174,6 +175,16 @@ def _chosen_matmul(
         bits=module.bits,
         mode=module.mode,
     )
+
+
+def turned(x: mx.array, *, rows: int) -> mx.array:
+    """x with its last two axes swapped, as the right side of a product with that many rows on its left.
+
+    MLX's Linux wheels carry the reference BLAS, which takes half as long again when the right side is a view of its transpose,
+    so there it is laid out anew when enough rows pay for it. On a GPU a view is as good.
+    """
+    view = x.swapaxes(-1, -2)
+    return mx.contiguous(view) if rows >= 64 and on_cpu() else view
 
 
 def append_to_cache(cache: Any, latent: mx.array, k_pe: mx.array) -> tuple[mx.array, mx.array]:
