@@ -137,7 +137,7 @@ class Layers:
         """The same by mlx-lm, with the mask that its model makes."""
         length, offset = x.shape[0], cache.offset
         mask = None if length == 1 else causal_mask(length, offset + length)
-        y = self.theirs(x[None], mask, cache)[0]
+        y: mx.array = self.theirs(x[None], mask, cache)[0]
         mx.eval(y)
         return y
 
