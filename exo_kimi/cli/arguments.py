@@ -142,6 +142,12 @@ def _add_serve(commands: Commands) -> None:
         help="guess tokens from the text so far: where it saves bytes (default), or up to K whenever it repeats",
     )
     parser.add_argument(
+        "--link",
+        choices=("zmq", "ring", "jaccl"),
+        default="zmq",
+        help="how hidden states travel: ZeroMQ (default), or mx.distributed's ring or jaccl (RDMA, unproven), unencrypted",
+    )
+    parser.add_argument(
         "--stall-deadline", type=deadline, default=30.0, metavar="TIME", help="silence of a stage (default 30s)"
     )
     parser.add_argument("--key-file", type=Path, help="cluster key for stages on other machines (or EXO_KIMI_KEY)")

@@ -128,6 +128,7 @@ class Member:
         join = Join(
             epoch=epoch,
             next_address=next_address,
+            link=options.link,
             block_tokens=block_tokens,
             prefix_disk_bytes=options.prefix_disk_bytes,
             prefix_directory=options.prefix_directory,

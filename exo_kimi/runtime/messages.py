@@ -9,6 +9,7 @@
                        <-                 Joined, or StageFault
       Ping             ->                 each heartbeat
                        <-                 Progress, each heartbeat
+      (Couple, Coupled between a stage and the next, when a Join asks for it)
       Step             -> first stage ... last stage -> StepResult
                        <-                 BlocksChanged, when its disk has written or lost prefixes
       Goodbye          ->                 frees the weights; a local child ends
@@ -21,6 +22,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+from exo_kimi.runtime.coupling import Backend, LinkKind
 from exo_kimi.runtime.requests import StageState
 
 Role = Literal["leader", "upstream"]
@@ -114,11 +116,13 @@ class Loaded:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Join:
-    """A new epoch begins: every sequence is gone. `next_address` is None for the last stage. With `prefix_disk_bytes` the
+    """A new epoch begins: every sequence is gone. `next_address` is None for the last stage; hidden
+    states go to it over `link`. With `prefix_disk_bytes` the
     stage keeps prefixes of `block_tokens` tokens each on its disk, in `prefix_directory` or else in its user's cache."""
 
     epoch: int
     next_address: str | None
+    link: LinkKind
     block_tokens: int
     prefix_disk_bytes: int
     prefix_directory: str | None
@@ -148,6 +152,27 @@ class BlocksChanged:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Couple:
+    """From a stage to the next: hidden states of an epoch shall go over `mx.distributed` (see `coupling`). `sender` is where
+    this side listens meanwhile, `host` the address of the next stage as seen from here."""
+
+    epoch: int
+    backend: Backend
+    sender: str
+    sender_device: str | None
+    host: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Coupled:
+    """The answer to Couple: a process that receives is being started, and listens at `receiver` meanwhile."""
+
+    epoch: int
+    receiver: str
+    receiver_device: str | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class StageFault:
     """A load, join or step that failed, as the error's own fields; the stage itself lives and takes a Join."""
 
@@ -167,7 +192,20 @@ class Goodbye:
 
 
 Control = (
-    Hello | HelloAck | Refused | Ping | Load | Progress | Loaded | Join | Joined | BlocksChanged | StageFault | Goodbye
+    Hello
+    | HelloAck
+    | Refused
+    | Ping
+    | Load
+    | Progress
+    | Loaded
+    | Join
+    | Joined
+    | BlocksChanged
+    | Couple
+    | Coupled
+    | StageFault
+    | Goodbye
 )
 CONTROL_KINDS: dict[str, type[Control]] = {
     "hello": Hello,
@@ -180,6 +218,8 @@ CONTROL_KINDS: dict[str, type[Control]] = {
     "join": Join,
     "joined": Joined,
     "blocks_changed": BlocksChanged,
+    "couple": Couple,
+    "coupled": Coupled,
     "stage_fault": StageFault,
     "goodbye": Goodbye,
 }

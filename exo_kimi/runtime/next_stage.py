@@ -11,7 +11,8 @@ from exo_kimi.errors import ExoKimiError, ProtocolError, RuntimeFault, StageUnre
 from exo_kimi.runtime.address import parse_address
 from exo_kimi.runtime.keys import ClusterKey
 from exo_kimi.runtime.link import Link
-from exo_kimi.runtime.messages import Hello, HelloAck
+from exo_kimi.runtime.messages import Hello, HelloAck, Join
+from exo_kimi.runtime.neighbours import couple
 from exo_kimi.runtime.versions import Versions
 from exo_kimi.runtime.wire import decode, encode
 from exo_kimi.runtime.zmq_link import connect
@@ -20,13 +21,14 @@ CONNECT_DEADLINE_S = 10.0  # the leader has reached the next stage already
 
 
 async def open_next(
-    context: zmq.asyncio.Context, address: str, *, key: ClusterKey | None, leader: Hello, versions: Versions
+    context: zmq.asyncio.Context, join: Join, *, key: ClusterKey | None, leader: Hello, versions: Versions
 ) -> Link:
-    """Connect to the next stage and say hello on behalf of the leader's session.
+    """Connect to the next stage and say hello on behalf of the leader's session, then make the pair that `join` asks for.
 
     Raises:
         RuntimeFault: it cannot be reached, holds another key, or serves another leader.
     """
+    address = str(join.next_address)
     link: Link | None = None
     try:
         where = parse_address(address, option="the next stage's address")
@@ -44,6 +46,8 @@ async def open_next(
             answer = decode(await link.receive())
         if not isinstance(answer, HelloAck):
             raise ProtocolError("the next stage refused", found=getattr(answer, "message", answer), where=address)
+        if join.link != "zmq":
+            link = await couple(link, join.link, epoch=join.epoch, deadline_s=leader.silence_s)
         return link
     except BaseException as error:
         if link is not None:

@@ -19,7 +19,8 @@ from exo_kimi.runtime.address import Address
 from exo_kimi.runtime.faults import to_message
 from exo_kimi.runtime.keys import ClusterKey
 from exo_kimi.runtime.link import Link
-from exo_kimi.runtime.messages import Goodbye, Hello, Join, Joined, Load, Ping, Refused
+from exo_kimi.runtime.messages import Couple, Goodbye, Hello, Join, Joined, Load, Ping, Refused
+from exo_kimi.runtime.neighbours import COUPLE_DEADLINE_S, Incoming
 from exo_kimi.runtime.next_stage import open_next, watch_next
 from exo_kimi.runtime.stage_compute import DropSequences, Order, Unload
 from exo_kimi.runtime.stage_status import NO_EPOCH, StageStatus
@@ -78,6 +79,7 @@ class StageServer:
         self._joining: asyncio.Task[None] | None = None
         self._reset: asyncio.Future[Joined] | None = None
         self._is_first = False
+        self._incoming = Incoming(take=self._take, lose=self._say_fault)
 
     def run(self) -> None:
         """Serve until `stop`; the body of the IO thread. `bound` gets the address, or why there is none."""
@@ -122,6 +124,8 @@ class StageServer:
     async def _receive(self) -> None:
         while True:
             peer, parts = await self._listener.receive()
+            if peer == self._upstream and self._incoming.takes(parts):
+                continue
             try:
                 message = decode(parts)
             except ProtocolError as error:
@@ -136,6 +140,8 @@ class StageServer:
                 self._obey(message, self._leader.hello)
             elif isinstance(message, Step) and peer == self._upstream:
                 self._take(message)
+            elif isinstance(message, Couple) and peer == self._upstream:
+                await self._couple(peer, message)
             else:
                 await self._tell(peer, Refused(message="say hello first", retry=True))
 
@@ -158,6 +164,14 @@ class StageServer:
             self._lost_s = None
         await self._tell(peer, self._status.hello_ack(self._versions))
 
+    async def _couple(self, peer: bytes, proposal: Couple) -> None:
+        """The stage before wants a link of its own for hidden states."""
+        deadline_s = self._leader.hello.silence_s if self._leader is not None else COUPLE_DEADLINE_S
+        try:
+            await self._tell(peer, await self._incoming.couple(proposal, deadline_s=deadline_s))
+        except StageUnreachableError as error:
+            await self._tell(peer, Refused(message=str(error), retry=False))
+
     def _obey(self, message: Message, leader: Hello) -> None:
         if isinstance(message, Step):
             if self._is_first:
@@ -167,7 +181,7 @@ class StageServer:
             self._is_first = message.start_layer == 0
             self._orders.put(message)
         elif isinstance(message, Join):
-            self._leave_chain()
+            self._leave_chain(but_epoch=message.epoch)
             self._status.newest_epoch = message.epoch
             self._reset = self._loop.create_future()
             self._orders.put(message)
@@ -188,7 +202,7 @@ class StageServer:
         try:
             if join.next_address is not None:
                 self._next = await open_next(
-                    self._context, join.next_address, key=self._next_key, leader=leader, versions=self._versions
+                    self._context, join, key=self._next_key, leader=leader, versions=self._versions
                 )
             await self._tell_leader(await reset)
             if self._next is not None:
@@ -198,7 +212,7 @@ class StageServer:
 
     async def _say_fault(self, epoch: int, error: RuntimeFault) -> None:
         if epoch == self._status.newest_epoch:
-            logger.warning("the link to the next stage: %s", error)
+            logger.warning("a link between stages: %s", error)
             await self._tell_leader(replace(to_message(error, epoch, None), cause="link"))
 
     async def _send(self) -> None:
@@ -250,7 +264,8 @@ class StageServer:
         self._leader = self._upstream = None
         self._leave_chain()
 
-    def _leave_chain(self) -> None:
+    def _leave_chain(self, *, but_epoch: int | None = None) -> None:
+        self._incoming.end(but_epoch=but_epoch)
         self._status.newest_epoch = NO_EPOCH
         if self._joining is not None:
             self._joining.cancel()

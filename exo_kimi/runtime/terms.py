@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from exo_kimi.runtime.child import STAGE_COMMAND
+from exo_kimi.runtime.coupling import LinkKind
 from exo_kimi.runtime.keys import ClusterKey
 from exo_kimi.runtime.messages import Hello
 from exo_kimi.runtime.versions import Versions
@@ -26,6 +27,7 @@ class ClusterOptions:
         child_command: starts a local stage.
         prefix_disk_bytes: budget of each stage for prefixes on its disk; 0 writes none.
         prefix_directory: where, on each machine; None takes its user's cache directory.
+        link: how hidden states go from stage to stage; all else goes over ZeroMQ.
     """
 
     context: int | None = None
@@ -37,6 +39,7 @@ class ClusterOptions:
     child_command: tuple[str, ...] = STAGE_COMMAND
     prefix_disk_bytes: int = 0
     prefix_directory: str | None = None
+    link: LinkKind = "zmq"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -20,6 +20,7 @@ from exo_kimi.planner.bytes import bytes_of_manifest
 from exo_kimi.planner.matching import check_matches
 from exo_kimi.planner.plan import read_plan
 from exo_kimi.runtime.cluster_plan import make_plan
+from exo_kimi.runtime.coupling import LinkKind
 from exo_kimi.runtime.engine import Engine
 from exo_kimi.runtime.keys import ENVIRONMENT_NAME, find_key
 from exo_kimi.runtime.prefix_cache import PrefixOptions
@@ -50,6 +51,7 @@ class ServeOptions:
     queue_limit: int | None = None
     stall_deadline: float = 30.0
     speculate: Speculate = "auto"
+    link: LinkKind = "zmq"
     key_file: Path | None = None
     prefix_cache_bytes: int | None = None
     prefix_disk_bytes: int | None = None
@@ -88,7 +90,9 @@ def serve(options: ServeOptions, *, announce: Callable[[str], None] | None = Non
     _check_texts(options.directory, plan.config)
     model_id = _utf8(options.model_id or options.directory.resolve().name)
     disk = disk_terms(options.prefix_disk_bytes, options.prefix_dir, check=not options.stage)
-    cluster_options = ClusterOptions(context=context, kv_bytes=options.kv_bytes, stall_s=options.stall_deadline, **disk)
+    cluster_options = ClusterOptions(
+        context=context, kv_bytes=options.kv_bytes, stall_s=options.stall_deadline, link=options.link, **disk
+    )
     prefixes = PrefixOptions(memory_bytes=options.prefix_cache_bytes)
 
     drafter = Drafter.of(options.speculate, bytes_of_manifest(resolve(open_index(options.directory))))
