@@ -23,6 +23,7 @@ FLOORS = {
     "serve": 4,
     "plugin": 4,
     "bench": 4,
+    "train": 4,
     "cli": 5,
     "__main__": 6,
 }

@@ -105,21 +105,32 @@ def dequantize_affine(
     return (groups * scales[..., None] + biases[..., None]).astype(np.float32).reshape(codes.shape)
 
 
-def quantize_int4(weight: Floats, *, dtype: str) -> tuple[NDArray[np.int32], StoredTensor]:
+def quantize_int4(weight: Floats, *, dtype: str, symmetric: bool = False) -> tuple[NDArray[np.int32], StoredTensor]:
     """Weight as compressed-tensors' `pack-quantized` holds it: value = (nibble - 8) * scale, groups of 32.
 
     Args:
         weight: (..., out, in) float32; `in` a multiple of 32.
         dtype: of the scales.
+        symmetric: as K2-Thinking was trained, see `int4_codes`; else the code -8 is used too.
 
     Returns:
         Packed (..., out, in / 8) int32, the lowest nibble being the lowest column; scales (..., out, in / 32).
     """
+    codes, scales = int4_codes(weight, dtype=dtype, symmetric=symmetric)
+    return pack_bits((codes + 8).astype(np.uint8), 4).view(np.int32), scales
+
+
+def int4_codes(weight: Floats, *, dtype: str, symmetric: bool) -> tuple[NDArray[np.int8], StoredTensor]:
+    """Codes (..., in) with a scale for each 32 columns; the scale is rounded to `dtype` before w / scale is rounded.
+
+    Args:
+        symmetric: scale max|w| / 7 and codes -7 to 7; else max|w| / 7.5 and -8 to 7.
+    """
     groups = weight.reshape(*weight.shape[:-1], -1, INT4_GROUP)
-    scales = store(np.abs(groups).max(-1) / 7.5, dtype)
+    scales = store(np.abs(groups).max(-1) / np.float32(7 if symmetric else 7.5), dtype)
     step = restore(scales)[..., None]
-    codes = np.clip(np.rint(groups / np.where(step == 0, np.float32(1), step)), -8, 7) + 8
-    return pack_bits(codes.astype(np.uint8).reshape(weight.shape), 4).view(np.int32), scales
+    codes = np.clip(np.rint(groups / np.where(step == 0, np.float32(1), step)), -7 if symmetric else -8, 7)
+    return codes.astype(np.int8).reshape(weight.shape), scales
 
 
 def quantize_fp8(weight: Floats) -> tuple[NDArray[np.uint8], Floats]:

@@ -115,11 +115,11 @@ def make_tiny(
     if vision:
         tensors.update(_vision_tensors(seed, dtype))
     tensors.update(extra_tensors or {})
-    raw.update(hints or _quantization(layout, recipe, writer, group_size))
+    raw.update(hints or stated_quantization(layout, recipe, writer, group_size))
     with _writing(root):
         (root / "config.json").write_text(json.dumps(nest(raw) if prefix else raw, indent=2) + "\n", encoding="utf-8")
         _write_shards(root, tensors, shards, "mlx" if layout == "mlx" else "pt")
-        write_tokenizer(root, kimi.vocab_size, chat_template=_template_text(template))
+        write_tokenizer(root, kimi.vocab_size, chat_template=template_text(template))
     return root
 
 
@@ -149,7 +149,7 @@ def _writing(root: Path) -> Iterator[None]:
         ) from error
 
 
-def _quantization(layout: Layout, recipe: Recipe, writer: LayoutWriter, group_size: int) -> dict[str, Any]:
+def stated_quantization(layout: Layout, recipe: Recipe, writer: LayoutWriter, group_size: int) -> dict[str, Any]:
     """What config.json says of the bits, as the tool that writes this layout says it."""
     if layout == "int4":
         return {"quantization_config": INT4_CONFIG}
@@ -201,7 +201,7 @@ def _vision_tensors(seed: int, dtype: str) -> dict[str, StoredTensor]:
     }
 
 
-def _template_text(template: str | None) -> str | None:
+def template_text(template: str | None) -> str | None:
     if template not in TEMPLATES:
         return template
     name = "thinking" if template == "k25" else template

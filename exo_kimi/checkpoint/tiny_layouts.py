@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -12,9 +12,21 @@ from exo_kimi.arch.modules import ModuleSpec
 from exo_kimi.checkpoint import packing
 from exo_kimi.checkpoint.packing import Floats
 from exo_kimi.checkpoint.safetensors_io import StoredTensor
-from exo_kimi.checkpoint.tiny_weights import TinyWeights
 
 Chooser = Callable[[ModuleSpec], tuple[int, int] | None]
+
+
+class Weights(Protocol):
+    """Where the master weights come from: seeded, or trained."""
+
+    def weight(self, spec: ModuleSpec) -> Floats:
+        """The float32 weight of a module, in the shape of its spec."""
+
+    def correction_bias(self, spec: ModuleSpec) -> Floats:
+        """The router's e_score_correction_bias, (E,)."""
+
+    def bias(self, spec: ModuleSpec) -> Floats:
+        """The bias vector of a linear that has one."""
 
 
 @dataclass(slots=True)
@@ -28,16 +40,18 @@ class LayoutWriter:
         dtype: of plain weights.
         scales_dtype: of scales and biases (mlx, int4).
         prefix: in front of every name.
+        symmetric: (int4) codes -7 to 7, as an aware training rounds them.
 
     After `add`: `tensors` by name, in the order of the model; `quantization` by prefixed path.
     """
 
-    weights: TinyWeights
+    weights: Weights
     layout: str
     choose: Chooser
     dtype: str
     scales_dtype: str
     prefix: str
+    symmetric: bool = False
     tensors: dict[str, StoredTensor] = field(default_factory=dict)
     quantization: dict[str, tuple[int, int] | None] = field(default_factory=dict)
 
@@ -83,7 +97,7 @@ class LayoutWriter:
         return {"weight": StoredTensor("U32", packed), "scales": scales, "biases": biases}
 
     def _int4(self, weight: Floats) -> dict[str, StoredTensor]:
-        packed, scales = packing.quantize_int4(weight, dtype=self.scales_dtype)
+        packed, scales = packing.quantize_int4(weight, dtype=self.scales_dtype, symmetric=self.symmetric)
         shape: Any = np.array(weight.shape[-2:], np.int32)
         if weight.ndim == 3:
             shape = np.tile(shape, (len(weight), 1))

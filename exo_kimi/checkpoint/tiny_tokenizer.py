@@ -10,6 +10,7 @@ import base64
 import json
 import re
 from collections import Counter
+from collections.abc import Sequence
 from functools import lru_cache
 from importlib import resources
 from itertools import pairwise
@@ -52,15 +53,18 @@ _NOT_SPECIAL = frozenset(range(11, 16)) | {22, 23}
 _WORDS = re.compile(r"[\u4e00-\u9fff]{1,2}| ?[^\W\d_\u4e00-\u9fff]+|\d{1,3}| ?[^\w\s]+|_+|\s+")
 
 
-def write_tokenizer(directory: Path, vocab_size: int, *, chat_template: str | None = None) -> None:
+def write_tokenizer(
+    directory: Path, vocab_size: int, *, chat_template: str | None = None, ordinary: Sequence[bytes] | None = None
+) -> None:
     """Write `tiktoken.model`, `tokenizer_config.json` and `generation_config.json`.
 
     Args:
         directory: an existing directory.
         vocab_size: all ids; the last 256 are the special tokens. At least 512.
         chat_template: written to `chat_template.jinja` when given.
+        ordinary: the tokens that are not special, in rank order, in place of those of the built-in text.
     """
-    ordinary = ordinary_tokens(vocab_size)
+    ordinary = ordinary_tokens(vocab_size) if ordinary is None else ordinary
     lines = (f"{base64.b64encode(token).decode()} {rank}\n" for rank, token in enumerate(ordinary))
     (directory / "tiktoken.model").write_text("".join(lines), encoding="ascii")
     first = len(ordinary)
@@ -83,19 +87,22 @@ def ordinary_tokens(vocab_size: int) -> tuple[bytes, ...]:
     if vocab_size < SMALLEST_VOCABULARY:
         room = f"at least {SMALLEST_VOCABULARY}: 256 bytes and 256 special tokens"
         raise UsageError("vocab_size is too small", expected=room, found=vocab_size)
-    wanted = vocab_size - SPECIAL_TOKENS
+    return learn_tokens(Counter(_WORDS.findall(_corpus())), vocab_size - SPECIAL_TOKENS)
+
+
+def learn_tokens(words: Counter[str], wanted: int) -> tuple[bytes, ...]:
+    """The bytes of `wanted` tokens in rank order: every single byte, then merges within the words, most frequent first."""
     # Printable bytes first, as in Kimi's file: rank and byte value are not the same number.
     printable = [*range(ord("!"), 127), *range(0xA1, 0xAD), *range(0xAE, 256)]
     single = [bytes([value]) for value in (*printable, *(value for value in range(256) if value not in printable))]
-    tokens = [*single, *_merges(_corpus(), wanted - len(single))]
+    tokens = [*single, *_merges(words, wanted - len(single))]
     # A text this short gives no more merges: the rest are fillers that no text contains.
     tokens += [f"\x00filler {number}".encode() for number in range(wanted - len(tokens))]
     return tuple(tokens)
 
 
-def _merges(text: str, count: int) -> list[bytes]:
+def _merges(words: Counter[str], count: int) -> list[bytes]:
     """Byte pair encoding: the `count` most frequent pairs, each merged before the next is counted."""
-    words = Counter(_WORDS.findall(text))
     spelled = [([bytes([value]) for value in word.encode()], times) for word, times in words.items()]
     pairs: Counter[tuple[bytes, bytes]] = Counter()
     holders: dict[tuple[bytes, bytes], set[int]] = {}

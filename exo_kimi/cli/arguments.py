@@ -7,6 +7,7 @@ import os
 from pathlib import Path
 
 from exo_kimi.cli.exo_arguments import add_exo, add_exo_legacy
+from exo_kimi.cli.train_arguments import add_eval, add_train
 from exo_kimi.cli.values import (
     OBJECTIVES,
     Commands,
@@ -54,6 +55,8 @@ def build_parser() -> argparse.ArgumentParser:
     _add_machine(commands)
     _add_doctor(commands)
     _add_bench(commands)
+    add_train(commands)
+    add_eval(commands)
     add_exo(commands)
     add_exo_legacy(commands)
     return parser

@@ -11,7 +11,7 @@ import os
 import sys
 from collections.abc import Callable
 
-from exo_kimi.cli import exo_commands
+from exo_kimi.cli import exo_commands, train_commands
 from exo_kimi.cli.output import write_text
 
 Command = Callable[[argparse.Namespace], int]
@@ -149,5 +149,6 @@ COMMANDS: dict[str, Command] = {
     "machine": _machine,
     "doctor": _doctor,
     "bench": _bench,
+    **train_commands.COMMANDS,
     **exo_commands.COMMANDS,
 }

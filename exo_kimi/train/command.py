@@ -1,0 +1,110 @@
+"""`exo-kimi train tiny`: vocabulary, training, export; it knows nothing of how a step is made."""
+
+from __future__ import annotations
+
+import hashlib
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from exo_kimi.chat.template import ChatTemplate
+from exo_kimi.chat.tokenizer import KimiTokenizer
+from exo_kimi.errors import UsageError
+from exo_kimi.train.bpe import train_ranks
+from exo_kimi.train.curve import draw_curve
+from exo_kimi.train.encoding import Encoder
+from exo_kimi.train.export import write_checkpoint, write_vocabulary
+from exo_kimi.train.recipe import Recipe
+from exo_kimi.train.trainer import Progress as Step
+from exo_kimi.train.trainer import Trainer
+
+_SAVE_EVERY = 100
+_STATE, _VOCABULARY, _CURVE = "state.npz", "vocabulary", "loss.png"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Trained:
+    """What a training left: the directories, and the SHA-256 of the native weights."""
+
+    native: Path
+    plain: Path
+    checksum: str
+
+    def to_text(self) -> str:
+        """For people."""
+        return f"native INT4  {self.native}\nbf16         {self.plain}\nsha256       {self.checksum}"
+
+
+def train_tiny(directory: Path, recipe: Recipe) -> Trained:
+    """Train, or go on where an earlier run in this directory stopped, and export `int4` and `bf16` into it.
+
+    Raises:
+        UsageError: the directory is of another recipe, or cannot be written.
+    """
+    try:
+        trainer = _open(directory, recipe)
+        _run(trainer, directory / _STATE)
+        parameters = trainer.parameters
+        native, plain = directory / "int4", directory / "bf16"
+        write_checkpoint(native, directory / _VOCABULARY, parameters, layout="int4")
+        write_checkpoint(plain, directory / _VOCABULARY, parameters, layout="bf16")
+        if not draw_curve(trainer.losses, directory / _CURVE):
+            print("no loss curve: matplotlib is in the extra `train`", file=sys.stderr)
+    except OSError as error:
+        raise UsageError("the training cannot be written", found=error.strerror, where=error.filename) from error
+    digest = hashlib.sha256((native / "model.safetensors").read_bytes()).hexdigest()
+    return Trained(native=native, plain=plain, checksum=digest)
+
+
+def open_encoder(directory: Path) -> Encoder:
+    """The encoder of a directory with tokenizer files and a template."""
+    tokenizer = KimiTokenizer.from_directory(directory)
+    return Encoder(tokenizer, ChatTemplate.from_directory(directory, tokenizer))
+
+
+def _open(directory: Path, recipe: Recipe) -> Trainer:
+    vocabulary, stated = directory / _VOCABULARY, directory / "recipe.txt"
+    if stated.exists() and stated.read_text(encoding="utf-8") != f"{recipe}\n":
+        raise UsageError(
+            "the directory holds a training of another recipe",
+            expected=recipe,
+            found=stated.read_text(encoding="utf-8").strip(),
+            where=stated,
+            fix="give another directory, or the same options",
+        )
+    if not stated.exists():
+        print("learning the vocabulary", file=sys.stderr)
+        write_vocabulary(vocabulary, recipe.raw_config, train_ranks(recipe.seed, recipe.ranks))
+        stated.write_text(f"{recipe}\n", encoding="utf-8")
+    trainer = Trainer(recipe, open_encoder(vocabulary))
+    if (directory / _STATE).exists():
+        trainer.resume(directory / _STATE)
+    return trainer
+
+
+def _run(trainer: Trainer, state: Path) -> None:
+    columns = (
+        TextColumn("training"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("{task.fields[told]}"),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, console=Console(stderr=True)) as bar:
+        task = bar.add_task("", total=trainer.recipe.steps, completed=trainer.step, told="")
+        began, tokens = time.monotonic(), 0
+
+        def report(step: Step) -> None:
+            nonlocal tokens
+            tokens += step.tokens
+            told = f"loss {step.loss:.3f}, {tokens / (time.monotonic() - began):.0f} tokens/s"
+            bar.update(task, completed=step.step, told=told)
+            if step.step % _SAVE_EVERY == 0:
+                trainer.save(state)
+
+        trainer.run(report)
+        trainer.save(state)

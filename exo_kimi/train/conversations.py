@@ -1,0 +1,136 @@
+"""Questions to conversations in the OpenAI shape, for training and for evaluation; it knows nothing of tokens."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from random import Random
+from typing import Any
+
+from exo_kimi.train.tasks import manners, tools
+from exo_kimi.train.tasks.registry import SHARES
+from exo_kimi.train.tasks.turn import Turn, draw, held_out
+
+Message = dict[str, Any]
+BRIEF = "Answer briefly."
+_SYSTEMS = ("You are a helpful assistant.", "You are a helpful assistant")
+_TASKS, _WEIGHTS = list(SHARES), list(SHARES.values())
+_NO_TOOL = "I have no tool for that."
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Conversation:
+    """Messages, the last one the assistant's, with the tools that are declared."""
+
+    messages: list[Message]
+    tools: list[dict[str, Any]] | None = None
+
+
+def training_conversation(rng: Random) -> Conversation:
+    """One conversation without any held-out question."""
+    kind = rng.random()
+    if kind < 0.09:
+        return _with_tools(rng)
+    if kind < 0.12:
+        return _named(rng)
+    if kind < 0.16:
+        return _introduced(rng)
+    return _plain(rng)
+
+
+def single(turn: Turn, *, brief: bool = False, system: str | None = None) -> list[Message]:
+    """The messages of one question and its answer."""
+    if brief and turn.brief:
+        system = BRIEF
+    head = [{"role": "system", "content": system}] if system else []
+    return [*head, *exchange(turn, brief=brief)]
+
+
+def exchange(turn: Turn, *, brief: bool = False) -> list[Message]:
+    """A question and its answer."""
+    answer: Message = {"role": "assistant", "content": turn.brief if brief and turn.brief else turn.answer}
+    if turn.reasoning:
+        answer["reasoning_content"] = turn.reasoning
+    return [{"role": "user", "content": turn.question}, answer]
+
+
+def tool_exchange(request: tools.Request, number: int) -> list[Message]:
+    """A request, the call, its result and the answer.
+
+    Args:
+        number: of the call, counted over the conversation.
+    """
+    identity = f"functions.{request.tool}:{number}"
+    function = {"name": request.tool, "arguments": json.dumps(request.arguments)}
+    call = {"id": identity, "type": "function", "function": function}
+    return [
+        {"role": "user", "content": request.question},
+        {"role": "assistant", "content": "", "tool_calls": [call]},
+        {"role": "tool", "tool_call_id": identity, "content": request.result},
+        {"role": "assistant", "content": request.answer},
+    ]
+
+
+def _turn(rng: Random) -> Turn:
+    return draw(rng.choices(_TASKS, _WEIGHTS)[0], rng, evaluation=False)
+
+
+def _plain_turn(rng: Random) -> Turn:
+    """A turn that is the same in the past as when it was the last: reasoning is not shown again."""
+    while (turn := _turn(rng)).reasoning or turn.task == "stories":
+        pass
+    return turn
+
+
+def _plain(rng: Random) -> Conversation:
+    turns = [_plain_turn(rng) for _ in range(rng.choices((0, 1, 2, 3), (45, 15, 20, 20))[0])]
+    turns.append(_turn(rng))
+    system, brief = None, rng.random() < 0.12
+    if brief:
+        system = BRIEF
+    elif rng.random() < 0.15:
+        system = rng.choice(_SYSTEMS)
+    messages: list[Message] = [{"role": "system", "content": system}] if system else []
+    return Conversation(messages=messages + [message for turn in turns for message in exchange(turn, brief=brief)])
+
+
+def _named(rng: Random) -> Conversation:
+    system, asked = manners.named(rng)
+    while held_out(asked.key):
+        system, asked = manners.named(rng)
+    turns = [_plain_turn(rng) for _ in range(rng.choice((0, 0, 1, 2)))] + [asked]
+    messages = [message for turn in turns for message in exchange(turn)]
+    return Conversation(messages=[{"role": "system", "content": system}, *messages])
+
+
+def _introduced(rng: Random) -> Conversation:
+    told, asked = manners.introduced(rng)
+    while held_out(told.key):
+        told, asked = manners.introduced(rng)
+    turns = [told, *(_plain_turn(rng) for _ in range(rng.choice((0, 1, 2)))), asked]
+    return Conversation(messages=[message for turn in turns for message in exchange(turn)])
+
+
+def _with_tools(rng: Random) -> Conversation:
+    names = declared(rng)
+    messages: list[Message] = []
+    calls = 0
+    for _ in range(rng.randint(2, 5)):
+        kind = rng.random()
+        if kind < 0.75:
+            messages += tool_exchange(tools.request(rng, names, evaluation=False), calls)
+            calls += 1
+        elif kind < 0.85 and len(names) < len(tools.TOOLS):
+            missing = tuple(name for name in tools.TOOLS if name not in names)
+            question = tools.request(rng, missing, evaluation=False).question
+            messages += [{"role": "user", "content": question}, {"role": "assistant", "content": _NO_TOOL}]
+        else:
+            messages += exchange(_plain_turn(rng))
+    return Conversation(messages=messages, tools=[tools.TOOLS[name] for name in names])
+
+
+def declared(rng: Random) -> tuple[str, ...]:
+    """Names of the tools of one conversation, in any order: mostly all."""
+    names = list(tools.TOOLS)
+    rng.shuffle(names)
+    return tuple(names[: rng.choices((1, 2, 3), (15, 15, 70))[0]])

@@ -1,0 +1,73 @@
+"""Conversations to token ids and the places where the loss is taken; it knows nothing of models.
+
+Prompts are rendered by the checkpoint's own chat template, so that training sees what serving renders.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from exo_kimi.chat.template import ChatTemplate
+from exo_kimi.chat.tokenizer import KimiTokenizer
+from exo_kimi.train.conversations import Conversation, Message
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Encoded:
+    """A conversation as (L,) token ids; `counted` says of each whether the loss counts it."""
+
+    ids: NDArray[np.int32]
+    counted: NDArray[np.bool_]
+
+
+class Encoder:
+    """Encodes for one tokenizer and template.
+
+    Args:
+        tokenizer: whose special tokens bound the turns.
+        template: renders every message but the last.
+    """
+
+    def __init__(self, tokenizer: KimiTokenizer, template: ChatTemplate) -> None:
+        self._tokenizer = tokenizer
+        self._template = template
+        special = tokenizer.special
+        self._assistant, self._middle = special["<|im_assistant|>"], special["<|im_middle|>"]
+        self._end = special["<|im_end|>"]
+
+    def encode(self, conversation: Conversation) -> Encoded:
+        """Prompt and reply; of earlier replies those are counted whose reasoning the template did not take away."""
+        *earlier, last = conversation.messages
+        prompt = self.prompt(earlier, conversation.tools)
+        reply = self.reply(last)
+        counted = np.zeros(len(prompt) + len(reply), bool)
+        replies = [message for message in earlier if message["role"] == "assistant"]
+        starts = [place for place, token in enumerate(prompt) if token == self._assistant]
+        for message, start in zip(replies, starts, strict=False):
+            if not message.get("reasoning_content"):
+                first = prompt.index(self._middle, start) + 1
+                counted[first : prompt.index(self._end, first) + 1] = True
+        counted[len(prompt) :] = True
+        return Encoded(ids=np.array(prompt + reply, np.int32), counted=counted)
+
+    def prompt(self, messages: Sequence[Message], tools: Sequence[Mapping[str, Any]] | None) -> list[int]:
+        """Ids up to where the assistant's reply begins."""
+        return self._template.render(messages, tools).ids
+
+    def reply(self, message: Message) -> list[int]:
+        """What the model has to generate: `<think>` reasoning `</think>` text, calls, `<|im_end|>`."""
+        special, encode = self._tokenizer.special, self._tokenizer.encode
+        ids = [special["<think>"], *encode(message.get("reasoning_content", "")), special["</think>"]]
+        ids += encode(message["content"])
+        if message.get("tool_calls"):
+            ids.append(special["<|tool_calls_section_begin|>"])
+            for call in message["tool_calls"]:
+                ids += [special["<|tool_call_begin|>"], *encode(call["id"]), special["<|tool_call_argument_begin|>"]]
+                ids += [*encode(call["function"]["arguments"]), special["<|tool_call_end|>"]]
+            ids.append(special["<|tool_calls_section_end|>"])
+        return [*ids, self._end]

@@ -1,0 +1,52 @@
+"""A model's parameters by name: first values, which ones an optimizer treats how; it knows nothing of training."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from exo_kimi.arch.config import KimiConfig
+from exo_kimi.arch.modules import stage_modules
+from exo_kimi.train.layers import Parameters
+
+BIAS = "e_score_correction_bias"
+
+
+def first_values(config: KimiConfig, seed: int) -> Parameters:
+    """Seeded values: what writes to the residual stream begins at zero, so that every layer begins as nothing.
+
+    Raises:
+        ValueError: the architecture has biased linears, which nothing here trains.
+    """
+    rng = np.random.default_rng([seed, 7])
+    values: Parameters = {}
+    for spec in stage_modules(config, 0, config.num_hidden_layers):
+        if spec.has_bias:
+            raise ValueError("attention_bias: not trained here")
+        name = f"{spec.path}.weight"
+        if spec.kind == "norm":
+            values[name] = np.ones(spec.shape, np.float32)
+        elif spec.path.endswith(("o_proj", "down_proj")):
+            values[name] = np.zeros(spec.shape, np.float32)
+        else:
+            deviation = {"embedding": 0.5, "router": 0.5 * spec.shape[-1] ** -0.5}.get(
+                spec.kind, 0.02 if spec.path == "lm_head" else 0.6 * spec.shape[-1] ** -0.5
+            )
+            values[name] = rng.standard_normal(spec.shape, dtype=np.float32) * np.float32(deviation)
+        if spec.kind == "router":
+            values[f"{spec.path}.{BIAS}"] = np.zeros(spec.shape[:1], np.float32)
+    return values
+
+
+def is_expert(name: str) -> bool:
+    """Whether a parameter belongs to routed experts."""
+    return ".switch_mlp." in name
+
+
+def is_matrix(name: str) -> bool:
+    """Muon's: every projection; the embedding, the head, the router and the norms stay with AdamW."""
+    return "_proj" in name
+
+
+def decays(name: str) -> bool:
+    """Weight decay is for matrices, not for norms."""
+    return "norm" not in name

@@ -1,0 +1,74 @@
+"""Shape and schedule of a training; it knows nothing of how training goes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from exo_kimi.arch.config import KimiConfig
+from exo_kimi.checkpoint.tiny_config import text_config
+
+_SHAPE: dict[str, Any] = {
+    "hidden_size": 192,
+    "intermediate_size": 384,
+    "kv_lora_rank": 64,
+    "moe_intermediate_size": 64,
+    "n_routed_experts": 16,
+    "num_attention_heads": 4,
+    "num_experts_per_tok": 4,
+    "num_hidden_layers": 6,
+    "q_lora_rank": 128,
+    "qk_nope_head_dim": 32,
+    "qk_rope_head_dim": 32,
+    "v_head_dim": 32,
+}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Recipe:
+    """A training.
+
+    Args:
+        steps: updates in all; the rate rises over `warmup_steps`, stays, and falls to zero over the last `decay_share`.
+        group_tokens: tokens of an update, about.
+        rate: learning rate at its highest, of both optimizers: Muon's update is scaled to AdamW's.
+        aware_share: of the steps, at the end, with experts rounded to INT4 in the forward pass.
+        bias_rate: by which the router's correction bias of an expert moves against its load. Source: "DeepSeek-V3", 2.1.2.
+        matrices: the optimizer of the matrices.
+        ranks: ordinary tokens of the vocabulary.
+        shape: keys of config.json.
+    """
+
+    steps: int = 2400
+    warmup_steps: int = 60
+    decay_share: float = 0.4
+    group_tokens: int = 4096
+    rate: float = 4e-3
+    weight_decay: float = 0.1
+    clip_norm: float = 1.0
+    aware_share: float = 0.12
+    bias_rate: float = 1e-3
+    matrices: Literal["muon", "adamw"] = "muon"
+    ranks: int = 2000
+    seed: int = 0
+    shape: dict[str, Any] = field(default_factory=lambda: dict(_SHAPE))
+
+    @property
+    def raw_config(self) -> dict[str, Any]:
+        """config.json of the model, without a quantization."""
+        return text_config({**self.shape, "vocab_size": self.ranks + 256}, dtype="BF16")
+
+    @property
+    def config(self) -> KimiConfig:
+        """The model's architecture."""
+        return KimiConfig.from_dict(self.raw_config, where="the recipe")
+
+    def rate_at(self, step: int) -> float:
+        """Learning rate of a step, counted from 1."""
+        rising = min(1.0, step / max(self.warmup_steps, 1))
+        falling = (self.steps - step + 1) / max(self.decay_share * self.steps, 1)
+        return self.rate * min(rising, max(min(falling, 1.0), 0.0))
+
+    def is_aware(self, step: int) -> bool:
+        """Whether experts are rounded to INT4 in this step."""
+        return step > self.steps * (1 - self.aware_share)

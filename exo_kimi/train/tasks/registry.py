@@ -1,0 +1,31 @@
+"""Every single-turn task with its share of the training text."""
+
+from __future__ import annotations
+
+from exo_kimi.train.tasks import arithmetic, facts, lists, manners, measures, stories
+from exo_kimi.train.tasks.turn import Task
+
+SHARES: dict[Task, float] = {
+    arithmetic.addition: 3.0,
+    arithmetic.subtraction: 3.0,
+    arithmetic.multiplication: 1.5,
+    arithmetic.division: 1.5,
+    arithmetic.comparison: 1.5,
+    arithmetic.parity: 0.7,
+    arithmetic.word_problem: 1.2,
+    measures.conversion: 2.0,
+    measures.weekday: 2.0,
+    measures.month: 1.2,
+    measures.next_date: 1.5,
+    lists.sort_digits: 2.5,
+    lists.sort_words: 2.0,
+    lists.extreme: 1.0,
+    lists.count_words: 1.0,
+    lists.place: 1.0,
+    lists.reverse: 1.0,
+    facts.fact: 7.0,
+    stories.story: 1.2,
+    manners.greeting: 0.5,
+    manners.unnamed: 0.3,
+}
+"""Shares of the turns; what takes longer to learn is shown more often."""

@@ -1,0 +1,131 @@
+"""The training loop: resumable, the same for the same seed on the same machine; it knows nothing of tasks or files' formats."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from exo_kimi.models.ops import Rope
+from exo_kimi.train.batches import make_batch, training_groups
+from exo_kimi.train.encoding import Encoder
+from exo_kimi.train.fake_quant import fake_quant
+from exo_kimi.train.forward import Batch, Outcome, loss_and_gradients
+from exo_kimi.train.layers import Parameters, add_gradient
+from exo_kimi.train.optimizers import Optimizer, clip
+from exo_kimi.train.parameters import BIAS, decays, first_values, is_expert, is_matrix
+from exo_kimi.train.recipe import Recipe
+
+_WORKERS = 2
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Progress:
+    """One step: loss in nats a counted token, norm of the gradients before clipping, tokens read, rate."""
+
+    step: int
+    loss: float
+    norm: float
+    tokens: int
+    rate: float
+
+
+class Trainer:
+    """One training.
+
+    Args:
+        recipe: what to train and how long.
+        encoder: of the texts.
+    """
+
+    def __init__(self, recipe: Recipe, encoder: Encoder) -> None:
+        self.recipe = recipe
+        self.config = recipe.config
+        self.parameters = first_values(self.config, recipe.seed)
+        self.step = 0
+        self.losses: list[float] = []
+        self._encoder = encoder
+        self._wavelengths = np.array(Rope.of(self.config).wavelengths)
+        self._optimizer = Optimizer(
+            {name: value for name, value in self.parameters.items() if BIAS not in name},
+            is_matrix=lambda name: recipe.matrices == "muon" and is_matrix(name),
+            decays=decays,
+            weight_decay=recipe.weight_decay,
+        )
+
+    def run(self, report: Callable[[Progress], None], *, until: int | None = None) -> None:
+        """Train on from where it stands, to the end of the recipe or to step `until`."""
+        last = self.recipe.steps if until is None else until
+        groups = training_groups(self._encoder, self.recipe.seed, self.recipe.group_tokens, start=self.step)
+        with ThreadPoolExecutor(_WORKERS) as pool:
+            coming = pool.submit(next, groups)
+            while self.step < last:
+                group = coming.result()
+                coming = pool.submit(next, groups)
+                # Every worker takes each second conversation by length: the same work, and sums in a fixed order.
+                ordered = sorted(group, key=lambda item: len(item.ids))
+                batches = [make_batch(ordered[worker::_WORKERS]) for worker in range(_WORKERS)]
+                report(self._update(batches, pool))
+
+    def effective(self) -> Parameters:
+        """The parameters that the forward pass uses now."""
+        if not self.recipe.is_aware(self.step + 1):
+            return self.parameters
+        return {name: fake_quant(value) if is_expert(name) else value for name, value in self.parameters.items()}
+
+    def _update(self, batches: list[Batch], pool: ThreadPoolExecutor) -> Progress:
+        effective = self.effective()
+        outcomes = list(
+            pool.map(lambda batch: loss_and_gradients(effective, self.config, self._wavelengths, batch), batches)
+        )
+        counted = sum(len(batch.targets) for batch in batches)
+        gradients = self._summed(outcomes)
+        for value in gradients.values():
+            value /= np.float32(counted)
+        norm = clip(gradients, self.recipe.clip_norm)
+        self.step += 1
+        rate = self.recipe.rate_at(self.step)
+        self._optimizer.update(gradients, rate=rate, step=self.step)
+        self._balance(outcomes)
+        self.losses.append(sum(outcome.loss for outcome in outcomes) / counted)
+        tokens = sum(len(batch.inputs) for batch in batches)
+        return Progress(step=self.step, loss=self.losses[-1], norm=norm, tokens=tokens, rate=rate)
+
+    @staticmethod
+    def _summed(outcomes: list[Outcome]) -> Parameters:
+        first, *others = (outcome.gradients for outcome in outcomes)
+        for other in others:
+            for name, value in other.items():
+                add_gradient(first, name, value)
+        return first
+
+    def _balance(self, outcomes: list[Outcome]) -> None:
+        """Steer tokens from busy experts to idle ones. Source: "DeepSeek-V3", section 2.1.2."""
+        for layer in outcomes[0].loads:
+            load = np.sum([outcome.loads[layer] for outcome in outcomes], axis=0)
+            bias = self.parameters[f"model.layers.{layer}.mlp.gate.{BIAS}"]
+            bias += np.float32(self.recipe.bias_rate) * np.sign(load.mean() - load).astype(np.float32)
+
+    def save(self, path: Path) -> None:
+        """Write everything that `resume` needs; the old file is replaced only by a whole one."""
+        buffer = io.BytesIO()
+        arrays: dict[str, Any] = {f"parameter {name}": value for name, value in self.parameters.items()}
+        arrays.update(self._optimizer.state)
+        np.savez(buffer, step=self.step, losses=np.array(self.losses), **arrays)
+        partial = path.with_suffix(".partial")
+        partial.write_bytes(buffer.getbuffer())
+        partial.replace(path)
+
+    def resume(self, path: Path) -> None:
+        """Stand where `save` stood; the steps that follow are those that would have followed."""
+        with np.load(path) as saved:
+            self.step, self.losses = int(saved["step"]), saved["losses"].tolist()
+            for name, value in self.parameters.items():
+                value[...] = saved[f"parameter {name}"]
+            for name, value in self._optimizer.state.items():
+                value[...] = saved[name]
