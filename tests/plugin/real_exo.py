@@ -14,7 +14,9 @@ from typing import Any
 
 import httpx
 
-STANDIN = Path(__file__).parents[2].parent / "shared" / "tools" / "exo_standin"
+STANDIN = Path(
+    os.environ.get("EXO_STANDIN") or Path(__file__).parents[2].parent / "shared" / "tools" / "exo_standin"
+).resolve()
 API_PORT, ZENOH_PORT, DISCOVERY_PORT = 52415, 52414, 52413
 SEEN_S = 90.0
 # All of 127/8 is loopback on Linux: two runs at once do not meet.
