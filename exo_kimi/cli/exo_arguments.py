@@ -19,8 +19,7 @@ def add_exo(commands: Commands) -> None:
     _add_plan(inner)
     _add_apply(inner)
     _add_prepare(inner)
-    run = command(inner, "run", "start exo with our engine inside its runners: exo-kimi exo run -- ARGS", room="exo")
-    run.add_argument("rest", nargs=argparse.REMAINDER, metavar="-- ARGS", help="exo's own arguments")
+    _add_run(inner)
 
 
 def add_exo_legacy(commands: Commands) -> None:
@@ -102,6 +101,19 @@ def _add_prepare(commands: Commands) -> None:
     )
     parser.add_argument("--layers", metavar="START:END", help="one node's share, half-open (default: all)")
     parser.add_argument("--symbolic", action="store_true", help="symbolic links instead of hard ones")
+
+
+def _add_run(commands: Commands) -> None:
+    parser = command(
+        commands, "run", "start exo with our engine inside its runners: exo-kimi exo run -- ARGS", room="exo"
+    )
+    parser.add_argument(
+        "--context", type=positive, metavar="N", help="most tokens of one sequence (default: the model's)"
+    )
+    parser.add_argument(
+        "--kv-bytes", type=byte_count, metavar="SIZE", help="for the caches of each rank (default: what is free)"
+    )
+    parser.add_argument("rest", nargs=argparse.REMAINDER, metavar="-- ARGS", help="exo's own arguments")
 
 
 def _with_url(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:

@@ -39,8 +39,10 @@ def _prepare(arguments: argparse.Namespace) -> int:
 
 def _run(arguments: argparse.Namespace) -> int:
     from exo_kimi.plugin.exo_launch import run
+    from exo_kimi.plugin.exo_options import EngineOptions
 
-    run(arguments.rest[1:] if arguments.rest[:1] == ["--"] else arguments.rest)
+    rest = arguments.rest[1:] if arguments.rest[:1] == ["--"] else arguments.rest
+    run(rest, options=EngineOptions(context=arguments.context, kv_bytes=arguments.kv_bytes))
     return 0
 
 

@@ -1,6 +1,6 @@
 """The names of exo that our engine binds or leans on, checked by signature before anything is bound. It changes nothing.
 
-Source: exo b5375f8ce, read. An exo that differs in one of them is left as it is, and the reason is said.
+Source: exo b5375f8ce and v1.0.71, read. An exo that differs from both is left as it is, and the reason is said.
 """
 
 from __future__ import annotations
@@ -10,8 +10,6 @@ import inspect
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
-
-TESTED = "exo b5375f8ce"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -37,6 +35,23 @@ class Name:
         return f"{self.module}.{self.name}"
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Exo:
+    """One exo that our engine runs in.
+
+    Args:
+        tested: its name for users.
+        entrypoint: what a runner process runs, bound in the node.
+        node_names: what a node's process needs, `entrypoint` and `PLAN` included.
+        runner_names: what a runner's process needs.
+    """
+
+    tested: str
+    entrypoint: Name
+    node_names: tuple[Name, ...]
+    runner_names: tuple[Name, ...]
+
+
 _ENTRY = ("bound_instance", "event_sender", "task_receiver", "cancel_receiver", "_logger")
 _PLAN = (
     "node_id",
@@ -50,10 +65,8 @@ _PLAN = (
     "instance_backoff",
     "download_backoff",
 )
-ENTRYPOINT = Name(module="exo.worker.runner.supervisor", name="entrypoint", parameters=_ENTRY)
 PLAN = Name(module="exo.worker.main", name="plan", parameters=_PLAN)
-NODE_NAMES = (
-    ENTRYPOINT,
+_NODE = (
     Name(module="exo.worker.runner.bootstrap", name="entrypoint", parameters=_ENTRY),
     PLAN,
     Name(module="exo.shared.types.tasks", name="CancelTask", fields=("instance_id", "cancelled_task_id", "runner_id")),
@@ -62,14 +75,7 @@ NODE_NAMES = (
 )
 
 _TYPES = "exo.shared.types"
-BUILDER = Name(module="exo.worker.engines.mlx.builder", name="MlxBuilder")
-RUNNER_NAMES = (
-    Name(module="exo.worker.engines.base", name="Builder", abstract=("build", "close", "connect", "load")),
-    Name(
-        module="exo.worker.engines.base",
-        name="Engine",
-        abstract=("close", "serve_prefill", "step", "submit", "warmup"),
-    ),
+_RUNNER = (
     Name(module=f"{_TYPES}.worker.instances", name="MlxRingInstance", fields=("hosts_by_node", "shard_assignments")),
     Name(
         module=f"{_TYPES}.worker.shards",
@@ -87,16 +93,61 @@ RUNNER_NAMES = (
         fields=("input", "instructions", "chat_template_messages", "tools", "max_output_tokens", "stop", "images"),
     ),
     Name(module=f"{_TYPES}.worker.runner_response", name="ModelLoadingResponse", fields=("layers_loaded", "total")),
-    Name(module=f"{_TYPES}.worker.runner_response", name="FinishedResponse"),
-    Name(module=f"{_TYPES}.worker.runner_response", name="CancelledResponse"),
     Name(module=f"{_TYPES}.tasks", name="CANCEL_ALL_TASKS"),
     Name(module="exo.download.download_utils", name="resolve_existing_model", parameters=("model_id", "card")),
-    Name(
-        module="exo.worker.engines.mlx.builder",
-        name="MlxBuilder",
-        fields=("model_id", "event_sender", "cancel_receiver"),
+)
+_BUILT_FROM = ("model_id", "event_sender", "cancel_receiver")
+
+_HEAD_ENTRYPOINT = Name(module="exo.worker.runner.supervisor", name="entrypoint", parameters=_ENTRY)
+BUILDER = Name(module="exo.worker.engines.mlx.builder", name="MlxBuilder", fields=_BUILT_FROM)
+_ENGINE_METHODS = ("close", "serve_prefill", "step", "submit", "warmup")
+HEAD = Exo(
+    tested="exo b5375f8ce",
+    entrypoint=_HEAD_ENTRYPOINT,
+    node_names=(_HEAD_ENTRYPOINT, *_NODE),
+    runner_names=(
+        Name(module="exo.worker.engines.base", name="Builder", abstract=("build", "close", "connect", "load")),
+        Name(module="exo.worker.engines.base", name="Engine", abstract=_ENGINE_METHODS),
+        *_RUNNER,
+        Name(module=f"{_TYPES}.worker.runner_response", name="FinishedResponse"),
+        Name(module=f"{_TYPES}.worker.runner_response", name="CancelledResponse"),
+        BUILDER,
     ),
 )
+
+_V71_ENTRYPOINT = Name(module="exo.worker.runner.runner_supervisor", name="entrypoint", parameters=_ENTRY)
+_V71_RUNNER = "exo.worker.runner.llm_inference.runner"
+V71_BUILDER = Name(
+    module=_V71_RUNNER,
+    name="Builder",
+    fields=(*_BUILT_FROM, "inference_model", "tokenizer", "group", "vision_processor"),
+)
+V71_CONNECT = Name(module=_V71_RUNNER, name="initialize_mlx", parameters=("bound_instance",))
+V71_LOAD = Name(module=_V71_RUNNER, name="load_mlx_items", parameters=("bound_instance", "group"))
+V71_ENGINE = Name(
+    module=_V71_RUNNER, name="InferenceGenerator", abstract=tuple(m for m in _ENGINE_METHODS if m != "serve_prefill")
+)
+V71_FINISHED = Name(module=_V71_RUNNER, name="Finished")
+V71_CANCELLED = Name(module=_V71_RUNNER, name="Cancelled")
+V71 = Exo(
+    tested="exo v1.0.71",
+    entrypoint=_V71_ENTRYPOINT,
+    node_names=(_V71_ENTRYPOINT, *_NODE),
+    runner_names=(*_RUNNER, V71_BUILDER, V71_CONNECT, V71_LOAD, V71_ENGINE, V71_FINISHED, V71_CANCELLED),
+)
+
+
+def nearest(find: Callable[[str], Any] = importlib.import_module) -> Exo:
+    """The tested exo that the one around us is like: the later one, unless only the earlier one's runners are found."""
+    return V71 if not _is_there(HEAD, find) and _is_there(V71, find) else HEAD
+
+
+def _is_there(exo: Exo, find: Callable[[str], Any]) -> bool:
+    try:
+        find(exo.entrypoint.module)
+    except ImportError:
+        return False
+    return True
 
 
 def mismatches(names: Iterable[Name], find: Callable[[str], Any] = importlib.import_module) -> tuple[str, ...]:

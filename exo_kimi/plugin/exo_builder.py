@@ -21,6 +21,7 @@ from exo_kimi.plugin.exo_chunks import ExoTypes
 from exo_kimi.plugin.exo_engine import CancelReceiver, Follower, KimiEngine, Leading
 from exo_kimi.plugin.exo_leader import READY_S, Leader, cluster_plan, config_hash
 from exo_kimi.plugin.exo_ledger import LedgerReader
+from exo_kimi.plugin.exo_options import EngineOptions
 from exo_kimi.plugin.exo_part import Part, key_of, part_of
 from exo_kimi.plugin.exo_stage import StageHost
 from exo_kimi.plugin.exo_task import Speaker
@@ -76,7 +77,7 @@ class KimiBuilder:
         key = self._key = key_of(part, environment_text=os.environ.get(ENVIRONMENT_NAME))
         listen = part.listen
         if part.stage == 0:
-            self._leader = Leader(part, key=key, types=self._types)
+            self._leader = Leader(part, key=key, types=self._types, options=EngineOptions.from_environment())
             self._socket = tempfile.TemporaryDirectory(prefix="exo-kimi-")
             listen = Address("", 0, f"{self._socket.name}/0")
         assert listen is not None

@@ -42,14 +42,15 @@ class ExoTypes:
         api = importlib.import_module("exo.api.types")
         chunks = importlib.import_module("exo.shared.types.chunks")
         responses = importlib.import_module("exo.shared.types.worker.runner_response")
+        finished, cancelled = _endings(responses)
         return cls(
             TokenChunk=chunks.TokenChunk,
             ToolCallChunk=chunks.ToolCallChunk,
             ErrorChunk=chunks.ErrorChunk,
             PrefillProgressChunk=chunks.PrefillProgressChunk,
             ModelLoadingResponse=responses.ModelLoadingResponse,
-            FinishedResponse=responses.FinishedResponse,
-            CancelledResponse=responses.CancelledResponse,
+            FinishedResponse=finished,
+            CancelledResponse=cancelled,
             Usage=api.Usage,
             PromptTokensDetails=api.PromptTokensDetails,
             CompletionTokensDetails=api.CompletionTokensDetails,
@@ -59,6 +60,14 @@ class ExoTypes:
             Memory=importlib.import_module("exo.shared.types.memory").Memory,
             cancel_all=str(importlib.import_module("exo.shared.types.tasks").CANCEL_ALL_TASKS),
         )
+
+
+def _endings(responses: Any) -> tuple[Any, Any]:
+    """How an engine says that a task has ended, and that it was cancelled."""
+    if hasattr(responses, "CancelledResponse"):
+        return responses.FinishedResponse, responses.CancelledResponse
+    runner = importlib.import_module("exo.worker.runner.llm_inference.runner")  # v1.0.71's
+    return runner.Finished, runner.Cancelled
 
 
 class ChunkWriter:

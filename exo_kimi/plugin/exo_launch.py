@@ -1,13 +1,15 @@
 """Starts exo with our engine in its runners, for Kimi models; everything else of exo stays as it is.
 
 Two names of exo are bound, in this process only and after a check of their signatures: what a runner process runs, and what
-the worker does next. Importing this module binds nothing.
+the worker does next. `run` does it from outside; `install` is for an exo that asks for it (`patches/`). Importing this module
+binds nothing.
 """
 
 from __future__ import annotations
 
 import functools
 import importlib
+import importlib.util
 import logging
 import os
 import sys
@@ -16,18 +18,21 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from exo_kimi.errors import ExoKimiError, ExoVersionError
-from exo_kimi.plugin.exo_bindings import BUILDER, ENTRYPOINT, NODE_NAMES, PLAN, RUNNER_NAMES, TESTED, mismatches
+from exo_kimi.errors import ExoKimiError, ExoVersionError, UsageError
+from exo_kimi.plugin.exo_bindings import BUILDER, HEAD, PLAN, mismatches, nearest
+from exo_kimi.plugin.exo_options import EngineOptions
 
 logger = logging.getLogger(__name__)
 PARENT_WATCH_S = 1.0
+_PACKAGES = {"zmq": "pyzmq", "llguidance": "llguidance", "tiktoken": "tiktoken", "jinja2": "jinja2"}
 
 
-def run(arguments: Sequence[str], *, say: Callable[[str], None] = print) -> None:
+def run(arguments: Sequence[str], *, options: EngineOptions | None = None, say: Callable[[str], None] = print) -> None:
     """Start exo in this process, with our engine inside its runners: the body of `exo-kimi exo run -- ARGS`.
 
     Args:
         arguments: exo's own.
+        options: of our engine; what they do not say, this process's environment does.
         say: takes lines for the user.
 
     Raises:
@@ -43,28 +48,47 @@ def run(arguments: Sequence[str], *, say: Callable[[str], None] = print) -> None
             where=sys.prefix,
             fix="in exo's folder: `uv pip install PATH_OF_EXO_KIMI`, then `uv run exo-kimi exo run -- ARGS`",
         ) from error
+    os.environ.update((options or EngineOptions()).to_environment())  # runners inherit it
+    install(say)
+    sys.argv = ["exo", *arguments]
+    main.main()
+
+
+def install(say: Callable[[str], None]) -> None:
+    """Bind our functions in this node's process if this exo is one that we know, and say what was done."""
     found = bind()
-    for line in found or (f"Kimi models run on exo-kimi's engine ({TESTED})",):
+    for line in found or (f"Kimi models run on exo-kimi's engine ({nearest().tested})",):
         say(f"exo-kimi: {line}")
     if found:
         say("exo-kimi: exo is left as it is; its own engine runs every model")
-    sys.argv = ["exo", *arguments]
-    main.main()
 
 
 def bind() -> tuple[str, ...]:
     """Bind our functions in this node's process.
 
     Returns:
-        What in this exo is not as it was in the tested one; then nothing is bound.
+        What in this exo is not as it was in the tested one, or what our engine lacks here; then nothing is bound.
     """
-    found = mismatches(NODE_NAMES)
+    exo = nearest()
+    found = (*mismatches(exo.node_names), *_lacking())
     if not found:
-        setattr(importlib.import_module(ENTRYPOINT.module), ENTRYPOINT.name, entrypoint)
+        setattr(importlib.import_module(exo.entrypoint.module), exo.entrypoint.name, entrypoint)
         worker = importlib.import_module(PLAN.module)
         if not hasattr(worker.plan, "exo_kimi"):
             setattr(worker, PLAN.name, _with_forgotten_cancels(worker.plan))
     return found
+
+
+def _lacking() -> tuple[str, ...]:
+    """Why our engine could not start in a runner of this node."""
+    missing = sorted(package for module, package in _PACKAGES.items() if importlib.util.find_spec(module) is None)
+    if missing:
+        return (f"exo's environment lacks {', '.join(missing)}, which exo-kimi needs",)
+    try:
+        EngineOptions.from_environment()
+    except UsageError as error:
+        return (" ".join(str(error).split()),)
+    return ()
 
 
 def entrypoint(bound_instance: Any, event_sender: Any, task_receiver: Any, cancel_receiver: Any, _logger: Any) -> None:
@@ -72,7 +96,9 @@ def entrypoint(bound_instance: Any, event_sender: Any, task_receiver: Any, cance
 
     It is found by its name in the new process, so this module is imported there.
     """
-    reason = _install(bound_instance)
+    bootstrap: Any = importlib.import_module("exo.worker.runner.bootstrap")
+    bootstrap.logger = _logger  # as exo's entrypoint does first: modules that we import before it take it from there
+    reason = _put_builder_in(bound_instance)
     card = bound_instance.bound_shard.model_card
     if reason is None:
         _pass_on_logs(_logger)
@@ -80,11 +106,10 @@ def entrypoint(bound_instance: Any, event_sender: Any, task_receiver: Any, cance
         _logger.info(f"exo-kimi runs {card.model_id}")
     else:
         _logger.info(f"exo's own engine runs {card.model_id}: {reason}")
-    bootstrap = importlib.import_module("exo.worker.runner.bootstrap")
     bootstrap.entrypoint(bound_instance, event_sender, task_receiver, cancel_receiver, _logger)
 
 
-def _install(bound_instance: Any) -> str | None:
+def _put_builder_in(bound_instance: Any) -> str | None:
     """Put our builder in this runner, or say why not."""
     from exo_kimi.plugin.exo_builder import KimiBuilder, model_directory
     from exo_kimi.plugin.exo_engine import KimiEngine
@@ -96,8 +121,14 @@ def _install(bound_instance: Any) -> str | None:
         return error.what
     if reason is not None:
         return reason
-    if found := mismatches(RUNNER_NAMES):
+    exo = nearest()
+    if found := mismatches(exo.runner_names):
         return "; ".join(found)
+    if exo is not HEAD:
+        from exo_kimi.plugin.exo_runner71 import put_in
+
+        put_in()
+        return None
     base = importlib.import_module("exo.worker.engines.base")
     base.Builder.register(KimiBuilder)
     base.Engine.register(KimiEngine)

@@ -22,6 +22,7 @@ from exo_kimi.arch.config import KimiConfig
 from exo_kimi.errors import ExoKimiError, RuntimeFault, StageError
 from exo_kimi.plugin.exo_chunks import ChunkWriter, ExoTypes
 from exo_kimi.plugin.exo_ledger import LedgerListener
+from exo_kimi.plugin.exo_options import EngineOptions
 from exo_kimi.plugin.exo_part import Part
 from exo_kimi.plugin.exo_task import Speaker, prepare_task
 from exo_kimi.runtime.address import Address
@@ -31,6 +32,7 @@ from exo_kimi.runtime.keys import ClusterKey
 from exo_kimi.runtime.messages import Load
 from exo_kimi.runtime.requests import GenerationRequest, SamplingParams
 from exo_kimi.runtime.supervisor import Cluster
+from exo_kimi.runtime.terms import ClusterOptions
 
 logger = logging.getLogger(__name__)
 ENDED = object()
@@ -76,15 +78,17 @@ class Leader:
         part: rank 0's.
         key: the cluster's.
         types: exo's.
+        options: limits of sequences and of caches.
     """
 
-    def __init__(self, part: Part, *, key: ClusterKey, types: ExoTypes) -> None:
+    def __init__(self, part: Part, *, key: ClusterKey, types: ExoTypes, options: EngineOptions | None = None) -> None:
         self.outputs: SimpleQueue[tuple[str, Any]] = SimpleQueue()
         self.fatal: RuntimeFault | None = None
         self.engine: Engine | None = None
         self._part = part
         self._key = key
         self._types = types
+        self._options = options or EngineOptions()
         self._speaker: Speaker | None = None
         self._ledger: LedgerListener | None = None
         self._tasks: dict[str, asyncio.Task[None]] = {}
@@ -144,8 +148,10 @@ class Leader:
 
     async def _start(self, speaker: Speaker, plan: ClusterPlan) -> None:
         self._speaker = speaker
-        cluster = Cluster(plan)
-        self.engine = Engine(cluster)
+        limit, wanted = plan.config.max_position_embeddings, self._options.context
+        context = limit if wanted is None else min(wanted, limit)
+        cluster = Cluster(plan, ClusterOptions(context=context, kv_bytes=self._options.kv_bytes))
+        self.engine = Engine(cluster, context=context)
         await cluster.start()
         await self.engine.start()
         await cluster.wait_ready()

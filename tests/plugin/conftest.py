@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
+import os
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -65,7 +67,7 @@ def fake_exo() -> ModuleType:
 @pytest.fixture(scope="session")
 def real_exo() -> ModuleType:
     """The module that starts real nodes."""
-    return _sibling("real_exo")
+    return importlib.import_module("exo_kimi.bench.exo_nodes")
 
 
 @pytest.fixture
@@ -165,3 +167,15 @@ def legacy_shapes() -> ModuleType:
 def fake_legacy() -> ModuleType:
     """The module of legacy exo's shapes."""
     return _sibling("fake_legacy")
+
+
+@pytest.fixture(scope="session")
+def exo_71(real_exo: ModuleType) -> Any:
+    """exo v1.0.71 that can be started here, or why it cannot."""
+    python = "EXO_71_PYTHON" if "EXO_71_PYTHON" in os.environ else "EXO_PYTHON"
+    found = real_exo.find_exo("EXO_71_SRC", python)
+    if isinstance(found, str):
+        return found
+    arguments = ("--libp2p-port", str(real_exo.ZENOH_PORT))
+    standin = Path(__file__).with_name("standin71")
+    return replace(found, arguments=arguments, paths=(standin, *found.paths))

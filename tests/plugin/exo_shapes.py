@@ -12,6 +12,7 @@ from types import SimpleNamespace
 from typing import Any
 
 from exo_kimi.plugin.exo_chunks import ExoTypes
+from exo_kimi.plugin.exo_task import Speaker
 
 CANCEL_ALL = "CANCEL_ALL_TASKS"
 
@@ -146,3 +147,21 @@ def lose_tensor(source: Path, target: Path, name: str) -> None:
     del tensors[name]
     file.unlink()  # it may be a link to the checkpoint that is whole
     save_file(tensors, file)
+
+
+def greedy_text(directory: Path, prompt: str, tokens: int) -> str:
+    """The oracle: the whole model in this process, token by token."""
+    import mlx.core as mx
+
+    from exo_kimi import load
+
+    speaker, model = Speaker.from_directory(directory), load(directory)
+    cache, found = model.make_cache(), []
+    ids = speaker.template.render([{"role": "user", "content": prompt}]).ids
+    for _ in range(tokens):
+        token = int(mx.argmax(model(mx.array([ids]), cache)[0, -1]).item())
+        if token in speaker.tokenizer.stop_ids:
+            break
+        found.append(token)
+        ids = [token]
+    return speaker.tokenizer.decode(found)

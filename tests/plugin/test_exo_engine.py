@@ -303,3 +303,22 @@ def test_a_missing_tensor_is_refused_before_this_rank_connects(
     broken = Ranks(exo_instance, tmp_path / "broken", types, (5, 2))
     with pytest.raises(CheckpointProblems, match=name):
         broken.builders[1].connect(broken.bound[1])
+
+
+def test_the_context_and_the_cache_budget_of_the_environment_are_the_limits(
+    exo_instance: Callable[..., Any], tiny: Path, types: ExoTypes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("EXO_KIMI_CONTEXT", "64")
+    monkeypatch.setenv("EXO_KIMI_KV_BYTES", "100MB")
+    ranks = Ranks(exo_instance, tiny, types, (7,))
+    try:
+        ranks.start()
+        ranks.submit("long", "hello", max_output_tokens=100)
+        ranks.submit("short", "hello", max_output_tokens=4)
+        found = ranks.run(0, ended("long", "short"))
+        options = ranks.builders[0]._leader.engine.pipeline.options  # type: ignore[union-attr]
+    finally:
+        ranks.close()
+    (error,) = [each.error_message for task, each in found if each.kind == "ErrorChunk"]
+    assert "64" in error and text(found, "short")
+    assert options.kv_bytes == 100_000_000

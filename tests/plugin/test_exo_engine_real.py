@@ -45,7 +45,6 @@ MODEL, CALLER, BROKEN, LLAMA = (
     "lab/kimi-k2-broken",
     "lab/llama-tiny",
 )
-REPOSITORY = Path(__file__).parents[2]
 PROMPTS = ("Tell me about the sea.", "How many layers has a cake?", "今天天气怎么样?")
 LONG = "river"  # what the tiny Kimi answers to this is long
 TOKENS = 24
@@ -82,16 +81,12 @@ def models(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def cluster(real_exo: Any, models: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
     """Two nodes with our engine."""
-    reason = real_exo.missing() or _cannot_import_us()
-    if reason:
-        pytest.skip(reason)
+    exo = real_exo.find_exo()
+    if isinstance(exo, str) or (reason := exo.cannot_import_us()):
+        pytest.skip(exo if isinstance(exo, str) else reason)
     root = tmp_path_factory.mktemp("exo")
     write_llama(models / LLAMA.replace("/", "--"))
-    (root / "kimi_shim.py").write_text("from exo_kimi.plugin.exo_launch import bind\n\nassert bind() == ()\n")
-    source = Path(os.environ["EXO_SRC"]).resolve() / "src"
-    paths = [real_exo.STANDIN, source, REPOSITORY, root, *_extra_paths()]
-    extra = {"NODE_PLUGIN": "kimi_shim", "PYTHONPATH": ":".join(map(str, paths))}
-    with real_exo.cluster(root, models, extra=extra) as running:
+    with real_exo.exo_cluster(exo, root, models, plugin=real_exo.BIND_US) as running:
         yield running
 
 
@@ -102,9 +97,9 @@ def client(cluster: Any) -> Iterator[ExoClient]:
 
 
 @pytest.fixture(scope="module")
-def alone(tiny: Path) -> dict[str, str]:
+def alone(tiny: Path, exo_shapes: Any) -> dict[str, str]:
     """What the model answers in one process, without exo, by prompt."""
-    return {prompt: greedy_text(tiny, prompt, TOKENS) for prompt in PROMPTS}
+    return {prompt: exo_shapes.greedy_text(tiny, prompt, TOKENS) for prompt in PROMPTS}
 
 
 def place(client: ExoClient, directory: Path, model: str, split: tuple[int, ...]) -> Applied:
@@ -308,35 +303,6 @@ def _delete_all(client: ExoClient) -> None:
 
 def _log(node: Any) -> str:
     return str(node.log.read_text(errors="replace"))
-
-
-def _extra_paths() -> list[str]:
-    return [path for path in os.environ.get("EXO_PYTHONPATH", "").split(":") if path]
-
-
-def _cannot_import_us() -> str | None:
-    environment = {"PATH": os.environ["PATH"], "PYTHONPATH": ":".join([str(REPOSITORY), *_extra_paths()])}
-    command = [os.environ["EXO_PYTHON"], "-c", "import zmq, llguidance, exo_kimi.plugin.exo_builder"]
-    tried = subprocess.run(command, env=environment, capture_output=True, text=True)
-    return None if tried.returncode == 0 else f"EXO_PYTHON cannot run exo-kimi: {tried.stderr.splitlines()[-1]}"
-
-
-def greedy_text(directory: Path, prompt: str, tokens: int) -> str:
-    """The oracle: the whole model in this process, token by token."""
-    import mlx.core as mx
-
-    from exo_kimi import load
-
-    speaker, model = Speaker.from_directory(directory), load(directory)
-    cache, found = model.make_cache(), []
-    ids = speaker.template.render([{"role": "user", "content": prompt}]).ids
-    for _ in range(tokens):
-        token = int(mx.argmax(model(mx.array([ids]), cache)[0, -1]).item())
-        if token in speaker.tokenizer.stop_ids:
-            break
-        found.append(token)
-        ids = [token]
-    return speaker.tokenizer.decode(found)
 
 
 def teach_a_call(directory: Path) -> None:

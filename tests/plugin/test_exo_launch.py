@@ -11,7 +11,8 @@ import pytest
 
 from exo_kimi.errors import ExoVersionError
 from exo_kimi.plugin import exo_launch
-from exo_kimi.plugin.exo_bindings import NODE_NAMES, RUNNER_NAMES, Name, mismatches
+from exo_kimi.plugin.exo_bindings import HEAD, V71, Name, mismatches, nearest
+from exo_kimi.plugin.exo_options import EngineOptions
 
 
 def _exo_entrypoint(
@@ -79,6 +80,9 @@ def exo(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
         vars(module).update(members)
         monkeypatch.setitem(sys.modules, name, module)
     monkeypatch.setattr(sys, "argv", ["exo-kimi"])
+    for name in ("EXO_KIMI_CONTEXT", "EXO_KIMI_KV_BYTES"):
+        monkeypatch.setenv(name, "1")  # so that it is as before when the test is over
+        monkeypatch.delenv(name)
     return SimpleNamespace(
         supervisor=sys.modules["exo.worker.runner.supervisor"], worker=sys.modules["exo.worker.main"], called=called
     )
@@ -91,6 +95,34 @@ def test_two_names_are_bound_and_exo_is_started_with_its_own_arguments(exo: Simp
     assert exo.worker.plan.__wrapped__ is _exo_plan
     assert exo.called == [["exo", "--api-port", "52415"]]
     assert said == ["exo-kimi: Kimi models run on exo-kimi's engine (exo b5375f8ce)"]
+
+
+def test_v1_0_71_is_bound_where_its_runners_are(exo: SimpleNamespace, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "exo.worker.runner.supervisor", None)
+    assert nearest() is HEAD  # which the error is then about
+    old = ModuleType("exo.worker.runner.runner_supervisor")
+    vars(old)["entrypoint"] = _exo_entrypoint
+    monkeypatch.setitem(sys.modules, old.__name__, old)
+    said: list[str] = []
+    exo_launch.run([], say=said.append)
+    assert nearest() is V71 and vars(old)["entrypoint"] is exo_launch.entrypoint
+    assert said == ["exo-kimi: Kimi models run on exo-kimi's engine (exo v1.0.71)"]
+
+
+def test_options_are_handed_on_to_runners(exo: SimpleNamespace) -> None:
+    exo_launch.run([], options=EngineOptions(context=4096, kv_bytes=10**9), say=lambda _: None)
+    assert EngineOptions.from_environment() == EngineOptions(context=4096, kv_bytes=10**9)
+
+
+def test_what_our_engine_lacks_is_said_and_exo_is_left_as_it_is(
+    exo: SimpleNamespace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("EXO_KIMI_CONTEXT", "much")
+    (told,) = exo_launch.bind()
+    assert "EXO_KIMI_CONTEXT" in told and exo.supervisor.entrypoint is _exo_entrypoint
+    monkeypatch.delenv("EXO_KIMI_CONTEXT")
+    monkeypatch.setattr(exo_launch, "_PACKAGES", {"no_such_module": "no-such-package"})
+    assert exo_launch.bind() == ("exo's environment lacks no-such-package, which exo-kimi needs",)
 
 
 def test_binding_twice_wraps_once(exo: SimpleNamespace) -> None:
@@ -142,8 +174,9 @@ def test_a_module_that_is_gone_is_told_for_every_name() -> None:
     def find(name: str) -> Any:
         raise ImportError(f"No module named {name!r}")
 
-    told = mismatches([*NODE_NAMES, *RUNNER_NAMES], find)
-    assert len(told) == len(NODE_NAMES) + len(RUNNER_NAMES)
+    names = [*HEAD.node_names, *HEAD.runner_names]
+    told = mismatches(names, find)
+    assert len(told) == len(names)
     assert all("cannot be imported" in each for each in told)
 
 

@@ -1,0 +1,53 @@
+"""Options of our engine inside exo's runners, which a node hands on to them by its environment.
+
+It knows nothing of exo.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from exo_kimi.errors import UsageError
+from exo_kimi.units import parse_bytes
+
+CONTEXT, KV_BYTES = "EXO_KIMI_CONTEXT", "EXO_KIMI_KV_BYTES"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EngineOptions:
+    """What a user may limit. Rank 0's node decides for all ranks of an instance.
+
+    Args:
+        context: most tokens of one sequence; None, or more than a model has, takes the model's.
+        kv_bytes: budget of each rank for caches; None takes what is free.
+    """
+
+    context: int | None = None
+    kv_bytes: int | None = None
+
+    @classmethod
+    def from_environment(cls, environment: Mapping[str, str] | None = None) -> EngineOptions:
+        """Those of a runner.
+
+        Raises:
+            UsageError: a variable does not hold a number that makes sense.
+        """
+        given = os.environ if environment is None else environment
+        context = given.get(CONTEXT)
+        if context is not None and (not context.isdecimal() or int(context) < 1):
+            raise UsageError(
+                f"{CONTEXT} is not a number of tokens", expected="a whole number of at least 1", found=context
+            )
+        size = given.get(KV_BYTES)
+        try:
+            kv_bytes = None if size is None else parse_bytes(size)
+        except UsageError as error:
+            raise UsageError(f"{KV_BYTES} is not a size", expected="such as 64GB", found=size) from error
+        return cls(context=None if context is None else int(context), kv_bytes=kv_bytes)
+
+    def to_environment(self) -> dict[str, str]:
+        """The variables of what is set."""
+        values = {CONTEXT: self.context, KV_BYTES: self.kv_bytes}
+        return {name: str(value) for name, value in values.items() if value is not None}

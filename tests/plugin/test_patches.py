@@ -1,0 +1,100 @@
+"""Every patch has a header and adds lines only, applies to its tag, and the exo that has it starts with our engine.
+
+The second half runs where EXO_SRC (b5375f8ce) or EXO_71_SRC (v1.0.71) point at a checkout, as in test_exo_real.py and
+test_exo_71_real.py.
+"""
+
+from __future__ import annotations
+
+import re
+import shutil
+import subprocess
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+
+from exo_kimi.plugin.exo_apply import apply_plan
+from exo_kimi.plugin.exo_http import ExoClient
+from exo_kimi.plugin.exo_plan import exo_plan
+from exo_kimi.plugin.exo_prepare import prepare
+from exo_kimi.plugin.exo_watch import Deadlines
+
+PATCHES = Path(__file__).parents[2] / "patches"
+FILES = sorted(path for path in PATCHES.rglob("*") if path.is_file())
+CURRENT = {"exo-b5375f8ce": "exo b5375f8ce", "exo-v1.0.71": "exo v1.0.71"}
+MODEL = "lab/kimi-k2-tiny"
+OF_A_DIFF = re.compile(r"\+|diff --git |index |new file mode |--- |@@ -\d+,0 \+\d+(,\d+)? @@")
+
+
+def test_there_is_a_folder_for_each_tag() -> None:
+    assert set(CURRENT) <= {path.parent.name for path in FILES}
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: f"{path.parent.name}/{path.name}")
+def test_a_patch_says_what_it_is_and_adds_lines_only(path: Path) -> None:
+    header, _, body = path.read_text().partition("diff --git ")
+    assert all(word in header for word in ("exo", "git apply --unidiff-zero", "Why"))
+    lines = ("diff --git " + body).splitlines()
+    assert [line for line in lines if not OF_A_DIFF.match(line)] == []
+    assert any(re.match(r"\+(?!\+\+ )", line) for line in lines)
+
+
+@pytest.fixture
+def patched(real_exo: Any, exo_71: Any, tmp_path: Path) -> Callable[[str], Any]:
+    """A copy of a tag's exo with its patch."""
+
+    def make(tag: str) -> Any:
+        exo = exo_71 if tag == "exo-v1.0.71" else real_exo.find_exo()
+        if isinstance(exo, str):
+            pytest.skip(exo)
+        if reason := exo.cannot_import_us():
+            pytest.skip(reason)
+        copy = tmp_path / "exo"
+        copy.mkdir()
+        for part in exo.source.iterdir():
+            if part.name == "src":
+                shutil.copytree(part, copy / "src", ignore=shutil.ignore_patterns("__pycache__"))
+            else:
+                (copy / part.name).symlink_to(part)
+        command = ["git", "apply", "--unidiff-zero", str(PATCHES / tag / "engine.patch")]
+        subprocess.run([*command, "--check"], cwd=copy, check=True)
+        subprocess.run(command, cwd=copy, check=True)
+        return replace(exo, source=copy)
+
+    return make
+
+
+@pytest.mark.exo
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("tag", CURRENT)
+def test_a_patched_exo_runs_a_kimi_on_our_engine(
+    tag: str, patched: Callable[[str], Any], real_exo: Any, tiny: Path, tmp_path: Path
+) -> None:
+    exo = patched(tag)
+    prepare(tiny, tmp_path / "models", model_id=MODEL)
+    with real_exo.exo_cluster(exo, tmp_path / "with-us", tmp_path / "models", nodes=1) as cluster:
+        log = cluster.nodes[0].log
+        assert f"exo-kimi: Kimi models run on exo-kimi's engine ({CURRENT[tag]})" in log.read_text()
+        with ExoClient(cluster.url) as client:
+            plan = exo_plan(client.state(), tiny, model_id=MODEL, context=4096, split=(7,), own_engine=False).plan
+            apply_plan(client, plan, own_engine=False, deadlines=Deadlines(poll_s=0.3))
+        assert f"exo-kimi runs {MODEL}" in log.read_text()
+
+
+@pytest.mark.exo
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("tag", CURRENT)
+def test_a_patched_exo_without_us_is_exo_as_it_is(
+    tag: str, patched: Callable[[str], Any], real_exo: Any, tmp_path: Path
+) -> None:
+    exo = patched(tag)
+    (tmp_path / "models").mkdir()
+    paths = [exo.standin, exo.source / "src", *(path for path in exo.paths if path.name == "standin71")]
+    extra = {"PYTHONPATH": ":".join(map(str, paths))}
+    with real_exo.exo_cluster(exo, tmp_path / "alone", tmp_path / "models", nodes=1, extra=extra) as cluster:
+        assert "exo-kimi is not installed here, exo runs as it is" in cluster.nodes[0].log.read_text()
+        assert httpx.get(f"{cluster.url}/models", timeout=30, trust_env=False).status_code == 200
