@@ -27,6 +27,7 @@ BENCHES = (  # modules of exo_kimi.bench, with - for _
     "all",
     "attention",
     "conformance",
+    "exo",
     "link_speed",
     "pipeline",
     "plan",

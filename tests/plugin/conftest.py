@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 
+from exo_kimi.bench.exo_here import ZENOH_PORT, find_exo
 from exo_kimi.checkpoint.tiny import make_tiny
 from exo_kimi.plugin.exo_http import ExoClient
 from exo_kimi.plugin.exo_plan import exo_plan
@@ -170,12 +171,18 @@ def fake_legacy() -> ModuleType:
 
 
 @pytest.fixture(scope="session")
-def exo_71(real_exo: ModuleType) -> Any:
+def exo_head() -> Any:
+    """exo b5375f8ce that can be started here, or why it cannot."""
+    return find_exo()
+
+
+@pytest.fixture(scope="session")
+def exo_71() -> Any:
     """exo v1.0.71 that can be started here, or why it cannot."""
     python = "EXO_71_PYTHON" if "EXO_71_PYTHON" in os.environ else "EXO_PYTHON"
-    found = real_exo.find_exo("EXO_71_SRC", python)
+    found = find_exo("EXO_71_SRC", python)
     if isinstance(found, str):
         return found
-    arguments = ("--libp2p-port", str(real_exo.ZENOH_PORT))
+    arguments = ("--libp2p-port", str(ZENOH_PORT))
     standin = Path(__file__).with_name("standin71")
     return replace(found, arguments=arguments, paths=(standin, *found.paths))

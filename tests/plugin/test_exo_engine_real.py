@@ -79,14 +79,13 @@ def models(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def cluster(real_exo: Any, models: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
+def cluster(exo_head: Any, real_exo: Any, models: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
     """Two nodes with our engine."""
-    exo = real_exo.find_exo()
-    if isinstance(exo, str) or (reason := exo.cannot_import_us()):
-        pytest.skip(exo if isinstance(exo, str) else reason)
+    if isinstance(exo_head, str) or (reason := exo_head.cannot_import_us()):
+        pytest.skip(exo_head if isinstance(exo_head, str) else reason)
     root = tmp_path_factory.mktemp("exo")
     write_llama(models / LLAMA.replace("/", "--"))
-    with real_exo.exo_cluster(exo, root, models, plugin=real_exo.BIND_US) as running:
+    with real_exo.exo_cluster(exo_head, root, models, plugin=real_exo.BIND_US) as running:
         yield running
 
 

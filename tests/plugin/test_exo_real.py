@@ -6,8 +6,8 @@ How to run (Linux; about three minutes):
 
 EXO_SRC is a checkout of exo at b5375f8ce. EXO_PYTHON is a Python 3.13 with exo's locked packages, mlx[cpu] 0.32.0, mlx-lm of
 exo's fork at 6a3df6cd, mlx-vlm 0.4.4 without its dependencies and eclipse-zenoh 1.10, and a distribution named `exo`.
-The stand-in for exo's Rust module is in the folder that EXO_STANDIN names (see exo_kimi/bench/exo_nodes.py).
-Nodes listen on 127.0.x.1 and 127.0.x.2 only (x from the process id), ports 52413 to 52415.
+The stand-in for exo's Rust module is in the folder that EXO_STANDIN names (see exo_kimi/bench/exo_here.py).
+Nodes listen on 127.n.x.1 and 127.n.x.2 only (x from the process id), ports 52413 to 52415.
 """
 
 from __future__ import annotations
@@ -44,14 +44,13 @@ DEADLINES = Deadlines(poll_s=0.3, connect_s=60.0, quiet_s=120.0)
 
 
 @pytest.fixture(scope="module")
-def cluster(real_exo: Any, tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
+def cluster(exo_head: Any, real_exo: Any, tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
     """Two nodes that both have the whole tiny Kimi."""
-    exo = real_exo.find_exo()
-    if isinstance(exo, str):
-        pytest.skip(exo)
+    if isinstance(exo_head, str):
+        pytest.skip(exo_head)
     root = tmp_path_factory.mktemp("exo")
     prepare(tiny, root / "models", model_id=MODEL)
-    with real_exo.exo_cluster(exo, root, root / "models") as running:
+    with real_exo.exo_cluster(exo_head, root, root / "models") as running:
         yield running
 
 

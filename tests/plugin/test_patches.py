@@ -44,11 +44,11 @@ def test_a_patch_says_what_it_is_and_adds_lines_only(path: Path) -> None:
 
 
 @pytest.fixture
-def patched(real_exo: Any, exo_71: Any, tmp_path: Path) -> Callable[[str], Any]:
+def patched(exo_head: Any, exo_71: Any, tmp_path: Path) -> Callable[[str], Any]:
     """A copy of a tag's exo with its patch."""
 
     def make(tag: str) -> Any:
-        exo = exo_71 if tag == "exo-v1.0.71" else real_exo.find_exo()
+        exo = exo_71 if tag == "exo-v1.0.71" else exo_head
         if isinstance(exo, str):
             pytest.skip(exo)
         if reason := exo.cannot_import_us():

@@ -1,0 +1,190 @@
+"""Our engine against exo's own, inside the same exo: two nodes, the same checkpoint split in the same place, over exo's API.
+
+    EXO_SRC=CHECKOUT EXO_PYTHON=VENV/bin/python EXO_STANDIN=FOLDER python -m exo_kimi.bench.exo [--rounds N] [--tokens N]
+
+Two clusters of two nodes are up at once, one of plain exo and one with our engine in its runners, and the same greedy requests
+go to each in turn; the runners of the one that waits are stopped meanwhile. The figure is all tokens of all streams over the
+time from the first request to the last answer, as a client of exo sees it, so prefill and exo's own work are in it. Texts are
+compared. What runs is exo's own Python on Linux, with a stand-in for its Rust networking module, for which exo itself has no
+release here; see `exo_here` for the variables. On a Mac, start exo with and without `exo-kimi exo run` instead.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import os
+import signal
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import httpx
+
+from exo_kimi.bench.exo_here import ExoHere, find_exo
+from exo_kimi.bench.exo_nodes import BIND_US, ExoCluster, exo_cluster
+from exo_kimi.bench.frame import Result, Row, finish, taken_in_turn
+from exo_kimi.checkpoint.tiny import make_tiny
+from exo_kimi.errors import ExoError, ExoKimiError
+from exo_kimi.plugin.exo_apply import apply_plan
+from exo_kimi.plugin.exo_http import ExoClient
+from exo_kimi.plugin.exo_plan import exo_plan
+from exo_kimi.plugin.exo_prepare import prepare
+from exo_kimi.plugin.exo_watch import Deadlines
+
+MODEL = "lab/kimi-k2-heavy"
+HEAVY = {
+    "num_hidden_layers": 9,
+    "hidden_size": 512,
+    "intermediate_size": 1024,
+    "moe_intermediate_size": 512,
+    "n_routed_experts": 32,
+    "num_experts_per_tok": 8,
+    "kv_lora_rank": 64,
+}
+SPLIT = (5, 4)
+CONTEXT = 4096
+BAR = 1.5
+PROMPTS = ("Tell me about the sea.", "How many layers has a cake?")
+DEADLINES = Deadlines(poll_s=0.3, connect_s=90.0, quiet_s=180.0)
+ANSWER_S = 240.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Answers:
+    """What one cluster gave to all streams of a round."""
+
+    texts: tuple[str, ...]
+    tokens: int
+    wall_s: float
+
+    @property
+    def tokens_per_s(self) -> float:
+        return self.tokens / self.wall_s
+
+
+def run(*, rounds: int, tokens: int) -> Result:
+    """A row for one stream and one for two; skipped where no exo can be started."""
+    exo = find_exo()
+    reason = exo if isinstance(exo, str) else exo.cannot_import_us()
+    if isinstance(exo, str) or reason:
+        return Result(bench="exo", skipped=reason)
+    rows = []
+    with tempfile.TemporaryDirectory(prefix="exo-bench-") as folder, _clusters(exo, Path(folder)) as (ours, theirs):
+        for streams, bar in ((1, None), (2, BAR)):
+            prompts = PROMPTS[:streams]
+            pairs = taken_in_turn(
+                _asking(ours, theirs, prompts, tokens), _asking(theirs, ours, prompts, tokens), rounds=rounds
+            )
+            rows.append(
+                Row.of_pairs(
+                    f"{streams} stream{'s' * (streams > 1)}",
+                    [(mine.tokens_per_s, its.tokens_per_s) for mine, its in pairs],
+                    unit="tokens/s",
+                    bar=bar,
+                    inverse=True,
+                    equal=all(mine.texts == its.texts and mine.tokens == its.tokens for mine, its in pairs),
+                    note=f"{pairs[0][0].tokens} tokens a round",
+                )
+            )
+    return Result(bench="exo", against=f"exo's own engine ({_versions(exo)})", rows=rows, notes=_NOTES)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run, print a table and one JSON line."""
+    parser = argparse.ArgumentParser(prog="exo-kimi bench exo", description="our engine against exo's own, inside exo")
+    parser.add_argument("--rounds", type=int, default=5, help="pairs of runs per row (default 5)")
+    parser.add_argument("--tokens", type=int, default=64, help="of each answer (default 64)")
+    options = parser.parse_args(argv)
+    return finish(run(rounds=options.rounds, tokens=options.tokens))
+
+
+@contextlib.contextmanager
+def _clusters(exo: ExoHere, folder: Path) -> Iterator[tuple[ExoCluster, ExoCluster]]:
+    """Ours and theirs, each with the toy placed on its two nodes."""
+    # Absorbed, because exo's mlx-lm quantizes a kv_b_proj a second time, after which its tokens would be others.
+    toy = make_tiny(folder / "toy", recipe="uniform4", config=HEAVY, absorbed=True, dtype="F32")
+    models = folder / "models"
+    prepare(toy, models, model_id=MODEL)
+    with contextlib.ExitStack() as stack:
+        ours = stack.enter_context(exo_cluster(exo, folder / "ours", models, plugin=BIND_US))
+        theirs = stack.enter_context(exo_cluster(exo, folder / "theirs", models))
+        for cluster, own_engine in ((ours, False), (theirs, True)):
+            with ExoClient(cluster.url) as client:
+                plan = exo_plan(
+                    client.state(), toy, model_id=MODEL, context=CONTEXT, split=SPLIT, own_engine=own_engine
+                ).plan
+                apply_plan(client, plan, own_engine=own_engine, deadlines=DEADLINES)
+        yield ours, theirs
+
+
+def _asking(cluster: ExoCluster, other: ExoCluster, prompts: Sequence[str], tokens: int) -> Callable[[], Answers]:
+    """One round: every prompt at once, while the other cluster's runners rest."""
+
+    def ask() -> Answers:
+        with _resting(other):
+            return _ask_all(cluster.url, prompts, tokens)
+
+    return ask
+
+
+@contextlib.contextmanager
+def _resting(cluster: ExoCluster) -> Iterator[None]:
+    runners = [pid for node in cluster.nodes for pid in node.runners()]
+    for pid in runners:
+        os.kill(pid, signal.SIGSTOP)
+    try:
+        yield
+    finally:
+        for pid in runners:
+            os.kill(pid, signal.SIGCONT)
+
+
+def _ask_all(url: str, prompts: Sequence[str], tokens: int) -> Answers:
+    replies: dict[int, tuple[str, int]] = {}
+
+    def ask(index: int) -> None:
+        body = {
+            "model": MODEL,
+            "messages": [{"role": "user", "content": prompts[index]}],
+            "max_tokens": tokens,
+            "temperature": 0,
+        }
+        with contextlib.suppress(httpx.TransportError, ValueError, KeyError):  # told below
+            reply = httpx.post(f"{url}/v1/chat/completions", json=body, timeout=ANSWER_S, trust_env=False).json()
+            message = reply["choices"][0]["message"]
+            text = f"{message.get('reasoning_content') or ''}{message.get('content') or ''}"
+            replies[index] = text, int(reply["usage"]["completion_tokens"])
+
+    threads = [threading.Thread(target=ask, args=(index,)) for index in range(len(prompts))]
+    started_s = time.perf_counter()
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    wall_s = time.perf_counter() - started_s
+    if len(replies) < len(prompts):
+        raise ExoError("exo did not answer every request", expected=len(prompts), found=len(replies), where=url)
+    texts = tuple(replies[index][0] for index in range(len(prompts)))
+    return Answers(texts=texts, tokens=sum(count for _, count in replies.values()), wall_s=wall_s)
+
+
+def _versions(exo: ExoHere) -> str:
+    return f"checkout {exo.source.name}, mlx {exo.version_of('mlx')}, mlx-lm {exo.version_of('mlx-lm')}"
+
+
+_NOTES = (
+    "heavy toy: 9 layers (5 and 4), D 512, 32 experts top-8 of 512, 4 bits, float32; tokens of all streams over the whole time,",
+    "through exo's API; exo's Python on Linux with a stand-in for its Rust networking",
+)
+
+
+if __name__ == "__main__":
+    try:
+        sys.exit(main())
+    except ExoKimiError as error:
+        sys.exit(str(error))
