@@ -28,6 +28,7 @@ import httpx
 from exo_kimi.bench.exo_here import ExoHere, find_exo
 from exo_kimi.bench.exo_nodes import BIND_US, ExoCluster, exo_cluster
 from exo_kimi.bench.frame import Result, Row, finish, taken_in_turn
+from exo_kimi.bench.pipeline import HEAVY
 from exo_kimi.checkpoint.tiny import make_tiny
 from exo_kimi.errors import ExoError, ExoKimiError
 from exo_kimi.plugin.exo_apply import apply_plan
@@ -37,15 +38,6 @@ from exo_kimi.plugin.exo_prepare import prepare
 from exo_kimi.plugin.exo_watch import Deadlines
 
 MODEL = "lab/kimi-k2-heavy"
-HEAVY = {
-    "num_hidden_layers": 9,
-    "hidden_size": 512,
-    "intermediate_size": 1024,
-    "moe_intermediate_size": 512,
-    "n_routed_experts": 32,
-    "num_experts_per_tok": 8,
-    "kv_lora_rank": 64,
-}
 SPLIT = (5, 4)
 CONTEXT = 4096
 BAR = 1.5
@@ -97,8 +89,8 @@ def run(*, rounds: int, tokens: int) -> Result:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run, print a table and one JSON line."""
     parser = argparse.ArgumentParser(prog="exo-kimi bench exo", description="our engine against exo's own, inside exo")
-    parser.add_argument("--rounds", type=int, default=5, help="pairs of runs per row (default 5)")
-    parser.add_argument("--tokens", type=int, default=64, help="of each answer (default 64)")
+    parser.add_argument("--rounds", type=int, default=3, help="pairs of runs per row (default 3)")
+    parser.add_argument("--tokens", type=int, default=48, help="of each answer (default 48)")
     options = parser.parse_args(argv)
     return finish(run(rounds=options.rounds, tokens=options.tokens))
 

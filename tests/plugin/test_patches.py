@@ -36,11 +36,12 @@ def test_there_is_a_folder_for_each_tag() -> None:
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: f"{path.parent.name}/{path.name}")
 def test_a_patch_says_what_it_is_and_adds_lines_only(path: Path) -> None:
-    header, _, body = path.read_text().partition("diff --git ")
-    assert all(word in header for word in ("exo", "git apply --unidiff-zero", "Why"))
-    lines = ("diff --git " + body).splitlines()
+    lines = path.read_text().splitlines()
+    begins = next(number for number, line in enumerate(lines) if line.startswith(("diff --git ", "--- a/")))
+    header, lines = "\n".join(lines[:begins]), lines[begins:]
+    assert all(word in header for word in ("exo", "git apply --unidiff-zero", "What:", "Why:"))
     assert [line for line in lines if not OF_A_DIFF.match(line)] == []
-    assert any(re.match(r"\+(?!\+\+ )", line) for line in lines)
+    assert any(line.startswith("+") and not line.startswith("+++ ") for line in lines)
 
 
 @pytest.fixture
