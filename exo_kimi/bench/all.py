@@ -1,6 +1,6 @@
 """Every comparison, one after the other, each in a process of its own; their tables, and one table of all ratios.
 
-    exo-kimi bench all [--only NAMES] [--html report.html]
+    exo-kimi bench all [--only NAMES] [--html report.html] [--limit SECONDS]
 
 Prints each table when it is done, then all claims with their bars as Markdown, then one JSON line. A bench that crashes or
 takes too long is a row that failed, one that lacks something installed is skipped and says what.
@@ -12,7 +12,7 @@ import argparse
 import json
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -59,12 +59,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="exo-kimi bench all", description="every comparison, and a table of ratios")
     parser.add_argument("--only", metavar="NAMES", help="these benches, separated by commas")
     parser.add_argument("--html", type=Path, metavar="FILE", help="write a page with plots (they need matplotlib)")
+    parser.add_argument("--limit", type=float, metavar="S", help="seconds of each bench at most (default 150 or 240)")
     arguments = parser.parse_args(argv)
     parts = chosen(arguments.only)
     if arguments.html is not None:
         _check_writable(arguments.html)
     surroundings = Surroundings.here()
-    outcomes = run_parts(parts)
+    outcomes = run_parts([replace(part, limit_s=arguments.limit or part.limit_s) for part in parts])
     print(markdown(outcomes))
     if arguments.html is not None:
         from exo_kimi.bench.report import page

@@ -38,6 +38,7 @@ HEAVY = {
 }
 THIN = HEAVY | {
     "hidden_size": 256,
+    "q_lora_rank": 64,
     "intermediate_size": 256,
     "moe_intermediate_size": 64,
     "n_routed_experts": 16,
