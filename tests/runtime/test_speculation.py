@@ -25,6 +25,7 @@ from exo_kimi.runtime.draft_policy import StepBytes, choose_drafts
 from exo_kimi.runtime.engine import Engine
 from exo_kimi.runtime.inline import InlinePipeline, run_chain
 from exo_kimi.runtime.lookup import NGRAM, PRIOR, Lookup
+from exo_kimi.runtime.prefix_cache import PrefixOptions
 from exo_kimi.runtime.requests import GenerationRequest, SamplingParams, TokenEvent
 from exo_kimi.runtime.sampling import SequenceSampler, sample
 from exo_kimi.runtime.speculation import Drafter
@@ -352,6 +353,22 @@ async def test_real_answers_are_the_same_with_guesses_greedy_and_sampled(checkpo
             assert one.logprob == pytest.approx(other.logprob, abs=1e-4) if one.logprob else other.logprob is None
             assert [i for i, _ in one.top_logprobs] == [i for i, _ in other.top_logprobs]
     assert accepted > 10
+
+
+async def test_a_kept_prefix_holds_no_guess_that_was_wrong(checkpoint: Path) -> None:
+    """A second turn begins in the caches of the first, whose last step had guesses; it answers as if it had not."""
+    found = []
+    for options in ({}, {"drafter": drafter_of(4), "prefixes": PrefixOptions()}):
+        async with Engine(pipeline_of(checkpoint, 2), **options) as engine:
+            prompt, events = [5, 6, 7, 8] * 20, []
+            for turn in range(3):
+                events = await collect(engine, request_of(prompt, 13, sampling=LOUD))
+                prompt += [event.token_id for event in events] + [5 + turn, 6, 6]
+            found.append(prompt)
+            cached, accepted = events[-1].cached_tokens, engine.snapshot().draft_tokens_accepted_total
+    assert found[1] == found[0]
+    assert cached > 64
+    assert accepted > 5
 
 
 async def test_bytes_keep_guesses_away_from_text_that_does_not_repeat(checkpoint: Path) -> None:
