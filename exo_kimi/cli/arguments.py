@@ -148,8 +148,8 @@ def _add_serve(commands: Commands) -> None:
     parser.add_argument(
         "--link",
         choices=("zmq", "ring", "jaccl"),
-        default="zmq",
-        help="how hidden states travel: ZeroMQ (default), or mx.distributed's ring or jaccl (RDMA, unproven), unencrypted",
+        help="how hidden states travel: ZeroMQ, or unencrypted over mx.distributed's ring or jaccl (RDMA, unproven) "
+        "(default: the plan's, else zmq)",
     )
     parser.add_argument(
         "--stall-deadline", type=deadline, default=30.0, metavar="TIME", help="silence of a stage (default 30s)"

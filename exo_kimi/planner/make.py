@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import asdict
+from itertools import pairwise
 
 from exo_kimi.errors import PlanInfeasibleError
 from exo_kimi.planner import data
@@ -52,6 +53,7 @@ def plan_of_stages(
         workload=workload,
         objective=objective,
         stages=tuple(_stage(model, workload, stage) for stage in stages),
+        link=link_of_stages(cluster, stages),
         left_out=tuple(machine.name for machine in cluster.machines if machine.name not in used),
         prediction=PlanPrediction(
             decode_tokens_per_s=_digits(prediction.decode_tokens_per_s),
@@ -62,6 +64,14 @@ def plan_of_stages(
         ),
         assumptions=tuple(f"{stage.machine.name}: {text}" for stage in stages for text in stage.machine.unknown),
     )
+
+
+def link_of_stages(cluster: Cluster, stages: Sequence[Placed]) -> str:
+    """`jaccl` when all neighbours are linked by RDMA and both have it, as a cluster.toml says with `kind = "rdma"`; a link that
+    is only Thunderbolt was priced as TCP, and stays it."""
+    pairs = list(pairwise(stage.machine for stage in stages))
+    rdma = all(one.rdma and other.rdma and cluster.link(one, other).kind == "rdma" for one, other in pairs)
+    return "jaccl" if pairs and rdma else "zmq"
 
 
 def cluster_hash(cluster: Cluster) -> str:

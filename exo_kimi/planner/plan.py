@@ -13,7 +13,8 @@ from typing import Any, TypeVar
 from exo_kimi.errors import PlanError
 from exo_kimi.planner.workload import OBJECTIVES, Workload
 
-VERSION = 1
+VERSION = 2
+LINKS = ("zmq", "jaccl")
 T = TypeVar("T")
 
 
@@ -87,6 +88,7 @@ class Plan:
         workload: what it was made for.
         objective: what it minimises.
         stages: first layers first.
+        link: how hidden states go between machines: `jaccl` where every link it was priced with is RDMA, else `zmq`.
         left_out: machines that the split is better without.
         prediction: by the laws of `planner.cost`.
         assumptions: values that nobody has published or measured, as `machine: what`.
@@ -98,6 +100,7 @@ class Plan:
     workload: Workload
     objective: str
     stages: tuple[PlanStage, ...]
+    link: str
     left_out: tuple[str, ...]
     prediction: PlanPrediction
     assumptions: tuple[str, ...]
@@ -201,5 +204,7 @@ def _check_layers(plan: Plan, where: object) -> None:
             found=", ".join(f"{start}:{end}" for start, end in plan.ranges) or "no stage",
             where=where,
         )
+    if plan.link not in LINKS:
+        raise PlanError("unknown link", expected=", ".join(LINKS), found=plan.link, where=where)
     if plan.objective not in OBJECTIVES:
         raise PlanError("unknown objective", expected=", ".join(OBJECTIVES), found=plan.objective, where=where)

@@ -51,7 +51,7 @@ class ServeOptions:
     queue_limit: int | None = None
     stall_deadline: float = 30.0
     speculate: Speculate = "auto"
-    link: LinkKind = "zmq"
+    link: LinkKind | None = None
     key_file: Path | None = None
     prefix_cache_bytes: int | None = None
     prefix_disk_bytes: int | None = None
@@ -72,9 +72,9 @@ def serve(options: ServeOptions, *, announce: Callable[[str], None] | None = Non
         RuntimeFault: the stages did not become ready the first time.
     """
     key = find_key(key_file=options.key_file, environment_text=os.environ.get(ENVIRONMENT_NAME))
-    split, context, scratch_bytes = options.split, options.context, None
+    split, context, scratch_bytes, link = options.split, options.context, None, options.link or "zmq"
     if options.plan is not None:
-        split, context, scratch_bytes = _follow(options.plan, options)
+        split, context, scratch_bytes, link = _follow(options.plan, options)
     plan = make_plan(
         options.directory,
         split=split,
@@ -91,7 +91,7 @@ def serve(options: ServeOptions, *, announce: Callable[[str], None] | None = Non
     model_id = _utf8(options.model_id or options.directory.resolve().name)
     disk = disk_terms(options.prefix_disk_bytes, options.prefix_dir, check=not options.stage)
     cluster_options = ClusterOptions(
-        context=context, kv_bytes=options.kv_bytes, stall_s=options.stall_deadline, link=options.link, **disk
+        context=context, kv_bytes=options.kv_bytes, stall_s=options.stall_deadline, link=link, **disk
     )
     prefixes = PrefixOptions(memory_bytes=options.prefix_cache_bytes)
 
@@ -121,8 +121,9 @@ def _check_texts(directory: Path, config: KimiConfig) -> None:
         raise CheckpointProblems(errors, where=f"{directory} (exo-kimi doctor --fix may mend it)")
 
 
-def _follow(path: Path, options: ServeOptions) -> tuple[str, int, int]:
-    """Split, context and scratch bytes of a plan file that is for this checkpoint; `--context` may ask for less."""
+def _follow(path: Path, options: ServeOptions) -> tuple[str, int, int, LinkKind]:
+    """Split, context, scratch bytes and link of a plan file that is for this checkpoint; `--context` may ask for less, and
+    `--link` for another. Stages of this machine alone have no RDMA between them."""
     if options.split is not None:
         raise UsageError("--plan and --split both say how to split", fix="give one of them")
     plan = read_plan(path)
@@ -136,7 +137,8 @@ def _follow(path: Path, options: ServeOptions) -> tuple[str, int, int]:
             where="--context",
             fix=f"plan again with --context {options.context}",
         )
-    return plan.split, options.context or planned, min(stage.scratch_bytes for stage in plan.stages)
+    link = options.link or ("jaccl" if plan.link == "jaccl" and options.stage else "zmq")
+    return plan.split, options.context or planned, min(stage.scratch_bytes for stage in plan.stages), link
 
 
 def _given(options: ServeOptions, *names: str) -> dict[str, int]:

@@ -157,11 +157,12 @@ def broken(change: Callable[[dict[str, Any]], object]) -> str:
     [
         ("[]", "version"),
         ("{", "JSON"),
-        (broken(lambda raw: raw.update(version=2)), "version"),
+        (broken(lambda raw: raw.update(version=1)), "version"),
         (broken(lambda raw: raw.pop("objective")), "wrong keys"),
         (broken(lambda raw: raw.update(extra=1)), "wrong keys"),
         (broken(lambda raw: raw.update(stages=3)), "not a list"),
         (broken(lambda raw: raw.update(objective="fast")), "objective"),
+        (broken(lambda raw: raw.update(link="string")), "unknown link"),
         (broken(lambda raw: raw["stages"][0].update(end_layer=45)), "every layer once"),
         (broken(lambda raw: raw["stages"][0].update(end_layer=43)), "every layer once"),
         (broken(lambda raw: raw["stages"].pop()), "every layer once"),
@@ -269,3 +270,14 @@ def test_a_plan_takes_milliseconds(model_of: ModelOf, founding: Cluster) -> None
     start_s = process_time()
     make_plan(model, founding, make_workload(model.config))
     assert process_time() - start_s < 0.5
+
+
+@pytest.mark.parametrize(("kind", "link"), [("rdma", "jaccl"), ("thunderbolt5", "zmq"), ("ethernet10", "zmq")])
+def test_hidden_states_go_over_rdma_where_every_link_was_priced_as_rdma(kind: str, link: str, tmp_path: Path) -> None:
+    path = tmp_path / "cluster.toml"
+    machines = "".join(
+        f'[[machine]]\nname = "{name}"\nchip = "m3-ultra"\nmemory = "512GiB"\n' for name in ("one", "other")
+    )
+    path.write_text(f'{machines}[[link]]\nbetween = ["one", "other"]\nkind = "{kind}"\n')
+    plan = plan_answer(model="kimi-k2.6", recipe="int4", cluster=path).plan
+    assert (len(plan.stages), plan.link) == (2, link)

@@ -48,6 +48,7 @@ def plan_of_shape(split: tuple[int, ...] = (5, 2), *, context: int = 8192, layer
         workload=Workload(context=context),
         objective="request",
         stages=stages,
+        link="zmq",
         left_out=(),
         prediction=prediction,
         assumptions=(),
