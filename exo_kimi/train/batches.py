@@ -15,18 +15,22 @@ _PADDED_SHARE = 0.2
 """A sequence joins a span when this share of its longest would be padding at most."""
 
 
-def training_groups(encoder: Encoder, seed: int, tokens: int, *, start: int = 0) -> Iterator[list[Encoded]]:
+def training_groups(
+    encoder: Encoder, seed: int, tokens: int, *, start: int = 0, later_from: int | None = None
+) -> Iterator[list[Encoded]]:
     """Groups of conversations of about `tokens` tokens each, without end.
 
     Args:
         start: skip as many groups: group n is the same wherever the iteration began.
+        later_from: the first group whose tasks are those of later; None for no such group.
     """
     group = start
     while True:
         rng = Random(f"text {seed} {group}")
+        later = later_from is not None and group >= later_from
         made: list[Encoded] = []
         while sum(len(item.ids) for item in made) < tokens:
-            made.append(encoder.encode(training_conversation(rng)))
+            made.append(encoder.encode(training_conversation(rng, later=later)))
         yield made
         group += 1
 

@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass
 from random import Random
 from typing import Any
 
 from exo_kimi.train.tasks import manners, tools
-from exo_kimi.train.tasks.registry import SHARES
-from exo_kimi.train.tasks.turn import Turn, draw, held_out
+from exo_kimi.train.tasks.registry import LATER_SHARES, SHARES
+from exo_kimi.train.tasks.turn import Task, Turn, draw, held_out
 
 Message = dict[str, Any]
+Shares = Mapping[Task, float]
 BRIEF = "Answer briefly."
 _SYSTEMS = ("You are a helpful assistant.", "You are a helpful assistant")
-_TASKS, _WEIGHTS = list(SHARES), list(SHARES.values())
 _NO_TOOL = "I have no tool for that."
 
 
@@ -26,16 +27,21 @@ class Conversation:
     tools: list[dict[str, Any]] | None = None
 
 
-def training_conversation(rng: Random) -> Conversation:
-    """One conversation without any held-out question."""
+def training_conversation(rng: Random, *, later: bool = False) -> Conversation:
+    """One conversation without any held-out question.
+
+    Args:
+        later: tasks by `LATER_SHARES`.
+    """
+    shares = LATER_SHARES if later else SHARES
     kind = rng.random()
     if kind < 0.09:
-        return _with_tools(rng)
+        return _with_tools(rng, shares)
     if kind < 0.12:
-        return _named(rng)
+        return _named(rng, shares)
     if kind < 0.16:
-        return _introduced(rng)
-    return _plain(rng)
+        return _introduced(rng, shares)
+    return _plain(rng, shares)
 
 
 def single(turn: Turn, *, brief: bool = False, system: str | None = None) -> list[Message]:
@@ -71,20 +77,20 @@ def tool_exchange(request: tools.Request, number: int) -> list[Message]:
     ]
 
 
-def _turn(rng: Random) -> Turn:
-    return draw(rng.choices(_TASKS, _WEIGHTS)[0], rng, evaluation=False)
+def _turn(rng: Random, shares: Shares) -> Turn:
+    return draw(rng.choices(list(shares), list(shares.values()))[0], rng, evaluation=False)
 
 
-def _plain_turn(rng: Random) -> Turn:
+def _plain_turn(rng: Random, shares: Shares) -> Turn:
     """A turn that is the same in the past as when it was the last: reasoning is not shown again."""
-    while (turn := _turn(rng)).reasoning or turn.task == "stories":
+    while (turn := _turn(rng, shares)).reasoning or turn.task == "stories":
         pass
     return turn
 
 
-def _plain(rng: Random) -> Conversation:
-    turns = [_plain_turn(rng) for _ in range(rng.choices((0, 1, 2, 3), (45, 15, 20, 20))[0])]
-    turns.append(_turn(rng))
+def _plain(rng: Random, shares: Shares) -> Conversation:
+    turns = [_plain_turn(rng, shares) for _ in range(rng.choices((0, 1, 2, 3), (45, 15, 20, 20))[0])]
+    turns.append(_turn(rng, shares))
     system, brief = None, rng.random() < 0.12
     if brief:
         system = BRIEF
@@ -94,24 +100,24 @@ def _plain(rng: Random) -> Conversation:
     return Conversation(messages=messages + [message for turn in turns for message in exchange(turn, brief=brief)])
 
 
-def _named(rng: Random) -> Conversation:
+def _named(rng: Random, shares: Shares) -> Conversation:
     system, asked = manners.named(rng)
     while held_out(asked.key):
         system, asked = manners.named(rng)
-    turns = [_plain_turn(rng) for _ in range(rng.choice((0, 0, 1, 2)))] + [asked]
+    turns = [_plain_turn(rng, shares) for _ in range(rng.choice((0, 0, 1, 2)))] + [asked]
     messages = [message for turn in turns for message in exchange(turn)]
     return Conversation(messages=[{"role": "system", "content": system}, *messages])
 
 
-def _introduced(rng: Random) -> Conversation:
+def _introduced(rng: Random, shares: Shares) -> Conversation:
     told, asked = manners.introduced(rng)
     while held_out(told.key):
         told, asked = manners.introduced(rng)
-    turns = [told, *(_plain_turn(rng) for _ in range(rng.choice((0, 1, 2)))), asked]
+    turns = [told, *(_plain_turn(rng, shares) for _ in range(rng.choice((0, 1, 2)))), asked]
     return Conversation(messages=[message for turn in turns for message in exchange(turn)])
 
 
-def _with_tools(rng: Random) -> Conversation:
+def _with_tools(rng: Random, shares: Shares) -> Conversation:
     names = declared(rng)
     messages: list[Message] = []
     calls = 0
@@ -125,7 +131,7 @@ def _with_tools(rng: Random) -> Conversation:
             question = tools.request(rng, missing, evaluation=False).question
             messages += [{"role": "user", "content": question}, {"role": "assistant", "content": _NO_TOOL}]
         else:
-            messages += exchange(_plain_turn(rng))
+            messages += exchange(_plain_turn(rng, shares))
     return Conversation(messages=messages, tools=[tools.TOOLS[name] for name in names])
 
 

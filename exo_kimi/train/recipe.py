@@ -30,6 +30,7 @@ class Recipe:
 
     Args:
         steps: updates in all; the rate rises over `warmup_steps`, stays, and falls to zero over the last `decay_share`.
+        later_from: the step from which slow tasks are shown more often.
         group_tokens: tokens of an update, about.
         rate: learning rate at its highest, of both optimizers: Muon's update is scaled to AdamW's.
         aware_share: of the steps, at the end, with experts rounded to INT4 in the forward pass.
@@ -39,10 +40,11 @@ class Recipe:
         shape: keys of config.json.
     """
 
-    steps: int = 2400
+    steps: int = 4000
     warmup_steps: int = 60
-    decay_share: float = 0.4
-    group_tokens: int = 4096
+    decay_share: float = 0.725
+    later_from: int = 1100
+    group_tokens: int = 2048
     rate: float = 4e-3
     weight_decay: float = 0.1
     clip_norm: float = 1.0

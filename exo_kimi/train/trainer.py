@@ -61,7 +61,13 @@ class Trainer:
     def run(self, report: Callable[[Progress], None], *, until: int | None = None) -> None:
         """Train on from where it stands, to the end of the recipe or to step `until`."""
         last = self.recipe.steps if until is None else until
-        groups = training_groups(self._encoder, self.recipe.seed, self.recipe.group_tokens, start=self.step)
+        groups = training_groups(
+            self._encoder,
+            self.recipe.seed,
+            self.recipe.group_tokens,
+            start=self.step,
+            later_from=self.recipe.later_from,
+        )
         with ThreadPoolExecutor(_WORKERS) as pool:
             coming = pool.submit(next, groups)
             while self.step < last:

@@ -28,4 +28,25 @@ SHARES: dict[Task, float] = {
     manners.greeting: 0.5,
     manners.unnamed: 0.3,
 }
-"""Shares of the turns; what takes longer to learn is shown more often."""
+"""Shares of the turns at first."""
+
+LATER_SHARES: dict[Task, float] = {
+    **SHARES,
+    arithmetic.addition: 6.0,
+    arithmetic.subtraction: 6.0,
+    arithmetic.multiplication: 2.5,
+    arithmetic.division: 3.0,
+    arithmetic.parity: 0.5,
+    arithmetic.word_problem: 3.0,
+    measures.conversion: 3.0,
+    measures.weekday: 2.5,
+    measures.next_date: 3.0,
+    lists.sort_words: 2.5,
+    lists.extreme: 0.5,
+    lists.count_words: 2.5,
+    lists.place: 1.2,
+    lists.reverse: 2.0,
+    facts.fact: 5.0,
+    stories.story: 1.5,
+}
+"""Shares after `Recipe.later_from` steps: facts are known by then, and what is worked out step by step is shown more often."""
