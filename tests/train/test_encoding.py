@@ -61,6 +61,14 @@ def test_groups_are_the_same_wherever_they_are_begun(encoder: Encoder) -> None:
     assert [item.ids.tolist() for item in later] == [item.ids.tolist() for item in groups[2]]
 
 
+def test_later_groups_show_slow_tasks_more_often(encoder: Encoder) -> None:
+    first = next(training_groups(encoder, 7, 300))
+    same = next(training_groups(encoder, 7, 300, later_from=1))
+    other = next(training_groups(encoder, 7, 300, later_from=0))
+    assert [item.ids.tolist() for item in same] == [item.ids.tolist() for item in first]
+    assert [item.ids.tolist() for item in other] != [item.ids.tolist() for item in first]
+
+
 def test_a_batch_holds_every_counted_token_once(encoder: Encoder) -> None:
     group = next(training_groups(encoder, 1, 900))
     batch = make_batch(group)

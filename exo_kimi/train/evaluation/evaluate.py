@@ -128,10 +128,15 @@ def evaluate(
 
 
 def held_out_texts(encoder: Encoder, count: int, seed: int) -> list[Encoded]:
-    """Single held-out questions with their answers, of all tasks by their shares."""
+    """Held-out questions with their answers, of all tasks by their shares; each tenth a request for a tool."""
     rng = Random(f"texts {seed}")
     tasks, shares = list(SHARES), list(SHARES.values())
-    texts: list[Encoded] = []
+    requests = tool_cases(-(-count // 30), seed)
+    rng.shuffle(requests)
+    texts = [
+        encoder.encode(Conversation(messages=tool_exchange(case.request, 0), tools=case.tools))
+        for case in requests[: -(-count // 10)]
+    ]
     while len(texts) < count:
         task = rng.choices(tasks, shares)[0]
         if task.__module__.endswith("manners"):
