@@ -140,6 +140,8 @@ class Session:
         )
         hooks.register()
         bind_tokenizer(self._bound, main, setup.repo, setup.tokenizer.of_reply)
+        if setup.sysctl is not None:
+            self._say(f"the plan counts on a raised limit here: {setup.sysctl}")
         if setup.options.api_host is not None:
             main["api"].run = functools.partial(main["api"].run, setup.options.api_host)
         if setup.options.preload:

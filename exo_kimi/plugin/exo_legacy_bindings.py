@@ -58,6 +58,7 @@ NAMES = (
         name="RingMemoryWeightedPartitioningStrategy.partition",
         parameters=("self", "topology"),
     ),
+    Name(module="exo.topology.topology", name="PeerConnection", fields=("from_id", "to_id")),
     Name(module="exo.topology.partitioning_strategy", name="Partition", fields=("node_id", "start", "end")),
     Name(
         module="exo.download.new_shard_download",

@@ -17,7 +17,8 @@ from mlx_lm.sample_utils import make_sampler
 from exo_kimi.errors import ExoPlacementError, UnsupportedError
 from exo_kimi.plugin.exo_legacy_place import place_of
 from exo_kimi.plugin.exo_legacy_plan import PinnedPlan
-from exo_kimi.plugin.exo_legacy_stage import Array, LegacyStage
+from exo_kimi.plugin.exo_legacy_stage import LegacyStage
+from exo_kimi.plugin.exo_legacy_tensors import Array
 from exo_kimi.plugin.exo_legacy_tokenizer import LegacyTokenizer
 
 Method = Callable[..., Any]

@@ -75,8 +75,11 @@ class Hooks:
 
     def on_token(self, request_id: str, tokens: Any, is_finished: bool) -> None:
         """Tokens of a reply, on every node."""
-        if is_finished:
-            self._end(request_id)
+        try:
+            if is_finished:
+                self._end(request_id)
+        except Exception:  # the edge to exo
+            logger.exception("a reply's end could not be handled")
 
     def preload(self) -> None:
         """Load now, and ask every node of the plan to do so as soon as it is seen."""

@@ -7,7 +7,9 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
+import time
 from collections.abc import Callable, Mapping
+from itertools import permutations
 from typing import Any
 
 import numpy as np
@@ -24,6 +26,7 @@ FAILED = "exo_kimi_failed"
 # next stage works on one while this one works on the next.
 PIECE_TOKENS = 1024
 PIECE_BYTES = 64 << 20
+SEEN_S, LOOK_S = 10.0, 0.25  # how long a prompt waits for the plan's nodes, and how often it looks
 
 
 def piece_tokens(hidden_size: int) -> int:
@@ -78,7 +81,7 @@ def node_methods(
     async def process_first(self: Any, shard: Any, prompt: str, request_id: str, inference_state: Any) -> Any:
         """A prompt through this node's layers and on, piece by piece: while the next stage works on one, this one works on
         the following."""
-        _check_all_here(self, pinned)
+        await _wait_all_here(self, pinned)
         ids = ids_of(inference_state) or tokenizer.encode(prompt)
         if len(ids) >= pinned.tokens:
             raise OverloadedError(
@@ -105,7 +108,7 @@ def node_methods(
         shard = self.get_current_shard(base_shard)
         if base_shard.model_id != pinned.name or not shard.is_first_layer():
             if base_shard.model_id == pinned.name:
-                _check_all_here(self, pinned)
+                await _wait_all_here(self, pinned)
             return await original["_process_prompt"](self, base_shard, prompt, request_id, inference_state)
         ident = str(request_id)
         self.outstanding_requests[ident] = "processing"
@@ -174,13 +177,25 @@ def _partition_ids(node: Any) -> list[str]:
     return [str(each.node_id) for each in node.partitioning_strategy.partition(node.topology)]
 
 
-def _check_all_here(node: Any, pinned: PinnedPlan) -> None:
+async def _wait_all_here(node: Any, pinned: PinnedPlan) -> None:
+    """Until every node of the plan sees every other: one that does not see the next would send to itself, and one that does not
+    see the API's would be heard by nobody."""
+    until_s = time.monotonic() + SEEN_S
+    while lacking := _lacking(node, pinned):
+        if time.monotonic() > until_s:
+            raise ExoPlacementError(
+                lacking,
+                expected=f"{', '.join(pinned.node_ids)}, each seeing all others",
+                found=", ".join(sorted(_partition_ids(node))),
+                fix="start it with the same plan; nodes see each other some seconds later",
+            )
+        await asyncio.sleep(LOOK_S)
+
+
+def _lacking(node: Any, pinned: PinnedPlan) -> str | None:
     here = {node.id, *(peer.id() for peer in node.peers)} & set(_partition_ids(node))
-    away = [seat for seat in pinned.seats if seat.node_id not in here]
-    if away:
-        raise ExoPlacementError(
-            f"{away[0].node_id} is not in the cluster, and the plan needs it",
-            expected=", ".join(pinned.node_ids),
-            found=", ".join(sorted(here)),
-            fix="start it with the same plan; nodes see each other a few seconds later",
-        )
+    if away := [node_id for node_id in pinned.node_ids if node_id not in here]:
+        return f"{away[0]} is not in the cluster, and the plan needs it"
+    edges = {(start, edge.to_id) for start, ends in node.topology.peer_graph.items() for edge in ends}
+    blind = [pair for pair in permutations(pinned.node_ids, 2) if pair not in edges]
+    return f"{blind[0][0]} does not see {blind[0][1]}" if blind else None

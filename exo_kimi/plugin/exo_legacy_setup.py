@@ -58,7 +58,18 @@ class LegacyOptions:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LegacySetup:
-    """All that is needed before exo is touched. `repo` stands for the directory inside exo. `arguments` are exo's, completed."""
+    """All that is needed before exo is touched.
+
+    Args:
+        options: as given.
+        pinned: the plan with this node's place.
+        directory: the checkpoint here.
+        config: its architecture.
+        tokenizer: its tokenizer and template.
+        repo: stands for the directory inside exo.
+        arguments: exo's, completed.
+        sysctl: raises this machine's wired limit to what the plan counts on; None where the default is enough.
+    """
 
     options: LegacyOptions
     pinned: PinnedPlan
@@ -67,6 +78,7 @@ class LegacySetup:
     tokenizer: LegacyTokenizer
     repo: str
     arguments: tuple[str, ...]
+    sysctl: str | None
 
 
 def prepare_legacy(options: LegacyOptions, arguments: Sequence[str]) -> LegacySetup:
@@ -99,6 +111,7 @@ def prepare_legacy(options: LegacyOptions, arguments: Sequence[str]) -> LegacySe
         tokenizer=LegacyTokenizer.from_directory(directory),
         repo=f"exo-kimi/{pinned.name}",
         arguments=_completed(arguments, theirs, pinned.name),
+        sysctl=plan.stages[pinned.own].sysctl,
     )
 
 

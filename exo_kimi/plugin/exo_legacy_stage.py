@@ -17,17 +17,16 @@ import numpy as np
 
 from exo_kimi.checkpoint.index import open_index
 from exo_kimi.checkpoint.manifest import StageManifest, resolve
-from exo_kimi.errors import OverloadedError, ProtocolError, StageError
+from exo_kimi.errors import OverloadedError, ProtocolError, StageError, StageOutOfMemoryError
 from exo_kimi.models.kimi_k2 import Model
 from exo_kimi.plugin.exo_legacy_place import Place
 from exo_kimi.plugin.exo_legacy_plan import PinnedPlan
-from exo_kimi.runtime.hidden import NAMES, RAW, pack, unpack
+from exo_kimi.plugin.exo_legacy_tensors import Array, given, taken
 from exo_kimi.runtime.loader import load_stage
+from exo_kimi.runtime.memory import free_memory
 from exo_kimi.runtime.stage import as_fault
-from exo_kimi.runtime.steps import Hidden
 from exo_kimi.units import format_bytes
 
-Array = np.ndarray[Any, Any]
 SAY_EVERY_S = 10.0
 IDLE_S = 600.0  # a sequence that nobody touched for this long was abandoned: exo does not say when a request ends badly
 
@@ -80,7 +79,7 @@ class LegacyStage:
 
         Raises:
             CheckpointError: they cannot be read.
-            RuntimeFault: MLX could not hold them.
+            RuntimeFault: they do not fit, or MLX could not hold them.
         """
         if self._model is not None:
             return False
@@ -88,6 +87,7 @@ class LegacyStage:
         manifest = self.manifest()
         what = f"layers {seat.start_layer}:{seat.end_layer} of {self._pinned.name}"
         self._say(f"loading {what}, {format_bytes(manifest.disk_bytes)}")
+        self._check_room(manifest)
         before_bytes = mx.get_active_memory()
         try:
             self._model = load_stage(manifest, progress=self._progress(what))
@@ -138,7 +138,7 @@ class LegacyStage:
         if model is None:
             raise StageError("this node holds no layers")
         self._check_place(place)
-        x = self._input(model, tensor)
+        x = taken(model, tensor)
         held = self._sequence(request_id, place, model, length=x.shape[0])
         try:
             out = model.forward_ragged(x, [(x.shape[0], held.caches)])
@@ -146,6 +146,18 @@ class LegacyStage:
             return self._output(model, out, place, held)
         except (RuntimeError, ValueError, MemoryError) as error:  # what MLX raises
             raise as_fault(error, stage=self._pinned.own) from error
+
+    def _check_room(self, manifest: StageManifest) -> None:
+        free_bytes = free_memory().free_bytes
+        if manifest.resident_bytes > free_bytes:
+            raise StageOutOfMemoryError(
+                f"layers {manifest.start_layer}:{manifest.end_layer} do not fit into this machine's memory now",
+                stage=self._pinned.own,
+                expected=f"at most {format_bytes(free_bytes)}",
+                found=format_bytes(manifest.resident_bytes),
+                where=self._pinned.seat.node_id,
+                fix="close other programs; on a Mac raise the limit as the plan says (`sudo sysctl iogpu.wired_limit_mb=N`)",
+            )
 
     def _check_place(self, place: Place) -> None:
         seat = self._pinned.seat
@@ -163,36 +175,6 @@ class LegacyStage:
                 found=f"layer {place.layer} next",
                 fix="ask again once every node of the plan is back",
             )
-
-    def _input(self, model: Model, tensor: Array) -> mx.array:
-        hidden_size, vocab_size = model.args.hidden_size, model.args.vocab_size
-        if model.is_first:
-            good = tensor.ndim == 2 and tensor.shape[0] == 1 and tensor.size and np.issubdtype(tensor.dtype, np.integer)
-            if not (good and 0 <= int(tensor.min()) <= int(tensor.max()) < vocab_size):
-                raise ProtocolError(
-                    "no token ids",
-                    expected=f"(1, L) integers below {vocab_size}",
-                    found=f"{tensor.shape} {tensor.dtype}",
-                )
-            return mx.array(tensor.reshape(-1).astype(np.int32))
-        name = next((name for name, raw in RAW.items() if tensor.dtype == raw), None)
-        if name is None or tensor.ndim != 3 or tensor.shape[0] != 1 or not tensor.shape[1]:
-            raise ProtocolError(
-                "no hidden states", expected=f"(1, L, {hidden_size})", found=f"{tensor.shape} {tensor.dtype}"
-            )
-        _, tokens, found_size = tensor.shape
-        data = tensor.tobytes()
-        hidden = Hidden(dtype=name, tokens=tokens, hidden_size=found_size, data=data)
-        x = unpack(hidden, tokens=tokens, hidden_size=hidden_size)
-        own = model.layers[0].input_layernorm.weight.dtype
-        if x.dtype != own:
-            raise ProtocolError(
-                "the stage before computes in another dtype",
-                expected=NAMES.get(own, str(own)),
-                found=name,
-                fix="the same checkpoint on every node",
-            )
-        return x
 
     def _sequence(self, request_id: str, place: Place, model: Model, *, length: int) -> _Held:
         now_s = time.monotonic()
@@ -222,9 +204,7 @@ class LegacyStage:
 
     def _output(self, model: Model, out: mx.array, place: Place, held: _Held) -> tuple[Array, Place]:
         if not model.is_last:
-            hidden = pack(out)
-            raw = np.frombuffer(hidden.data, RAW[hidden.dtype]).reshape(1, hidden.tokens, hidden.hidden_size)
-            return raw, replace(place, layer=self._pinned.seat.end_layer)
+            return given(out), replace(place, layer=self._pinned.seat.end_layer)
         mx.eval([cache.state for cache in held.caches])  # no lazy graph outlives a step
         after = replace(place, offset=held.length, layer=0)
         if place.more:

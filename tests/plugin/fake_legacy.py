@@ -156,6 +156,7 @@ def make_modules() -> dict[str, ModuleType]:
             RingMemoryWeightedPartitioningStrategy=RingMemoryWeightedPartitioningStrategy,
         ),
         _module("exo.topology.partitioning_strategy", Partition=Partition),
+        _module("exo.topology.topology", PeerConnection=PeerConnection),
         _module("exo.download.new_shard_download", get_supported_models=get_supported_models),
         _module("exo.api.chatgpt_api", resolve_tokenizer=resolve_tokenizer, ChatGPTAPI=ChatGPTAPI),
         _module("exo.networking.grpc.grpc_peer_handle", mx=numpy_as_mx),
@@ -197,15 +198,36 @@ def _module(name: str, **names: Any) -> ModuleType:
     return module
 
 
+@dataclass(frozen=True)
+class PeerConnection:
+    """As exo's."""
+
+    from_id: str
+    to_id: str
+
+
+class _Topology:
+    """As a node of exo collects it: what it sees itself, and what its peers say that they see."""
+
+    def __init__(self, node: Any) -> None:
+        self._node = node
+
+    def all_nodes(self) -> list[tuple[str, None]]:
+        return [(self._node.id, None), *((peer.id(), None) for peer in self._node.peers)]
+
+    @property
+    def peer_graph(self) -> dict[str, set[PeerConnection]]:
+        nodes = [self._node, *(peer.node for peer in self._node.peers)]
+        return {node.id: {PeerConnection(node.id, peer.id()) for peer in node.peers} for node in nodes}
+
+
 def _node_class() -> type:
     class Node:
         def __init__(self, _id: str, engine: Any, strategy: Any, modules: dict[str, ModuleType]) -> None:
             self.id, self.inference_engine, self.partitioning_strategy = _id, engine, strategy
             self.modules = modules
             self.peers: list[Peer] = []
-            self.topology = SimpleNamespace(
-                all_nodes=lambda: [(_id, None), *((peer.id(), None) for peer in self.peers)]
-            )
+            self.topology = _Topology(self)
             self.on_token, self.on_opaque_status = Callbacks(), Callbacks()
             self.outstanding_requests: dict[str, str] = {}
             self.buffered: dict[str, list[int]] = defaultdict(list)

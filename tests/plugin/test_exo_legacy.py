@@ -17,6 +17,7 @@ import pytest
 from exo_kimi.chat.tokenizer import KimiTokenizer
 from exo_kimi.errors import (
     CheckpointProblems,
+    ExoKimiError,
     ExoLoadError,
     ExoVersionError,
     OverloadedError,
@@ -132,6 +133,38 @@ async def test_a_prompt_in_pieces_gives_the_same_tokens(
     assert len(shapes) >= 2 and {shape[1] for shape in shapes[:-1]} == {2}
 
 
+@pytest.mark.parametrize("split", [(7,), (3, 2, 2)])
+async def test_one_node_or_three_answer_the_same_in_pieces(
+    fake_legacy: ModuleType,
+    legacy_shapes: ModuleType,
+    tiny: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    expected: list[int],
+    split: tuple[int, ...],
+) -> None:
+    monkeypatch.setattr(exo_legacy_node, "PIECE_TOKENS", 2)
+    plan = tmp_path / "plan.json"
+    legacy_shapes.plan_of_shape(split).save(plan)
+    cluster = Cluster(fake_legacy, plan, [tiny] * len(split), monkeypatch)
+    assert await cluster.ask(number=len(split)) == expected
+    assert [stage.loaded for stage in cluster.stages] == [True] * len(split)
+
+
+async def test_layers_that_do_not_fit_are_refused_before_they_are_read(
+    make: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from exo_kimi.plugin import exo_legacy_stage
+    from exo_kimi.runtime.memory import FreeMemory
+
+    monkeypatch.setattr(exo_legacy_stage, "free_memory", lambda: FreeMemory(free_bytes=3_000_000, scope="host"))
+    cluster = make()
+    with pytest.raises(ExoKimiError, match="do not fit") as refused:
+        await cluster.ask()
+    assert "layers 0:5" in str(refused.value) and "wired_limit_mb" in str(refused.value)
+    assert not cluster.stages[0].loaded
+
+
 def test_no_piece_of_a_published_model_nears_grpcs_limit() -> None:
     assert exo_legacy_node.piece_tokens(7168) * 7168 * 4 < (256 << 20) // 4
     assert exo_legacy_node.piece_tokens(1 << 28) == 1
@@ -159,7 +192,10 @@ async def test_preload_loads_everywhere_before_any_prompt(make: Any) -> None:
         task.cancel()
 
 
-async def test_new_engines_and_absent_nodes_do_not_reload(make: Any, expected: list[int]) -> None:
+async def test_new_engines_and_absent_nodes_do_not_reload(
+    make: Any, expected: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(exo_legacy_node, "SEEN_S", 0.0)
     cluster = make()
     assert await cluster.ask() == expected
     for node in cluster.nodes:
@@ -170,7 +206,14 @@ async def test_new_engines_and_absent_nodes_do_not_reload(make: Any, expected: l
     with pytest.raises(Exception, match="node2 is not in the cluster"):
         await cluster.ask(request_id="c")
     cluster.nodes[0].peers = peers
-    assert await cluster.ask(request_id="d") == expected
+    back, cluster.nodes[1].peers = cluster.nodes[1].peers, []
+    with pytest.raises(Exception, match="node2 does not see node1"):
+        await cluster.ask(request_id="d")
+    monkeypatch.setattr(exo_legacy_node, "SEEN_S", 10.0)
+    late = asyncio.create_task(cluster.ask(request_id="e"))
+    await asyncio.sleep(0.05)
+    cluster.nodes[1].peers = back
+    assert await late == expected
     assert [len(cluster.loads(number)) for number in (1, 2)] == [1, 1]
 
 
@@ -253,7 +296,7 @@ async def test_hidden_states_of_another_form_are_refused(make: Any) -> None:
     cluster = make()
     place = {"plan": cluster.stages[1]._digest, "offset": 0, "layer": 5, "more": False}
     for tensor, message in (
-        (np.zeros((1, 3, 256), np.float16), "another dtype"),
+        (np.zeros((1, 3, 256), np.int64), "no hidden states"),
         (np.zeros((1, 3, 255), np.float32), "wrong size"),
         (np.zeros((3, 256), np.float32), "no hidden states"),
     ):

@@ -17,7 +17,9 @@ import os
 import re
 import shutil
 import signal
+import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -100,6 +102,11 @@ def test_each_node_loads_its_own_layers_on_the_first_prompt_and_both_answer_as_o
     text = second.text()
     assert text.index("loading layers 5:7") < text.index("Triggering all on_token callbacks")
     assert "node2 holds layers 5:7" in "\n".join(first.said())
+    # Two at once, each with caches of its own.
+    with ThreadPoolExecutor(2) as pool:
+        both = [pool.submit(cluster.ask, number, PROMPTS[number], model=MODEL) for number in (1, 2)]
+        assert [each.result().status_code for each in both] == [200, 200]
+    assert sorted(list(second.replies().values())[-2:]) == sorted(expected[1:])
     # From the other node, in pieces of a long prompt, and streamed.
     assert reply(cluster, PROMPTS[0], number=2) == expected[0]
     long = "the sea is deep. " * 150  # two pieces
@@ -148,6 +155,28 @@ def test_preload_loads_at_start_and_a_changed_cluster_loads_nothing_anew(
     cluster.wait_seen()
     assert reply(cluster, PROMPTS[0]) == expected
     assert len(loads(alone[0])) == 1
+
+
+def test_a_node_killed_in_mid_answer_is_an_error_and_asking_again_works_when_it_is_back(
+    start: Any, real_legacy: Any, legacy_models: Any, legacy_plan: Path, tiny: Path
+) -> None:
+    cluster = start(tiny, tiny, extra=("--max-generate-tokens", "4000"))
+    with ThreadPoolExecutor(1) as pool:
+        asked = pool.submit(cluster.ask, 1, PROMPTS[0], model=MODEL)
+        real_legacy.wait_until(
+            lambda: any(len(ids) > 20 for ids in cluster.nodes[1].replies().values()), 60, cluster.tail
+        )
+        began_s = time.monotonic()
+        os.killpg(cluster.nodes[1].process.pid, signal.SIGKILL)
+        answer = asked.result()
+        assert time.monotonic() - began_s < 15, cluster.tail()
+    assert answer.status_code == 500 and "node1: " in answer.text, answer.text
+    cluster.nodes[1].process.wait(10)
+    start_node(cluster, real_legacy, legacy_plan, 2, tiny)
+    cluster.wait_seen()
+    real_legacy.wait_until(lambda: cluster.ask(1, PROMPTS[0], model=MODEL).status_code == 200, 60, cluster.tail)
+    (found,) = cluster.nodes[1].replies().values() if len(cluster.nodes[1].replies()) == 1 else [None]
+    assert found is None or found == legacy_models.kimi_reply(tiny, PROMPTS[0], TOKENS)
 
 
 def test_a_missing_tensor_is_refused_by_name(
