@@ -142,7 +142,7 @@ class LegacyCluster:
         """A chat at a node's API."""
         body = {"model": model, "messages": [{"role": "user", "content": prompt}], "stream": stream}
         node = next(node for node in self.nodes if node.number == number)
-        return httpx.post(f"{node.url}/v1/chat/completions", json=body, timeout=60, trust_env=False)
+        return httpx.post(f"{node.url}/v1/chat/completions", json=body, timeout=120, trust_env=False)
 
     def tail(self) -> str:
         """The last lines of every log, for a failing test."""
