@@ -47,7 +47,6 @@ def plan_of_shape(split: tuple[int, ...] = (5, 2), *, context: int = 8192, layer
         cluster_hash="0",
         workload=Workload(context=context),
         objective="request",
-        link="zmq",
         stages=stages,
         link="zmq",
         left_out=(),
