@@ -48,13 +48,17 @@ def peer_server(checkpoint: Path) -> Iterator[str]:
 
 
 @contextlib.contextmanager
-def our_server(checkpoint: Path) -> Iterator[str]:
+def our_server(checkpoint: Path, *options: str) -> Iterator[str]:
     """The base URL of `exo-kimi serve` on a checkpoint, with two stages.
+
+    Args:
+        checkpoint: a directory.
+        options: more of `exo-kimi serve`.
 
     Raises:
         UsageError: it did not start.
     """
-    with _server(["exo_kimi", "serve", str(checkpoint), "--dtype", "float32"], {}) as url:
+    with _server(["exo_kimi", "serve", str(checkpoint), "--dtype", "float32", *options], {}) as url:
         yield url
 
 

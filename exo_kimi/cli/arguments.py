@@ -31,6 +31,7 @@ BENCHES = (  # modules of exo_kimi.bench, with - for _
     "link_speed",
     "pipeline",
     "plan",
+    "prefix-restart",
     "speculation",
 )
 

@@ -164,7 +164,8 @@ class TextFormat:
 
 
 def usage_of(prompt_tokens: int, ends: Sequence[EndPiece], *, choices_per_prompt: int) -> dict[str, Any]:
-    """OpenAI's `usage`. The choices of one prompt share it: it is counted once.
+    """OpenAI's `usage`. The choices of one prompt share it: it is counted once, and as cached as far as it was for all of
+    them, since what one choice took from another was computed for this request.
 
     Args:
         prompt_tokens: of all prompts together.
@@ -177,7 +178,7 @@ def usage_of(prompt_tokens: int, ends: Sequence[EndPiece], *, choices_per_prompt
         "prompt_tokens": prompt_tokens,
         "completion_tokens": generated,
         "total_tokens": prompt_tokens + generated,
-        "prompt_tokens_details": {"cached_tokens": sum(max(end.cached_tokens for end in group) for group in groups)},
+        "prompt_tokens_details": {"cached_tokens": sum(min(end.cached_tokens for end in group) for group in groups)},
         "completion_tokens_details": {"reasoning_tokens": sum(end.reasoning_tokens for end in ends)},
     }
 

@@ -5,8 +5,10 @@ from __future__ import annotations
 import asyncio
 import os
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import mlx.core as mx
 import numpy as np
@@ -15,15 +17,22 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import exo_kimi
+from exo_kimi.checkpoint.index import open_index
+from exo_kimi.checkpoint.manifest import resolve
 from exo_kimi.checkpoint.tiny import make_tiny
 from exo_kimi.models.kimi_k2 import Model
 from exo_kimi.runtime.engine import Engine
+from exo_kimi.runtime.fingerprint import stage_fingerprint
 from exo_kimi.runtime.inline import InlinePipeline
+from exo_kimi.runtime.messages import Join, Load
 from exo_kimi.runtime.prefix_cache import PrefixOptions
 from exo_kimi.runtime.prefix_disk import Changed, PrefixDisk
 from exo_kimi.runtime.prefix_files import BlockFiles
+from exo_kimi.runtime.prefix_key import KEY_DIGITS
 from exo_kimi.runtime.requests import GenerationRequest, SamplingParams, TokenEvent
 from exo_kimi.runtime.stage import StageModel
+from exo_kimi.runtime.stage_backend import MlxBackend
+from exo_kimi.runtime.steps import Blocks, Segment, SequenceStart, Step
 
 SMALL = {"hidden_size": 64, "intermediate_size": 64, "moe_intermediate_size": 64, "n_routed_experts": 4}
 BOUNDS = {1: [0, 3], 2: [0, 2, 3], 3: [0, 1, 2, 3]}
@@ -277,3 +286,50 @@ async def test_the_disk_keeps_within_its_budget(pipeline_of: Pipelines, tmp_path
         assert 4 <= len(list(directory.iterdir())) <= 6
     async with engine_over(pipeline_of(2, disk_blocks=6)) as engine:
         assert (await ask(engine, last))[0].cached_tokens == 3 * BLOCK
+
+
+def test_a_backend_keeps_blocks_for_its_own_layers_and_weights_only(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """As a stage process uses it: from an order to join to keys on disk, and again for the next process."""
+    checkpoint = make_tiny(tmp_path / "tiny", dtype="F32", config=SMALL | {"num_hidden_layers": 3})
+    manifest = resolve(open_index(checkpoint), 0, 3)
+    load = Load(
+        stage=0,
+        directory=str(checkpoint),
+        start_layer=0,
+        end_layer=3,
+        dtype="float32",
+        fingerprint=stage_fingerprint(manifest),
+    )
+    told: list[tuple[str, ...]] = []
+    key = "0" * KEY_DIGITS
+
+    def joined(directory: Path, **changes: Any) -> tuple[MlxBackend, tuple[int, tuple[str, ...]]]:
+        backend = MlxBackend(None)
+        backend.load(replace(load, **changes), lambda *_: None)
+        backend.reset(1)
+        order = Join(
+            epoch=1,
+            next_address=None,
+            block_tokens=BLOCK,
+            prefix_disk_bytes=1_000_000,
+            prefix_directory=str(directory),
+        )
+        return backend, backend.open_disk(order, lambda added, _: told.append(added))
+
+    backend, (room, keys) = joined(tmp_path / "blocks")
+    assert room > 10
+    assert keys == ()
+    start = SequenceStart(seq_id=0, prompt_tokens=BLOCK, sampling=SamplingParams(temperature=0.0))
+    segment = Segment(seq_id=0, offset=0, length=BLOCK, sample=True)
+    store = Blocks(seq_id=0, offset=0, block_tokens=BLOCK, keys=(key,))
+    tokens = np.arange(BLOCK, dtype=np.int32)
+    backend.execute(Step(epoch=1, step_id=0, segments=(segment,), tokens=tokens, begin=(start,), store=(store,)))
+    backend.unload()
+    assert told == [(key,)]
+    assert joined(tmp_path / "blocks")[1] == (room, (key,))
+    assert joined(tmp_path / "blocks", dtype="bfloat16")[1][1] == ()
+    (tmp_path / "file").write_text("")
+    assert joined(tmp_path / "file")[1] == (0, ())
+    assert "no prefix is kept" in caplog.text
