@@ -3,81 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
-from typing import Any, Protocol
+from dataclasses import replace
+from typing import Any
 
 import mlx.core as mx
 import numpy as np
 
 from exo_kimi.errors import ProtocolError, RuntimeFault, StageError, StageOutOfMemoryError
+from exo_kimi.runtime.held import Held
 from exo_kimi.runtime.hidden import pack, unpack
 from exo_kimi.runtime.prefix_disk import PrefixDisk
 from exo_kimi.runtime.prefix_kv import capacity_for, copy_prefix, trim
 from exo_kimi.runtime.prefix_stage import read_blocks, write_blocks
 from exo_kimi.runtime.sampling import SequenceSampler
-from exo_kimi.runtime.steps import Sampled, Segment, SequenceStart, Step, StepResult
+from exo_kimi.runtime.stage_model import StageModel as StageModel
+from exo_kimi.runtime.steps import Sampled, SequenceStart, Step, StepResult
 from exo_kimi.runtime.verify import sample_runs
-
-
-class StageConfig(Protocol):
-    """What a stage needs of `arch.config.KimiConfig`."""
-
-    @property
-    def hidden_size(self) -> int: ...
-
-    @property
-    def vocab_size(self) -> int: ...
-
-
-class StageModel(Protocol):
-    """What a stage needs of `models.kimi_k2.Model`."""
-
-    @property
-    def args(self) -> StageConfig: ...
-
-    @property
-    def is_first(self) -> bool: ...
-
-    @property
-    def is_last(self) -> bool: ...
-
-    @property
-    def start_layer(self) -> int: ...
-
-    @property
-    def end_layer(self) -> int: ...
-
-    def make_cache(self) -> list[Any]: ...
-
-    def forward_ragged(self, x: mx.array, segments: Sequence[tuple[int, list[Any]]]) -> mx.array: ...
-
-    def logits(self, hidden: mx.array) -> mx.array: ...
-
-    def cache_nbytes(self, caches: list[Any]) -> int: ...
-
-
-@dataclass(slots=True)
-class _Held:
-    """One sequence on this stage: its caches, how many tokens they hold, and on the last stage its sampler. `total` tokens
-    were known when it began; `restoring` until its first segment, which may start before the end of what came from disk."""
-
-    caches: list[Any]
-    length: int = 0
-    drafts: int = 0
-    """So many of the last ones are guesses, until the next segment tells."""
-    sampler: SequenceSampler | None = field(default=None)
-    total: int = 0
-    restoring: bool = True
-
-    def settle(self, offset: int) -> None:
-        """Drop what is beyond `offset`: guesses that were wrong, or that the leader has no use for."""
-        excess = self.length - offset
-        for cache in self.caches if excess else ():
-            if cache.trim(excess) != excess:
-                raise StageError(f"a {type(cache).__name__} cannot give back {excess} tokens")
-        if self.sampler is not None:
-            self.sampler.begin_run(keep=1 + self.drafts - excess)
-        self.length, self.drafts = offset, 0
 
 
 class StageWorker:
@@ -97,7 +38,7 @@ class StageWorker:
         self.epoch = epoch
         self.stage = stage
         self.disk = disk
-        self._held: dict[int, _Held] = {}
+        self._held: dict[int, Held] = {}
 
     @property
     def sequences(self) -> int:
@@ -147,11 +88,12 @@ class StageWorker:
         if not step.segments:
             return self._answer(step, ()) if self.model.is_last else replace(step, hidden=None)
         for segment in step.segments:
-            self._trim(segment)
+            if segment.seq_id in self._held:
+                self._held[segment.seq_id].begin_at(segment.offset)
         self._check(step)
         return self._run(step)
 
-    def _known(self, seq_id: int) -> _Held:
+    def _known(self, seq_id: int) -> Held:
         held = self._held.get(seq_id)
         if held is None:
             raise ProtocolError(f"sequence {seq_id} was not begun", stage=self.stage)
@@ -170,15 +112,6 @@ class StageWorker:
             reached[blocks.seq_id] = min(held.length, reached.get(blocks.seq_id, held.length))
         return replace(step, restored=tuple(reached.items())) if reached else step
 
-    def _trim(self, segment: Segment) -> None:
-        """Another stage may have restored less than this one."""
-        held = self._held.get(segment.seq_id)
-        if held is not None and held.restoring:
-            if segment.offset < held.length:
-                trim(held.caches, segment.offset)
-                held.length = segment.offset
-            held.restoring = False
-
     def _free(self, seq_ids: Sequence[int]) -> None:
         # An id that is not held was never begun: its sequence ended before its first segment.
         dropped = [self._held.pop(seq_id, None) for seq_id in seq_ids]
@@ -191,7 +124,7 @@ class StageWorker:
         sampler = SequenceSampler(start) if self.model.is_last else None
         caches = self.model.make_cache() if start.source is None else self._prefix(start, start.source)
         total = start.prompt_tokens + len(start.history)
-        self._held[start.seq_id] = _Held(caches, length=start.restore, sampler=sampler, total=total)
+        self._held[start.seq_id] = Held(caches, length=start.restore, sampler=sampler, total=total)
 
     def _prefix(self, start: SequenceStart, source: int) -> list[Any]:
         """Caches that begin as those of another sequence."""
@@ -274,12 +207,12 @@ class StageWorker:
             entry.drafts = segment.drafts
         return result
 
-    def _observe(self, step: Step, held: list[_Held], ends: np.ndarray[Any, Any]) -> None:
+    def _observe(self, step: Step, held: list[Held], ends: np.ndarray[Any, Any]) -> None:
         for segment, entry, end in zip(step.segments, held, ends, strict=True):
             if entry.sampler is not None:
                 entry.sampler.observe(step.tokens[end - segment.length : end - segment.drafts])
 
-    def _sample(self, step: Step, held: list[_Held], ends: np.ndarray[Any, Any], out: mx.array) -> tuple[Sampled, ...]:
+    def _sample(self, step: Step, held: list[Held], ends: np.ndarray[Any, Any], out: mx.array) -> tuple[Sampled, ...]:
         rows = [row for row, segment in enumerate(step.segments) if segment.sample]
         if not rows:
             # No lazy graph outlives a step. The last layer's output is not needed, only what it left in the caches.
