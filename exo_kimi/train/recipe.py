@@ -29,9 +29,10 @@ class Recipe:
     """A training.
 
     Args:
-        steps: updates in all; the rate rises over `warmup_steps`, stays, and falls to zero over the last `decay_share`.
+        steps: updates in all; the rate rises over `warmup_steps`, stays, and falls over the last `decay_share`.
         later_from: the step from which slow tasks are shown more often.
         group_tokens: tokens of an update, about.
+        slow_from: the step from which the rate falls from `slow_rate` to zero instead: sums are learnt at small rates only.
         rate: learning rate at its highest, of both optimizers: Muon's update is scaled to AdamW's.
         aware_share: of the steps, at the end, with experts rounded to INT4 in the forward pass.
         bias_rate: by which the router's correction bias of an expert moves against its load. Source: "DeepSeek-V3", 2.1.2.
@@ -44,6 +45,8 @@ class Recipe:
     warmup_steps: int = 60
     decay_share: float = 0.725
     later_from: int = 1100
+    slow_from: int = 1600
+    slow_rate: float = 1.6e-3
     group_tokens: int = 2048
     rate: float = 4e-3
     weight_decay: float = 0.1
@@ -67,6 +70,8 @@ class Recipe:
 
     def rate_at(self, step: int) -> float:
         """Learning rate of a step, counted from 1."""
+        if step > self.slow_from:
+            return self.slow_rate * (self.steps - step + 1) / (self.steps - self.slow_from)
         rising = min(1.0, step / max(self.warmup_steps, 1))
         falling = (self.steps - step + 1) / max(self.decay_share * self.steps, 1)
         return self.rate * min(rising, max(min(falling, 1.0), 0.0))

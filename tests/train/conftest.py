@@ -27,7 +27,9 @@ SHAPE: dict[str, Any] = {
     "qk_rope_head_dim": 16,
     "v_head_dim": 16,
 }
-RECIPE = Recipe(steps=20, warmup_steps=3, group_tokens=512, rate=0.01, aware_share=0.3, ranks=700, shape=SHAPE)
+RECIPE = Recipe(
+    steps=20, warmup_steps=3, group_tokens=512, rate=0.01, aware_share=0.3, slow_from=10**6, ranks=700, shape=SHAPE
+)
 
 
 @pytest.fixture(scope="session")

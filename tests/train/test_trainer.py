@@ -76,6 +76,9 @@ def _ordinary(lines: list[str]) -> tuple[bytes, ...]:
 def test_the_schedule_rises_stays_and_falls_to_nothing() -> None:
     recipe = replace(RECIPE, steps=100, warmup_steps=10, decay_share=0.4, rate=1.0, aware_share=0.1)
     rates = [recipe.rate_at(step) for step in range(1, 101)]
+    slow = [replace(recipe, slow_from=80, slow_rate=0.2).rate_at(step) for step in range(1, 101)]
+    assert slow[:80] == rates[:80]
+    assert slow[80:] == pytest.approx([0.01 * left for left in range(20, 0, -1)])
     assert rates[0] == pytest.approx(0.1)
     assert rates[9:60] == [1.0] * 51
     assert rates == sorted(rates[:60]) + sorted(rates[60:], reverse=True)
