@@ -5,14 +5,12 @@ Prompts are rendered by the checkpoint's own chat template, so that training see
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from exo_kimi.chat.template import ChatTemplate
+from exo_kimi.chat.template import ChatTemplate, ReasoningMode
 from exo_kimi.chat.tokenizer import KimiTokenizer
 from exo_kimi.train.conversations import Conversation, Message
 
@@ -43,8 +41,8 @@ class Encoder:
     def encode(self, conversation: Conversation) -> Encoded:
         """Prompt and reply; of earlier replies those are counted whose reasoning the template did not take away."""
         *earlier, last = conversation.messages
-        prompt = self.prompt(earlier, conversation.tools)
-        reply = self.reply(last)
+        rendered = self._template.render(earlier, conversation.tools)
+        prompt, reply = rendered.ids, self.reply(last, rendered.reasoning)
         counted = np.zeros(len(prompt) + len(reply), bool)
         replies = [message for message in earlier if message["role"] == "assistant"]
         starts = [place for place, token in enumerate(prompt) if token == self._assistant]
@@ -55,14 +53,17 @@ class Encoder:
         counted[len(prompt) :] = True
         return Encoded(ids=np.array(prompt + reply, np.int32), counted=counted)
 
-    def prompt(self, messages: Sequence[Message], tools: Sequence[Mapping[str, Any]] | None) -> list[int]:
-        """Ids up to where the assistant's reply begins."""
-        return self._template.render(messages, tools).ids
+    def reply(self, message: Message, mode: ReasoningMode) -> list[int]:
+        """What the model has to generate: `<think>` reasoning `</think>` text, calls, `<|im_end|>`.
 
-    def reply(self, message: Message) -> list[int]:
-        """What the model has to generate: `<think>` reasoning `</think>` text, calls, `<|im_end|>`."""
+        Args:
+            mode: how the prompt left the think tags; there are none where the model does not reason.
+        """
         special, encode = self._tokenizer.special, self._tokenizer.encode
-        ids = [special["<think>"], *encode(message.get("reasoning_content", "")), special["</think>"]]
+        ids: list[int] = []
+        if mode != "none":
+            ids = [special["<think>"]] if mode == "may_open" else []
+            ids += [*encode(message.get("reasoning_content", "")), special["</think>"]]
         ids += encode(message["content"])
         if message.get("tool_calls"):
             ids.append(special["<|tool_calls_section_begin|>"])

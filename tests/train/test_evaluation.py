@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from exo_kimi.chat.tokenizer import KimiTokenizer
+from exo_kimi.checkpoint.tiny import make_tiny
 from exo_kimi.runtime.loader import load
 from exo_kimi.train.encoding import Encoder
 from exo_kimi.train.evaluation.evaluate import evaluate, held_out_texts
@@ -66,6 +67,16 @@ def test_a_random_model_is_judged_as_one(checkpoint: Path) -> None:
     document = json.loads(report.to_json())
     assert document["scores"]["addition"] == [0, 1]
     assert "tool calls right" in report.to_text(wrong=2)
+
+
+@pytest.mark.parametrize("template", ["instruct", "k25"])
+def test_any_kimi_can_be_asked(template: str, tmp_path: Path) -> None:
+    """Whatever its vocabulary, its layout, and its way with think tags."""
+    shape = {"num_hidden_layers": 2, "hidden_size": 64, "intermediate_size": 64, "moe_intermediate_size": 64}
+    directory = make_tiny(tmp_path / "tiny", template=template, config=shape)
+    report = evaluate(directory, against=None, count=1, seed=0, texts=2, max_tokens=3)
+    assert report.overall.right == 0
+    assert report.likelihood.perplexity > 10
 
 
 def test_a_model_is_no_distance_from_itself(checkpoint: Path, encoder: Encoder) -> None:
