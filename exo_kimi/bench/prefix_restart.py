@@ -60,9 +60,9 @@ def run(*, tokens: int, rounds: int) -> Result:
                     cold.append(ask(url, prompts[turn], max_tokens=NEW_TOKENS))
                     _wait_written(url, sum(answer.prompt_tokens // BLOCK_TOKENS for answer in cold))
         disk_bytes = sum(file.stat().st_size for file in disk.rglob("*.safetensors"))
-        _damage(disk)
+        _damage(disk, blocks=warm[-1].cached_tokens // BLOCK_TOKENS)
         with our_server(checkpoint, *options) as url:
-            damaged = ask(url, prompts[0], max_tokens=NEW_TOKENS)
+            damaged = ask(url, prompts[-1], max_tokens=NEW_TOKENS)
     count = cold[0].prompt_tokens
     pairs = [(after.seconds, before.seconds) for after, before in zip(warm, cold, strict=True)]
     equal = all(after.text == before.text for after, before in zip(warm, cold, strict=True))
@@ -72,9 +72,9 @@ def run(*, tokens: int, rounds: int) -> Result:
         Row.of_pairs(f"{count} tokens after a restart", pairs, unit="s", bar=BAR, equal=equal, note=f"{share}, {size}"),
         Row.of_pairs(
             "with a cut and a flipped block",
-            [(damaged.seconds, cold[0].seconds)],
+            [(damaged.seconds, cold[-1].seconds)],
             unit="s",
-            equal=damaged.text == cold[0].text and damaged.cached_tokens < count // BLOCK_TOKENS * BLOCK_TOKENS,
+            equal=damaged.text == cold[-1].text and damaged.cached_tokens < warm[-1].cached_tokens,
             note=f"{damaged.cached_tokens} tokens cached, the rest computed again",
         ),
     ]
@@ -105,15 +105,16 @@ def _wait_written(url: str, blocks: int) -> None:
     raise UsageError("the stages did not write their blocks", expected=f"{blocks} blocks in {WRITE_S:g} s")
 
 
-def _damage(disk: Path) -> None:
-    """Cut short the block written 60th on one stage, and flip a bit of the 70th on another (of the first prompt)."""
+def _damage(disk: Path, *, blocks: int) -> None:
+    """Of the prompt that was read last, cut short the block at three quarters on one stage, and flip a bit a little behind
+    it on the other. Files that were read have that as their time."""
     for stage, position in enumerate((0.75, 0.85)):
         directory = sorted(disk.iterdir())[stage]
-        files = sorted(directory.iterdir(), key=lambda file: file.stat().st_mtime_ns)
-        data = bytearray(files[int(len(files) * position)].read_bytes())
-        if stage:
-            data[-1] ^= 1
-        files[int(len(files) * position)].write_bytes(data if stage else data[:-1])
+        files = sorted(directory.iterdir(), key=lambda file: file.stat().st_mtime_ns)[-blocks:]
+        file = files[int(blocks * position)]
+        data = bytearray(file.read_bytes())
+        data[-1] ^= 1
+        file.write_bytes(data if stage else data[:-1])
 
 
 if __name__ == "__main__":

@@ -312,6 +312,7 @@ def test_a_backend_keeps_blocks_for_its_own_layers_and_weights_only(
         order = Join(
             epoch=1,
             next_address=None,
+            link="zmq",
             block_tokens=BLOCK,
             prefix_disk_bytes=1_000_000,
             prefix_directory=str(directory),
