@@ -29,10 +29,13 @@ BENCHES = (  # modules of exo_kimi.bench, with - for _
     "conformance",
     "exo",
     "link_speed",
+    "load",
     "pipeline",
     "plan",
     "prefix-restart",
+    "router",
     "speculation",
+    "step",
 )
 
 

@@ -109,6 +109,7 @@ def load_stage(
     with TensorReader(manifest.directory, on_read) as reader:
         for job in sorted(jobs, key=lambda job: (job.entry.file, job.entry.start)):
             job.fill(reader)
+        reader.wait()
     for group in groups:
         group.module.fused = adopt([group.module[name] for name in group.names], group.take())
         for path in group.paths:

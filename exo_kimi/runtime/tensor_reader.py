@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from types import TracebackType
 
@@ -15,7 +16,10 @@ READ_BYTES = 16 * 1024**2
 """Most bytes of one read: progress moves that often, and macOS refuses reads over 2 GiB."""
 
 READERS = 4
-"""Reads at a time within one tensor: what memory and fast disks can take, one processor cannot copy."""
+"""Reads at a time: what memory and fast disks can take, one processor cannot copy."""
+
+LATER_BYTES = 1024**2
+"""Tensors of at least this size are waited for later."""
 
 READ_PIECES = 512
 """Most destinations of one read; systems allow 1,024."""
@@ -34,6 +38,7 @@ class TensorReader:
         self.bytes_read = 0
         self._on_read = on_read
         self._descriptors: dict[str, int] = {}
+        self._pending: deque[Future[int]] = deque()
         self._pool = ThreadPoolExecutor(READERS, thread_name_prefix="read")
 
     def __enter__(self) -> TensorReader:
@@ -53,21 +58,37 @@ class TensorReader:
         Raises:
             TensorFileError: the file is gone, cannot be read, or is shorter than its header said.
         """
-        self.read_scattered([destination], entry, skip_bytes)
+        self._finish_all(self._submit([destination], entry, skip_bytes))
 
-    def read_scattered(self, destinations: Sequence[memoryview], entry: TensorEntry, skip_bytes: int = 0) -> None:
-        """Fill several destinations with bytes that follow each other in the file.
+    def read_scattered(self, destinations: Sequence[memoryview], entry: TensorEntry) -> None:
+        """Fill several destinations with a tensor's bytes, in order; large tensors only by the next `wait`, so that memory
+        for the next one is made ready meanwhile.
 
         Raises:
             TensorFileError: see `read_into`.
         """
-        batches = list(_batches(destinations, entry.start + skip_bytes))
+        self._pending.extend(self._submit(destinations, entry, 0))
+        room = 2 * READERS if entry.nbytes >= LATER_BYTES else 0
+        self._finish_all(self._pending.popleft() for _ in range(len(self._pending) - room))
+
+    def wait(self) -> None:
+        """Until everything is read.
+
+        Raises:
+            TensorFileError: see `read_into`.
+        """
+        self._finish_all(self._pending.popleft() for _ in range(len(self._pending)))
+
+    def _submit(self, destinations: Sequence[memoryview], entry: TensorEntry, skip_bytes: int) -> list[Future[int]]:
         descriptor = self._descriptor(entry)
-        if len(batches) > 1:
-            counts = self._pool.map(lambda batch: self._fill(descriptor, batch[0], batch[1], entry), batches)
-        else:
-            counts = (self._fill(descriptor, pieces, position, entry) for pieces, position in batches)
-        for count in counts:
+        return [
+            self._pool.submit(self._fill, descriptor, pieces, position, entry)
+            for pieces, position in _batches(destinations, entry.start + skip_bytes)
+        ]
+
+    def _finish_all(self, reads: Iterable[Future[int]]) -> None:
+        for read in reads:
+            count = read.result()
             self.bytes_read += count
             if self._on_read is not None:
                 self._on_read(count)
