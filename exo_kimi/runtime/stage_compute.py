@@ -20,6 +20,7 @@ from exo_kimi.runtime.stage_backend import Backend
 from exo_kimi.runtime.stage_status import NO_EPOCH, StageStatus
 from exo_kimi.runtime.steps import Step
 from exo_kimi.runtime.wire import Message
+from exo_kimi.units import format_gb, format_seconds
 
 logger = logging.getLogger(__name__)
 
@@ -106,14 +107,19 @@ class StageCompute:
     def _load(self, order: Load) -> None:
         status = self._status
         status.state = "loading"
+        started_s = time.monotonic()
+        read_bytes = 0
 
         def progress(done_bytes: int, total_bytes: int) -> None:
+            nonlocal read_bytes
+            read_bytes = done_bytes
             if done_bytes != status.loaded_bytes:
                 status.busy_since_s = time.monotonic()
             status.loaded_bytes, status.total_bytes = done_bytes, total_bytes
 
         loaded = self._backend.load(order, progress)
-        logger.info("stage %d holds layers %d:%d", order.stage, order.start_layer, order.end_layer)
+        speed = read_at(read_bytes, time.monotonic() - started_s)
+        logger.info("stage %d holds layers %d:%d, %s", order.stage, order.start_layer, order.end_layer, speed)
         self._post(loaded)
 
     def _answer_fault(self, order: Order, error: Exception) -> None:
@@ -131,3 +137,11 @@ class StageCompute:
 
 def _stage(order: Order) -> int | None:
     return order.stage if isinstance(order, Load) else None
+
+
+def read_at(read_bytes: int, taken_s: float) -> str:
+    """How fast a stage was loaded, as a log line says it."""
+    if not read_bytes:
+        return "which it held already"
+    speed = read_bytes / max(taken_s, 1e-3) / 1e9
+    return f"{format_gb(read_bytes)} in {format_seconds(taken_s)}, {speed:.1f} GB/s"
