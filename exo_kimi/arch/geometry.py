@@ -4,6 +4,10 @@ from __future__ import annotations
 
 from exo_kimi.arch.config import KimiConfig
 from exo_kimi.arch.modules import check_range, layer_modules, stage_modules
+from exo_kimi.errors import UsageError
+
+KV_GROUP = 64
+"""Elements of an 8-bit cache that share a scale and a bias."""
 
 
 def total_parameters(config: KimiConfig) -> int:
@@ -32,11 +36,36 @@ def kv_elements_per_token(config: KimiConfig) -> int:
     return config.kv_lora_rank + config.qk_rope_head_dim
 
 
-def kv_bytes_per_token(config: KimiConfig, start_layer: int, end_layer: int, *, bytes_per_element: int = 2) -> int:
+def kv_bytes_per_token(
+    config: KimiConfig, start_layer: int, end_layer: int, *, bytes_per_element: int = 2, kv_bits: int | None = None
+) -> int:
     """Cache bytes of one token over a half-open layer range (70,272 for all 61 layers of K2 in bf16).
+
+    With 8 `kv_bits` (37,332): a byte each, and a scale and a bias per group of 64.
 
     Raises:
         SplitError: the range is empty or outside the model.
     """
     check_range(config, start_layer, end_layer)
-    return (end_layer - start_layer) * kv_elements_per_token(config) * bytes_per_element
+    elements = kv_elements_per_token(config)
+    layer_bytes = (
+        elements * bytes_per_element if kv_bits is None else elements + 2 * elements // KV_GROUP * bytes_per_element
+    )
+    return (end_layer - start_layer) * layer_bytes
+
+
+def check_quantizable(config: KimiConfig) -> None:
+    """Refuse a model whose latents do not divide into groups.
+
+    Raises:
+        UsageError: with the widths.
+    """
+    widths = config.kv_lora_rank, config.qk_rope_head_dim
+    if any(width % KV_GROUP for width in widths):
+        raise UsageError(
+            f"an 8-bit cache has groups of {KV_GROUP}, and this model's latents do not divide into them",
+            expected=f"kv_lora_rank and qk_rope_head_dim that {KV_GROUP} divides",
+            found=f"{widths[0]} and {widths[1]}",
+            where="--kv-bits",
+            fix="serve it without --kv-bits",
+        )

@@ -26,6 +26,7 @@ LAYOUTS = ("mlx", "int4", "fp8", "bf16")
 BENCHES = (  # modules of exo_kimi.bench, with - for _
     "all",
     "attention",
+    "cache-8bit",
     "conformance",
     "exo",
     "kv-b",
@@ -127,6 +128,7 @@ def _add_serve(commands: Commands) -> None:
     parser.add_argument(
         "--kv-bytes", type=byte_count, metavar="SIZE", help="KV memory of each stage (default: what is free)"
     )
+    parser.add_argument("--kv-bits", type=int, choices=(8,), help="bits of the KV cache (default: those of the dtype)")
     parser.add_argument("--prefill-chunk", type=positive, metavar="N", help="prompt tokens of one step at most")
     parser.add_argument(
         "--prefix-cache-bytes",

@@ -13,11 +13,14 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from exo_kimi.arch.config import KimiConfig
+from exo_kimi.arch.geometry import check_quantizable
 from exo_kimi.arch.modules import check_range
 from exo_kimi.arch.scratch import fitting_chunk
+from exo_kimi.errors import UsageError
 from exo_kimi.models import fused, ops
 from exo_kimi.models.blocks import pieces_of
 from exo_kimi.models.decode import Decoder
+from exo_kimi.models.latent_cache import LatentCache8
 from exo_kimi.models.mla import Attention, Span
 from exo_kimi.models.moe import MLP, MoE
 from exo_kimi.models.ops import CACHE_STEP, KVCache, Rope
@@ -87,6 +90,7 @@ class Model(nn.Module):
             self.lm_head = nn.Linear(args.hidden_size, args.vocab_size, bias=False)
         self.decoder: Decoder | None = None
         self.set_scratch_bytes(ops.SCRATCH_BYTES)
+        self.kv_bits: int | None = None
 
     @property
     def layers(self) -> list[DecoderLayer]:
@@ -100,12 +104,24 @@ class Model(nn.Module):
         for layer in self.layers:
             layer.self_attn.scratch_bytes = scratch_bytes
 
-    def make_cache(self) -> list[KVCache]:
-        """Empty caches of one sequence, one per owned layer."""
-        return [KVCache() for _ in self.layers]
+    def set_kv_bits(self, kv_bits: int | None) -> None:
+        """Bits of the caches made from now on: 8, or None for those of the activations.
+
+        Raises:
+            UsageError: other bits, or a model whose latents do not divide into groups.
+        """
+        if kv_bits not in (None, 8):
+            raise UsageError("no such cache", expected="8 bits", found=kv_bits, where="--kv-bits")
+        if kv_bits is not None:
+            check_quantizable(self.args)
+        self.kv_bits = kv_bits
+
+    def make_cache(self) -> list[Any]:
+        """Empty caches of one sequence, one per owned layer: mlx-lm's KVCache, or `LatentCache8`."""
+        return [KVCache() if self.kv_bits is None else LatentCache8() for _ in self.layers]
 
     @staticmethod
-    def cache_nbytes(caches: Sequence[KVCache]) -> int:
+    def cache_nbytes(caches: Sequence[Any]) -> int:
         """Bytes allocated by the caches of one sequence: its length rounded up to CACHE_STEP tokens."""
         return sum(int(cache.nbytes) for cache in caches)
 

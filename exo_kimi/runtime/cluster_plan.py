@@ -8,6 +8,7 @@ from itertools import pairwise
 from pathlib import Path
 
 from exo_kimi.arch.config import KimiConfig
+from exo_kimi.arch.geometry import check_quantizable
 from exo_kimi.checkpoint.index import open_index
 from exo_kimi.checkpoint.manifest import resolve
 from exo_kimi.errors import UsageError
@@ -50,6 +51,7 @@ def make_plan(
     key: ClusterKey | None = None,
     dtype: str | None = None,
     scratch_bytes: int | None = None,
+    kv_bits: int | None = None,
 ) -> ClusterPlan:
     """Read the headers of a checkpoint and place every layer. Local stages come first, for a stage on another machine could
     not reach one here; `remotes` are the last ones, in order.
@@ -61,7 +63,7 @@ def make_plan(
         remotes: addresses of `exo-kimi stage` processes.
         key: the cluster key.
         dtype: see `loader.load`.
-        scratch_bytes: see `messages.Load`.
+        scratch_bytes, kv_bits: see `messages.Load`.
 
     Raises:
         CheckpointError: the directory cannot be served.
@@ -70,6 +72,8 @@ def make_plan(
     addresses = [parse_address(text, option="--stage") for text in remotes]
     _check_remotes(addresses, key)
     index = open_index(directory)
+    if kv_bits is not None:
+        check_quantizable(index.config)
     whole = resolve(index)
     if split is not None:
         ranges = parse_split(split, index.config.num_hidden_layers)
@@ -98,6 +102,7 @@ def make_plan(
             dtype=dtype,
             fingerprint=stage_fingerprint(manifest),
             scratch_bytes=scratch_bytes,
+            kv_bits=kv_bits,
         )
         plans.append(StagePlan(load=load, remote=remote, resident_bytes=manifest.resident_bytes))
     return ClusterPlan(directory=Path(directory), config=index.config, stages=tuple(plans), key=key)

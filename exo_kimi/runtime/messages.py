@@ -76,7 +76,8 @@ class Ping:
 class Load:
     """Which layers to hold, half-open, as stage `stage`. The stage's own directory goes before `directory`. `fingerprint` is
     that of these layers in the leader's checkpoint (see `fingerprint`). Loading again what is held costs nothing.
-    `scratch_bytes` is what a step may take beside weights and caches; None leaves it to the stage's free memory."""
+    `scratch_bytes` is what a step may take beside weights and caches; None leaves it to the stage's free memory. `kv_bits`
+    is 8, or None for caches in the dtype of the activations."""
 
     stage: int
     directory: str
@@ -85,6 +86,7 @@ class Load:
     dtype: str | None
     fingerprint: str
     scratch_bytes: int | None = None
+    kv_bits: int | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

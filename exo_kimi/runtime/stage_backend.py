@@ -111,6 +111,7 @@ class MlxBackend:
         scratch_bytes = order.scratch_bytes or default_scratch_bytes(self.free().free_bytes)
         # Metal runs a graph while the next is built: what one has let go, the other may still hold.
         model.set_scratch_bytes(scratch_bytes // 2 if mx.metal.is_available() else scratch_bytes)
+        model.set_kv_bits(order.kv_bits)
         self._worker = StageWorker(model, epoch=0, stage=order.stage)
         self._dtype = model.layers[0].input_layernorm.weight.dtype
         loaded = Loaded(
@@ -123,6 +124,7 @@ class MlxBackend:
                 order.start_layer,
                 order.end_layer,
                 bytes_per_element=self._dtype.size,
+                kv_bits=order.kv_bits,
             ),
         )
         self._loaded = order, loaded

@@ -47,6 +47,7 @@ class ServeOptions:
     model_id: str | None = None
     dtype: str | None = None
     kv_bytes: int | None = None
+    kv_bits: int | None = None
     prefill_chunk: int | None = None
     queue_limit: int | None = None
     stall_deadline: float = 30.0
@@ -83,6 +84,7 @@ def serve(options: ServeOptions, *, announce: Callable[[str], None] | None = Non
         key=key,
         dtype=options.dtype,
         scratch_bytes=scratch_bytes,
+        kv_bits=options.kv_bits,
     )
     tokenizer = KimiTokenizer.from_directory(options.directory)
     template = ChatTemplate.from_directory(options.directory, tokenizer)
