@@ -119,10 +119,11 @@ def after_prompt(model: Model, prompt: mx.array, kv_bits: int | None) -> mx.arra
 def greedy(model: Model, prompt: mx.array, count: int, kv_bits: int | None) -> list[int]:
     """The tokens that follow a prompt."""
     model.set_kv_bits(kv_bits)
-    caches, tokens, found = model.make_cache(), prompt, []
+    caches, tokens = model.make_cache(), prompt
+    found: list[int] = []
     for _ in range(count):
         hidden = model.forward_ragged(tokens, [(tokens.shape[0], caches)])
-        found.append(int(mx.argmax(model.logits(hidden[-1:])[0]).item()))
+        found += mx.argmax(model.logits(hidden[-1:]), axis=-1).tolist()  # type: ignore[arg-type]
         tokens = mx.array(found[-1:], dtype=mx.int32)
     return found
 

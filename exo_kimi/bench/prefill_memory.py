@@ -130,7 +130,7 @@ def prompt_rows(folder: Path, count: int, rounds: int) -> list[Row]:
     mx.eval(prompt)
 
     def prefill_theirs() -> mx.array:
-        _, logprobs = next(iter(generate_step(prompt, theirs, max_tokens=1)))
+        logprobs: mx.array = next(iter(generate_step(prompt, theirs, max_tokens=1)))[1]
         return logprobs
 
     pairs = taken_in_turn(

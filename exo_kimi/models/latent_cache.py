@@ -85,4 +85,5 @@ class LatentCache8:
         return grown[0], grown[1], grown[2]
 
     def _read(self, parts: Parts) -> mx.array:
-        return mx.dequantize(*(part[..., : self.offset, :] for part in parts), GROUP, BITS)
+        codes, scales, biases = (part[..., : self.offset, :] for part in parts)
+        return mx.dequantize(codes, scales, biases, GROUP, BITS)
