@@ -3,16 +3,20 @@
     EXO_SRC=CHECKOUT EXO_PYTHON=VENV/bin/python EXO_STANDIN=FOLDER python -m exo_kimi.bench.exo [--rounds N] [--tokens N]
 
 Two clusters of two nodes are up at once, one of plain exo and one with our engine in its runners, and the same greedy requests
-go to each in turn; the runners of the one that waits are stopped meanwhile. The figure is all tokens of all streams over the
-time from the first request to the last answer, as a client of exo sees it, so prefill and exo's own work are in it. Texts are
-compared. What runs is exo's own Python on Linux, with a stand-in for its Rust networking module, for which exo itself has no
-release here; see `exo_here` for the variables. On a Mac, start exo with and without `exo-kimi exo run` instead.
+go to each in turn; the runners of the one that waits are stopped meanwhile. The figure is what a client of exo sees: all tokens
+of all streams but the first of each, over the time from the first token of any to the last of all. No prompt is asked twice of
+one cluster, for both keep prompts that they have answered. Texts are compared.
+
+What runs is exo's own Python on Linux, with a stand-in for its Rust networking module; see `exo_here` for the variables. On a
+Mac, start exo with and without `exo-kimi exo run` instead.
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
+import itertools
+import json
 import os
 import signal
 import sys
@@ -22,6 +26,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import httpx
 
@@ -41,22 +46,35 @@ MODEL = "lab/kimi-k2-heavy"
 SPLIT = (5, 4)
 CONTEXT = 4096
 BAR = 1.5
-PROMPTS = ("Tell me about the sea.", "How many layers has a cake?")
+PROMPT = "Tell me about the sea."
 DEADLINES = Deadlines(poll_s=0.3, connect_s=90.0, quiet_s=180.0)
 ANSWER_S = 240.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Answer:
+    """One stream: its text, how many tokens that was, and when the first and the last piece came."""
+
+    text: str
+    tokens: int
+    first_s: float
+    last_s: float
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Answers:
     """What one cluster gave to all streams of a round."""
 
-    texts: tuple[str, ...]
-    tokens: int
-    wall_s: float
+    streams: tuple[Answer, ...]
+
+    @property
+    def said(self) -> list[tuple[str, int]]:
+        return [(each.text, each.tokens) for each in self.streams]
 
     @property
     def tokens_per_s(self) -> float:
-        return self.tokens / self.wall_s
+        window_s = max(each.last_s for each in self.streams) - min(each.first_s for each in self.streams)
+        return sum(each.tokens - 1 for each in self.streams) / window_s
 
 
 def run(*, rounds: int, tokens: int) -> Result:
@@ -68,9 +86,8 @@ def run(*, rounds: int, tokens: int) -> Result:
     rows = []
     with tempfile.TemporaryDirectory(prefix="exo-bench-") as folder, _clusters(exo, Path(folder)) as (ours, theirs):
         for streams, bar in ((1, None), (2, BAR)):
-            prompts = PROMPTS[:streams]
             pairs = taken_in_turn(
-                _asking(ours, theirs, prompts, tokens), _asking(theirs, ours, prompts, tokens), rounds=rounds
+                _asking(ours, theirs, streams, tokens), _asking(theirs, ours, streams, tokens), rounds=rounds
             )
             rows.append(
                 Row.of_pairs(
@@ -79,8 +96,8 @@ def run(*, rounds: int, tokens: int) -> Result:
                     unit="tokens/s",
                     bar=bar,
                     inverse=True,
-                    equal=all(mine.texts == its.texts and mine.tokens == its.tokens for mine, its in pairs),
-                    note=f"{pairs[0][0].tokens} tokens a round",
+                    equal=all(mine.said == its.said for mine, its in pairs),
+                    note=f"{tokens} tokens a stream",
                 )
             )
     return Result(bench="exo", against=f"exo's own engine ({_versions(exo)})", rows=rows, notes=_NOTES)
@@ -114,12 +131,14 @@ def _clusters(exo: ExoHere, folder: Path) -> Iterator[tuple[ExoCluster, ExoClust
         yield ours, theirs
 
 
-def _asking(cluster: ExoCluster, other: ExoCluster, prompts: Sequence[str], tokens: int) -> Callable[[], Answers]:
-    """One round: every prompt at once, while the other cluster's runners rest."""
+def _asking(cluster: ExoCluster, other: ExoCluster, streams: int, tokens: int) -> Callable[[], Answers]:
+    """Rounds: so many prompts at once, other ones each time, while the other cluster's runners rest."""
+    rounds = itertools.count()
 
     def ask() -> Answers:
+        turn = next(rounds)
         with _resting(other):
-            return _ask_all(cluster.url, prompts, tokens)
+            return ask_all(cluster.url, [f"{turn} {streams} {index}: {PROMPT}" for index in range(streams)], tokens)
 
     return ask
 
@@ -136,33 +155,44 @@ def _resting(cluster: ExoCluster) -> Iterator[None]:
             os.kill(pid, signal.SIGCONT)
 
 
-def _ask_all(url: str, prompts: Sequence[str], tokens: int) -> Answers:
-    replies: dict[int, tuple[str, int]] = {}
+def ask_all(url: str, prompts: Sequence[str], tokens: int) -> Answers:
+    """Stream a greedy answer to each prompt, all at once.
+
+    Raises:
+        ExoError: one was not answered.
+    """
+    answers: dict[int, Answer] = {}
 
     def ask(index: int) -> None:
-        body = {
-            "model": MODEL,
-            "messages": [{"role": "user", "content": prompts[index]}],
-            "max_tokens": tokens,
-            "temperature": 0,
-        }
-        with contextlib.suppress(httpx.TransportError, ValueError, KeyError):  # told below
-            reply = httpx.post(f"{url}/v1/chat/completions", json=body, timeout=ANSWER_S, trust_env=False).json()
-            message = reply["choices"][0]["message"]
-            text = f"{message.get('reasoning_content') or ''}{message.get('content') or ''}"
-            replies[index] = text, int(reply["usage"]["completion_tokens"])
+        with contextlib.suppress(httpx.TransportError, ValueError, KeyError, IndexError):  # told below
+            answers[index] = _stream(url, prompts[index], tokens)
 
     threads = [threading.Thread(target=ask, args=(index,)) for index in range(len(prompts))]
-    started_s = time.perf_counter()
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
-    wall_s = time.perf_counter() - started_s
-    if len(replies) < len(prompts):
-        raise ExoError("exo did not answer every request", expected=len(prompts), found=len(replies), where=url)
-    texts = tuple(replies[index][0] for index in range(len(prompts)))
-    return Answers(texts=texts, tokens=sum(count for _, count in replies.values()), wall_s=wall_s)
+    if len(answers) < len(prompts):
+        raise ExoError("exo did not answer every request", expected=len(prompts), found=len(answers), where=url)
+    return Answers(streams=tuple(answers[index] for index in range(len(prompts))))
+
+
+def _stream(url: str, prompt: str, tokens: int) -> Answer:
+    body: dict[str, Any] = {"model": MODEL, "messages": [{"role": "user", "content": prompt}], "max_tokens": tokens}
+    body |= {"temperature": 0, "stream": True, "stream_options": {"include_usage": True}}
+    text, count, times = "", 0, []
+    url = f"{url}/v1/chat/completions"
+    with httpx.stream("POST", url, json=body, timeout=ANSWER_S, trust_env=False) as reply:
+        for line in reply.iter_lines():
+            if not line.startswith("data: {"):
+                continue
+            times.append(time.perf_counter())
+            event = json.loads(line.removeprefix("data: "))
+            count = (event.get("usage") or {}).get("completion_tokens", count)
+            for choice in event["choices"]:
+                delta = choice["delta"]
+                text += f"{delta.get('reasoning_content') or ''}{delta.get('content') or ''}"
+    return Answer(text=text, tokens=count or tokens, first_s=times[0], last_s=times[-1])
 
 
 def _versions(exo: ExoHere) -> str:
@@ -170,7 +200,7 @@ def _versions(exo: ExoHere) -> str:
 
 
 _NOTES = (
-    "heavy toy: 9 layers (5 and 4), D 512, 32 experts top-8 of 512, 4 bits, float32; tokens of all streams over the whole time,",
+    "heavy toy: 9 layers (5 and 4), D 512, 32 experts top-8 of 512, 4 bits, float32; tokens of all streams after the first,",
     "through exo's API; exo's Python on Linux with a stand-in for its Rust networking",
 )
 

@@ -113,6 +113,12 @@ def _add_run(commands: Commands) -> None:
     parser.add_argument(
         "--kv-bytes", type=byte_count, metavar="SIZE", help="for the caches of each rank (default: what is free)"
     )
+    parser.add_argument(
+        "--prefix-cache-bytes",
+        type=byte_count,
+        metavar="SIZE",
+        help="of them for prompts answered before (default: all that is left; 0: none)",
+    )
     parser.add_argument("rest", nargs=argparse.REMAINDER, metavar="-- ARGS", help="exo's own arguments")
 
 

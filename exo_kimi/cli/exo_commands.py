@@ -42,7 +42,8 @@ def _run(arguments: argparse.Namespace) -> int:
     from exo_kimi.plugin.exo_options import EngineOptions
 
     rest = arguments.rest[1:] if arguments.rest[:1] == ["--"] else arguments.rest
-    run(rest, options=EngineOptions(context=arguments.context, kv_bytes=arguments.kv_bytes))
+    names = ("context", "kv_bytes", "prefix_cache_bytes")
+    run(rest, options=EngineOptions(**{name: getattr(arguments, name) for name in names}))
     return 0
 
 

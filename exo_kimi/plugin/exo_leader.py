@@ -30,6 +30,7 @@ from exo_kimi.runtime.cluster_plan import ClusterPlan, StagePlan
 from exo_kimi.runtime.engine import Engine
 from exo_kimi.runtime.keys import ClusterKey
 from exo_kimi.runtime.messages import Load
+from exo_kimi.runtime.prefix_cache import PrefixOptions
 from exo_kimi.runtime.requests import GenerationRequest, SamplingParams
 from exo_kimi.runtime.supervisor import Cluster
 from exo_kimi.runtime.terms import ClusterOptions
@@ -151,7 +152,8 @@ class Leader:
         limit, wanted = plan.config.max_position_embeddings, self._options.context
         context = limit if wanted is None else min(wanted, limit)
         cluster = Cluster(plan, ClusterOptions(context=context, kv_bytes=self._options.kv_bytes))
-        self.engine = Engine(cluster, context=context)
+        prefixes = PrefixOptions(memory_bytes=self._options.prefix_cache_bytes)
+        self.engine = Engine(cluster, context=context, prefixes=prefixes)
         await cluster.start()
         await self.engine.start()
         await cluster.wait_ready()

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from exo_kimi.errors import UsageError
 from exo_kimi.units import parse_bytes
 
-CONTEXT, KV_BYTES = "EXO_KIMI_CONTEXT", "EXO_KIMI_KV_BYTES"
+CONTEXT, KV_BYTES, PREFIX_BYTES = "EXO_KIMI_CONTEXT", "EXO_KIMI_KV_BYTES", "EXO_KIMI_PREFIX_CACHE_BYTES"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -22,10 +22,12 @@ class EngineOptions:
     Args:
         context: most tokens of one sequence; None, or more than a model has, takes the model's.
         kv_bytes: budget of each rank for caches; None takes what is free.
+        prefix_cache_bytes: of that, for prompts answered before; None takes what is left, 0 keeps none.
     """
 
     context: int | None = None
     kv_bytes: int | None = None
+    prefix_cache_bytes: int | None = None
 
     @classmethod
     def from_environment(cls, environment: Mapping[str, str] | None = None) -> EngineOptions:
@@ -40,14 +42,22 @@ class EngineOptions:
             raise UsageError(
                 f"{CONTEXT} is not a number of tokens", expected="a whole number of at least 1", found=context
             )
-        size = given.get(KV_BYTES)
-        try:
-            kv_bytes = None if size is None else parse_bytes(size)
-        except UsageError as error:
-            raise UsageError(f"{KV_BYTES} is not a size", expected="such as 64GB", found=size) from error
-        return cls(context=None if context is None else int(context), kv_bytes=kv_bytes)
+        return cls(
+            context=None if context is None else int(context),
+            kv_bytes=_size(given, KV_BYTES),
+            prefix_cache_bytes=_size(given, PREFIX_BYTES),
+        )
 
     def to_environment(self) -> dict[str, str]:
         """The variables of what is set."""
-        values = {CONTEXT: self.context, KV_BYTES: self.kv_bytes}
+        values = {CONTEXT: self.context, KV_BYTES: self.kv_bytes, PREFIX_BYTES: self.prefix_cache_bytes}
         return {name: str(value) for name, value in values.items() if value is not None}
+
+
+def _size(given: Mapping[str, str], name: str) -> int | None:
+    if (text := given.get(name)) is None:
+        return None
+    try:
+        return parse_bytes(text)
+    except UsageError as error:
+        raise UsageError(f"{name} is not a size", expected="such as 64GB", found=text) from error

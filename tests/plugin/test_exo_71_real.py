@@ -87,7 +87,7 @@ def ours(exo: Any, real_exo: Any, models: Path, tmp_path_factory: pytest.TempPat
     if reason := exo.cannot_import_us():
         pytest.skip(reason)
     root = tmp_path_factory.mktemp("ours")
-    extra = {"EXO_KIMI_CONTEXT": str(CONTEXT), "EXO_KIMI_KV_BYTES": "1GB"}
+    extra = {"EXO_KIMI_CONTEXT": str(CONTEXT), "EXO_KIMI_KV_BYTES": "1GB", "EXO_KIMI_PREFIX_CACHE_BYTES": "0"}
     with real_exo.exo_cluster(exo, root, models, plugin=real_exo.BIND_US, extra=extra) as running:
         yield running
 

@@ -116,7 +116,9 @@ def text(found: list[tuple[str, Any]], task_id: str) -> str:
 @pytest.fixture(scope="module")
 def ranks(exo_instance: Callable[..., Any], tiny: Path, types: ExoTypes) -> Iterator[Ranks]:
     made = Ranks(exo_instance, tiny, types, (5, 2))
-    made.start()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("EXO_KIMI_PREFIX_CACHE_BYTES", "0")  # so that what ended holds no memory, which is looked at
+        made.start()
     yield made
     made.close()
 
@@ -322,3 +324,21 @@ def test_the_context_and_the_cache_budget_of_the_environment_are_the_limits(
     (error,) = [each.error_message for task, each in found if each.kind == "ErrorChunk"]
     assert "64" in error and text(found, "short")
     assert options.kv_bytes == 100_000_000
+
+
+def test_a_prompt_that_was_answered_before_is_not_read_again(
+    exo_instance: Callable[..., Any], tiny: Path, types: ExoTypes
+) -> None:
+    ranks = Ranks(exo_instance, tiny, types, (7,))
+    said, cached = [], []
+    try:
+        ranks.start()
+        for task in ("first", "second"):
+            ranks.submit(task, "The same long words again. " * 10, max_output_tokens=4)
+            chunks = ranks.run(0, ended(task))
+            said.append(text(chunks, task))
+            usages = [each.usage for _, each in chunks if each.kind == "TokenChunk" and each.usage is not None]
+            cached += [usage.prompt_tokens_details.cached_tokens for usage in usages]
+    finally:
+        ranks.close()
+    assert said[0] == said[1] and cached[0] == 0 < cached[1]

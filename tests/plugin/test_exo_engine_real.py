@@ -85,7 +85,8 @@ def cluster(exo_head: Any, real_exo: Any, models: Path, tmp_path_factory: pytest
         pytest.skip(exo_head if isinstance(exo_head, str) else reason)
     root = tmp_path_factory.mktemp("exo")
     write_llama(models / LLAMA.replace("/", "--"))
-    with real_exo.exo_cluster(exo_head, root, models, plugin=real_exo.BIND_US) as running:
+    extra = {"EXO_KIMI_PREFIX_CACHE_BYTES": "0"}  # so that what ended holds no memory, which is looked at
+    with real_exo.exo_cluster(exo_head, root, models, plugin=real_exo.BIND_US, extra=extra) as running:
         yield running
 
 

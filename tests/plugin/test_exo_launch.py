@@ -80,7 +80,7 @@ def exo(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
         vars(module).update(members)
         monkeypatch.setitem(sys.modules, name, module)
     monkeypatch.setattr(sys, "argv", ["exo-kimi"])
-    for name in ("EXO_KIMI_CONTEXT", "EXO_KIMI_KV_BYTES"):
+    for name in ("EXO_KIMI_CONTEXT", "EXO_KIMI_KV_BYTES", "EXO_KIMI_PREFIX_CACHE_BYTES"):
         monkeypatch.setenv(name, "1")  # so that it is as before when the test is over
         monkeypatch.delenv(name)
     return SimpleNamespace(
@@ -110,8 +110,9 @@ def test_v1_0_71_is_bound_where_its_runners_are(exo: SimpleNamespace, monkeypatc
 
 
 def test_options_are_handed_on_to_runners(exo: SimpleNamespace) -> None:
-    exo_launch.run([], options=EngineOptions(context=4096, kv_bytes=10**9), say=lambda _: None)
-    assert EngineOptions.from_environment() == EngineOptions(context=4096, kv_bytes=10**9)
+    options = EngineOptions(context=4096, kv_bytes=10**9, prefix_cache_bytes=0)
+    exo_launch.run([], options=options, say=lambda _: None)
+    assert EngineOptions.from_environment() == options
 
 
 def test_what_our_engine_lacks_is_said_and_exo_is_left_as_it_is(
