@@ -53,9 +53,13 @@ class ExoNode:
         return max(self.runners())
 
     def stop(self) -> None:
-        """The node and whatever it started, which share its group; asked politely, exo says goodbye and stays."""
+        """The node and whatever it started; asked politely, exo says goodbye and stays. They are in the group of whoever started
+        them, so that they end with it when it is killed."""
         with contextlib.suppress(ProcessLookupError):
-            os.killpg(self.process.pid, signal.SIGKILL)
+            self.process.send_signal(signal.SIGSTOP)  # it starts nothing more
+        for pid in (self.process.pid, *_descendants(self.process.pid)):
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
         self.process.wait(10)
 
 
@@ -106,7 +110,7 @@ class ExoCluster:
                 env=self._environment(number, home, dashboard),
                 stdout=output,
                 stderr=output,
-                start_new_session=True,
+                stdin=subprocess.DEVNULL,
             )
         node = ExoNode(number=number, address=f"{self.network}.{number}", process=process, log=log)
         self.nodes = [*(other for other in self.nodes if other.number != number), node]
@@ -215,6 +219,14 @@ def exo_cluster(exo: ExoHere, root: Path, models: Path, *, nodes: int = 2, **opt
 def _parents() -> dict[int, int]:
     listed = subprocess.run(["ps", "-eo", "pid=,ppid="], capture_output=True, text=True, check=True).stdout
     return {int(pid): int(parent) for pid, parent in (line.split() for line in listed.splitlines())}
+
+
+def _descendants(pid: int) -> list[int]:
+    parents = _parents()
+    found = [pid]
+    for each in found:  # which grows meanwhile
+        found += [child for child, parent in parents.items() if parent == each]
+    return found[1:]
 
 
 def _command(pid: int) -> bytes:
