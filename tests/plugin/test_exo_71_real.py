@@ -36,7 +36,7 @@ MODEL = "lab/kimi-k2-tiny"
 PROMPTS = ("Tell me about the sea.", "How many layers has a cake?")
 LONG = "river"
 TOKENS, CONTEXT = 24, 3000
-DEADLINES = Deadlines(poll_s=0.3, connect_s=60.0, quiet_s=120.0)
+DEADLINES = Deadlines(poll_s=0.3, connect_s=150.0, quiet_s=180.0)
 
 
 @pytest.fixture(scope="module")

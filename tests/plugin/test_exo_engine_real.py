@@ -48,7 +48,7 @@ MODEL, CALLER, BROKEN, LLAMA = (
 PROMPTS = ("Tell me about the sea.", "How many layers has a cake?", "今天天气怎么样?")
 LONG = "river"  # what the tiny Kimi answers to this is long
 TOKENS = 24
-DEADLINES = Deadlines(poll_s=0.3, connect_s=60.0, quiet_s=120.0)
+DEADLINES = Deadlines(poll_s=0.3, connect_s=150.0, quiet_s=180.0)
 LOST = "model.layers.6.self_attn.o_proj.weight"
 WEATHER = {
     "type": "function",

@@ -40,7 +40,7 @@ pytestmark = [pytest.mark.exo, pytest.mark.timeout(600)]
 MODEL = "lab/kimi-k2-tiny"
 PROMPTS = ("Tell me about the sea.", "How many layers has a cake?", "今天天气怎么样?")
 TOKENS = 24
-DEADLINES = Deadlines(poll_s=0.3, connect_s=60.0, quiet_s=120.0)
+DEADLINES = Deadlines(poll_s=0.3, connect_s=150.0, quiet_s=180.0)
 
 
 @pytest.fixture(scope="module")
