@@ -81,7 +81,11 @@ def _row(name: str, pairs: list[Pair], bar: float | None) -> Row:
         (ours.cached_tokens / ours.prompt_tokens, theirs.cached_tokens / theirs.prompt_tokens) for ours, theirs in pairs
     ]
     least = ", ".join(f"{min(shares):.1%}" for shares in zip(*cached, strict=True))
-    equal = all((ours.text, ours.prompt_tokens) == (theirs.text, theirs.prompt_tokens) for ours, theirs in pairs)
+    # mlx-lm's detokenizer drops a space at the very begin of an answer.
+    equal = all(
+        ours.text.strip() == theirs.text.strip() and ours.prompt_tokens == theirs.prompt_tokens
+        for ours, theirs in pairs
+    )
     return Row.of_pairs(name, seconds, unit="s", bar=bar, note=f"cached at least: {least}", equal=equal)
 
 
