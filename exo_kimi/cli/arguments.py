@@ -219,6 +219,7 @@ def _add_plan(commands: Commands) -> None:
     parser.add_argument(
         "--raise-limits", action="store_true", help="count on raised wired limits; the sysctl lines are shown"
     )
+    parser.add_argument("--kv-bits", type=int, choices=(8,), help="bits of the KV cache, as serve's (default: 16)")
     parser.add_argument("--split", type=counts, metavar="N,N,...", help="judge this split instead of searching")
     parser.add_argument(
         "--explain", dest="explained", action="store_true", help="why this split, what binds, and what would change it"

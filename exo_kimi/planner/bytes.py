@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from exo_kimi.arch.config import KimiConfig
-from exo_kimi.arch.geometry import kv_elements_per_token
+from exo_kimi.arch.geometry import kv_bytes_per_token
 from exo_kimi.arch.modules import stage_modules
 from exo_kimi.checkpoint.manifest import StageManifest
 from exo_kimi.errors import UsageError
@@ -28,6 +28,7 @@ class ModelBytes:
         expert_bytes: one per decoder layer, its routed experts only (0 where dense).
         embedding_bytes: held by the stage of layer 0.
         head_bytes: final norm and lm_head, held by the stage of the last layer.
+        kv_bits: of its cache; None for bf16.
     """
 
     name: str
@@ -39,6 +40,7 @@ class ModelBytes:
     expert_bytes: tuple[int, ...]
     embedding_bytes: int
     head_bytes: int
+    kv_bits: int | None = None
 
     @property
     def layers(self) -> int:
@@ -52,8 +54,8 @@ class ModelBytes:
 
     @property
     def kv_layer_bytes(self) -> int:
-        """Cache bytes of one token in one layer, bf16: the latent and the shared rope key (1,152 for K2)."""
-        return kv_elements_per_token(self.config) * 2
+        """Cache bytes of one token in one layer: the latent and the shared rope key (1,152 for K2, 612 in 8 bits)."""
+        return kv_bytes_per_token(self.config, 0, 1, kv_bits=self.kv_bits)
 
     def weight_bytes(self, start_layer: int, end_layer: int, *, ends_everywhere: bool = False) -> int:
         """Weights of a stage: its layers, embeddings and head only where owned.

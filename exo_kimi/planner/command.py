@@ -7,9 +7,10 @@ print(answer.text); answer.plan.save("PLAN.json"); Path("plan.svg").write_text(a
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
+from exo_kimi.arch.geometry import check_quantizable
 from exo_kimi.checkpoint.index import open_index
 from exo_kimi.checkpoint.manifest import resolve
 from exo_kimi.errors import UsageError
@@ -53,6 +54,7 @@ def plan_answer(
     reserve_bytes: int = RESERVE_BYTES,
     raise_limits: bool = False,
     ends_everywhere: bool = False,
+    kv_bits: int | None = None,
     split: Sequence[int] | None = None,
     explained: bool = False,
 ) -> PlanAnswer:
@@ -71,6 +73,7 @@ def plan_answer(
         reserve_bytes: kept free on every machine.
         raise_limits: count on raised wired limits; the plan then holds the sysctl lines.
         ends_everywhere: every stage holds embedding and head, as exo's own engine does.
+        kv_bits: of the cache, as `serve --kv-bits`; bf16 when not given.
         split: judge these layer counts, over the machines by memory, the largest first, instead of searching.
         explained: add the explanation to the text.
 
@@ -82,6 +85,9 @@ def plan_answer(
     if objective not in OBJECTIVES:
         raise UsageError("unknown objective", expected=", ".join(OBJECTIVES), found=objective, where="--objective")
     weights = model_bytes(directory=directory, model=model, recipe=recipe)
+    if kv_bits is not None:
+        check_quantizable(weights.config)
+        weights = replace(weights, kv_bits=kv_bits)
     machines = read_cluster(cluster)
     if raise_limits:
         machines = machines.with_raised_limits()

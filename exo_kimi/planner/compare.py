@@ -106,7 +106,7 @@ def recipes(model: ModelBytes, cluster: Cluster, workload: Workload, objective: 
     """The best split of the same model in each packaged recipe, the largest first."""
     sized = []
     for name in (*recipe_names(), "uniform-4", "uniform-3"):
-        other = bytes_of_recipe(model.config, load_recipe(name), name=name)
+        other = replace(bytes_of_recipe(model.config, load_recipe(name), name=name), kv_bits=model.kv_bits)
         sized.append((-other.total_bytes, choose(name, other, cluster, workload, objective)))
     return tuple(choice for _, choice in sorted(sized, key=lambda pair: (pair[0], pair[1].label)))
 

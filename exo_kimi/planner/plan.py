@@ -20,7 +20,7 @@ T = TypeVar("T")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PlanModel:
-    """The model a plan is for. `hash` is the checkpoint's fingerprint when `from_headers`."""
+    """The model a plan is for. `hash` is the checkpoint's fingerprint when `from_headers`; `kv_bits` None is a bf16 cache."""
 
     name: str
     source: str
@@ -29,6 +29,7 @@ class PlanModel:
     layers: int
     hidden_size: int
     total_bytes: int
+    kv_bits: int | None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -74,8 +74,9 @@ def serve(options: ServeOptions, *, announce: Callable[[str], None] | None = Non
     """
     key = find_key(key_file=options.key_file, environment_text=os.environ.get(ENVIRONMENT_NAME))
     split, context, scratch_bytes, link = options.split, options.context, None, options.link or "zmq"
+    kv_bits = options.kv_bits
     if options.plan is not None:
-        split, context, scratch_bytes, link = _follow(options.plan, options)
+        split, context, scratch_bytes, link, kv_bits = _follow(options.plan, options)
     plan = make_plan(
         options.directory,
         split=split,
@@ -84,7 +85,7 @@ def serve(options: ServeOptions, *, announce: Callable[[str], None] | None = Non
         key=key,
         dtype=options.dtype,
         scratch_bytes=scratch_bytes,
-        kv_bits=options.kv_bits,
+        kv_bits=kv_bits,
     )
     tokenizer = KimiTokenizer.from_directory(options.directory)
     template = ChatTemplate.from_directory(options.directory, tokenizer)
@@ -97,7 +98,8 @@ def serve(options: ServeOptions, *, announce: Callable[[str], None] | None = Non
     )
     prefixes = PrefixOptions(memory_bytes=options.prefix_cache_bytes)
 
-    drafter = Drafter.of(options.speculate, bytes_of_manifest(resolve(open_index(options.directory))))
+    sized = replace(bytes_of_manifest(resolve(open_index(options.directory))), kv_bits=kv_bits)
+    drafter = Drafter.of(options.speculate, sized)
     given: dict[str, Any] = _given(options, "prefill_chunk", "queue_limit")
 
     async def factory() -> Served:
@@ -123,8 +125,8 @@ def _check_texts(directory: Path, config: KimiConfig) -> None:
         raise CheckpointProblems(errors, where=f"{directory} (exo-kimi doctor --fix may mend it)")
 
 
-def _follow(path: Path, options: ServeOptions) -> tuple[str, int, int, LinkKind]:
-    """Split, context, scratch bytes and link of a plan file that is for this checkpoint; `--context` may ask for less, and
+def _follow(path: Path, options: ServeOptions) -> tuple[str, int, int, LinkKind, int | None]:
+    """Split, context, scratch bytes, link and bits of the cache of a plan file that is for this checkpoint; `--context` may ask for less, and
     `--link` for another. Stages of this machine alone have no RDMA between them."""
     if options.split is not None:
         raise UsageError("--plan and --split both say how to split", fix="give one of them")
@@ -140,7 +142,9 @@ def _follow(path: Path, options: ServeOptions) -> tuple[str, int, int, LinkKind]
             fix=f"plan again with --context {options.context}",
         )
     link = options.link or ("jaccl" if plan.link == "jaccl" and options.stage else "zmq")
-    return plan.split, options.context or planned, min(stage.scratch_bytes for stage in plan.stages), link
+    scratch_bytes = min(stage.scratch_bytes for stage in plan.stages)
+    kv_bits = options.kv_bits or plan.model.kv_bits
+    return plan.split, options.context or planned, scratch_bytes, link, kv_bits
 
 
 def _given(options: ServeOptions, *names: str) -> dict[str, int]:
