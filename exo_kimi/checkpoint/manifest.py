@@ -54,6 +54,11 @@ class StageManifest:
         """Bytes that MLX holds after loading them as stored."""
         return sum(source.resident_bytes for source in self.sources)
 
+    @property
+    def widened_bytes(self) -> int:
+        """What a stage that serves holds on top; see `ModuleSource.widened_bytes`."""
+        return sum(source.widened_bytes for source in self.sources)
+
 
 def resolve(index: CheckpointIndex, start_layer: int = 0, end_layer: int | None = None) -> StageManifest:
     """Match a layer range with the tensors on disk.

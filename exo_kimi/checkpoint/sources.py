@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
@@ -54,6 +55,13 @@ class ModuleSource:
         elif self.layout == "fp8":
             total += self._bytes("weight") - self._bytes("weight_scale_inv")
         return total
+
+    @property
+    def widened_bytes(self) -> int:
+        """What a stage that serves holds on top: a router becomes float32 (5.5 MB a layer of K2)."""
+        if self.spec.kind != "router":
+            return 0
+        return sum(4 * math.prod(entry.shape) - entry.nbytes for entry in self.parts["weight"])
 
     def _bytes(self, part: str) -> int:
         return sum(entry.nbytes for entry in self.parts[part])

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 from exo_kimi.arch.config import KimiConfig
 from exo_kimi.arch.geometry import kv_bytes_per_token
-from exo_kimi.arch.modules import stage_modules
+from exo_kimi.arch.modules import ModuleSpec, stage_modules
 from exo_kimi.checkpoint.manifest import StageManifest
 from exo_kimi.errors import UsageError
 from exo_kimi.planner import data
@@ -29,6 +30,7 @@ class ModelBytes:
         embedding_bytes: held by the stage of layer 0.
         head_bytes: final norm and lm_head, held by the stage of the last layer.
         kv_bits: of its cache; None for bf16.
+        widened_bytes: one per decoder layer, what serving holds on top: routers become float32.
     """
 
     name: str
@@ -40,6 +42,7 @@ class ModelBytes:
     expert_bytes: tuple[int, ...]
     embedding_bytes: int
     head_bytes: int
+    widened_bytes: tuple[int, ...]
     kv_bits: int | None = None
 
     @property
@@ -58,14 +61,14 @@ class ModelBytes:
         return kv_bytes_per_token(self.config, 0, 1, kv_bits=self.kv_bits)
 
     def weight_bytes(self, start_layer: int, end_layer: int, *, ends_everywhere: bool = False) -> int:
-        """Weights of a stage: its layers, embeddings and head only where owned.
+        """Weights of a stage as it holds them to serve: its layers, embeddings and head only where owned.
 
         Args:
             start_layer: first layer.
             end_layer: one past the last.
             ends_everywhere: every stage holds embedding, norm and head, as in mlx-lm's and exo's own pipeline.
         """
-        total = sum(self.layer_bytes[start_layer:end_layer])
+        total = sum(self.layer_bytes[start_layer:end_layer]) + sum(self.widened_bytes[start_layer:end_layer])
         if start_layer == 0 or ends_everywhere:
             total += self.embedding_bytes
         if end_layer == self.layers or ends_everywhere:
@@ -100,7 +103,10 @@ def bytes_of_manifest(manifest: StageManifest, *, name: str | None = None) -> Mo
             found=f"{manifest.start_layer}:{manifest.end_layer}",
             where=manifest.directory,
         )
-    sizes = [(source.spec.layer, source.spec.kind, source.resident_bytes) for source in manifest.sources]
+    sizes = [
+        (source.spec.layer, source.spec.kind, source.resident_bytes, source.widened_bytes)
+        for source in manifest.sources
+    ]
     return _collect(
         sizes,
         manifest.config,
@@ -118,7 +124,7 @@ def bytes_of_recipe(config: KimiConfig, recipe: Recipe, *, name: str) -> ModelBy
         UsageError: the recipe's groups do not divide the model's rows.
     """
     specs = stage_modules(config, 0, config.num_hidden_layers)
-    sizes = [(spec.layer, spec.kind, recipe.weight_bytes(spec)) for spec in specs]
+    sizes = [(spec.layer, spec.kind, recipe.weight_bytes(spec), _widened_bytes(spec)) for spec in specs]
     shapes = [[spec.path, list(spec.shape)] for spec in specs]
     return _collect(
         sizes,
@@ -131,7 +137,7 @@ def bytes_of_recipe(config: KimiConfig, recipe: Recipe, *, name: str) -> ModelBy
 
 
 def _collect(
-    sizes: Sequence[tuple[int | None, str, int]],
+    sizes: Sequence[tuple[int | None, str, int, int]],
     config: KimiConfig,
     *,
     name: str,
@@ -141,8 +147,9 @@ def _collect(
 ) -> ModelBytes:
     layer_bytes = [0] * config.num_hidden_layers
     expert_bytes = [0] * config.num_hidden_layers
+    widened_bytes = [0] * config.num_hidden_layers
     embedding_bytes = head_bytes = 0
-    for layer, kind, size in sizes:
+    for layer, kind, size, widened in sizes:
         if layer is None and kind == "embedding":
             embedding_bytes += size
         elif layer is None:
@@ -150,6 +157,7 @@ def _collect(
         else:
             layer_bytes[layer] += size
             expert_bytes[layer] += size if kind == "experts" else 0
+            widened_bytes[layer] += widened
     return ModelBytes(
         name=name,
         config=config,
@@ -160,4 +168,9 @@ def _collect(
         expert_bytes=tuple(expert_bytes),
         embedding_bytes=embedding_bytes,
         head_bytes=head_bytes,
+        widened_bytes=tuple(widened_bytes),
     )
+
+
+def _widened_bytes(spec: ModuleSpec) -> int:
+    return 2 * math.prod(spec.shape) if spec.kind == "router" else 0

@@ -48,6 +48,7 @@ def plan_of_stages(
             layers=model.layers,
             hidden_size=model.config.hidden_size,
             total_bytes=model.total_bytes,
+            kv_bits=model.kv_bits,
         ),
         cluster_hash=cluster_hash(cluster),
         workload=workload,

@@ -104,7 +104,9 @@ def make_plan(
             scratch_bytes=scratch_bytes,
             kv_bits=kv_bits,
         )
-        plans.append(StagePlan(load=load, remote=remote, resident_bytes=manifest.resident_bytes))
+        plans.append(
+            StagePlan(load=load, remote=remote, resident_bytes=manifest.resident_bytes + manifest.widened_bytes)
+        )
     return ClusterPlan(directory=Path(directory), config=index.config, stages=tuple(plans), key=key)
 
 

@@ -126,8 +126,8 @@ def _check_texts(directory: Path, config: KimiConfig) -> None:
 
 
 def _follow(path: Path, options: ServeOptions) -> tuple[str, int, int, LinkKind, int | None]:
-    """Split, context, scratch bytes, link and bits of the cache of a plan file that is for this checkpoint; `--context` may ask for less, and
-    `--link` for another. Stages of this machine alone have no RDMA between them."""
+    """Split, context, scratch bytes, link and bits of the cache of a plan file that is for this checkpoint; `--context` may
+    ask for less, `--link` for another. Stages of this machine alone have no RDMA between them."""
     if options.split is not None:
         raise UsageError("--plan and --split both say how to split", fix="give one of them")
     plan = read_plan(path)

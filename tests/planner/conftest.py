@@ -50,6 +50,7 @@ def _random_case(random: Random) -> tuple[ModelBytes, Cluster, Workload]:
         expert_bytes=tuple(experts),
         embedding_bytes=random.randrange(0, 1_000_000_000),
         head_bytes=random.randrange(0, 1_000_000_000),
+        widened_bytes=tuple(random.randrange(0, 10_000_000) for _ in range(layers)),
     )
     chips = [_random_machine(random, index, model.total_bytes) for index in range(random.randint(1, 4))]
     machines = [random.choice(chips) for _ in range(random.choice((1, 2, 2, 3, 3, 4, 5)))]

@@ -17,6 +17,7 @@ from exo_kimi.checkpoint.tiny import make_tiny
 from exo_kimi.errors import UsageError
 from exo_kimi.planner.bytes import ModelBytes, bytes_of_manifest, bytes_of_recipe
 from exo_kimi.planner.catalog import model_names, published_model
+from exo_kimi.planner.command import plan_answer
 from exo_kimi.planner.recipes import load_recipe, parse_recipe, recipe_names
 
 ModelOf = Callable[[str], ModelBytes]
@@ -105,7 +106,7 @@ def test_stages_add_up_to_the_model(model_of: ModelOf, cuts: set[int], everywher
     pairs = list(itertools.pairwise(bounds))
     total = sum(model.weight_bytes(start, end, ends_everywhere=everywhere) for start, end in pairs)
     extra = (len(pairs) - 1) * (model.embedding_bytes + model.head_bytes) if everywhere else 0
-    assert total == model.total_bytes + extra
+    assert total == model.total_bytes + sum(model.widened_bytes) + extra
 
 
 @settings(deadline=None)
@@ -160,3 +161,25 @@ def test_a_part_of_a_model_is_not_planned(tmp_path: Path) -> None:
     index = open_index(make_tiny(tmp_path / "tiny"))
     with pytest.raises(UsageError, match="whole model"):
         bytes_of_manifest(resolve(index, 0, 3))
+
+
+def test_a_router_is_held_in_float32_and_counted_so(tmp_path: Path, model_of: ModelOf) -> None:
+    assert model_of("int4").widened_bytes == (0, *[384 * 7168 * 2] * 60)
+    manifest = resolve(open_index(make_tiny(tmp_path / "tiny")))
+    config = manifest.config
+    moe_layers = config.num_hidden_layers - config.first_k_dense_replace
+    assert manifest.widened_bytes == moe_layers * config.n_routed_experts * config.hidden_size * 2
+    assert sum(bytes_of_manifest(manifest).widened_bytes) == manifest.widened_bytes
+    stored_wide = resolve(open_index(make_tiny(tmp_path / "wide", recipe="plain", dtype="F32")))
+    assert stored_wide.widened_bytes == 0
+
+
+def test_an_8_bit_cache_is_planned_with_its_scales() -> None:
+    plain, packed = (
+        plan_answer(model="kimi-k2-thinking", recipe="q34+q6", cluster="m3-ultra-512, m2-ultra-192", kv_bits=bits).plan
+        for bits in (None, 8)
+    )
+    assert (plain.model.kv_bits, packed.model.kv_bits) == (None, 8)
+    for one, other in zip(plain.stages, packed.stages, strict=False):
+        assert one.kv_bytes / one.layers == 40_960 * 1152
+        assert other.kv_bytes / other.layers == 40_960 * 612

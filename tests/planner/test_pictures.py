@@ -21,13 +21,13 @@ ModelOf = Callable[[str], ModelBytes]
 FOUNDING_TEXT = """\
 kimi-k2.6: experts gate/up 3, down 4, rest 6, 495.9 GB, 61 layers; context 40960, 1 sequence; best request
 
-m3-ultra-512  layers 0:44 (44)               346.58 GiB of 384.00 GiB
+m3-ultra-512  layers 0:44 (44)               346.80 GiB of 384.00 GiB
 ███████████████████████████████████████▓▒░···|
-█ weights 330.73 GiB  ▓ KV 1.93 GiB  ▒ scratch 3.92 GiB  ░ reserve 10.00 GiB  · headroom 37.42 GiB
+█ weights 330.95 GiB  ▓ KV 1.93 GiB  ▒ scratch 3.92 GiB  ░ reserve 10.00 GiB  · headroom 37.20 GiB
 
-m2-ultra-192  layers 44:61 (17)              143.81 GiB of 144.00 GiB
+m2-ultra-192  layers 44:61 (17)              143.90 GiB of 144.00 GiB
 ███████████████▓▒░·|
-█ weights 131.14 GiB  ▓ KV 765.00 MiB  ▒ scratch 3.92 GiB  ░ reserve 8.00 GiB  · headroom 195.01 MiB
+█ weights 131.23 GiB  ▓ KV 765.00 MiB  ▒ scratch 3.92 GiB  ░ reserve 8.00 GiB  · headroom 105.76 MiB
 
 predicted: 21.0 tokens/s for one sequence, first token of 4096 after 14.8 s, 512 tokens after 39.1 s
 assumed: m2-ultra-192: overhead per layer: not published; the M3 Ultra's is assumed

@@ -69,7 +69,7 @@ def test_official_int4_needs_both_limits_raised_and_cannot_be_44_17(model_of: Mo
     assert all(missing > 0 for missing in caught.value.short.values())
     assert sum(caught.value.short.values()) > model.total_bytes - 528 * GIB
     assert "46 on m3-ultra-512 / 15 on m2-ultra-192" in text
-    assert "44,17 cannot be even so: m2-ultra-192 would be short by 18.88 GiB" in text
+    assert "44,17 cannot be even so: m2-ultra-192 would be short by 18.97 GiB" in text
     plan = make_plan(model, founding.with_raised_limits(), workload)
     assert plan.split == "46,15"
     for stage in plan.stages:
@@ -240,7 +240,7 @@ def test_a_given_split_is_judged_and_not_changed() -> None:
     answer = plan_answer(model="kimi-k2.6", recipe="int4", cluster="m3-ultra-512, m2-ultra-192", split=(44, 17))
     assert answer.plan.split == "44,17"
     assert [stage.headroom_bytes < 0 for stage in answer.plan.stages] == [True, True]
-    assert "m2-ultra-192  layers 44:61 (17)              186.88 GiB of 144.00 GiB, short by 42.88 GiB" in answer.text
+    assert "m2-ultra-192  layers 44:61 (17)              186.97 GiB of 144.00 GiB, short by 42.97 GiB" in answer.text
     with pytest.raises(UsageError, match="61 layers"):
         plan_answer(model="kimi-k2.6", cluster="2x m3-ultra-512", split=(44, 16))
 

@@ -37,6 +37,7 @@ def plan_of_shape(split: tuple[int, ...] = (5, 2), *, context: int = 8192, layer
         layers=layers,
         hidden_size=width,
         total_bytes=100 * gib,
+        kv_bits=None,
     )
     prediction = PlanPrediction(
         decode_tokens_per_s=1.0, tpot_s=1.0, ttft_s=1.0, request_s=1.0, throughput_tokens_per_s=1.0
