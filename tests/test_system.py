@@ -159,8 +159,9 @@ def test_a_client_that_leaves_in_mid_stream_frees_its_memory_on_every_stage(serv
         for _, line in zip(range(6), stream.iter_lines(), strict=False):
             assert "error" not in line
     wait_until(lambda: server.metric("exo_kimi_requests_cancelled_total") == cancelled + 1, 10)
-    wait_until(lambda: all(stage["kv_bytes"] == 0 for stage in server.health()["stages"]), 10)
-    assert [stage["sequences"] for stage in server.health()["stages"]] == [0, 0]
+    # What it computed stays for a turn that continues it, counted apart; nothing is held for the sequence itself.
+    wait_until(lambda: server.metric("exo_kimi_kv_reserved_tokens") == 0, 10)
+    assert server.metric("exo_kimi_kv_prefix_tokens") > 0
 
 
 def test_a_large_malformed_body_is_refused_and_the_server_goes_on(server: Server) -> None:

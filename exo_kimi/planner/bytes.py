@@ -68,7 +68,9 @@ class ModelBytes:
             end_layer: one past the last.
             ends_everywhere: every stage holds embedding, norm and head, as in mlx-lm's and exo's own pipeline.
         """
-        total = sum(self.layer_bytes[start_layer:end_layer]) + sum(self.widened_bytes[start_layer:end_layer])
+        total = sum(self.layer_bytes[start_layer:end_layer])
+        if not ends_everywhere:  # exo's own engine holds routers as they are stored
+            total += sum(self.widened_bytes[start_layer:end_layer])
         if start_layer == 0 or ends_everywhere:
             total += self.embedding_bytes
         if end_layer == self.layers or ends_everywhere:

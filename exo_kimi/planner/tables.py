@@ -23,8 +23,9 @@ SLOWEST_TICKS = 60 * TICKS_PER_S  # of one layer or hop, so that no sum of them 
 def need_table(model: ModelBytes, workload: Workload) -> Int64s:
     """(L+1, L+1): bytes that a machine must hold for layers [start, end): weights, KV, scratch and reserve."""
     layers = model.layers
-    each = np.array(model.layer_bytes, np.int64) + np.array(model.widened_bytes, np.int64)
-    each += workload.kv_tokens * model.kv_layer_bytes
+    each = np.array(model.layer_bytes, np.int64) + workload.kv_tokens * model.kv_layer_bytes
+    if not workload.ends_everywhere:  # exo's own engine holds routers as they are stored
+        each += np.array(model.widened_bytes, np.int64)
     table = _ranges(each)
     ends = model.embedding_bytes + model.head_bytes if workload.ends_everywhere else 0
     table += workload.scratch_bytes(model.config) + workload.reserve_bytes + ends
