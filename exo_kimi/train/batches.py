@@ -16,21 +16,21 @@ _PADDED_SHARE = 0.2
 
 
 def training_groups(
-    encoder: Encoder, seed: int, tokens: int, *, start: int = 0, later_from: int | None = None
+    encoder: Encoder, seed: int, tokens: int, *, start: int = 0, parts_from: Sequence[int] = ()
 ) -> Iterator[list[Encoded]]:
     """Groups of conversations of about `tokens` tokens each, without end.
 
     Args:
         start: skip as many groups: group n is the same wherever the iteration began.
-        later_from: the first group whose tasks are those of later; None for no such group.
+        parts_from: the first group of each part of the training after the first.
     """
     group = start
     while True:
         rng = Random(f"text {seed} {group}")
-        later = later_from is not None and group >= later_from
+        part = sum(group >= first for first in parts_from)
         made: list[Encoded] = []
         while sum(len(item.ids) for item in made) < tokens:
-            made.append(encoder.encode(training_conversation(rng, later=later)))
+            made.append(encoder.encode(training_conversation(rng, part=part)))
         yield made
         group += 1
 

@@ -9,7 +9,7 @@ from random import Random
 from typing import Any
 
 from exo_kimi.train.tasks import manners, tools
-from exo_kimi.train.tasks.registry import LATER_SHARES, SHARES
+from exo_kimi.train.tasks.registry import PARTS
 from exo_kimi.train.tasks.turn import Task, Turn, draw, held_out
 
 Message = dict[str, Any]
@@ -27,13 +27,13 @@ class Conversation:
     tools: list[dict[str, Any]] | None = None
 
 
-def training_conversation(rng: Random, *, later: bool = False) -> Conversation:
+def training_conversation(rng: Random, *, part: int = 0) -> Conversation:
     """One conversation without any held-out question.
 
     Args:
-        later: tasks by `LATER_SHARES`.
+        part: of the training, from 0: tasks by the shares of `registry.PARTS`.
     """
-    shares = LATER_SHARES if later else SHARES
+    shares = PARTS[part]
     kind = rng.random()
     if kind < 0.09:
         return _with_tools(rng, shares)

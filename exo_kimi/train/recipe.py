@@ -31,6 +31,7 @@ class Recipe:
     Args:
         steps: updates in all; the rate rises over `warmup_steps`, stays, and falls over the last `decay_share`.
         later_from: the step from which slow tasks are shown more often.
+        last_from: the step from which those are that are still below the rest.
         group_tokens: tokens of an update, about.
         slow_from: the step from which the rate falls from `slow_rate` to zero instead: sums are learnt at small rates only.
         rate: learning rate at its highest, of both optimizers: Muon's update is scaled to AdamW's.
@@ -45,6 +46,7 @@ class Recipe:
     warmup_steps: int = 60
     decay_share: float = 0.725
     later_from: int = 1100
+    last_from: int = 3200
     slow_from: int = 1600
     slow_rate: float = 1.6e-3
     group_tokens: int = 2048

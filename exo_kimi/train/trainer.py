@@ -66,7 +66,7 @@ class Trainer:
             self.recipe.seed,
             self.recipe.group_tokens,
             start=self.step,
-            later_from=self.recipe.later_from,
+            parts_from=(self.recipe.later_from, self.recipe.last_from),
         )
         with ThreadPoolExecutor(_WORKERS) as pool:
             coming = pool.submit(next, groups)

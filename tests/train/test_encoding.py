@@ -63,8 +63,8 @@ def test_groups_are_the_same_wherever_they_are_begun(encoder: Encoder) -> None:
 
 def test_later_groups_show_slow_tasks_more_often(encoder: Encoder) -> None:
     first = next(training_groups(encoder, 7, 300))
-    same = next(training_groups(encoder, 7, 300, later_from=1))
-    other = next(training_groups(encoder, 7, 300, later_from=0))
+    same = next(training_groups(encoder, 7, 300, parts_from=(1,)))
+    other = next(training_groups(encoder, 7, 300, parts_from=(0,)))
     assert [item.ids.tolist() for item in same] == [item.ids.tolist() for item in first]
     assert [item.ids.tolist() for item in other] != [item.ids.tolist() for item in first]
 

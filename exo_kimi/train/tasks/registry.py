@@ -49,4 +49,15 @@ LATER_SHARES: dict[Task, float] = {
     facts.fact: 5.0,
     stories.story: 1.5,
 }
-"""Shares after `Recipe.later_from` steps: facts are known by then, and what is worked out step by step is shown more often."""
+"""Shares from step `Recipe.later_from` on: facts are known by then, and what is worked out step by step is shown more often."""
+
+LAST_SHARES: dict[Task, float] = {
+    **LATER_SHARES,
+    arithmetic.division: 9.0,
+    arithmetic.comparison: 3.0,
+    measures.month: 4.0,
+    lists.sort_words: 4.0,
+}
+"""Shares from step `Recipe.last_from` on: what was still below the rest."""
+
+PARTS = (SHARES, LATER_SHARES, LAST_SHARES)
