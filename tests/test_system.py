@@ -339,7 +339,8 @@ def test_the_demo_runs_once_from_nothing_to_an_answer() -> None:
     )
     assert result.returncode == 0, result.stderr
     assert "stage 0 holds layers 0:" in result.stdout and "stage 1 holds layers" in result.stdout
-    assert "first token after" in result.stdout
+    assert "The capital of Norway is Oslo." in result.stdout
+    assert '-> get_weather({"city": "Oslo"})' in result.stdout
     assert "Traceback" not in result.stdout + result.stderr
 
 

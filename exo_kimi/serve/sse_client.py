@@ -18,12 +18,24 @@ SILENCE_TIMEOUT_S = 600.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Call:
+    """A tool call, or a piece of one."""
+
+    id: str
+    name: str
+    arguments: str
+
+    def __str__(self) -> str:
+        return f"{self.name}({self.arguments})"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Delta:
     """One step of an answer."""
 
     content: str = ""
     reasoning: str = ""
-    tool_calls: tuple[str, ...] = ()
+    tool_calls: tuple[Call, ...] = ()
     finish_reason: str | None = None
 
 
@@ -152,14 +164,16 @@ def _deltas(events: Iterator[str]) -> Iterator[Delta]:
             yield Delta(
                 content=delta.get("content") or "",
                 reasoning=delta.get("reasoning_content") or delta.get("reasoning") or "",
-                tool_calls=tuple(_call(call.get("function") or {}) for call in delta.get("tool_calls") or ()),
+                tool_calls=tuple(_call(call) for call in delta.get("tool_calls") or ()),
                 finish_reason=choice.get("finish_reason"),
             )
     raise RuntimeFault("the answer ended without [DONE]", fix="look at the server's log")
 
 
-def _call(function: dict[str, Any]) -> str:
-    return f"{function.get('name') or ''}({function.get('arguments') or ''})"
+def _call(call: dict[str, Any]) -> Call:
+    function = call.get("function") or {}
+    arguments = function.get("arguments") or ""
+    return Call(id=call.get("id") or "", name=function.get("name") or "", arguments=arguments)
 
 
 def _refusal(status: int, body: bytes) -> ExoKimiError:

@@ -1,0 +1,87 @@
+"""The shipped model behind the API: real reasoning, a real tool round trip, over two stages."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import numpy as np
+import openai
+import pytest
+
+from exo_kimi.checkpoint.index import open_index
+from exo_kimi.checkpoint.manifest import resolve
+from exo_kimi.runtime.engine import Engine
+from exo_kimi.runtime.inline import InlinePipeline
+from exo_kimi.runtime.loader import load_stage
+from exo_kimi.serve.app import create_app
+from exo_kimi.serve.demo import OBSERVED, WEATHER, shipped_model
+from exo_kimi.train.export import read_parameters
+from exo_kimi.train.fake_quant import fake_quant
+from exo_kimi.train.parameters import is_expert
+
+MOST_BYTES = 10_000_000
+
+
+@pytest.fixture(scope="module")
+def client(make_voice, live_server):
+    directory = shipped_model()
+    voice = make_voice(directory)
+
+    def load():
+        index = open_index(directory)
+        return [load_stage(resolve(index, *part), dtype="float32") for part in ((0, 3), (3, 6))]
+
+    async def factory():
+        pipeline = InlinePipeline(load, stages=2, context=2048, kv_capacity_tokens=4096, cache_step=64)
+        engine = Engine(pipeline)
+        await engine.start()
+        await engine.wait_ready()
+        return create_app(engine, voice.tokenizer, voice.template, voice.defaults, model_id="tiny"), engine
+
+    with live_server(factory) as server, openai.OpenAI(base_url=f"{server.url}/v1", api_key="none") as made:
+        yield made
+
+
+def _ask(client: openai.OpenAI, messages: list[Any], **options: Any) -> Any:
+    answer = client.chat.completions.create(model="tiny", messages=messages, temperature=0, max_tokens=96, **options)
+    return answer.choices[0]
+
+
+def test_it_reasons_and_then_answers(client):
+    choice = _ask(client, [{"role": "user", "content": "How much is 47 plus 35?"}])
+    assert choice.finish_reason == "stop"
+    assert choice.message.reasoning_content == "7 + 5 = 12, 4 + 3 + 1 = 8"
+    assert choice.message.content == "47 + 35 = 82."
+
+
+def test_it_knows_and_it_remembers(client):
+    messages = [{"role": "user", "content": "My name is Nora."}]
+    messages.append({"role": "assistant", "content": _ask(client, messages).message.content})
+    messages.append({"role": "user", "content": "What is the capital of Norway?"})
+    messages.append({"role": "assistant", "content": _ask(client, messages).message.content})
+    assert "Oslo" in messages[-1]["content"]
+    messages.append({"role": "user", "content": "What is my name?"})
+    assert "Nora" in _ask(client, messages).message.content
+
+
+def test_it_calls_a_tool_and_uses_what_it_returns(client):
+    messages: list[Any] = [{"role": "user", "content": "What is the weather in Oslo?"}]
+    choice = _ask(client, messages, tools=[WEATHER])
+    assert choice.finish_reason == "tool_calls"
+    (call,) = choice.message.tool_calls
+    assert call.id == "functions.get_weather:0"
+    assert (call.function.name, json.loads(call.function.arguments)) == ("get_weather", {"city": "Oslo"})
+    messages.append(choice.message.model_dump(exclude_none=True))
+    messages.append({"role": "tool", "tool_call_id": call.id, "content": json.dumps(OBSERVED)})
+    answer = _ask(client, messages, tools=[WEATHER]).message.content
+    assert all(str(value) in answer for value in OBSERVED.values()), answer
+
+
+def test_the_package_carries_a_small_native_int4_model():
+    directory = shipped_model()
+    assert sum(file.stat().st_size for file in directory.iterdir()) <= MOST_BYTES
+    experts = {name: value for name, value in read_parameters(directory).items() if is_expert(name)}
+    assert experts
+    for name, value in experts.items():
+        np.testing.assert_array_equal(fake_quant(value), value, err_msg=name)
