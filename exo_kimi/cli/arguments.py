@@ -71,7 +71,9 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def _add_demo(commands: Commands) -> None:
-    parser = command(commands, "demo", "tiny checkpoint, two local stages, one chat, then an open server")
+    parser = command(
+        commands, "demo", "the tiny trained model, two local stages, a chat with a tool, then an open server"
+    )
     parser.add_argument("--stages", type=positive, default=2, help="stage processes (default 2)")
     parser.add_argument("--host", default="127.0.0.1", help="address of the API (default 127.0.0.1)")
     parser.add_argument("--port", type=port, default=DEFAULT_PORT, help=f"port of the API (default {DEFAULT_PORT})")
