@@ -39,6 +39,7 @@ BENCHES = (  # modules of exo_kimi.bench, with - for _
     "router",
     "speculation",
     "step",
+    "turns",
 )
 
 

@@ -148,12 +148,16 @@ class Model(nn.Module):
         h = h.reshape(batch, length, hidden)
         return self.lm_head(self.model.norm(h)) if self.is_last else h
 
-    def forward_ragged(self, x: mx.array, segments: Sequence[tuple[int, Sequence[KVCache]]]) -> mx.array:
+    def forward_ragged(
+        self, x: mx.array, segments: Sequence[tuple[int, Sequence[KVCache]]], *, caches_only: bool = False
+    ) -> mx.array:
         """One pass over several sequences laid end to end, prefill chunks and single tokens mixed.
 
         Args:
             x: (N,) int32 token ids on the first stage, else (N, D) hidden states.
             segments: for each sequence its number of tokens here (they sum to N) and its caches, which grow by it.
+            caches_only: nobody asks for what comes after the last layer, as in all but the last chunk of a prompt on the
+                last stage: it only takes in its keys and values, and what is returned means nothing.
 
         Returns:
             (N, D) hidden states, before the final norm on the last stage.
@@ -165,21 +169,27 @@ class Model(nn.Module):
         element_bytes = self.layers[0].input_layernorm.weight.dtype.size
         chunk = fitting_chunk(self.args, total, longest, scratch_bytes=self.scratch_bytes, element_bytes=element_bytes)
         if chunk == total:
-            return self._pass(x, segments)
+            return self._pass(x, segments, caches_only)
         outputs: list[mx.array] = []
         for rows, pieces in pieces_of(segments, chunk):
-            outputs.append(self._pass(x[rows], pieces))
-            mx.eval(outputs[-1])  # or the graph of the next piece would hold this one's arrays
+            outputs.append(self._pass(x[rows], pieces, caches_only))
+            # Or the graph of the next piece would hold this one's arrays.
+            mx.eval(outputs[-1], [cache.state for _, caches in pieces for cache in caches])
         return mx.concatenate(outputs)
 
-    def _pass(self, x: mx.array, segments: Sequence[tuple[int, Sequence[KVCache]]]) -> mx.array:
+    def _pass(self, x: mx.array, segments: Sequence[tuple[int, Sequence[KVCache]]], caches_only: bool) -> mx.array:
         positions = mx.concatenate(
             [mx.arange(caches[0].offset, caches[0].offset + length, dtype=mx.int32) for length, caches in segments]
         )
         spans = [Span(1, length, None if length == 1 else "causal") for length, _ in segments]
         h = self.model.embed_tokens(x) if self.is_first else x
-        for index, layer in enumerate(self.layers):
-            h = layer(h, positions, spans, [caches[index] for _, caches in segments])
+        layers = self.layers
+        for index, layer in enumerate(layers):
+            own = [caches[index] for _, caches in segments]
+            if caches_only and index == len(layers) - 1:
+                layer.self_attn.remember(layer.input_layernorm(h), positions, spans, own)
+            else:
+                h = layer(h, positions, spans, own)
         return h
 
     def logits(self, hidden: mx.array) -> mx.array:

@@ -102,6 +102,11 @@ class Attention(nn.Module):
         out = joined([outputs[item.rows.start] for item in work])
         return self.o_proj(out.reshape(x.shape[0], self.heads * self.v))
 
+    def remember(self, x: mx.array, positions: mx.array, spans: Sequence[Span], caches: Sequence[Any]) -> None:
+        """Let the caches grow by these tokens as attending would, and attend to nothing; arguments as of a call."""
+        _, _, latent, k_pe = self.project(x, positions)  # lazily: the queries are never computed
+        self._place(spans, caches, latent, k_pe)
+
     def project(self, x: mx.array, positions: mx.array) -> tuple[mx.array, mx.array, mx.array, mx.array]:
         """q_nope (N, H, nope), q_pe (N, H, rope), latent (N, R) and k_pe (N, rope) of tokens (N, D); rope is applied."""
         q = self.q_proj(x) if "q_proj" in self else self.q_b_proj(self.q_a_layernorm(self.q_a_proj(x)))

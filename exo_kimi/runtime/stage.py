@@ -194,7 +194,9 @@ class StageWorker:
         held = [self._held[segment.seq_id] for segment in step.segments]
         for segment, entry in zip(step.segments, held, strict=True):
             entry.settle(segment.offset)
-        out = model.forward_ragged(x, [(s.length, h.caches) for s, h in zip(step.segments, held, strict=True)])
+        unasked = model.is_last and not any(segment.sample for segment in step.segments)
+        segments = [(s.length, h.caches) for s, h in zip(step.segments, held, strict=True)]
+        out = model.forward_ragged(x, segments, caches_only=unasked)
         ends = np.cumsum([segment.length for segment in step.segments])
         result: Step | StepResult
         if model.is_last:

@@ -47,6 +47,22 @@ def test_chunks_of_any_size_give_the_logits_of_one_pass(model: Model, tokens: mx
     close(ragged_logits(model, chunks), model(tokens[None])[0])
 
 
+@pytest.mark.parametrize("chunk_bytes", [None, 1])
+def test_the_last_layer_may_only_remember(model: Model, tokens: mx.array, chunk_bytes: int | None) -> None:
+    """All but the last chunk of a prompt: the caches are those of a whole pass, and so are the logits that follow."""
+    whole, spared = model.make_cache(), model.make_cache()
+    if chunk_bytes is not None:
+        model.set_scratch_bytes(chunk_bytes)  # the pass is cut into pieces
+    model.forward_ragged(tokens[:40], [(40, whole)])
+    model.forward_ragged(tokens[:40], [(40, spared)], caches_only=True)
+    for one, other in zip(whole, spared, strict=True):
+        assert one.offset == other.offset == 40
+        close(other.keys[:, :, :40], one.keys[:, :, :40])
+        close(other.values[:, :, :40], one.values[:, :, :40])
+    after = [model.logits(model.forward_ragged(tokens[40:], [(20, caches)])) for caches in (whole, spared)]
+    close(after[1], after[0])
+
+
 def test_a_sequence_computes_the_same_alone_and_among_others(model: Model, tokens: mx.array) -> None:
     first, second, third = tokens[:20], tokens[20:21], tokens[21:60]
     alone = [ragged_logits(model, [part]) for part in (first, second, third)]

@@ -186,7 +186,7 @@ async def test_a_step_that_fails_ends_its_requests_and_the_next_one_is_served(
     async with Engine(pipeline_of(2)) as engine:
         first = await collect(engine, request_of(0, 5, 3))
         forward = Model.forward_ragged
-        monkeypatch.setattr(Model, "forward_ragged", lambda *_: mx.reshape(mx.zeros((3,)), (2,)))
+        monkeypatch.setattr(Model, "forward_ragged", lambda *_, **__: mx.reshape(mx.zeros((3,)), (2,)))
         with pytest.raises(StageError, match="stage 0 failed"):
             await collect(engine, request_of(0, 5, 3))
         monkeypatch.setattr(Model, "forward_ragged", forward)

@@ -223,7 +223,7 @@ def test_what_mlx_raises_becomes_an_error_that_names_the_stage(
 ) -> None:
     worker = chain(2)[1]
 
-    def broken(*_: object) -> mx.array:
+    def broken(*_: object, **__: object) -> mx.array:
         raise raised
 
     monkeypatch.setattr(Model, "forward_ragged", broken)
