@@ -195,7 +195,7 @@ async def answer(engine: Engine) -> list[int]:
 
 def couriers_of(pid: int) -> list[int]:
     """Children of a stage, from the process table."""
-    listed = subprocess.run(["ps", "-eo", "pid=,ppid=,args="], capture_output=True, text=True, check=True).stdout
+    listed = subprocess.run(["ps", "-eww", "-o", "pid=,ppid=,args="], capture_output=True, text=True, check=True).stdout
     rows = [line.split(None, 2) for line in listed.splitlines()]
     return [int(row[0]) for row in rows if int(row[1]) == pid and "exo_kimi.runtime.courier" in row[2]]
 
