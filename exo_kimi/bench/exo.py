@@ -69,7 +69,8 @@ class Answers:
 
     @property
     def said(self) -> list[tuple[str, int]]:
-        return [(each.text, each.tokens) for each in self.streams]
+        """Texts and their tokens; of a character that the last token leaves unfinished, only we show a mark."""
+        return [(each.text.rstrip("\ufffd"), each.tokens) for each in self.streams]
 
     @property
     def tokens_per_s(self) -> float:
