@@ -4,9 +4,9 @@
 
 Two clusters of two nodes are up at once, one of plain exo and one with our engine in its runners, and the same greedy requests
 go to each in turn; the runners of the one that waits are stopped meanwhile. The figure is what a client of exo sees: tokens of
-all streams while all of them are being answered, from the last first piece of text to the first last one. No prompt is asked twice of
-one cluster, for both keep prompts that they have answered. Our texts are compared with the whole model's in one process; how
-many of exo's own differ from it is in the note.
+all streams while all of them are being answered, from the last first piece of text to the first last one. No prompt is asked
+twice of one cluster, for both keep prompts that they have answered. Our texts are compared with the whole model's in one
+process; how many of exo's own differ from it is in the note.
 
 What runs is exo's own Python on Linux, with a stand-in for its Rust networking module; see `exo_here` for the variables. On a
 Mac, start exo with and without `exo-kimi exo run` instead.
