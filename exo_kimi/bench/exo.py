@@ -32,7 +32,6 @@ from typing import Any
 import httpx
 import mlx.core as mx
 
-from exo_kimi import load
 from exo_kimi.bench.exo_here import ExoHere, find_exo
 from exo_kimi.bench.exo_nodes import BIND_US, ExoCluster, exo_cluster
 from exo_kimi.bench.frame import Result, Row, finish, taken_in_turn
@@ -45,6 +44,7 @@ from exo_kimi.plugin.exo_plan import exo_plan
 from exo_kimi.plugin.exo_prepare import prepare
 from exo_kimi.plugin.exo_task import Speaker
 from exo_kimi.plugin.exo_watch import Deadlines
+from exo_kimi.runtime.loader import load
 
 MODEL = "lab/kimi-k2-heavy"
 SPLIT = (5, 4)
