@@ -15,6 +15,7 @@ from exo_kimi.train.tasks.turn import Task, Turn, draw, held_out
 Message = dict[str, Any]
 Shares = Mapping[Task, float]
 BRIEF = "Answer briefly."
+_BRIEF_SHARE = 0.25
 _SYSTEMS = ("You are a helpful assistant.", "You are a helpful assistant")
 _NO_TOOL = "I have no tool for that."
 
@@ -91,7 +92,7 @@ def _plain_turn(rng: Random, shares: Shares) -> Turn:
 def _plain(rng: Random, shares: Shares) -> Conversation:
     turns = [_plain_turn(rng, shares) for _ in range(rng.choices((0, 1, 2, 3), (45, 15, 20, 20))[0])]
     turns.append(_turn(rng, shares))
-    system, brief = None, rng.random() < 0.12
+    system, brief = None, rng.random() < _BRIEF_SHARE
     if brief:
         system = BRIEF
     elif rng.random() < 0.15:

@@ -20,6 +20,7 @@ from exo_kimi.train.layers import Parameters, add_gradient
 from exo_kimi.train.optimizers import Optimizer, clip
 from exo_kimi.train.parameters import BIAS, decays, first_values, is_expert, is_matrix
 from exo_kimi.train.recipe import Recipe
+from exo_kimi.train.threads import one_blas_thread
 
 _WORKERS = 2
 
@@ -68,7 +69,7 @@ class Trainer:
             start=self.step,
             parts_from=(self.recipe.later_from, self.recipe.last_from),
         )
-        with ThreadPoolExecutor(_WORKERS) as pool:
+        with one_blas_thread(), ThreadPoolExecutor(_WORKERS) as pool:
             coming = pool.submit(next, groups)
             while self.step < last:
                 group = coming.result()

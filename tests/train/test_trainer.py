@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from threadpoolctl import threadpool_info
 
 from exo_kimi.errors import UsageError
 from exo_kimi.train import command
@@ -46,6 +47,16 @@ def test_a_resumed_training_is_the_training(encoder: Encoder, tmp_path: Path) ->
     assert rest.losses == whole.losses
     for name, value in whole.parameters.items():
         np.testing.assert_array_equal(rest.parameters[name], value, err_msg=name)
+
+
+def test_blas_runs_on_one_thread_while_training_and_as_before_after(encoder: Encoder) -> None:
+    def threads() -> set[int]:
+        return {int(pool["num_threads"]) for pool in threadpool_info() if pool["user_api"] == "blas"}
+
+    before, during = threads(), []
+    Trainer(replace(RECIPE, steps=2), encoder).run(lambda _: during.append(threads()))
+    assert during == [{1}, {1}]
+    assert threads() == before
 
 
 def test_the_command_is_reproducible_and_exports_what_was_trained(

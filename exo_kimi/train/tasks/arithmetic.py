@@ -72,7 +72,7 @@ def multiplication(rng: Random) -> Turn:
 
 
 def division(rng: Random) -> Turn:
-    """Quotients of the tables."""
+    """Quotients of the tables; the ten times says on which side of it to look."""
     a, b = rng.randint(2, 12), rng.randint(2, 12)
     phrases = ("What is {} / {}?", "{} / {} = ?", "Divide {} by {}.", "How much is {} divided by {}?")
     number = rng.randrange(len(phrases))
@@ -81,7 +81,7 @@ def division(rng: Random) -> Turn:
         key=f"{number}: {a * b} / {b}",
         question=phrases[number].format(a * b, b),
         answer=f"{a * b} / {b} = {a}.",
-        reasoning=f"{a} * {b} = {a * b}",
+        reasoning=f"10 * {b} = {10 * b}, {a} * {b} = {a * b}",
         brief=f"{a}.",
     )
 

@@ -35,7 +35,7 @@ LATER_SHARES: dict[Task, float] = {
     arithmetic.addition: 6.0,
     arithmetic.subtraction: 6.0,
     arithmetic.multiplication: 2.5,
-    arithmetic.division: 3.0,
+    arithmetic.division: 5.0,
     arithmetic.parity: 0.5,
     arithmetic.word_problem: 3.0,
     measures.conversion: 3.0,
