@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import argparse
-import os
 import sys
 from collections.abc import Callable
 
 
 def _tiny(arguments: argparse.Namespace) -> int:
-    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # the trainer's threads multiply one by one
     from exo_kimi.train.command import train_tiny
     from exo_kimi.train.recipe import Recipe
 
