@@ -33,6 +33,7 @@ REQUIRED = {
     "bench": ("plan",),
     "exo-legacy": ("--plan", "PLAN"),
     "train tiny": ("DIR",),
+    "train compare": (),
     "train requantize": ("DIR", "OUT"),
     "eval": ("DIR",),
     "exo plan": ("DIR",),

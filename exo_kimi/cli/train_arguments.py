@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from exo_kimi.cli.values import Commands, command, positive
+from exo_kimi.cli.values import Commands, command, positive, rates
 
 
 def add_train(commands: Commands) -> None:
@@ -17,7 +17,21 @@ def add_train(commands: Commands) -> None:
     tiny.add_argument("--steps", type=positive, metavar="N", help="updates (default: those of the shipped model)")
     tiny.add_argument("--matrices", choices=("muon", "adamw"), help="optimizer of the matrices (default muon)")
     tiny.add_argument("--seed", type=int, default=0, help="of weights and texts (default 0)")
+    _add_compare(inner)
     _add_requantize(inner)
+
+
+def _add_compare(commands: Commands) -> None:
+    parser = command(commands, "compare", "AdamW and Muon on the same budget and texts, a smaller model", room="train")
+    parser.add_argument("--steps", type=positive, default=200, metavar="N", help="updates of each run (default 200)")
+    parser.add_argument(
+        "--rates",
+        type=rates,
+        default=(0.002, 0.004, 0.008),
+        metavar="R,R",
+        help="rates to try (default 0.002,0.004,0.008)",
+    )
+    parser.add_argument("--seeds", type=positive, default=1, metavar="N", help="seeds of each rate (default 1)")
 
 
 def _add_requantize(commands: Commands) -> None:

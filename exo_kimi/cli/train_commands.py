@@ -16,6 +16,13 @@ def _tiny(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def _compare(arguments: argparse.Namespace) -> int:
+    from exo_kimi.train.compare import compare
+
+    print(compare(arguments.steps, arguments.rates, range(arguments.seeds)).to_text())
+    return 0
+
+
 def _requantize(arguments: argparse.Namespace) -> int:
     from exo_kimi.train.export import requantize
 
@@ -36,6 +43,7 @@ def _eval(arguments: argparse.Namespace) -> int:
 
 COMMANDS: dict[str, Callable[[argparse.Namespace], int]] = {
     "train tiny": _tiny,
+    "train compare": _compare,
     "train requantize": _requantize,
     "eval": _eval,
 }

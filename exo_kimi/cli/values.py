@@ -74,3 +74,17 @@ def deadline(text: str) -> float:
     if found < MIN_DEADLINE_S:
         raise argparse.ArgumentTypeError(f"{text!r} is under {MIN_DEADLINE_S:g} s, and heartbeats come once a second")
     return found
+
+
+def rates(text: str) -> tuple[float, ...]:
+    """Learning rates, such as 0.002,0.004: each above 0 and under 1."""
+    found = []
+    for part in text.split(","):
+        try:
+            rate = float(part)
+        except ValueError:
+            rate = 0.0
+        if not 0 < rate < 1:
+            raise argparse.ArgumentTypeError(f"{part.strip()!r} is not a learning rate between 0 and 1")
+        found.append(rate)
+    return tuple(dict.fromkeys(found))

@@ -8,6 +8,8 @@ from typing import Any, Literal
 from exo_kimi.arch.config import KimiConfig
 from exo_kimi.checkpoint.tiny_config import text_config
 
+Matrices = Literal["muon", "adamw"]
+
 _SHAPE: dict[str, Any] = {
     "hidden_size": 192,
     "intermediate_size": 384,
@@ -55,7 +57,7 @@ class Recipe:
     clip_norm: float = 1.0
     aware_share: float = 0.12
     bias_rate: float = 1e-3
-    matrices: Literal["muon", "adamw"] = "muon"
+    matrices: Matrices = "muon"
     ranks: int = 2000
     seed: int = 0
     shape: dict[str, Any] = field(default_factory=lambda: dict(_SHAPE))
