@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from exo_kimi.cli.values import Commands, command, positive, rates
+from exo_kimi.cli.values import Commands, command, positive, rates, share
 
 
 def add_train(commands: Commands) -> None:
@@ -16,6 +16,12 @@ def add_train(commands: Commands) -> None:
     tiny.add_argument("directory", type=Path, metavar="DIR", help="new, or of an interrupted training")
     tiny.add_argument("--steps", type=positive, metavar="N", help="updates (default: those of the shipped model)")
     tiny.add_argument("--matrices", choices=("muon", "adamw"), help="optimizer of the matrices (default muon)")
+    tiny.add_argument(
+        "--aware-share",
+        type=share,
+        metavar="X",
+        help="of the steps, the last, with INT4 experts; 0: rounded at the end",
+    )
     tiny.add_argument("--seed", type=int, default=0, help="of weights and texts (default 0)")
     _add_compare(inner)
     _add_requantize(inner)

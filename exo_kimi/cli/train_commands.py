@@ -11,7 +11,8 @@ def _tiny(arguments: argparse.Namespace) -> int:
     from exo_kimi.train.command import train_tiny
     from exo_kimi.train.recipe import Recipe
 
-    given = {name: getattr(arguments, name) for name in ("steps", "matrices") if getattr(arguments, name) is not None}
+    options = ("steps", "matrices", "aware_share")
+    given = {name: getattr(arguments, name) for name in options if getattr(arguments, name) is not None}
     print(train_tiny(arguments.directory, Recipe(seed=arguments.seed, **given)).to_text())
     return 0
 

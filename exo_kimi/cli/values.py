@@ -76,6 +76,17 @@ def deadline(text: str) -> float:
     return found
 
 
+def share(text: str) -> float:
+    """A part of the whole, 0 to 1."""
+    try:
+        found = float(text)
+    except ValueError:
+        found = -1.0
+    if not 0 <= found <= 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a share between 0 and 1")
+    return found
+
+
 def rates(text: str) -> tuple[float, ...]:
     """Learning rates, such as 0.002,0.004: each above 0 and under 1."""
     found = []

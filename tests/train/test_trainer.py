@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from threadpoolctl import threadpool_info
+from threadpoolctl import threadpool_info, threadpool_limits
 
 from exo_kimi.errors import UsageError
 from exo_kimi.train import command
@@ -53,10 +53,11 @@ def test_blas_runs_on_one_thread_while_training_and_as_before_after(encoder: Enc
     def threads() -> set[int]:
         return {int(pool["num_threads"]) for pool in threadpool_info() if pool["user_api"] == "blas"}
 
-    before, during = threads(), []
-    Trainer(replace(RECIPE, steps=2), encoder).run(lambda _: during.append(threads()))
-    assert during == [{1}, {1}]
-    assert threads() == before
+    during: list[set[int]] = []
+    with threadpool_limits(limits=2, user_api="blas"):
+        Trainer(replace(RECIPE, steps=2), encoder).run(lambda _: during.append(threads()))
+        after = threads()
+    assert (during, after) == ([{1}, {1}], {2})
 
 
 def test_the_command_is_reproducible_and_exports_what_was_trained(
