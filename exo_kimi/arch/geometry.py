@@ -6,8 +6,8 @@ from exo_kimi.arch.config import KimiConfig
 from exo_kimi.arch.modules import check_range, layer_modules, stage_modules
 from exo_kimi.errors import UsageError
 
-KV_GROUP = 64
-"""Elements of an 8-bit cache that share a scale and a bias."""
+KV_GROUPS = 64, 32
+"""Elements of an 8-bit cache that share a scale and a bias: the first that divides a width."""
 
 
 def total_parameters(config: KimiConfig) -> int:
@@ -41,17 +41,23 @@ def kv_bytes_per_token(
 ) -> int:
     """Cache bytes of one token over a half-open layer range (70,272 for all 61 layers of K2 in bf16).
 
-    With 8 `kv_bits` (37,332): a byte each, and a scale and a bias per group of 64.
+    With 8 `kv_bits` (37,332): a byte each, and a scale and a bias per group.
 
     Raises:
         SplitError: the range is empty or outside the model.
     """
     check_range(config, start_layer, end_layer)
     elements = kv_elements_per_token(config)
-    layer_bytes = (
-        elements * bytes_per_element if kv_bits is None else elements + 2 * elements // KV_GROUP * bytes_per_element
-    )
+    layer_bytes = elements * bytes_per_element
+    if kv_bits is not None:
+        widths = config.kv_lora_rank, config.qk_rope_head_dim
+        layer_bytes = sum(width + 2 * width // kv_group(width) * bytes_per_element for width in widths)
     return (end_layer - start_layer) * layer_bytes
+
+
+def kv_group(width: int) -> int:
+    """Elements of a group in an 8-bit cache of that width (64 for K2); the smallest where none divides it."""
+    return next((group for group in KV_GROUPS if width % group == 0), KV_GROUPS[-1])
 
 
 def check_quantizable(config: KimiConfig) -> None:
@@ -61,10 +67,10 @@ def check_quantizable(config: KimiConfig) -> None:
         UsageError: with the widths.
     """
     widths = config.kv_lora_rank, config.qk_rope_head_dim
-    if any(width % KV_GROUP for width in widths):
+    if any(width % kv_group(width) for width in widths):
         raise UsageError(
-            f"an 8-bit cache has groups of {KV_GROUP}, and this model's latents do not divide into them",
-            expected=f"kv_lora_rank and qk_rope_head_dim that {KV_GROUP} divides",
+            "an 8-bit cache has groups of 64 or 32, and this model's latents do not divide into them",
+            expected="kv_lora_rank and qk_rope_head_dim that 32 divides",
             found=f"{widths[0]} and {widths[1]}",
             where="--kv-bits",
             fix="serve it without --kv-bits",

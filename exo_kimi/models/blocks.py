@@ -12,6 +12,7 @@ from typing import TypeVar
 import mlx.core as mx
 
 from exo_kimi.arch.scratch import AttentionShape
+from exo_kimi.models.seen import Seen
 
 Caches = TypeVar("Caches")
 
@@ -34,30 +35,29 @@ class Span:
 
 @dataclass(frozen=True, slots=True)
 class Work:
-    """One span with what it attends to: latent (B, 1, T, R) and k_pe (B, 1, T, rope); `block_bytes` is what its blocks may
-    take."""
+    """One span with what it attends to; `block_bytes` is what its blocks may take, `element_bytes` an activation takes."""
 
     span: Span
     rows: slice
-    latent: mx.array
-    k_pe: mx.array
+    seen: Seen
     absorbed: bool
     block_bytes: int
+    element_bytes: int
 
     @property
     def keys(self) -> int:
         """T."""
-        return self.latent.shape[2]
+        return self.seen.keys
 
     @property
     def key_bytes(self) -> int:
         """Bytes of one element of every key position: B * T elements."""
-        return self.span.batch * self.keys * self.latent.dtype.size
+        return self.span.batch * self.keys * self.element_bytes
 
 
 def head_groups(work: Work, shape: AttentionShape) -> Iterator[slice]:
     """Heads whose expanded keys and values take at most half of the budget, at least one."""
-    head_bytes = work.span.batch * shape.head_elements(work.keys) * work.latent.dtype.size
+    head_bytes = work.span.batch * shape.head_elements(work.keys) * work.element_bytes
     step = min(max(1, work.block_bytes // 2 // head_bytes), shape.heads)
     for start in range(0, shape.heads, step):
         yield slice(start, min(start + step, shape.heads))
@@ -66,7 +66,7 @@ def head_groups(work: Work, shape: AttentionShape) -> Iterator[slice]:
 def query_blocks(work: Work, heads: int, *, spent_bytes: int = 0) -> list[tuple[slice, int, mx.array | str | None]]:
     """Query rows, keys that any of them sees, and mask, such that one block's scores fit what is left of the budget."""
     span, keys = work.span, work.keys
-    row_bytes = span.batch * heads * AttentionShape.row_elements(keys) * work.latent.dtype.size
+    row_bytes = span.batch * heads * AttentionShape.row_elements(keys) * work.element_bytes
     step = max(1, (work.block_bytes - spent_bytes) // row_bytes)
     if isinstance(span.mask, str):
         step = min(step, CAUSAL_ROWS)

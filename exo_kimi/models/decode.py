@@ -17,9 +17,11 @@ import numpy as np
 
 from exo_kimi.models import ops
 from exo_kimi.models.fused import Fused, as_one
+from exo_kimi.models.latent_cache import LatentCache8
 from exo_kimi.models.mla import LATENT_NORM_EPS, Attention
 from exo_kimi.models.moe import MLP, MoE
 from exo_kimi.models.ops import KVCache, Rope
+from exo_kimi.models.seen import Seen, extend
 
 Projection = Callable[[mx.array], mx.array]
 
@@ -38,8 +40,8 @@ class Decoder:
         self._chosen = max((layer.mlp.gate.chosen for layer in layers if isinstance(layer.mlp, MoE)), default=1)
 
     def takes(self, segments: Sequence[tuple[int, Sequence[Any]]]) -> bool:
-        """Whether every sequence has one new token and a plain cache."""
-        return all(length == 1 and type(caches[0]) is KVCache for length, caches in segments)
+        """Whether every sequence has one new token and a cache of ours."""
+        return all(length == 1 and type(caches[0]) in (KVCache, LatentCache8) for length, caches in segments)
 
     def __call__(self, h: mx.array, caches: Sequence[Sequence[KVCache]]) -> mx.array:
         """(N, D) to (N, D); each sequence's caches, one per layer, grow by its token."""
@@ -143,12 +145,12 @@ class _Attention:
         latent = mx.fast.rms_norm(latent, self._kv_norm, LATENT_NORM_EPS)
         q = self._by_token(_matmul(self._by_head(q_nope), self._absorb, transpose=self._absorb_transposes))
         if tokens == 1:
-            attended = self._attend(q, q_pe, *ops.append_to_cache(caches[0], latent, k_pe))
+            attended = self._attend(q, q_pe, extend(caches[0], latent, k_pe))
         else:
             rows = [slice(row, row + 1) for row in range(tokens)]
             attended = mx.concatenate(
                 [
-                    self._attend(q[row], q_pe[row], *ops.append_to_cache(cache, latent[row], k_pe[row]))
+                    self._attend(q[row], q_pe[row], extend(cache, latent[row], k_pe[row]))
                     for row, cache in zip(rows, caches, strict=True)
                 ]
             )
@@ -156,11 +158,9 @@ class _Attention:
         out = values if tokens == 1 else values.swapaxes(0, 1)
         return self._o(out.reshape(tokens, 1, 1, -1))
 
-    def _attend(self, q: mx.array, q_pe: mx.array, latent: mx.array, k_pe: mx.array) -> mx.array:
+    def _attend(self, q: mx.array, q_pe: mx.array, seen: Seen) -> mx.array:
         """(1, 1, H, R): heads share the keys, so they are rows of one product."""
-        scores = q_pe @ k_pe.swapaxes(-1, -2)
-        scores = mx.addmm(scores, q, latent.swapaxes(-1, -2), alpha=self._scale, beta=self._scale)
-        return mx.softmax(scores, axis=-1, precise=True) @ latent
+        return seen.mixed(mx.softmax(seen.scores(q, q_pe, scale=self._scale), axis=-1, precise=True))
 
     def _by_head(self, x: mx.array) -> mx.array:
         """(H, N, width) of (N, 1, H, width)."""

@@ -1,4 +1,4 @@
-"""A cache of latents and rotary keys in 8 bits, groups of 64; it knows nothing of layers.
+"""A cache of latents and rotary keys in 8 bits, in groups of 64 (32 where 64 does not divide a width); it knows no layers.
 
 mlx-lm's contract of a cache as far as this model and the runtime use it. Bytes of one token and layer of K2: 512 + 64 codes and
 9 scales and biases of 2 bytes each, 612 in all against 1,152 in bf16.
@@ -12,10 +12,10 @@ from __future__ import annotations
 
 import mlx.core as mx
 
-from exo_kimi.arch.geometry import KV_GROUP as GROUP
+from exo_kimi.arch.geometry import kv_group
 from exo_kimi.errors import UsageError
 
-__all__ = ["BITS", "GROUP", "STEP", "LatentCache8"]
+__all__ = ["BITS", "STEP", "LatentCache8", "Parts", "group_of", "unpacked"]
 
 BITS = 8
 STEP = 256
@@ -33,13 +33,18 @@ class LatentCache8:
         self.values: Parts | None = None
         self.offset = 0
 
-    def update_and_fetch(self, latent: mx.array, k_pe: mx.array) -> tuple[mx.array, mx.array]:
-        """Add (B, 1, L, R) latents and (B, 1, L, rope) keys; all of them as they come back from 8 bits, in the same dtype."""
+    def append(self, latent: mx.array, k_pe: mx.array) -> tuple[Parts, Parts]:
+        """Add (B, 1, L, R) latents and (B, 1, L, rope) keys; what is held then, of which `offset` tokens mean something."""
         end = self.offset + latent.shape[2]
         self.keys = self._written(self.keys, latent, end)
         self.values = self._written(self.values, k_pe, end)
         self.offset = end
-        return self._read(self.keys), self._read(self.values)
+        return self.keys, self.values
+
+    def update_and_fetch(self, latent: mx.array, k_pe: mx.array) -> tuple[mx.array, mx.array]:
+        """The same; all of them as they come back from 8 bits, in the same dtype: a copy of the whole cache."""
+        keys, values = self.append(latent, k_pe)
+        return unpacked(keys, self.offset), unpacked(values, self.offset)
 
     @property
     def state(self) -> tuple[Parts | None, Parts | None]:
@@ -72,7 +77,7 @@ class LatentCache8:
         return "causal"
 
     def _written(self, held: Parts | None, new: mx.array, end: int) -> Parts:
-        parts: Parts = mx.quantize(new, GROUP, BITS)
+        parts: Parts = mx.quantize(new, kv_group(new.shape[-1]), BITS)
         room = -(-end // STEP) * STEP
         grown = []
         for index, part in enumerate(parts):
@@ -84,6 +89,13 @@ class LatentCache8:
             grown.append(whole)
         return grown[0], grown[1], grown[2]
 
-    def _read(self, parts: Parts) -> mx.array:
-        codes, scales, biases = (part[..., : self.offset, :] for part in parts)
-        return mx.dequantize(codes, scales, biases, GROUP, BITS)
+
+def group_of(parts: Parts) -> int:
+    """Elements of a group."""
+    return 4 * parts[0].shape[-1] // parts[1].shape[-1]
+
+
+def unpacked(parts: Parts, count: int) -> mx.array:
+    """The first tokens as arrays in the dtype of scales."""
+    codes, scales, biases = (part[..., :count, :] for part in parts)
+    return mx.dequantize(codes, scales, biases, group_of(parts), BITS)

@@ -17,6 +17,7 @@ from exo_kimi.models import ops
 from exo_kimi.models.blocks import Span, Work, finish, head_groups, joined, query_blocks
 from exo_kimi.models.fused import Fused
 from exo_kimi.models.ops import Rope
+from exo_kimi.models.seen import Plain, extend
 
 __all__ = ["Attention", "Span"]
 
@@ -156,20 +157,18 @@ class Attention(nn.Module):
         for span, cache in zip(spans, caches, strict=True):
             rows = slice(row, row + span.batch * span.length)
             row = rows.stop
-            seen = latent[rows].reshape(span.batch, 1, span.length, self.rank)
-            seen_pe = k_pe[rows].reshape(span.batch, 1, span.length, self.pe)
-            if cache is not None:
-                seen, seen_pe = ops.append_to_cache(cache, seen, seen_pe)
-            absorbed = self.prefers_absorbed(span.length, seen.shape[2])
-            work.append(Work(span, rows, seen, seen_pe, absorbed, self._block_bytes(latent, seen)))
+            new = latent[rows].reshape(span.batch, 1, span.length, self.rank)
+            new_pe = k_pe[rows].reshape(span.batch, 1, span.length, self.pe)
+            seen = Plain(new, new_pe) if cache is None else extend(cache, new, new_pe)
+            absorbed = self.prefers_absorbed(span.length, seen.keys)
+            block_bytes = self._block_bytes(latent, seen.keys)
+            work.append(Work(span, rows, seen, absorbed, block_bytes, latent.dtype.size))
         return work
 
-    def _block_bytes(self, new: mx.array, seen: mx.array) -> int:
+    def _block_bytes(self, new: mx.array, keys: int) -> int:
         """What is left of the budget beside what every token of the pass takes."""
-        keys, element_bytes = seen.shape[2], new.dtype.size
-        return max(
-            0, self.scratch_bytes - attention_bytes(self.config, new.shape[0], keys, element_bytes=element_bytes)
-        )
+        taken = attention_bytes(self.config, new.shape[0], keys, element_bytes=new.dtype.size)
+        return max(0, self.scratch_bytes - taken)
 
     def _attend_latent(self, queries: mx.array, q_pe: mx.array, item: Work) -> mx.array:
         """(n, H, R) attended latents of absorbed queries (n, H, R). Heads share the keys, so they are folded into rows."""
@@ -180,10 +179,9 @@ class Attention(nn.Module):
         batch, heads, length, _ = queries.shape
         blocks: list[mx.array] = []
         for rows, seen, mask in query_blocks(item, heads):
-            latent, k_pe = item.latent[:, :, :seen], item.k_pe[:, :, :seen]
+            keys = item.seen.first(seen)
             q = queries[:, :, rows].reshape(batch, 1, -1, self.rank)
-            pe = q_pe[:, :, rows].reshape(batch, 1, -1, self.pe)
-            scores = mx.addmm(pe @ k_pe.swapaxes(-1, -2), q, ops.turned(latent, rows=q.shape[2]))
+            scores = keys.scores(q, q_pe[:, :, rows].reshape(batch, 1, -1, self.pe))
             if mask is not None:
                 if isinstance(mask, str):
                     mask = ops.causal_mask(rows.stop - rows.start, seen)
@@ -191,17 +189,18 @@ class Attention(nn.Module):
                 lowest = mx.array(mx.finfo(scores.dtype).min, scores.dtype)
                 scores = mx.where(mask, by_head, lowest).reshape(scores.shape)
             weights = mx.softmax(scores, axis=-1, precise=True)
-            finish(blocks, (weights @ latent).reshape(batch, heads, -1, self.rank))
+            finish(blocks, keys.mixed(weights).reshape(batch, heads, -1, self.rank))
         return joined(blocks, axis=2).swapaxes(1, 2).reshape(batch * length, heads, self.rank)
 
     def _attend_expanded(self, q_nope: mx.array, q_pe: mx.array, item: Work) -> mx.array:
         """(n, H, v) values of queries (n, H, nope) and (n, H, rope), with keys and values of the whole cache expanded,
         as many heads at a time as fit the scratch budget."""
         queries = self._by_sequence(mx.concatenate([q_nope, q_pe], axis=-1), item.span)
+        whole = item.seen.whole()
         groups: list[mx.array] = []
         for heads in head_groups(item, self.shape):
-            k_nope, values = self.expand(item.latent, heads)
-            k_pe = mx.broadcast_to(item.k_pe, (*k_nope.shape[:3], self.pe))
+            k_nope, values = self.expand(whole.latent, heads)
+            k_pe = mx.broadcast_to(whole.k_pe, (*k_nope.shape[:3], self.pe))
             keys = ops.turned(mx.concatenate([k_nope, k_pe], axis=-1), rows=item.span.length).swapaxes(-1, -2)
             count = heads.stop - heads.start
             spent_bytes = count * self.shape.head_elements(1) * item.key_bytes
