@@ -25,16 +25,16 @@ class OurStages:
 
     @classmethod
     @contextlib.contextmanager
-    def started(cls, checkpoint: Path, *, split: str, context: int) -> Iterator[OurStages]:
+    def started(cls, checkpoint: Path, *, stages: int, context: int) -> Iterator[OurStages]:
         """The stages with a checkpoint, in fp32; every process ends with the context.
 
         Args:
             checkpoint: a directory.
-            split: layers per stage, such as `4,5`.
+            stages: how many; the layers are dealt out as `serve --stages` deals them.
             context: most positions of a sequence.
         """
         with asyncio.Runner() as runner:
-            engine = runner.run(_start(checkpoint, split, context))
+            engine = runner.run(_start(checkpoint, stages, context))
             try:
                 yield cls(runner, engine)
             finally:
@@ -73,8 +73,8 @@ class OurStages:
         return seen
 
 
-async def _start(checkpoint: Path, split: str, context: int) -> Engine:
-    cluster = Cluster(make_plan(checkpoint, split=split, dtype="float32"), ClusterOptions(context=context))
+async def _start(checkpoint: Path, stages: int, context: int) -> Engine:
+    cluster = Cluster(make_plan(checkpoint, stages=stages, dtype="float32"), ClusterOptions(context=context))
     engine = Engine(cluster, context=context)
     await cluster.start()
     await engine.start()

@@ -25,14 +25,14 @@ from exo_kimi.errors import UsageError
 
 BAR = 2.0
 TOY = {  # K2's head sizes, so that 40 tokens cost what they cost there relative to expanding the history
-    "num_hidden_layers": 3,
+    "num_hidden_layers": 2,
     "hidden_size": 256,
     "intermediate_size": 256,
     "moe_intermediate_size": 64,
     "n_routed_experts": 8,
     "num_experts_per_tok": 2,
-    "num_attention_heads": 8,
-    "num_key_value_heads": 8,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 2,
     "q_lora_rank": 128,
     "kv_lora_rank": 256,
     "qk_nope_head_dim": 128,
@@ -61,7 +61,7 @@ def run(*, history: int, turns: int, tokens: int) -> Result:
                     pairs.append((answer, ask(theirs, prompt)))
     name = f"{turns} turns of {tokens} on {history}"
     rows = [_row("the history, cold", [first], None), _row(name, pairs[1:], BAR)]
-    config = "3 layers, 8 heads of 128+64 and 128, kv_lora 256, fp32; ours with 2 stages, theirs in one process"
+    config = "2 layers, 2 heads of 128+64 and 128, kv_lora 256, fp32; ours with 2 stages, theirs in one process"
     return Result(bench="turns", against=f"mlx_lm.server {version('mlx-lm')}", rows=rows, notes=[config])
 
 

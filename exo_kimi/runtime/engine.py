@@ -185,8 +185,7 @@ class Engine:
                     asyncio.get_running_loop().call_later(FAILED_GRACE_S, self._fail_epoch, step.epoch, fault)
 
     def _next_step(self) -> Step | None:
-        self._scheduler.prefill_chunk = self._pace.chunk(self._scheduler.running, self._scheduler.waiting)
-        return self._scheduler.next_step()
+        return self._scheduler.next_step(self._pace.chunk)
 
     async def _receive_loop(self) -> None:
         while True:

@@ -8,7 +8,7 @@ waiting for results. When the KV memory runs out, the youngest sequence gives it
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from itertools import groupby
 from operator import gt
 
@@ -105,12 +105,18 @@ class Scheduler:
             self.waiting.remove(sequence)
         sequence.state = "ended"
 
-    def next_step(self) -> Step | None:
-        """The next step to send; None while nothing can be sent before a result comes."""
+    def next_step(self, chunk: Callable[[list[Sequence]], int] | None = None) -> Step | None:
+        """The next step to send; None while nothing can be sent before a result comes.
+
+        Args:
+            chunk: chooses `prefill_chunk` for those that run once the step has let in who fits; None leaves it.
+        """
         if self.epoch is None or len(self._in_flight) >= self.stages:
             return None
         decodes = self._take_decodes()
         self._admit()
+        if chunk is not None:
+            self.prefill_chunk = chunk(self.running)
         self._draft(decodes)
         chunks = self._take_chunks(decodes)
         shares = [(s, 1) for s in decodes] + chunks

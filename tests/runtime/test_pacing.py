@@ -76,7 +76,7 @@ def test_a_prompt_alone_is_cut_so_that_all_stages_work():
     assert pace.chunk(running(20_000)) == 512
     assert pace.chunk(running(3000)) == 3000 / (2 * CHUNKS_PER_STAGE)
     assert pace.chunk(running(100)) == 256
-    assert pace.chunk([], running(3000)) == 375
+    assert pace.chunk(running(40)) == pace.chunk(running(20)) == 20
     assert pace.chunk(running(decoding=3)) == 512
     assert Pace(stages=1, prefill_chunk=512).chunk(running(2000)) == 512
     assert Pace(stages=2, prefill_chunk=64).chunk(running(2000)) == 64
