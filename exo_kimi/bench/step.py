@@ -11,6 +11,7 @@ import argparse
 import contextlib
 import itertools
 import sys
+import time
 from collections.abc import Callable, Iterator, Sequence
 from importlib.metadata import version
 from typing import Any
@@ -28,6 +29,8 @@ from exo_kimi.runtime.steps import Segment, SequenceStart, Step
 
 PROMPT = tuple(range(1, 33))
 TOKENS = 16
+LEADER_S = 0.005
+"""What a leader may take for text, events, a grammar's mask and the next step."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -43,7 +46,8 @@ def measure(rounds: int) -> Result:
     with thin_models() as models:
         ours, theirs = OurLoop(models), TheirLoop(models)
         pairs = taken_in_turn(ours.run, theirs.run, rounds=rounds)
-        equal = ours.tokens == theirs.tokens
+        equal = [token for (token,) in ours.tokens] == theirs.tokens
+        ahead = [ahead_row(models, streams, rounds) for streams in (1, 4)]
         built = taken_in_turn(lambda: graph_s(models, ours=True), lambda: graph_s(models, ours=False), rounds=rounds)
         plain = taken_in_turn(lambda: step_s(models, ours=True), lambda: step_s(models, ours=False), rounds=rounds)
         count, dispatched = counts(models)
@@ -63,37 +67,64 @@ def measure(rounds: int) -> Result:
             inverse=True,
             note="theirs: the time that evaluating takes",
         ),
+        *ahead,
     ]
     return Result(bench="step", against=f"mlx-lm {version('mlx-lm')}", rows=rows)
 
 
-class OurLoop:
-    """A sequence on a stage that is the whole model."""
+def ahead_row(models: Thin, streams: int, rounds: int) -> Row:
+    """A stage that runs one step ahead over one that does not."""
+    ahead, plain = (OurLoop(models, streams=streams, ahead=each, leader_s=LEADER_S) for each in (True, False))
+    pairs = taken_in_turn(ahead.run, plain.run, rounds=rounds)
+    return Row.of_pairs(
+        f"a step ahead, {streams} stream{'s' * (streams > 1)}",
+        [(streams / mine, streams / other) for mine, other in pairs],
+        unit="tokens/s",
+        inverse=True,
+        equal=ahead.tokens == plain.tokens,
+        note=f"theirs: ours without; the leader takes {LEADER_S * 1000:.0f} ms between steps",
+    )
 
-    def __init__(self, models: Thin) -> None:
-        self._worker = StageWorker(models.ours, epoch=0)
+
+class OurLoop:
+    """Sequences on a stage that is the whole model; without `ahead` it computes a step when it is asked for, no sooner. The
+    leader takes `leader_s` from an answer to the next step."""
+
+    def __init__(self, models: Thin, *, streams: int = 1, ahead: bool = False, leader_s: float = 0.0) -> None:
+        self._worker = StageWorker(models.ours, epoch=0, ahead=ahead)
+        self._leader_s = leader_s
+        self._streams = streams
         self._ids = itertools.count()
-        self.tokens: list[int] = []
+        self.tokens: list[list[int]] = []
 
     def run(self) -> float:
-        """Seconds per token after the first."""
-        seq_id = next(self._ids)
-        start = SequenceStart(seq_id=seq_id, prompt_tokens=len(PROMPT), sampling=SamplingParams(temperature=0.0))
-        self.tokens = [self._step(seq_id, PROMPT, 0, begin=(start,))]
+        """Seconds per step after the first."""
+        ids = tuple(next(self._ids) for _ in range(self._streams))
+        greedy = SamplingParams(temperature=0.0)
+        begin = tuple(SequenceStart(seq_id=each, prompt_tokens=len(PROMPT), sampling=greedy) for each in ids)
+        prompts = [(*PROMPT[:-1], PROMPT[-1] + stream) for stream in range(self._streams)]
+        self.tokens = [self._step(ids, prompts, 0, begin)]
 
         def decode() -> None:
             for position in range(len(PROMPT), len(PROMPT) + TOKENS - 1):
-                self.tokens.append(self._step(seq_id, self.tokens[-1:], position))
+                self.tokens.append(self._step(ids, [[token] for token in self.tokens[-1]], position))
 
         taken_s = seconds(decode)
-        self._worker.execute(Step(epoch=0, step_id=0, segments=(), tokens=np.zeros(0, np.int32), free=(seq_id,)))
+        self._worker.execute(Step(epoch=0, step_id=0, segments=(), tokens=np.zeros(0, np.int32), free=ids))
         return taken_s / (TOKENS - 1)
 
-    def _step(self, seq_id: int, tokens: Sequence[int], offset: int, begin: tuple[SequenceStart, ...] = ()) -> int:
-        segment = Segment(seq_id=seq_id, offset=offset, length=len(tokens), sample=True)
-        step = Step(epoch=0, step_id=0, segments=(segment,), tokens=np.array(tokens, np.int32), begin=begin)
+    def _step(
+        self, ids: Sequence[int], tokens: Sequence[Sequence[int]], offset: int, begin: tuple[SequenceStart, ...] = ()
+    ) -> list[int]:
+        segments = tuple(
+            Segment(seq_id=each, offset=offset, length=len(own), sample=True)
+            for each, own in zip(ids, tokens, strict=True)
+        )
+        step = Step(epoch=0, step_id=0, segments=segments, tokens=np.concatenate(tokens).astype(np.int32), begin=begin)
         answer: Any = self._worker.execute(step)
-        return int(answer.sampled[0].token_id)
+        self._worker.run_ahead()
+        time.sleep(self._leader_s)
+        return [int(sampled.token_id) for sampled in answer.sampled]
 
 
 class TheirLoop:

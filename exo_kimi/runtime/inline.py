@@ -32,6 +32,7 @@ class InlinePipeline:
         kv_capacity_tokens: cached tokens of all sequences together.
         cache_step: tokens by which a cache grows.
         open_disk: makes the disk of a stage, from its index, its model and what to tell of changes; called in the thread.
+        ahead: see `StageWorker`.
     """
 
     def __init__(
@@ -43,6 +44,7 @@ class InlinePipeline:
         kv_capacity_tokens: int,
         cache_step: int,
         open_disk: Callable[[int, StageModel, Changed], PrefixDisk] | None = None,
+        ahead: bool = True,
     ) -> None:
         self._load = load
         self._stages = stages
@@ -50,6 +52,7 @@ class InlinePipeline:
         self._kv_capacity_tokens = kv_capacity_tokens
         self._cache_step = cache_step
         self._open_disk = open_disk
+        self._ahead = ahead
         self._info: PipelineInfo | None = None
         self._epoch = 0
         self._closed = False
@@ -101,7 +104,10 @@ class InlinePipeline:
     def _work(self) -> None:
         workers: list[StageWorker] = []
         try:
-            workers = [StageWorker(m, epoch=self._epoch, stage=i) for i, m in enumerate(self._load())]
+            workers = [
+                StageWorker(model, epoch=self._epoch, stage=stage, ahead=self._ahead)
+                for stage, model in enumerate(self._load())
+            ]
             if len(workers) != self._stages:
                 raise StageError("the loader made another number of stages", expected=self._stages, found=len(workers))
         except Exception as error:
@@ -122,6 +128,9 @@ class InlinePipeline:
                 continue
             try:
                 result = run_chain(workers, step)
+                self._look(workers, "ready")
+                self._post(result)
+                workers[-1].run_ahead()
             except Exception as error:
                 fault = as_fault(error, stage=None)
                 logger.warning("a step failed: %s", fault, exc_info=not isinstance(error, type(fault)))
@@ -130,9 +139,6 @@ class InlinePipeline:
                     worker.reset(self._epoch)
                 self._post(Failed(error=fault))
                 self._ready(workers, info)
-                continue
-            self._look(workers, "ready")
-            self._post(result)
         for disk in disks:
             disk.close()
 

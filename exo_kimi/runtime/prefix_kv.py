@@ -20,6 +20,12 @@ def capacity_for(tokens: int, caches: Sequence[Any]) -> int:
     return -(-tokens // step) * step
 
 
+def room(caches: Sequence[Any]) -> int:
+    """Tokens that the caches of a sequence can take without more memory."""
+    held = min((leaf.shape[2] for _, leaf in _leaves(caches[0])), default=0)
+    return held - int(caches[0].offset)
+
+
 def copy_prefix(source: Sequence[Any], target: Sequence[Any], *, length: int, capacity: int) -> None:
     """Let empty caches begin as the first `length` tokens of others, with room for `capacity`: one copy, evaluated here, so
     that neither side's next write finds its buffer shared."""

@@ -10,6 +10,7 @@ import mlx.core as mx
 import numpy as np
 
 from exo_kimi.errors import ProtocolError, RuntimeFault, StageError, StageOutOfMemoryError
+from exo_kimi.runtime.ahead import Ahead, Ready
 from exo_kimi.runtime.held import Held
 from exo_kimi.runtime.hidden import pack, unpack
 from exo_kimi.runtime.prefix_disk import PrefixDisk
@@ -17,6 +18,7 @@ from exo_kimi.runtime.prefix_kv import capacity_for, copy_prefix, trim
 from exo_kimi.runtime.prefix_stage import read_blocks, write_blocks
 from exo_kimi.runtime.sampling import SequenceSampler
 from exo_kimi.runtime.stage_model import StageModel as StageModel
+from exo_kimi.runtime.step_check import check_step
 from exo_kimi.runtime.steps import Sampled, SequenceStart, Step, StepResult
 from exo_kimi.runtime.verify import sample_runs
 
@@ -29,16 +31,25 @@ class StageWorker:
         epoch: steps of any other epoch are refused.
         stage: index of the stage, for errors.
         disk: where it keeps prefixes; may be set later.
+        ahead: whether `run_ahead` does anything on a stage that is the whole model.
     """
 
     def __init__(
-        self, model: StageModel, *, epoch: int, stage: int | None = None, disk: PrefixDisk | None = None
+        self,
+        model: StageModel,
+        *,
+        epoch: int,
+        stage: int | None = None,
+        disk: PrefixDisk | None = None,
+        ahead: bool = True,
     ) -> None:
         self.model = model
         self.epoch = epoch
         self.stage = stage
         self.disk = disk
+        self.ahead = Ahead(model, enabled=ahead)
         self._held: dict[int, Held] = {}
+        self._answered: tuple[Step, StepResult] | None = None
 
     @property
     def sequences(self) -> int:
@@ -53,11 +64,13 @@ class StageWorker:
     def reset(self, epoch: int) -> None:
         """Drop every sequence and go on in `epoch`."""
         self._held.clear()
+        self.ahead.forget()
+        self._answered = None
         self.epoch = epoch
         mx.clear_cache()
 
     def execute(self, step: Step) -> Step | StepResult:
-        """Carry out a step; everything is evaluated when it returns.
+        """Carry out a step; what it asks for is evaluated when it returns.
 
         Returns:
             The step with this stage's hidden states (None when it has no segments), or the last stage's StepResult.
@@ -70,13 +83,15 @@ class StageWorker:
         if step.epoch != self.epoch:
             raise ProtocolError("a step of another epoch", stage=self.stage, expected=self.epoch, found=step.epoch)
         try:
+            ready = self.ahead.settle(step, self._held)
             self._free(step.free)
             for start in step.begin:
                 self._begin(start)
             step = self._restore(step)
-            result = self._work(step)
+            result = self._work(step, ready)
             for blocks in step.store:
                 write_blocks(self.disk, self._known(blocks.seq_id).caches, blocks)
+            self._answered = (step, result) if isinstance(result, StepResult) else None
             return result
         except RuntimeFault as fault:
             fault.stage = self.stage if fault.stage is None else fault.stage
@@ -84,14 +99,27 @@ class StageWorker:
         except (RuntimeError, ValueError, MemoryError) as error:  # what MLX raises
             raise as_fault(error, stage=self.stage) from error
 
-    def _work(self, step: Step) -> Step | StepResult:
+    def run_ahead(self) -> None:
+        """Begin with what will follow the last answer, if that is known; to be called once it is on its way.
+
+        Raises:
+            StageError, StageOutOfMemoryError: as of `execute`.
+        """
+        answered, self._answered = self._answered, None
+        if answered is not None:
+            try:
+                self.ahead.enqueue(*answered, self._held)
+            except (RuntimeError, ValueError, MemoryError) as error:
+                raise as_fault(error, stage=self.stage) from error
+
+    def _work(self, step: Step, ready: Ready | None) -> Step | StepResult:
         if not step.segments:
             return self._answer(step, ()) if self.model.is_last else replace(step, hidden=None)
         for segment in step.segments:
             if segment.seq_id in self._held:
                 self._held[segment.seq_id].begin_at(segment.offset)
-        self._check(step)
-        return self._run(step)
+        check_step(step, self._held, vocab_size=self.model.args.vocab_size, stage=self.stage)
+        return self._run(step, ready)
 
     def _known(self, seq_id: int) -> Held:
         held = self._held.get(seq_id)
@@ -145,90 +173,74 @@ class StageWorker:
         copy_prefix(held.caches, caches, length=start.restore, capacity=capacity)
         return caches
 
-    def _check(self, step: Step) -> None:
-        total = sum(segment.length for segment in step.segments)
-        if step.tokens.shape != (total,):
-            raise ProtocolError(
-                "the tokens of a step do not fill its segments",
-                stage=self.stage,
-                expected=f"{total} tokens",
-                found=f"shape {step.tokens.shape}",
-            )
-        if len({segment.seq_id for segment in step.segments}) != len(step.segments):
-            raise ProtocolError("a sequence has two segments in one step", stage=self.stage)
-        if total and not 0 <= int(step.tokens.min()) <= int(step.tokens.max()) < self.model.args.vocab_size:
-            raise ProtocolError(
-                "a token id outside the vocabulary",
-                stage=self.stage,
-                expected=f"0 to {self.model.args.vocab_size - 1}",
-                found=f"{step.tokens.min()} to {step.tokens.max()}",
-            )
-        for segment in step.segments:
-            held = self._held.get(segment.seq_id)
-            if held is None or not held.length - held.drafts <= segment.offset <= held.length or segment.length < 1:
-                raise ProtocolError(
-                    f"a segment of sequence {segment.seq_id} does not follow what the stage holds",
-                    stage=self.stage,
-                    expected="a sequence that was begun"
-                    if held is None
-                    else f"offset {held.length}{f' or up to {held.drafts} less' * bool(held.drafts)}, length at least 1",
-                    found=f"offset {segment.offset}, length {segment.length}",
-                )
-            if segment.drafts and (segment.drafts >= segment.length or not segment.sample or segment.mask is not None):
-                raise ProtocolError(
-                    f"drafts of sequence {segment.seq_id} that cannot be checked",
-                    stage=self.stage,
-                    expected="a token before them, `sample`, and no mask",
-                    found=f"length {segment.length}, {segment.drafts} drafts",
-                )
-
-    def _run(self, step: Step) -> Step | StepResult:
-        model = self.model
-        total = len(step.tokens)
-        if model.is_first:
-            x = mx.array(step.tokens)
-        elif step.hidden is None:
-            raise ProtocolError("a step without hidden states reached a stage that is not the first", stage=self.stage)
-        else:
-            x = unpack(step.hidden, tokens=total, hidden_size=model.args.hidden_size)
+    def _run(self, step: Step, ready: Ready | None) -> Step | StepResult:
         held = [self._held[segment.seq_id] for segment in step.segments]
         for segment, entry in zip(step.segments, held, strict=True):
             entry.settle(segment.offset)
-        unasked = model.is_last and not any(segment.sample for segment in step.segments)
-        segments = [(s.length, h.caches) for s, h in zip(step.segments, held, strict=True)]
-        out = model.forward_ragged(x, segments, caches_only=unasked)
-        ends = np.cumsum([segment.length for segment in step.segments])
+        rest = step if ready is None else ready.rest(step)
+        out = self._forward(rest) if rest.segments else None
         result: Step | StepResult
-        if model.is_last:
-            self._observe(step, held, ends)
-            result = self._answer(step, self._sample(step, held, ends, out))
+        if self.model.is_last:
+            self._observe(step, held)
+            logits = self._logits(rest, out) if out is not None else None
+            result = self._answer(
+                step, self._sample(step, held, logits if ready is None else ready.joined(step, logits))
+            )
         else:
+            assert out is not None
             result = replace(step, hidden=pack(out))
         for segment, entry in zip(step.segments, held, strict=True):
             entry.length += segment.length
             entry.drafts = segment.drafts
         return result
 
-    def _observe(self, step: Step, held: list[Held], ends: np.ndarray[Any, Any]) -> None:
-        for segment, entry, end in zip(step.segments, held, ends, strict=True):
+    def _forward(self, step: Step) -> mx.array:
+        model = self.model
+        if model.is_first:
+            x = mx.array(step.tokens)
+        elif step.hidden is None:
+            raise ProtocolError("a step without hidden states reached a stage that is not the first", stage=self.stage)
+        else:
+            x = unpack(step.hidden, tokens=len(step.tokens), hidden_size=model.args.hidden_size)
+        unasked = model.is_last and not any(segment.sample for segment in step.segments)
+        segments = [(segment.length, self._held[segment.seq_id].caches) for segment in step.segments]
+        return model.forward_ragged(x, segments, caches_only=unasked)
+
+    def _observe(self, step: Step, held: list[Held]) -> None:
+        for segment, entry, end in zip(step.segments, held, _ends(step), strict=True):
             if entry.sampler is not None:
                 entry.sampler.observe(step.tokens[end - segment.length : end - segment.drafts])
 
-    def _sample(self, step: Step, held: list[Held], ends: np.ndarray[Any, Any], out: mx.array) -> tuple[Sampled, ...]:
-        rows = [row for row, segment in enumerate(step.segments) if segment.sample]
-        if not rows:
+    def _logits(self, step: Step, out: mx.array) -> mx.array | None:
+        """After each position that asks for a token, and after each guess."""
+        asked = [
+            np.arange(end - 1 - segment.drafts, end)
+            for segment, end in zip(step.segments, _ends(step), strict=True)
+            if segment.sample
+        ]
+        if not asked:
             # No lazy graph outlives a step. The last layer's output is not needed, only what it left in the caches.
-            mx.eval([cache.state for entry in held for cache in entry.caches])
+            mx.eval([cache.state for segment in step.segments for cache in self._held[segment.seq_id].caches])
+            return None
+        return self.model.logits(out[mx.array(np.concatenate(asked).astype(np.int32))]).astype(mx.float32)
+
+    def _sample(self, step: Step, held: list[Held], logits: mx.array | None) -> tuple[Sampled, ...]:
+        if logits is None:
             return ()
-        drafts = [step.tokens[ends[row] - step.segments[row].drafts : ends[row]] for row in rows]
-        asked = [np.arange(ends[row] - 1 - len(guess), ends[row]) for row, guess in zip(rows, drafts, strict=True)]
-        logits = self.model.logits(out[mx.array(np.concatenate(asked).astype(np.int32))]).astype(mx.float32)
         mx.eval(logits)
+        rows = [row for row, segment in enumerate(step.segments) if segment.sample]
+        ends = _ends(step)
+        drafts = [step.tokens[ends[row] - step.segments[row].drafts : ends[row]] for row in rows]
         samplers = [sampler for row in rows if (sampler := held[row].sampler) is not None]
         return sample_runs(np.asarray(logits), samplers, [step.segments[row].mask for row in rows], drafts)
 
     def _answer(self, step: Step, sampled: tuple[Sampled, ...]) -> StepResult:
         return StepResult(epoch=step.epoch, step_id=step.step_id, sampled=sampled, restored=step.restored)
+
+
+def _ends(step: Step) -> np.ndarray[Any, Any]:
+    """Where each segment's tokens end."""
+    return np.cumsum([segment.length for segment in step.segments])
 
 
 def as_fault(error: BaseException, *, stage: int | None) -> RuntimeFault:

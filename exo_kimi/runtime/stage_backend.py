@@ -57,6 +57,10 @@ class Backend(Protocol):
         """Run a step."""
         ...
 
+    def run_ahead(self) -> None:
+        """The answer is on its way: begin with what will be asked next, if that is known."""
+        ...
+
     def held(self) -> tuple[int, int]:
         """Bytes of all caches, and how many sequences there are."""
         ...
@@ -184,6 +188,9 @@ class MlxBackend:
 
     def execute(self, step: Step) -> Step | StepResult:
         return self._require().execute(step)
+
+    def run_ahead(self) -> None:
+        self._require().run_ahead()
 
     def held(self) -> tuple[int, int]:
         return (self._worker.kv_nbytes, self._worker.sequences) if self._worker is not None else (0, 0)

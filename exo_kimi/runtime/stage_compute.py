@@ -75,6 +75,7 @@ class StageCompute:
             if order.epoch == self._broken_epoch or order.epoch != self._status.newest_epoch:
                 return
             self._post(self._backend.execute(order))
+            self._backend.run_ahead()
         elif isinstance(order, Load):
             self._load(order)
         elif isinstance(order, Join):

@@ -36,6 +36,9 @@ class FakeBackend:
         sampled = tuple(Sampled(seq_id=s.seq_id, token_id=s.length) for s in step.segments if s.sample)
         return StepResult(epoch=step.epoch, step_id=step.step_id, sampled=sampled)
 
+    def run_ahead(self):
+        pass
+
     def act(self, what, step):
         if what == OUT_OF_MEMORY:
             raise MemoryError
