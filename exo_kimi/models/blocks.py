@@ -6,12 +6,13 @@ Axes: B batch, L new tokens, T cached tokens.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TypeVar
 
 import mlx.core as mx
 
 from exo_kimi.arch.scratch import AttentionShape
+from exo_kimi.models import ops
 from exo_kimi.models.seen import Seen
 
 Caches = TypeVar("Caches")
@@ -25,12 +26,22 @@ class Span:
     """Rows of the flat token list that attend together: B sequences of L new tokens each, in one cache.
 
     `mask` None lets every query see every key, "causal" aligns the last query with the last key, an array is boolean and
-    broadcasts to (B, H, L, T).
+    broadcasts to (B, H, L, T). All layers of a pass are given the same span.
     """
 
     batch: int
     length: int
     mask: mx.array | str | None
+    _whole: dict[int, mx.array] = field(default_factory=dict, init=False, repr=False, compare=False)
+
+    def causal(self, rows: int, keys: int) -> mx.array:
+        """The mask of some rows, the last of which sees all keys. That of all rows is made once for all layers: where they are
+        one block, it is small beside the scores; other blocks' masks would add up."""
+        if rows < self.length:
+            return ops.causal_mask(rows, keys)
+        if keys not in self._whole:
+            self._whole[keys] = ops.causal_mask(rows, keys)
+        return self._whole[keys]
 
 
 @dataclass(frozen=True, slots=True)

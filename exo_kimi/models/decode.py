@@ -19,7 +19,7 @@ from exo_kimi.models import ops
 from exo_kimi.models.fused import Fused, as_one
 from exo_kimi.models.latent_cache import LatentCache8
 from exo_kimi.models.mla import LATENT_NORM_EPS, Attention
-from exo_kimi.models.moe import MLP, MoE
+from exo_kimi.models.moe import MLP, MoE, compiled
 from exo_kimi.models.ops import KVCache, Rope
 from exo_kimi.models.seen import Seen, extend
 
@@ -74,7 +74,7 @@ class _Step:
         if self._matrix is not None:
             return x @ self._matrix
         tokens, _, heads, dims = x.shape
-        return self._rope(x.reshape(tokens, heads, dims), self._positions).reshape(tokens, 1, heads, dims)
+        return self._rope.turn(x.reshape(tokens, heads, 1, dims), self._positions).reshape(tokens, 1, heads, dims)
 
 
 def rotations(
@@ -191,7 +191,7 @@ class _Mixture:
     """`moe.MoE`."""
 
     def __init__(self, mixture: MoE) -> None:
-        self._router = mixture.gate
+        self._choose, self._factor = compiled(mixture.gate.choose), mixture.gate.factor
         weight = mixture.gate.weight.astype(mx.float32).T
         self._columns = weight, weight[None, None]
         self._bias = mixture.gate.e_score_correction_bias.astype(mx.float32)[None, None, None]
@@ -206,7 +206,7 @@ class _Mixture:
         tokens = x.shape[0]
         # A matrix of two axes would make MLX flatten x and unflatten the product.
         logits = x.astype(mx.float32) @ self._columns[tokens == 1]
-        chosen, weights = self._router.choose(logits, self._bias)
+        chosen, weights = self._choose(logits, self._bias)
         if self._fused is not None:
             gate, up = mx.split(self._fused.of_experts(x, chosen, rows=step.rows), 2, axis=-1)
         else:
@@ -215,8 +215,8 @@ class _Mixture:
         y = y.reshape(tokens, 1, chosen.shape[-1], -1)
         shared = self._shared(x, step) if self._shared is not None else None
         if shared is not None and y.dtype == mx.float32:
-            return mx.addmm(shared, weights, y, alpha=self._router.factor)
-        y = ((weights * self._router.factor) @ y.astype(mx.float32)).astype(x.dtype)
+            return mx.addmm(shared, weights, y, alpha=self._factor)
+        y = ((weights * self._factor) @ y.astype(mx.float32)).astype(x.dtype)
         return y if shared is None else y + shared
 
 

@@ -184,7 +184,7 @@ class Attention(nn.Module):
             scores = keys.scores(q, q_pe[:, :, rows].reshape(batch, 1, -1, self.pe))
             if mask is not None:
                 if isinstance(mask, str):
-                    mask = ops.causal_mask(rows.stop - rows.start, seen)
+                    mask = item.span.causal(rows.stop - rows.start, seen)
                 by_head = scores.reshape(batch, heads, -1, seen)
                 lowest = mx.array(mx.finfo(scores.dtype).min, scores.dtype)
                 scores = mx.where(mask, by_head, lowest).reshape(scores.shape)

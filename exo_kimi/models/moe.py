@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import lru_cache
 from typing import ClassVar
 
 import mlx.core as mx
@@ -30,33 +33,21 @@ class MLP(nn.Module):
         return self.down_proj(ops.swiglu(gate, up))
 
 
-class Router(nn.Module):
-    """K experts for each token and their weights, in float32 whatever the weights are stored in.
+@dataclass(frozen=True)
+class Choice:
+    """K experts by their logits: those that rank best within the best `kept_groups` of `groups`."""
 
-    scores = sigmoid(x W^T); the K best by scores + e_score_correction_bias, within the best `topk_group` of `n_group`
-    groups; weights are the unbiased scores, normalised, times `routed_scaling_factor`. In bf16, 2.8-3.9 % of tokens per
-    layer would go to other experts.
+    groups: int
+    kept_groups: int
+    chosen: int
+    normalised: bool = field(kw_only=True)
 
-    Source: "DeepSeek-V3", section 2.1.2; DeepseekV3TopkRouter in transformers.
-    """
-
-    def __init__(self, config: KimiConfig) -> None:
-        super().__init__()
-        self.groups, self.kept_groups = config.n_group, config.topk_group
-        self.chosen = config.num_experts_per_tok
-        self.normalised = config.norm_topk_prob and self.chosen > 1
-        self.factor = config.routed_scaling_factor
-        self.weight = mx.zeros((config.n_routed_experts, config.hidden_size))
-        self.e_score_correction_bias = mx.zeros((config.n_routed_experts,))
-
-    def __call__(self, x: mx.array) -> tuple[mx.array, mx.array]:
-        """Experts (N, K) uint32 and weights (N, K) float32 of tokens (N, D)."""
-        logits = x.astype(mx.float32) @ self.weight.astype(mx.float32).T
-        indices, weights = self.choose(logits, self.e_score_correction_bias.astype(mx.float32))
-        return indices, weights * self.factor
-
-    def choose(self, logits: mx.array, bias: mx.array) -> tuple[mx.array, mx.array]:
+    def __call__(self, logits: mx.array, bias: mx.array) -> tuple[mx.array, mx.array]:
         """Experts (..., K) and their weights, not yet times the factor, of logits (..., E) and a bias that broadcasts."""
+        return self.weighted(*self.ranked(logits, bias))
+
+    def ranked(self, logits: mx.array, bias: mx.array) -> tuple[mx.array, mx.array]:
+        """Scores (..., E) and experts (..., K)."""
         scores, ranking = ops.scores_and_ranking(logits, bias)
         if self.kept_groups < self.groups:
             ranking = self._within_best_groups(ranking)
@@ -64,6 +55,10 @@ class Router(nn.Module):
         indices = (
             mx.argpartition(ranking, kth=others, axis=-1)[..., others:] if others else mx.argsort(ranking, axis=-1)
         )
+        return scores, indices
+
+    def weighted(self, scores: mx.array, indices: mx.array) -> tuple[mx.array, mx.array]:
+        """The experts and their weights."""
         weights = mx.take_along_axis(scores, indices, axis=-1)
         if self.normalised:
             weights = ops.shares(weights, weights.sum(axis=-1, keepdims=True))
@@ -78,6 +73,42 @@ class Router(nn.Module):
         worst = mx.argpartition(group_scores, kth=dropped - 1, axis=-2)[..., :dropped, :]
         grouped = mx.put_along_axis(grouped, worst, mx.array(-mx.inf, grouped.dtype), axis=-2)
         return grouped.reshape(ranking.shape)
+
+
+@lru_cache
+def compiled(choice: Choice) -> Callable[[mx.array, mx.array], tuple[mx.array, mx.array]]:
+    """The same with what comes before the weights in one compiled call on a GPU, shared by all layers; for decoding, as every
+    number of tokens is traced anew. The weights stay outside: scores that are gathered in the same trace would be a kernel of
+    their own."""
+    ranked = ops.compiled_on_gpu(choice.ranked, shapeless=False)
+    return lambda logits, bias: choice.weighted(*ranked(logits, bias))
+
+
+class Router(nn.Module):
+    """K experts for each token and their weights, in float32 whatever the weights are stored in.
+
+    scores = sigmoid(x W^T); the K best by scores + e_score_correction_bias, within the best `topk_group` of `n_group`
+    groups; weights are the unbiased scores, normalised, times `routed_scaling_factor`. In bf16, 2.8-3.9 % of tokens per
+    layer would go to other experts.
+
+    Source: "DeepSeek-V3", section 2.1.2; DeepseekV3TopkRouter in transformers.
+    """
+
+    def __init__(self, config: KimiConfig) -> None:
+        super().__init__()
+        self.chosen = config.num_experts_per_tok
+        self.choose = Choice(
+            config.n_group, config.topk_group, self.chosen, normalised=config.norm_topk_prob and self.chosen > 1
+        )
+        self.factor = config.routed_scaling_factor
+        self.weight = mx.zeros((config.n_routed_experts, config.hidden_size))
+        self.e_score_correction_bias = mx.zeros((config.n_routed_experts,))
+
+    def __call__(self, x: mx.array) -> tuple[mx.array, mx.array]:
+        """Experts (N, K) uint32 and weights (N, K) float32 of tokens (N, D)."""
+        logits = x.astype(mx.float32) @ self.weight.astype(mx.float32).T
+        indices, weights = self.choose(logits, self.e_score_correction_bias.astype(mx.float32))
+        return indices, weights * self.factor
 
 
 class MoE(nn.Module):

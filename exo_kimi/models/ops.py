@@ -53,10 +53,10 @@ def on_cpu() -> bool:
     return bool(mx.default_device() == mx.Device(mx.cpu))
 
 
-def compiled_on_gpu(function: Callable[Args, Any]) -> Callable[Args, Any]:
+def compiled_on_gpu(function: Callable[Args, Any], *, shapeless: bool = True) -> Callable[Args, Any]:
     """Fuse the element-wise operations of `function` on the GPU only: on Linux, mlx 0.31.2 compiles for the CPU by
-    running g++, which a bare machine does not have."""
-    compiled = lru_cache(maxsize=1)(lambda: mx.compile(function, shapeless=True))
+    running g++, which a bare machine does not have. Unless `shapeless`, it is traced anew for each shape."""
+    compiled = lru_cache(maxsize=1)(lambda: mx.compile(function, shapeless=shapeless))
 
     @wraps(function)
     def call(*args: Args.args, **kwargs: Args.kwargs) -> Any:
@@ -119,18 +119,15 @@ class Rope:
 
     def __call__(self, x: mx.array, positions: mx.array) -> mx.array:
         """Rotate x (N, heads, dims) by positions (N,) int32: the tokens go on the batch axis, where offsets may differ."""
+        return self.turn(x[:, :, None, :], positions)[:, :, 0, :]
+
+    def turn(self, x: mx.array, positions: mx.array) -> mx.array:
+        """The same of (N, heads, 1, dims)."""
         if self.amplitude != 1.0:
             x = x * self.amplitude
-        turned = mx.fast.rope(
-            x[:, :, None, :],
-            self.dims,
-            traditional=True,
-            base=None,
-            scale=1.0,
-            offset=positions,
-            freqs=self.wavelengths,
+        return mx.fast.rope(
+            x, self.dims, traditional=True, base=None, scale=1.0, offset=positions, freqs=self.wavelengths
         )
-        return turned[:, :, 0, :]
 
 
 def head_rows_matmul(x: mx.array, linear: nn.Module, rows: slice, *, heads: int, transpose: bool) -> mx.array:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from typing import Any
 
 import mlx.core as mx
@@ -9,7 +10,7 @@ import numpy as np
 import pytest
 
 from exo_kimi.arch.config import KimiConfig
-from exo_kimi.models.moe import MoE, Router
+from exo_kimi.models.moe import MoE, Router, compiled
 
 
 def route_slowly(
@@ -51,6 +52,21 @@ def test_the_router_agrees_with_sorting(raw_config: dict[str, Any], changes: dic
     for row, experts in enumerate(expected):
         found = dict(zip(indices[row].tolist(), weights[row].tolist(), strict=True))
         assert found == pytest.approx(experts, rel=1e-4)
+
+
+@pytest.mark.skipif(
+    shutil.which("g++") is None and not mx.metal.is_available(), reason="MLX compiles for the CPU with g++"
+)
+def test_compiled_choosing_is_choosing(raw_config: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    router, config = build(raw_config, n_group=4, topk_group=2)
+    logits = [mx.random.normal((tokens, 1, 1, config.n_routed_experts)) for tokens in (1, 3)]
+    expected = [router.choose(each, router.e_score_correction_bias) for each in logits]
+    mx.eval(expected)
+    monkeypatch.setattr("exo_kimi.models.ops.on_cpu", lambda: False)  # as on a GPU
+    for each, (experts, weights) in zip(logits, expected, strict=True):
+        found = compiled(router.choose)(each, router.e_score_correction_bias)
+        assert mx.array_equal(found[0], experts)
+        np.testing.assert_allclose(np.array(found[1]), np.array(weights), rtol=1e-6)
 
 
 def test_the_bias_changes_the_choice_and_never_the_weights(raw_config: dict[str, Any]) -> None:
