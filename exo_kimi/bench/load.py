@@ -6,22 +6,22 @@ Ratios: of memory our peak over our own bytes, of time ours over theirs, of spee
 from __future__ import annotations
 
 import argparse
-import json
 import os
-import subprocess
 import sys
 from collections.abc import Sequence
+from concurrent.futures import Executor, ProcessPoolExecutor
 from importlib.metadata import version
+from multiprocessing import get_context
 from pathlib import Path
 from statistics import median
 from tempfile import TemporaryDirectory
 from typing import Any
 
 from exo_kimi.bench.frame import Result, Row, finish, taken_in_turn
+from exo_kimi.bench.load_child import Loaded, load_once
 from exo_kimi.bench.random_checkpoint import SHAPE, write_random
 
 LAYERS = SHAPE["num_hidden_layers"]
-Loaded = dict[str, Any]
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -40,60 +40,73 @@ def measure(rounds: int, *, cold: bool = False) -> Result:
     with TemporaryDirectory(prefix="load-") as folder:
         directory = Path(folder)
         total_bytes = write_random(directory)
-        rows = [row for start in (0, LAYERS // 2) for row in _rows(directory, start, rounds, cold=cold)]
+        with _fresh_processes() as processes:
+            rows = [row for start in (0, LAYERS // 2) for row in _rows(processes, directory, start, rounds, cold=cold)]
     where = "from the disk: files dropped from the page cache before each load" if cold else "from the page cache"
     return Result(
         bench="load",
         against=f"mlx-lm {version('mlx-lm')}",
         rows=rows,
-        notes=[f"{total_bytes / 1e9:.2f} GB in 4 bits, {where}; theirs holds embedding and head on every rank"],
+        notes=[
+            f"{total_bytes / 1e9:.2f} GB in 4 bits, {where}; theirs holds embedding and head on every rank",
+            "a plain read keeps nothing; one into fresh memory has the system make pages, as every load must",
+        ],
     )
 
 
-def _rows(directory: Path, start: int, rounds: int, *, cold: bool) -> list[Row]:
-    def run(side: str) -> Loaded:
+def _fresh_processes() -> Executor:
+    """Runs each call in a process of its own, forked where that is safe from one that has imported everything."""
+    context: Any = get_context("forkserver" if sys.platform == "linux" else "spawn")
+    if sys.platform == "linux":
+        context.set_forkserver_preload(["exo_kimi.bench.load_child"])
+    return ProcessPoolExecutor(1, mp_context=context, max_tasks_per_child=1)
+
+
+def _rows(processes: Executor, directory: Path, start: int, rounds: int, *, cold: bool) -> list[Row]:
+    def run(side: str, *, cold: bool = cold) -> Loaded:
         if cold:
             drop(directory)
-        command = [sys.executable, "-m", "exo_kimi.bench.load_child", side, str(directory), str(start), str(LAYERS)]
-        ran = subprocess.run(command, capture_output=True, text=True, check=True)
-        found: Loaded = json.loads(ran.stdout)
-        return found
+        return processes.submit(load_once, side, directory, start, LAYERS).result()
+
+    def again(side: str) -> Loaded:
+        return run(side, cold=False)
 
     pairs = taken_in_turn(lambda: run("ours"), lambda: run("theirs"), rounds=rounds)
-    plain = [run("plain") for _ in range(rounds)]
+    plain = taken_in_turn(lambda: run("ours"), lambda: run("plain"), rounds=rounds)
+    # Whatever was dropped before, the first pair of these brings it back, and is not counted.
+    second = taken_in_turn(lambda: again("ours"), lambda: again("fresh"), rounds=rounds)
     name = f"layers {start}:{LAYERS}"
-    peaks = [(ours["peak_bytes"], theirs["peak_bytes"]) for ours, theirs in pairs]
-    own = pairs[0][0]["own_bytes"]
-    speeds = [
-        (each["own_bytes"] / ours["seconds"] / 1e9, _speed(each)) for (ours, _), each in zip(pairs, plain, strict=True)
-    ]
+    peak_bytes = median(ours.peak_bytes for ours, _ in pairs)
+    own_bytes, their_bytes = (each.own_bytes for each in pairs[0])
     return [
         Row(
             name=f"{name}, peak",
-            ours=median(ours for ours, _ in peaks),
-            theirs=median(theirs for _, theirs in peaks),
+            ours=peak_bytes,
+            theirs=median(theirs.peak_bytes for _, theirs in pairs),
             unit="bytes",
-            ratio=median(ours for ours, _ in peaks) / own,
+            ratio=peak_bytes / own_bytes,
             bar=1.05,
             direction="at most",
-            note=f"own bytes {own / 1e6:.0f} MB; theirs {pairs[0][1]['own_bytes'] / 1e6:.0f} MB",
+            note=f"own bytes {own_bytes / 1e6:.0f} MB; theirs {their_bytes / 1e6:.0f} MB",
         ),
         Row.of_pairs(
             f"{name}, time",
-            [(ours["seconds"], theirs["seconds"]) for ours, theirs in pairs],
+            [(ours.seconds, theirs.seconds) for ours, theirs in pairs],
             unit="s",
             bar=1.0,
             direction="at most",
             inverse=True,
         ),
-        Row.of_pairs(
-            f"{name}, speed", speeds, unit="GB/s", inverse=True, note="theirs: a plain read of the same ranges"
+        _speed(f"{name}, speed", plain, "theirs: a plain read of the same ranges"),
+        _speed(
+            f"{name}, second start", second, "from the page cache; theirs: a read of the same ranges into fresh memory"
         ),
     ]
 
 
-def _speed(loaded: Loaded) -> float:
-    return float(loaded["own_bytes"] / loaded["seconds"] / 1e9)
+def _speed(name: str, pairs: Sequence[tuple[Loaded, Loaded]], note: str) -> Row:
+    speeds = [(ours.gb_per_s, theirs.gb_per_s) for ours, theirs in pairs]
+    return Row.of_pairs(name, speeds, unit="GB/s", inverse=True, note=note)
 
 
 def drop(directory: Path) -> None:

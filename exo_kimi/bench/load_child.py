@@ -1,9 +1,10 @@
-"""One load in a process of its own: how long it took and how much memory it came to; prints one JSON line.
+"""One load, in a process of its own: how long it took and how much memory it came to.
 
-    python -m exo_kimi.bench.load_child ours|theirs|plain DIRECTORY START END
+    python -m exo_kimi.bench.load_child ours|theirs|plain|fresh DIRECTORY START END
 
-`theirs` is what mlx-lm's `sharded_load` does for a rank of a pipeline, with the rank that owns START:END given instead of
-taken from `mx.distributed`. `plain` reads the same byte ranges as ours into one small buffer.
+prints it as one JSON line. `theirs` is what mlx-lm's `sharded_load` does for a rank of a pipeline, with the rank that owns
+START:END given instead of taken from `mx.distributed`. `plain` reads the same byte ranges as ours into one small buffer,
+`fresh` into memory that nothing has touched yet, as every load must that keeps what it reads.
 """
 
 from __future__ import annotations
@@ -11,20 +12,21 @@ from __future__ import annotations
 import ctypes
 import gc
 import json
+import mmap
 import re
 import resource
 import sys
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
+import mlx_lm.models.deepseek_v3  # noqa: F401  theirs imports it while it loads, ours has its own model by then
 from mlx.utils import tree_flatten
 from mlx_lm.utils import load_model
 
-from exo_kimi.checkpoint.index import open_index
+from exo_kimi.checkpoint.index import TensorEntry, open_index
 from exo_kimi.checkpoint.manifest import StageManifest, resolve
 from exo_kimi.runtime.loader import load_stage
 from exo_kimi.runtime.tensor_reader import READ_BYTES, TensorReader
@@ -46,19 +48,33 @@ class Rank:
         return self.count
 
 
-def main(arguments: Sequence[str]) -> None:
-    """Load and report."""
-    side, directory, start, end = arguments[0], Path(arguments[1]), int(arguments[2]), int(arguments[3])
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Loaded:
+    """What one load took: seconds, the most memory beside what was resident before, and the bytes it was asked for."""
+
+    seconds: float
+    peak_bytes: int
+    own_bytes: int
+
+    @property
+    def gb_per_s(self) -> float:
+        """Its bytes over its time."""
+        return self.own_bytes / self.seconds / 1e9
+
+
+def load_once(side: str, directory: Path, start: int, end: int) -> Loaded:
+    """Load in this process, in which nothing was loaded before. Imports and the start of MLX are not counted."""
     manifest = resolve(open_index(directory), start, end)
     mx.eval(mx.zeros(1))
     before_bytes = _resident("VmRSS")
     _forget_peak()
     started_s = time.perf_counter()
-    held: Any = {"ours": _ours, "theirs": _theirs, "plain": _plain}[side](manifest)
-    taken_s = time.perf_counter() - started_s
+    held: Any = {"ours": _ours, "theirs": _theirs, "plain": _plain, "fresh": _fresh}[side](manifest)
+    seconds = time.perf_counter() - started_s
     peak_bytes = _resident("VmHWM") - before_bytes
-    own_bytes = sum(value.nbytes for _, value in tree_flatten(held.parameters())) if side != "plain" else held
-    print(json.dumps({"seconds": taken_s, "peak_bytes": peak_bytes, "own_bytes": own_bytes}))
+    model = side in ("ours", "theirs")
+    own_bytes = sum(value.nbytes for _, value in tree_flatten(held.parameters())) if model else manifest.disk_bytes
+    return Loaded(seconds=seconds, peak_bytes=peak_bytes, own_bytes=own_bytes)
 
 
 def _ours(manifest: StageManifest) -> Any:
@@ -76,14 +92,29 @@ def _theirs(manifest: StageManifest) -> Any:
     return model
 
 
-def _plain(manifest: StageManifest) -> int:
+def _plain(manifest: StageManifest) -> None:
     buffer = memoryview(bytearray(READ_BYTES))
-    entries = [entry for source in manifest.sources for parts in source.parts.values() for entry in parts]
     with TensorReader(manifest.directory) as reader:
-        for entry in sorted(entries, key=lambda entry: (entry.file, entry.start)):
+        for entry in _in_file_order(manifest):
             for skip in range(0, entry.nbytes, READ_BYTES):
-                reader.read_into(buffer[: min(READ_BYTES, entry.nbytes - skip)], entry, skip)
-    return manifest.disk_bytes
+                size = min(READ_BYTES, entry.nbytes - skip)
+                reader.read_into(buffer[:size], entry, skip)
+
+
+def _fresh(manifest: StageManifest) -> Any:
+    memory, end = mmap.mmap(-1, manifest.disk_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS), 0
+    data = memoryview(memory)
+    with TensorReader(manifest.directory) as reader:
+        for entry in _in_file_order(manifest):
+            reader.read_scattered([data[end : end + entry.nbytes]], entry)
+            end += entry.nbytes
+        reader.wait()
+    return data
+
+
+def _in_file_order(manifest: StageManifest) -> list[TensorEntry]:
+    entries = [entry for source in manifest.sources for parts in source.parts.values() for entry in parts]
+    return sorted(entries, key=lambda entry: (entry.file, entry.start))
 
 
 def _resident(name: str) -> int:
@@ -104,4 +135,5 @@ def _forget_peak() -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    side, directory, start, end = sys.argv[1:]
+    print(json.dumps(asdict(load_once(side, Path(directory), int(start), int(end)))))

@@ -112,12 +112,13 @@ def fuse(modules: Sequence[nn.Module]) -> Fused:
     together = {
         leaf: mx.concatenate([module[leaf] for module in modules], axis=-2) for leaf in LEAVES if leaf in modules[0]
     }
-    mx.eval(together)
-    return adopt(modules, together)
+    one = adopt(modules, together)
+    mx.eval([module[leaf] for module in modules for leaf in together])
+    return one
 
 
 def adopt(modules: Sequence[nn.Module], together: Mapping[str, mx.array]) -> Fused:
-    """The same of arrays that hold the rows of every projection already.
+    """The same of arrays that hold the rows of every projection already; evaluates nothing.
 
     Args:
         modules: they agree.
@@ -128,7 +129,6 @@ def adopt(modules: Sequence[nn.Module], together: Mapping[str, mx.array]) -> Fus
     for module, count in zip(modules, rows, strict=True):
         for leaf, array in together.items():
             module[leaf] = array[..., first : first + count, :]
-            mx.eval(module[leaf])
         first += count
     one = as_one(modules[0])
     return Fused(

@@ -21,7 +21,7 @@ from exo_kimi.errors import MissingTensorError, ShapeMismatchError, UnexpectedTe
 from exo_kimi.models.fused import LEAVES, adopt
 from exo_kimi.models.kimi_k2 import Model
 from exo_kimi.runtime.filling import Job, jobs_of
-from exo_kimi.runtime.target import Storage, Target, can_share, share
+from exo_kimi.runtime.target import Storage, Target, allocate, can_share, share
 from exo_kimi.runtime.tensor_reader import TensorReader
 
 Progress = Callable[[int, int], None]
@@ -96,6 +96,7 @@ def load_stage(
         targets |= source_targets
     _check_targets(model, targets, where=manifest.directory)
     groups = _share_arrays(model, targets) if fuse else []
+    allocate(storage for storage in (target.storage() for target in targets.values()) if storage is not None)
 
     total = sum(entry.nbytes for source in sources for entries in source.parts.values() for entry in entries)
     done = 0
@@ -117,6 +118,7 @@ def load_stage(
     for path, target in targets.items():
         module_path, _, leaf = path.rpartition(".")
         _module_at(model, module_path)[leaf] = target.take()
+    mx.eval(model.parameters())
     if fuse:
         model.fuse()
     model.eval()
@@ -173,10 +175,9 @@ class _Group:
     arrays: dict[str, Storage | Callable[[mx.array], mx.array]]
 
     def take(self) -> dict[str, mx.array]:
-        """The filled arrays."""
+        """The filled arrays, not evaluated."""
         taken = {leaf: store.array() for leaf, store in self.arrays.items() if isinstance(store, Storage)}
         derived = {leaf: make(taken["scales"]) for leaf, make in self.arrays.items() if not isinstance(make, Storage)}
-        mx.eval(derived)
         return taken | derived
 
 

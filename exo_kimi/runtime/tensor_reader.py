@@ -11,6 +11,7 @@ from types import TracebackType
 
 from exo_kimi.checkpoint.index import TensorEntry
 from exo_kimi.errors import TensorFileError
+from exo_kimi.runtime.pages import READY_BYTES, make_ready
 
 READ_BYTES = 16 * 1024**2
 """Most bytes of one read: progress moves that often, and macOS refuses reads over 2 GiB."""
@@ -18,8 +19,8 @@ READ_BYTES = 16 * 1024**2
 READERS = 4
 """Reads at a time: what memory and fast disks can take, one processor cannot copy."""
 
-LATER_BYTES = 1024**2
-"""Tensors of at least this size are waited for later."""
+AHEAD = 16
+"""Reads that are waited for later."""
 
 READ_PIECES = 512
 """Most destinations of one read; systems allow 1,024."""
@@ -61,15 +62,13 @@ class TensorReader:
         self._finish_all(self._submit([destination], entry, skip_bytes))
 
     def read_scattered(self, destinations: Sequence[memoryview], entry: TensorEntry) -> None:
-        """Fill several destinations with a tensor's bytes, in order; large tensors only by the next `wait`, so that memory
-        for the next one is made ready meanwhile.
+        """Fill several destinations with a tensor's bytes, in order, some of them only by the next `wait`.
 
         Raises:
             TensorFileError: see `read_into`.
         """
         self._pending.extend(self._submit(destinations, entry, 0))
-        room = 2 * READERS if entry.nbytes >= LATER_BYTES else 0
-        self._finish_all(self._pending.popleft() for _ in range(len(self._pending) - room))
+        self._finish_all(self._pending.popleft() for _ in range(len(self._pending) - AHEAD))
 
     def wait(self) -> None:
         """Until everything is read.
@@ -83,7 +82,7 @@ class TensorReader:
         descriptor = self._descriptor(entry)
         return [
             self._pool.submit(self._fill, descriptor, pieces, position, entry)
-            for pieces, position in _batches(destinations, entry.start + skip_bytes)
+            for pieces, position in _batches(destinations, entry.start + skip_bytes, READ_BYTES)
         ]
 
     def _finish_all(self, reads: Iterable[Future[int]]) -> None:
@@ -95,7 +94,14 @@ class TensorReader:
 
     def _fill(self, descriptor: int, pieces: Sequence[memoryview], position: int, entry: TensorEntry) -> int:
         """Fill pieces from a position of a file; returns their bytes."""
+        return sum(
+            self._fill_now(descriptor, step, start, entry)
+            for step, start in _batches(pieces, position, READY_BYTES or READ_BYTES)
+        )
+
+    def _fill_now(self, descriptor: int, pieces: Sequence[memoryview], position: int, entry: TensorEntry) -> int:
         waiting, start = list(pieces), position
+        make_ready(waiting)
         while waiting:
             try:
                 count = os.preadv(descriptor, waiting, position)
@@ -140,17 +146,19 @@ class TensorReader:
         )
 
 
-def _batches(destinations: Sequence[memoryview], position: int) -> Iterator[tuple[list[memoryview], int]]:
+def _batches(
+    destinations: Sequence[memoryview], position: int, most_bytes: int
+) -> Iterator[tuple[list[memoryview], int]]:
     """Destinations cut into reads, each with its position in the file."""
     batch: list[memoryview] = []
     size = 0
     for destination in destinations:
         rest = destination
         while len(rest):
-            piece, rest = rest[: READ_BYTES - size], rest[READ_BYTES - size :]
+            piece, rest = rest[: most_bytes - size], rest[most_bytes - size :]
             batch.append(piece)
             size += len(piece)
-            if size == READ_BYTES or len(batch) == READ_PIECES:
+            if size == most_bytes or len(batch) == READ_PIECES:
                 yield batch, position
                 position += size
                 batch, size = [], 0

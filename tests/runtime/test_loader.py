@@ -31,7 +31,7 @@ from exo_kimi.errors import (
     UsageError,
 )
 from exo_kimi.models.kimi_k2 import Model
-from exo_kimi.runtime import filling, tensor_reader
+from exo_kimi.runtime import filling, pages, target, tensor_reader, unfilled
 from exo_kimi.runtime.loader import load, load_stage
 
 SMALL = {
@@ -244,8 +244,13 @@ def test_the_load_matrix_a_truncated_file_is_named_before_any_weight_is_read(
 @pytest.mark.parametrize("options", LAYOUTS.values(), ids=LAYOUTS)
 @pytest.mark.parametrize("layers", [(0, 3), (1, 2), (1, 3)], ids=str)
 def test_a_stage_reads_its_own_byte_ranges_once_and_no_others(
-    stored: Callable[..., Path], reads: list[tuple[str, int, int]], options: dict[str, Any], layers: tuple[int, int]
+    stored: Callable[..., Path],
+    reads: list[tuple[str, int, int]],
+    monkeypatch: pytest.MonkeyPatch,
+    options: dict[str, Any],
+    layers: tuple[int, int],
 ) -> None:
+    monkeypatch.setattr(tensor_reader, "READERS", 1)  # with several, small reads overtake one another
     manifest = manifest_of(stored(**options), *layers)
     load_stage(manifest)
     own = [entry for source in manifest.sources for entries in source.parts.values() for entry in entries]
@@ -425,3 +430,41 @@ def test_a_large_tensor_is_read_in_pieces_at_once(stored: Callable[..., Path], m
     monkeypatch.setattr(tensor_reader, "READ_PIECES", 3)
     found = parameters(load(directory, fuse=True))
     assert all(mx.array_equal(found[name], value) for name, value in expected.items())
+
+
+def test_memory_is_made_ready_without_a_change_to_what_it_holds() -> None:
+    memory = memoryview(bytearray(range(256)) * 2048)
+    pages.make_ready([memory[100:300_000], memory[400_000:400_010]])
+    assert memory == bytes(range(256)) * 2048
+
+
+def test_unfilled_arrays_are_writable_in_place_and_apart() -> None:
+    forms = [((3, 5), mx.uint32), ((7,), mx.uint8), ((2, 2, 9), mx.uint16)] * 40
+    arrays = unfilled.unfilled(forms)
+    for number, array in enumerate(arrays):
+        data = memoryview(array).cast("B")
+        data[:] = bytes([number]) * len(data)
+    for number, (array, (shape, dtype)) in enumerate(zip(arrays, forms, strict=True)):
+        assert (array.shape, array.dtype) == (shape, dtype)
+        assert set(np.array(array.view(mx.uint8)).ravel().tolist()) == {number}
+
+
+def test_where_mlx_gives_no_unfilled_memory_zeros_are_filled(
+    stored: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    directory = stored(recipe="uniform4")
+    monkeypatch.setattr(target, "SMALL_BYTES", 1)
+    expected = load(directory, fuse=True)
+
+    def refuse(*_: Any, **__: Any) -> None:
+        raise RuntimeError("[load] no such file")
+
+    monkeypatch.setattr(unfilled.mx, "load", refuse)
+    assert same(load(directory, fuse=True), expected)
+
+
+def test_an_array_that_was_not_filled_to_its_last_byte_is_not_taken() -> None:
+    half = target.Target((4, 8), mx.float32, parts=2)
+    half.pieces(0)
+    with pytest.raises(AssertionError, match="all of it"):
+        half.take()
