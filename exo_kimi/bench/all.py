@@ -21,7 +21,7 @@ from exo_kimi.bench.outcome import Outcome, missing, run_bench
 from exo_kimi.bench.surroundings import Surroundings
 from exo_kimi.errors import UsageError
 
-LIMIT_S = 150.0
+LIMIT_S = 60.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -34,18 +34,18 @@ class Part:
 
 
 PARTS = (
-    Part(name="attention"),
-    Part(name="prefill-memory"),
-    Part(name="kv-b"),
-    Part(name="router"),
-    Part(name="cache-8bit"),
-    Part(name="step"),
-    Part(name="load"),
-    Part(name="turns"),
-    Part(name="prefix-restart"),
-    Part(name="speculation"),
-    Part(name="pipeline", options=("--rounds", "2"), limit_s=240.0),
-    Part(name="exo", limit_s=240.0),
+    Part(name="attention", limit_s=75.0),
+    Part(name="prefill-memory", limit_s=120.0),
+    Part(name="kv-b", limit_s=30.0),
+    Part(name="router", limit_s=40.0),
+    Part(name="cache-8bit", limit_s=60.0),
+    Part(name="step", limit_s=90.0),
+    Part(name="load", limit_s=120.0),
+    Part(name="turns", limit_s=120.0),
+    Part(name="prefix-restart", limit_s=120.0),
+    Part(name="speculation", limit_s=60.0),
+    Part(name="pipeline", options=("--rounds", "4"), limit_s=180.0),
+    Part(name="exo", options=("--rounds", "2"), limit_s=180.0),
 )
 LEFT_OUT = {
     "conformance": "checks and no ratios",
@@ -59,7 +59,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="exo-kimi bench all", description="every comparison, and a table of ratios")
     parser.add_argument("--only", metavar="NAMES", help="these benches, separated by commas")
     parser.add_argument("--html", type=Path, metavar="FILE", help="write a page with plots (they need matplotlib)")
-    parser.add_argument("--limit", type=float, metavar="S", help="seconds of each bench at most (default 150 or 240)")
+    parser.add_argument("--limit", type=float, metavar="S", help="seconds of each bench at most (default: its share)")
     arguments = parser.parse_args(argv)
     parts = chosen(arguments.only)
     if arguments.html is not None:

@@ -125,9 +125,9 @@ def run(*, rounds: int, tokens: int) -> Result:
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # so that the nodes are stopped then too
     with tempfile.TemporaryDirectory(prefix="exo-bench-") as folder, _clusters(exo, Path(folder)) as (ours, theirs):
         oracle = Oracle(Path(folder) / TOY, tokens)
-        for streams, bar in ((1, None), (2, BAR)):
+        for streams, pairs_of, bar in ((1, 1, None), (2, rounds, BAR)):
             pairs = taken_in_turn(
-                _asking(ours, theirs, streams, tokens), _asking(theirs, ours, streams, tokens), rounds=rounds
+                _asking(ours, theirs, streams, tokens), _asking(theirs, ours, streams, tokens), rounds=pairs_of
             )
             mine, its = zip(*pairs, strict=True)
             rows.append(
@@ -138,7 +138,7 @@ def run(*, rounds: int, tokens: int) -> Result:
                     bar=bar,
                     inverse=True,
                     equal=oracle.differing(mine) == 0,
-                    note=f"{tokens} tokens a stream; of exo's own {streams * rounds} texts {oracle.differing(its)} differ",
+                    note=f"{tokens} tokens a stream; of exo's own {streams * pairs_of} texts {oracle.differing(its)} differ",
                 )
             )
     return Result(bench="exo", against=f"exo's own engine ({_versions(exo)})", rows=rows, notes=_NOTES)
@@ -147,8 +147,8 @@ def run(*, rounds: int, tokens: int) -> Result:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run, print a table and one JSON line."""
     parser = argparse.ArgumentParser(prog="exo-kimi bench exo", description="our engine against exo's own, inside exo")
-    parser.add_argument("--rounds", type=int, default=3, help="pairs of runs per row (default 3)")
-    parser.add_argument("--tokens", type=int, default=48, help="of each answer (default 48)")
+    parser.add_argument("--rounds", type=int, default=3, help="pairs of runs with two streams (default 3)")
+    parser.add_argument("--tokens", type=int, default=32, help="of each answer (default 32)")
     options = parser.parse_args(argv)
     return finish(run(rounds=options.rounds, tokens=options.tokens))
 
