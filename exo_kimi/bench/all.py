@@ -21,16 +21,14 @@ from exo_kimi.bench.outcome import Outcome, missing, run_bench
 from exo_kimi.bench.surroundings import Surroundings
 from exo_kimi.errors import UsageError
 
-LIMIT_S = 60.0
-
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Part:
     """One bench: its name, its options here, and after how many seconds it is stopped."""
 
     name: str
+    limit_s: float
     options: tuple[str, ...] = ()
-    limit_s: float = LIMIT_S
 
 
 PARTS = (
