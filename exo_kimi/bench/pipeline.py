@@ -59,7 +59,7 @@ def run(*, rounds: int) -> Result:
         return Result(bench="pipeline", skipped=reason)
     rows: list[Row] = []
     with _both(HEAVY) as measure:
-        for streams, new_tokens, bar in ((1, 20, 1.05), (2, 20, 1.8), (4, 12, 1.8)):
+        for streams, new_tokens, bar in ((1, 16, 1.05), (2, 16, 1.8), (4, 10, 1.8)):
             pairs = measure([(8, new_tokens, 0)] * streams, rounds)
             name = f"decode, {streams} stream{'s' * (streams > 1)}"
             rows.append(_row(name, pairs, lambda seen: seen.tokens_per_s, "tokens/s", bar, inverse=True))
