@@ -145,8 +145,8 @@ def prefill(model: Model, prompt: mx.array) -> mx.array:
     hidden = mx.zeros((0, model.args.hidden_size))
     for start in range(0, prompt.shape[0], CHUNK):
         tokens = prompt[start : start + CHUNK]
-        unasked = start + CHUNK < prompt.shape[0]
-        hidden = model.forward_ragged(tokens, [(tokens.shape[0], caches)], caches_only=unasked)
+        is_end = start + CHUNK >= prompt.shape[0]
+        hidden = model.forward_ragged(tokens, [(tokens.shape[0], caches)], asked=[int(is_end)])
         mx.eval(hidden, [cache.state for cache in caches])
     logits = model.logits(hidden[-1:])[0]
     return logits - mx.logsumexp(logits)

@@ -93,19 +93,24 @@ def query_blocks(work: Work, heads: int, *, spent_bytes: int = 0) -> list[tuple[
     return blocks
 
 
-def pieces_of(segments: Sequence[tuple[int, Caches]], most: int) -> Iterator[tuple[slice, list[tuple[int, Caches]]]]:
-    """The rows of a ragged pass in runs of at most `most` tokens, each with the segments (tokens, caches) that lie in it."""
-    start, room, pieces = 0, most, []
-    for length, caches in segments:
-        while length:
-            taken = min(length, room)
+def pieces_of(
+    segments: Sequence[tuple[int, Caches]], asked: Sequence[int], most: int
+) -> Iterator[tuple[slice, list[tuple[int, Caches]], list[int]]]:
+    """The rows of a ragged pass in runs of at most `most` tokens, each with the segments (tokens, caches) that lie in it, and
+    how many tokens at the end of each are asked for; `asked` says so of whole segments."""
+    start, room, pieces, ends = 0, most, [], []
+    for (length, caches), wanted in zip(segments, asked, strict=True):
+        left = length
+        while left:
+            taken = min(left, room)
+            left, room = left - taken, room - taken
             pieces.append((taken, caches))
-            length, room = length - taken, room - taken
+            ends.append(min(taken, max(0, wanted - left)))
             if not room:
-                yield slice(start, start + most), pieces
-                start, room, pieces = start + most, most, []
+                yield slice(start, start + most), pieces, ends
+                start, room, pieces, ends = start + most, most, [], []
     if pieces:
-        yield slice(start, start + most - room), pieces
+        yield slice(start, start + most - room), pieces, ends
 
 
 def finish(blocks: list[mx.array], block: mx.array) -> None:

@@ -11,6 +11,7 @@ from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
+import numpy as np
 
 from exo_kimi.arch.config import KimiConfig
 from exo_kimi.arch.geometry import check_quantizable
@@ -149,15 +150,15 @@ class Model(nn.Module):
         return self.lm_head(self.model.norm(h)) if self.is_last else h
 
     def forward_ragged(
-        self, x: mx.array, segments: Sequence[tuple[int, Sequence[KVCache]]], *, caches_only: bool = False
+        self, x: mx.array, segments: Sequence[tuple[int, Sequence[KVCache]]], *, asked: Sequence[int] | None = None
     ) -> mx.array:
         """One pass over several sequences laid end to end, prefill chunks and single tokens mixed.
 
         Args:
             x: (N,) int32 token ids on the first stage, else (N, D) hidden states.
             segments: for each sequence its number of tokens here (they sum to N) and its caches, which grow by it.
-            caches_only: nobody asks for what comes after the last layer, as in all but the last chunk of a prompt on the
-                last stage: it only takes in its keys and values, and what is returned means nothing.
+            asked: for each segment how many tokens at its end somebody asks for, as a sampler for the last of a prompt; None:
+                all. Of the others the last layer only takes in keys and values, and what is returned means nothing.
 
         Returns:
             (N, D) hidden states, before the final norm on the last stage.
@@ -168,29 +169,29 @@ class Model(nn.Module):
         longest = max(caches[0].offset + length for length, caches in segments)
         element_bytes = self.layers[0].input_layernorm.weight.dtype.size
         chunk = fitting_chunk(self.args, total, longest, scratch_bytes=self.scratch_bytes, element_bytes=element_bytes)
+        asked = [length for length, _ in segments] if asked is None else asked
         if chunk == total:
-            return self._pass(x, segments, caches_only)
+            return self._pass(x, segments, asked)
         outputs: list[mx.array] = []
-        for rows, pieces in pieces_of(segments, chunk):
-            outputs.append(self._pass(x[rows], pieces, caches_only))
+        for rows, pieces, ends in pieces_of(segments, asked, chunk):
+            outputs.append(self._pass(x[rows], pieces, ends))
             # Or the graph of the next piece would hold this one's arrays.
             mx.eval(outputs[-1], [cache.state for _, caches in pieces for cache in caches])
         return mx.concatenate(outputs)
 
-    def _pass(self, x: mx.array, segments: Sequence[tuple[int, Sequence[KVCache]]], caches_only: bool) -> mx.array:
+    def _pass(self, x: mx.array, segments: Sequence[tuple[int, Sequence[KVCache]]], asked: Sequence[int]) -> mx.array:
         positions = mx.concatenate(
             [mx.arange(caches[0].offset, caches[0].offset + length, dtype=mx.int32) for length, caches in segments]
         )
-        spans = [Span(1, length, None if length == 1 else "causal") for length, _ in segments]
+        spans = [_span(length) for length, _ in segments]
         h = self.model.embed_tokens(x) if self.is_first else x
-        layers = self.layers
+        *layers, last = self.layers
         for index, layer in enumerate(layers):
-            own = [caches[index] for _, caches in segments]
-            if caches_only and index == len(layers) - 1:
-                layer.self_attn.remember(layer.input_layernorm(h), positions, spans, own)
-            else:
-                h = layer(h, positions, spans, own)
-        return h
+            h = layer(h, positions, spans, [caches[index] for _, caches in segments])
+        own = [caches[-1] for _, caches in segments]
+        if all(count == length for count, (length, _) in zip(asked, segments, strict=True)):
+            return last(h, positions, spans, own)
+        return _end(last, h, positions, [length for length, _ in segments], asked, own)
 
     def logits(self, hidden: mx.array) -> mx.array:
         """(n, vocab) float32 logits of (n, D) hidden states, on the last stage."""
@@ -226,3 +227,32 @@ class Model(nn.Module):
     def cast_predicate(self) -> Any:
         """mlx-lm's question which parameters follow a change of dtype."""
         return lambda path: "e_score_correction_bias" not in path
+
+
+def _span(length: int) -> Span:
+    return Span(1, length, None if length == 1 else "causal")
+
+
+def _end(
+    layer: DecoderLayer,
+    h: mx.array,
+    positions: mx.array,
+    lengths: Sequence[int],
+    asked: Sequence[int],
+    caches: Sequence[Any],
+) -> mx.array:
+    """The last layer: of each segment the tokens before those that are asked for are remembered, and no more."""
+    ends = np.cumsum(lengths)
+    late = np.concatenate([np.arange(end - count, end) for end, count in zip(ends, asked, strict=True)])
+    early = np.setdiff1d(np.arange(ends[-1]), late)
+    before = [
+        (length - count, cache) for length, count, cache in zip(lengths, asked, caches, strict=True) if length > count
+    ]
+    rows = mx.array(early.astype(np.int32))
+    spans = [_span(count) for count, _ in before]
+    layer.self_attn.remember(layer.input_layernorm(h[rows]), positions[rows], spans, [cache for _, cache in before])
+    if len(late):
+        rows = mx.array(late.astype(np.int32))
+        after = [(count, cache) for count, cache in zip(asked, caches, strict=True) if count]
+        h[rows] = layer(h[rows], positions[rows], [_span(count) for count, _ in after], [cache for _, cache in after])
+    return h

@@ -19,7 +19,7 @@ from exo_kimi.runtime.prefix_stage import read_blocks, write_blocks
 from exo_kimi.runtime.sampling import SequenceSampler
 from exo_kimi.runtime.stage_model import StageModel as StageModel
 from exo_kimi.runtime.step_check import check_step
-from exo_kimi.runtime.steps import Sampled, SequenceStart, Step, StepResult
+from exo_kimi.runtime.steps import Sampled, Segment, SequenceStart, Step, StepResult
 from exo_kimi.runtime.verify import sample_runs
 
 
@@ -202,9 +202,9 @@ class StageWorker:
             raise ProtocolError("a step without hidden states reached a stage that is not the first", stage=self.stage)
         else:
             x = unpack(step.hidden, tokens=len(step.tokens), hidden_size=model.args.hidden_size)
-        unasked = model.is_last and not any(segment.sample for segment in step.segments)
+        asked = [_asked(segment) for segment in step.segments] if model.is_last else None
         segments = [(segment.length, self._held[segment.seq_id].caches) for segment in step.segments]
-        return model.forward_ragged(x, segments, caches_only=unasked)
+        return model.forward_ragged(x, segments, asked=asked)
 
     def _observe(self, step: Step, held: list[Held]) -> None:
         for segment, entry, end in zip(step.segments, held, _ends(step), strict=True):
@@ -213,16 +213,13 @@ class StageWorker:
 
     def _logits(self, step: Step, out: mx.array) -> mx.array | None:
         """After each position that asks for a token, and after each guess."""
-        asked = [
-            np.arange(end - 1 - segment.drafts, end)
-            for segment, end in zip(step.segments, _ends(step), strict=True)
-            if segment.sample
-        ]
-        if not asked:
-            # No lazy graph outlives a step. The last layer's output is not needed, only what it left in the caches.
-            mx.eval([cache.state for segment in step.segments for cache in self._held[segment.seq_id].caches])
+        rows = [np.arange(end - _asked(segment), end) for segment, end in zip(step.segments, _ends(step), strict=True)]
+        # No lazy graph outlives a step: of tokens that nobody asked for, only what the last layer left in the caches.
+        unasked = [segment for segment in step.segments if segment.length > _asked(segment)]
+        mx.eval([cache.state for segment in unasked for cache in self._held[segment.seq_id].caches])
+        if not any(map(len, rows)):
             return None
-        return self.model.logits(out[mx.array(np.concatenate(asked).astype(np.int32))]).astype(mx.float32)
+        return self.model.logits(out[mx.array(np.concatenate(rows).astype(np.int32))]).astype(mx.float32)
 
     def _sample(self, step: Step, held: list[Held], logits: mx.array | None) -> tuple[Sampled, ...]:
         if logits is None:
@@ -236,6 +233,11 @@ class StageWorker:
 
     def _answer(self, step: Step, sampled: tuple[Sampled, ...]) -> StepResult:
         return StepResult(epoch=step.epoch, step_id=step.step_id, sampled=sampled, restored=step.restored)
+
+
+def _asked(segment: Segment) -> int:
+    """Tokens at a segment's end after which the next one is drawn or verified."""
+    return segment.drafts + 1 if segment.sample else 0
 
 
 def _ends(step: Step) -> np.ndarray[Any, Any]:

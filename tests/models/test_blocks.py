@@ -16,17 +16,23 @@ from exo_kimi.models.mla import Attention, Span
 from exo_kimi.models.ops import KVCache, Rope
 
 
-@given(st.lists(st.integers(1, 9), min_size=1, max_size=5), st.integers(1, 12))
-def test_pieces_hold_every_row_once_and_in_order(lengths: list[int], most: int) -> None:
-    segments = [(length, [str(index)]) for index, length in enumerate(lengths)]
-    found: list[str] = []
+@given(st.lists(st.tuples(st.integers(1, 9), st.integers(0, 9)), min_size=1, max_size=5), st.integers(1, 12))
+def test_pieces_hold_every_row_once_and_in_order(segments_asked: list[tuple[int, int]], most: int) -> None:
+    segments = [(length, [str(index)]) for index, (length, _) in enumerate(segments_asked)]
+    asked = [min(pair) for pair in segments_asked]
+    found: list[tuple[str, bool]] = []
     at = 0
-    for rows, pieces in pieces_of(segments, most):
+    for rows, pieces, ends in pieces_of(segments, asked, most):
         assert rows.start == at and 0 < rows.stop - rows.start <= most
         assert sum(taken for taken, _ in pieces) == rows.stop - rows.start
-        found += [name for taken, (name,) in pieces for _ in range(taken)]
+        for (taken, (name,)), count in zip(pieces, ends, strict=True):
+            found += [(name, row >= taken - count) for row in range(taken)]
         at = rows.stop
-    assert found == [name for length, (name,) in segments for _ in range(length)]
+    assert found == [
+        (name, row >= length - count)
+        for (length, (name,)), count in zip(segments, asked, strict=True)
+        for row in range(length)
+    ]
 
 
 def test_a_pass_in_pieces_gives_what_the_whole_gives(model: Model, tokens: mx.array) -> None:

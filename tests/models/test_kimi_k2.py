@@ -54,13 +54,30 @@ def test_the_last_layer_may_only_remember(model: Model, tokens: mx.array, chunk_
     if chunk_bytes is not None:
         model.set_scratch_bytes(chunk_bytes)  # the pass is cut into pieces
     model.forward_ragged(tokens[:40], [(40, whole)])
-    model.forward_ragged(tokens[:40], [(40, spared)], caches_only=True)
+    model.forward_ragged(tokens[:40], [(40, spared)], asked=[0])
     for one, other in zip(whole, spared, strict=True):
         assert one.offset == other.offset == 40
         close(other.keys[:, :, :40], one.keys[:, :, :40])
         close(other.values[:, :, :40], one.values[:, :, :40])
     after = [model.logits(model.forward_ragged(tokens[40:], [(20, caches)])) for caches in (whole, spared)]
     close(after[1], after[0])
+
+
+@pytest.mark.parametrize("chunk_bytes", [None, 1])
+def test_what_is_asked_for_is_that_of_a_whole_pass(model: Model, tokens: mx.array, chunk_bytes: int | None) -> None:
+    """A prompt's end, a chunk of which nothing is asked, a guess with its verification, all in one pass."""
+    lengths, asked = [25, 20, 4, 1], [1, 0, 3, 1]
+    whole, spared = ([(length, model.make_cache()) for length in lengths] for _ in range(2))
+    expected = model.forward_ragged(tokens[:50], whole)
+    if chunk_bytes is not None:
+        model.set_scratch_bytes(chunk_bytes)
+    found = model.forward_ragged(tokens[:50], spared, asked=asked)
+    rows = mx.array([24, 46, 47, 48, 49])
+    close(model.logits(found[rows]), model.logits(expected[rows]))
+    for (length, one), (_, other) in zip(whole, spared, strict=True):
+        for mine, theirs in zip(one, other, strict=True):
+            assert mine.offset == theirs.offset == length
+            close(theirs.keys[:, :, :length], mine.keys[:, :, :length])
 
 
 def test_a_sequence_computes_the_same_alone_and_among_others(model: Model, tokens: mx.array) -> None:
