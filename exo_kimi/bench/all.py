@@ -32,18 +32,18 @@ class Part:
 
 
 PARTS = (
-    Part(name="attention", limit_s=75.0),
-    Part(name="prefill-memory", limit_s=120.0),
+    Part(name="attention", options=("--rounds", "1"), limit_s=60.0),
+    Part(name="prefill-memory", limit_s=150.0),
     Part(name="kv-b", limit_s=30.0),
     Part(name="router", limit_s=40.0),
     Part(name="cache-8bit", limit_s=60.0),
-    Part(name="step", limit_s=90.0),
-    Part(name="load", limit_s=120.0),
+    Part(name="step", options=("--rounds", "2"), limit_s=100.0),
+    Part(name="load", options=("--rounds", "3"), limit_s=90.0),
     Part(name="turns", limit_s=120.0),
-    Part(name="prefix-restart", limit_s=120.0),
+    Part(name="prefix-restart", options=("--rounds", "1"), limit_s=100.0),
     Part(name="speculation", limit_s=60.0),
-    Part(name="pipeline", options=("--rounds", "3"), limit_s=180.0),
-    Part(name="exo", options=("--rounds", "2"), limit_s=180.0),
+    Part(name="pipeline", options=("--rounds", "2"), limit_s=150.0),
+    Part(name="exo", options=("--rounds", "1"), limit_s=180.0),
 )
 LEFT_OUT = {
     "conformance": "checks and no ratios",

@@ -43,11 +43,17 @@ TOY: dict[str, Any] = {
     "q_lora_rank": 64,
     "kv_lora_rank": 32,
     "num_attention_heads": 1,
-    "qk_nope_head_dim": 16,
+    "qk_nope_head_dim": 8,
     "qk_rope_head_dim": 8,
+    "v_head_dim": 8,
+}
+BUDGETED: dict[str, Any] = TOY | {
+    "num_hidden_layers": 1,
+    "num_attention_heads": 64,
+    "num_key_value_heads": 64,
+    "qk_nope_head_dim": 16,
     "v_head_dim": 16,
 }
-BUDGETED: dict[str, Any] = TOY | {"num_hidden_layers": 1, "num_attention_heads": 64, "num_key_value_heads": 64}
 
 
 @dataclass(frozen=True, slots=True)

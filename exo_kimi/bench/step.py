@@ -75,7 +75,7 @@ def measure(rounds: int) -> Result:
 def ahead_row(models: Thin, streams: int, rounds: int) -> Row:
     """A stage that runs one step ahead over one that does not."""
     ahead, plain = (OurLoop(models, streams=streams, ahead=each, leader_s=LEADER_S) for each in (True, False))
-    pairs = taken_in_turn(ahead.run, plain.run, rounds=min(rounds, 3))
+    pairs = taken_in_turn(ahead.run, plain.run, rounds=min(rounds, 2))
     return Row.of_pairs(
         f"a step ahead, {streams} stream{'s' * (streams > 1)}",
         [(streams / mine, streams / other) for mine, other in pairs],
