@@ -23,7 +23,7 @@ from exo_kimi.units import format_bytes
 MODEL_ID = "tiny-kimi-k2"
 ANSWER_TOKENS = 96
 READY_WITHIN_S = 120.0
-QUESTIONS = ("What is the capital of Norway?", "How much is 47 plus 35?")
+QUESTIONS = ("What is the capital of Norway?", "How much is 58 plus 36?")
 TOOL_QUESTION = "What is the weather in Oslo?"
 WEATHER = {
     "type": "function",

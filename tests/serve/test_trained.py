@@ -49,10 +49,10 @@ def _ask(client: openai.OpenAI, messages: list[Any], **options: Any) -> Any:
 
 
 def test_it_reasons_and_then_answers(client):
-    choice = _ask(client, [{"role": "user", "content": "How much is 47 plus 35?"}])
+    choice = _ask(client, [{"role": "user", "content": "How much is 58 plus 36?"}])
     assert choice.finish_reason == "stop"
-    assert choice.message.reasoning_content == "7 + 5 = 12, 4 + 3 + 1 = 8"
-    assert choice.message.content == "47 + 35 = 82."
+    assert choice.message.reasoning_content == "8 + 6 = 14, 5 + 3 + 1 = 9"
+    assert choice.message.content == "58 + 36 = 94."
 
 
 def test_it_knows_and_it_remembers(client):
