@@ -8,6 +8,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -447,6 +448,16 @@ def test_unfilled_arrays_are_writable_in_place_and_apart() -> None:
     for number, (array, (shape, dtype)) in enumerate(zip(arrays, forms, strict=True)):
         assert (array.shape, array.dtype) == (shape, dtype)
         assert set(np.array(array.view(mx.uint8)).ravel().tolist()) == {number}
+
+
+def test_beside_other_threads_memory_is_filled(monkeypatch: pytest.MonkeyPatch) -> None:
+    """MLX's thread would need Python's lock, which a thread that waits for it may hold: loads in several threads hung."""
+    asked: list[object] = []
+    monkeypatch.setattr(unfilled.mx, "load", lambda *given, **_: asked.append(given))
+    with ThreadPoolExecutor(1) as pool:
+        (array,) = pool.submit(unfilled.unfilled, [((3,), mx.uint8)]).result()
+    assert not asked
+    assert array.tolist() == [0, 0, 0]
 
 
 def test_where_mlx_gives_no_unfilled_memory_zeros_are_filled(
