@@ -153,8 +153,9 @@ def test_random_traffic_answers_as_without_a_cache(fakes: SimpleNamespace, data:
             traffic.add(prompt_of(data.draw(prompts)), data.draw(st.integers(1, 12)))
         elif action == "next" and traffic.sequences:
             before = data.draw(st.sampled_from(traffic.sequences))
-            if len(before.tokens) < 60:
-                traffic.add((*before.tokens, *prompt_of(data.draw(prompts))), data.draw(st.integers(1, 6)))
+            prompt, new_tokens = (*before.tokens, *prompt_of(data.draw(prompts))), data.draw(st.integers(1, 6))
+            if len(prompt) + new_tokens <= 24 * BLOCK:  # or it could never fit
+                traffic.add(prompt, new_tokens)
         elif action == "cancel" and traffic.sequences:
             sequence = data.draw(st.sampled_from(traffic.sequences))
             cancelled.add(sequence)
