@@ -16,9 +16,11 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
+from typing import Protocol
 
 import mlx.core as mx
 
+from exo_kimi.bench.awake import awake
 from exo_kimi.bench.frame import Direction, Result, Row, finish, taken_in_turn
 from exo_kimi.bench.our_stages import OurStages
 from exo_kimi.bench.peer import copy_for_peer
@@ -48,9 +50,18 @@ THIN = HEAVY | {
 VOCABULARY = 700  # below the control tokens of the toy
 STAGES = 2
 LONG = 2000
+SHORT = 2
+SETTLED = 3
+"""Tokens of each stream after which a rate is taken: both have filled their pipeline then."""
 CONTEXT = 4096
 DEADLINE_S = 90.0
 Pair = tuple[Seen, Seen]
+
+
+class Measure(Protocol):
+    """Runs requests (prompt tokens, new tokens, after) on both; `alone`: in their generator for one."""
+
+    def __call__(self, requests: list[tuple[int, int, int]], rounds: int, *, alone: bool = False) -> list[Pair]: ...
 
 
 def run(*, rounds: int) -> Result:
@@ -59,10 +70,13 @@ def run(*, rounds: int) -> Result:
         return Result(bench="pipeline", skipped=reason)
     rows: list[Row] = []
     with _both(HEAVY) as measure:
-        for streams, new_tokens, bar in ((1, 16, 1.05), (2, 16, 1.8), (4, 10, 1.8)):
-            pairs = measure([(8, new_tokens, 0)] * streams, rounds)
+        for streams, new_tokens, bar in ((1, 16, 1.05), (2, 16, 1.8), (4, 12, 1.8)):
+            pairs = measure([(SHORT, new_tokens, 0)] * streams, rounds)
             name = f"decode, {streams} stream{'s' * (streams > 1)}"
-            rows.append(_row(name, pairs, lambda seen: seen.tokens_per_s, "tokens/s", bar, inverse=True))
+            rows.append(_row(name, pairs, _settled, "tokens/s", bar, inverse=True))
+        pairs = measure([(SHORT, 16, 0)], rounds, alone=True)
+        note = "theirs: generate_step, which no server of theirs uses"
+        rows.append(_row("decode, no server", pairs, _settled, "tokens/s", None, inverse=True, note=note))
     with _both(THIN) as measure:
         rounds = max(1, rounds // 3)  # they take long, and vary less
         pairs = measure([(LONG, 2, 0)], rounds)
@@ -95,7 +109,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 @contextmanager
-def _both(config: dict[str, int]) -> Iterator[Callable[[list[tuple[int, int, int]], int], list[Pair]]]:
+def _both(config: dict[str, int]) -> Iterator[Measure]:
     """Ours and theirs on one checkpoint; what is given measures a traffic on both, in turn."""
     with tempfile.TemporaryDirectory(prefix="pipeline-") as folder:
         # Absorbed, because mlx-lm quantizes a kv_b_proj a second time, after which its tokens would be others.
@@ -104,18 +118,21 @@ def _both(config: dict[str, int]) -> Iterator[Callable[[list[tuple[int, int, int
         with (
             OurStages.started(directory, stages=STAGES, context=CONTEXT) as ours,
             Ring.started(copy, ranks=STAGES) as ring,
+            awake(),
         ):
 
-            def theirs(traffic: Traffic) -> Seen:
-                answer = ring.run(traffic.order(), deadline_s=DEADLINE_S)
+            def theirs(traffic: Traffic, *, alone: bool = False) -> Seen:
+                answer = ring.run(traffic.order() | {"alone": alone}, deadline_s=DEADLINE_S)
                 submitted = [0.0] * len(traffic.prompts)
                 return Seen(
                     tokens=answer["tokens"], times=answer["times"], submitted=answer.get("submitted", submitted)
                 )
 
-            def measure(requests: list[tuple[int, int, int]], rounds: int) -> list[Pair]:
+            def measure(requests: list[tuple[int, int, int]], rounds: int, *, alone: bool = False) -> list[Pair]:
                 traffic = Traffic.of(requests, vocab_size=VOCABULARY)
-                return taken_in_turn(lambda: ours.run(traffic), lambda: theirs(traffic), rounds=rounds, warm=0)
+                return taken_in_turn(
+                    lambda: ours.run(traffic), lambda: theirs(traffic, alone=alone), rounds=rounds, warm=0
+                )
 
             warm = Traffic.of([(4, 2, 0)], vocab_size=VOCABULARY)
             ours.run(warm)
@@ -139,6 +156,10 @@ def _row(
     return Row.of_pairs(name, figures, unit=unit, bar=bar, direction=direction, inverse=inverse, note=note, equal=equal)
 
 
+def _settled(seen: Seen) -> float:
+    return seen.tokens_per_s(after=SETTLED)
+
+
 def _missing() -> str | None:
     if not mx.distributed.is_available():
         return "this MLX has no ring"
@@ -150,8 +171,9 @@ def _missing() -> str | None:
 def _notes() -> list[str]:
     return [
         "heavy toy: 9 layers, D 512, 32 experts top-8 of 512; long prompts: 9 layers, D 256, 2 heads, 16 experts top-2 of 64",
-        "theirs: generate_step for 1 request, BatchGenerator (prefill steps of 2,048) for more, over the ring without a",
-        "server; its ranks are stopped (SIGSTOP) while ours runs, because a rank that waits spins",
+        "theirs: BatchGenerator (prefill steps of 2,048), which mlx_lm.server drives, over the ring without a server; its ranks",
+        "are stopped (SIGSTOP) while ours runs, because a rank that waits spins; beside both a process per",
+        "core spins at idle priority, because a virtual core that has slept is slow for a while",
     ]
 
 

@@ -1,8 +1,9 @@
 """One rank of mlx-lm's own pipeline on the ring: its model, its generators, its split. Started by `ring.Ring`.
 
 Every rank gets the same orders, one JSON line each on stdin, and answers each with one JSON line; rank 0 has the tokens.
-One request runs through `generate_step`, several through `BatchGenerator`, which is what `mlx_lm.server` drives; without the
-server around it, so without what its HTTP and its sharing of requests between ranks cost.
+Requests run through `BatchGenerator`, which is what `mlx_lm.server` drives, one as well as several; without the server around
+it, so without what its HTTP and its sharing of requests between ranks cost. An order with `alone` takes `generate_step`, which
+is what mlx-lm's library offers for one request.
 """
 
 from __future__ import annotations
@@ -67,7 +68,7 @@ def main(directory: str) -> None:
     for line in sys.stdin:
         order = json.loads(line)
         after = order.get("after") or [0] * len(order["prompts"])
-        if len(order["prompts"]) == 1:
+        if order.get("alone"):
             answer = one(model, order["prompts"][0], order["new_tokens"][0])
         else:
             answer = batch(model, order["prompts"], order["new_tokens"], after)

@@ -36,10 +36,9 @@ class Seen:
     times: list[list[float]]
     submitted: list[float]
 
-    @property
-    def tokens_per_s(self) -> float:
-        """Of all requests together while all of them decode: from the last first token to the first last one."""
-        start_s = max(times[0] for times in self.times)
+    def tokens_per_s(self, *, after: int = 1) -> float:
+        """Of all requests together while all of them decode: from when the last has `after` tokens to the first last one."""
+        start_s = max(times[after - 1] for times in self.times)
         end_s = min(times[-1] for times in self.times)
         return sum(sum(start_s < time <= end_s for time in times) for times in self.times) / (end_s - start_s)
 

@@ -9,7 +9,7 @@ import logging
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from queue import SimpleQueue
+from queue import Empty, SimpleQueue
 
 from exo_kimi.errors import CheckpointError, ExoKimiError, UsageError
 from exo_kimi.runtime.faults import to_message
@@ -23,6 +23,8 @@ from exo_kimi.runtime.wire import Message
 from exo_kimi.units import format_gb, format_seconds
 
 logger = logging.getLogger(__name__)
+LOOK_AFTER_S = 0.05
+LOOK_EVERY_S = 0.5
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,10 +54,12 @@ class StageCompute:
         self._status = status
         self._post = post
         self._broken_epoch = -1
+        self._looked_s = 0.0
+        self._unseen = False
 
     def run(self, orders: SimpleQueue[Order]) -> None:
         """Work until the order is None."""
-        while (order := orders.get()) is not None:
+        while (order := self._next(orders)) is not None:
             self._status.busy_since_s = time.monotonic()
             try:
                 self._carry_out(order)
@@ -66,8 +70,20 @@ class StageCompute:
                 logger.exception("%s failed", type(order).__name__)
                 self._answer_fault(order, error)
             finally:
-                self._look()
+                self._unseen = True
+                # Looking takes time that the answer's way out and the next step would wait for.
+                if not isinstance(order, Step) or time.monotonic() - self._looked_s > LOOK_EVERY_S:
+                    self._look()
                 self._status.busy_since_s = None
+
+    def _next(self, orders: SimpleQueue[Order]) -> Order:
+        """The next order. While none comes, the memory is looked at."""
+        if self._unseen:
+            try:
+                return orders.get(timeout=LOOK_AFTER_S)
+            except Empty:
+                self._look()
+        return orders.get()
 
     def _carry_out(self, order: Order) -> None:
         if isinstance(order, Step):
@@ -131,6 +147,7 @@ class StageCompute:
         self._post(to_message(known, epoch, order.step_id if isinstance(order, Step) else None))
 
     def _look(self) -> None:
+        self._looked_s, self._unseen = time.monotonic(), False
         status = self._status
         status.kv_bytes, status.sequences = self._backend.held()
         status.active_bytes, status.peak_bytes = self._backend.memory()

@@ -18,8 +18,9 @@ def seen(*streams: list[float], submitted: list[float] | None = None) -> Seen:
 
 
 def test_the_rate_counts_only_the_time_in_which_all_streams_decode():
-    assert seen([1.0, 2.0, 3.0, 4.0], [2.0, 3.0, 4.0, 5.0]).tokens_per_s == pytest.approx(2.0)
-    assert seen([1.0, 1.5, 2.0]).tokens_per_s == pytest.approx(2.0)
+    assert seen([1.0, 2.0, 3.0, 4.0], [2.0, 3.0, 4.0, 5.0]).tokens_per_s() == pytest.approx(2.0)
+    assert seen([1.0, 1.5, 2.0]).tokens_per_s() == pytest.approx(2.0)
+    assert seen([0.0, 7.0, 7.5, 8.0], [1.0, 7.0, 7.5, 8.0]).tokens_per_s(after=2) == pytest.approx(4.0)
 
 
 def test_the_worst_gap_is_that_of_the_first_stream_while_the_last_one_prefills():
