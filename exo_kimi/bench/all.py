@@ -42,7 +42,7 @@ PARTS = (
     Part(name="turns", limit_s=120.0),
     Part(name="prefix-restart", options=("--rounds", "1"), limit_s=100.0),
     Part(name="speculation", limit_s=60.0),
-    Part(name="pipeline", options=("--rounds", "2"), limit_s=150.0),
+    Part(name="pipeline", options=("--rounds", "4"), limit_s=170.0),
     Part(name="exo", options=("--rounds", "1"), limit_s=180.0),
 )
 LEFT_OUT = {

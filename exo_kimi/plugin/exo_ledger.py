@@ -111,7 +111,7 @@ class LedgerListener:
 
     async def _tell(self, message: dict[str, object]) -> None:
         for peer in tuple(self._peers):
-            if not await self._listener.send(peer, _encode(message)):
+            if not self._listener.send(peer, _encode(message)):
                 del self._peers[peer]
 
     async def _receive(self) -> None:
@@ -222,7 +222,7 @@ class LedgerReader:
         context = zmq.asyncio.Context()
         try:
             link = await connect(context, self._leader, key=self._key, deadline_s=self._connect_s, silence_s=SILENCE_S)
-            await link.send(_encode({"rank": self._rank}))
+            link.send(_encode({"rank": self._rank}))
             while True:
                 self._hear(_decode(await link.receive()))
         finally:

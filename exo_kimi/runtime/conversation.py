@@ -66,7 +66,7 @@ class Conversation:
         Raises:
             RuntimeFault: the link is lost, or no frame can hold the message.
         """
-        await self._link.send(encode(message))
+        self._link.send(encode(message))
 
     async def ask(self, message: Message, answer: type[Answer], *, epoch: int) -> Answer:
         """Send a question and wait for its answer, one at a time. Only what is about `epoch` counts.

@@ -50,12 +50,12 @@ class DistributedLink:
         self._parts: asyncio.Queue[Part] = asyncio.Queue()
         self._pump = asyncio.create_task(self._carry())
 
-    async def send(self, parts: Sequence[Part]) -> None:
+    def send(self, parts: Sequence[Part]) -> None:
         """Queue a frame. Raises StageUnreachableError when either way is lost."""
         if self._pump.done():
             raise self._lost()
         frame, last = announce(parts)
-        await self._below.send(frame)
+        self._below.send(frame)
         self._parts.put_nowait(last)
 
     async def receive(self) -> list[Part]:
@@ -103,7 +103,7 @@ class Arrivals:
         *,
         deadline_s: float,
         take: Callable[[list[Part]], None],
-        lose: Callable[[RuntimeFault], Awaitable[None]],
+        lose: Callable[[RuntimeFault], None],
     ) -> None:
         self._making = making
         self._deadline_s = deadline_s
@@ -132,4 +132,4 @@ class Arrivals:
                     last = await self._carriage.receive(size, deadline_s=self._deadline_s) if size else b""
                     self._take([*parts, last])
             except RuntimeFault as fault:
-                await self._lose(fault)
+                self._lose(fault)

@@ -18,7 +18,7 @@ class Link(Protocol):
 
     address: Address
 
-    async def send(self, parts: Sequence[Part]) -> None:
+    def send(self, parts: Sequence[Part]) -> None:
         """Queue a frame. Raises StageUnreachableError when the link is lost or its queue is full; never waits long."""
         ...
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import asyncio
 import socket as sockets
 import subprocess
-from collections.abc import Awaitable, Callable
+from collections.abc import Callable
 from functools import partial
 
 from exo_kimi.errors import ProtocolError, RuntimeFault, StageUnreachableError
@@ -45,7 +45,7 @@ async def couple(link: Link, backend: Backend, *, epoch: int, deadline_s: float)
     proposal = Couple(
         epoch=epoch, backend=backend, sender=f"{mine}:{_free_port(mine)}", sender_device=device, host=host
     )
-    await link.send(encode(proposal))
+    link.send(encode(proposal))
     async with asyncio.timeout(COUPLE_DEADLINE_S):
         answer = decode(await link.receive())
     if not isinstance(answer, Coupled) or answer.epoch != epoch:
@@ -62,7 +62,7 @@ class Incoming:
         lose: takes an epoch and why its pair is lost.
     """
 
-    def __init__(self, *, take: Callable[[Step], None], lose: Callable[[int, RuntimeFault], Awaitable[None]]) -> None:
+    def __init__(self, *, take: Callable[[Step], None], lose: Callable[[int, RuntimeFault], None]) -> None:
         self._take = take
         self._lose = lose
         self._current: tuple[int, Arrivals] | None = None

@@ -41,7 +41,7 @@ async def open_next(
             silence_s=1.5 * leader.silence_s,
         )
         mine = replace(leader, role="upstream", exo_kimi=versions.exo_kimi, mlx=versions.mlx, mlx_lm=versions.mlx_lm)
-        await link.send(encode(mine))
+        link.send(encode(mine))
         async with asyncio.timeout(CONNECT_DEADLINE_S):
             answer = decode(await link.receive())
         if not isinstance(answer, HelloAck):

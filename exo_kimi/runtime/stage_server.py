@@ -11,6 +11,7 @@ import time
 from concurrent.futures import Future
 from dataclasses import dataclass, replace
 from queue import SimpleQueue
+from typing import Any
 
 import zmq.asyncio
 
@@ -24,6 +25,7 @@ from exo_kimi.runtime.neighbours import COUPLE_DEADLINE_S, Incoming
 from exo_kimi.runtime.next_stage import open_next, watch_next
 from exo_kimi.runtime.stage_compute import DropSequences, Order, Unload
 from exo_kimi.runtime.stage_status import NO_EPOCH, StageStatus
+from exo_kimi.runtime.step_frames import Part
 from exo_kimi.runtime.steps import Step
 from exo_kimi.runtime.versions import Versions
 from exo_kimi.runtime.wire import Message, decode, encode
@@ -77,6 +79,7 @@ class StageServer:
         self._lost_s: float | None = None
         self._next: Link | None = None
         self._joining: asyncio.Task[None] | None = None
+        self._coupling: asyncio.Task[None] | None = None
         self._reset: asyncio.Future[Joined] | None = None
         self._is_first = False
         self._incoming = Incoming(take=self._take, lose=self._say_fault)
@@ -94,7 +97,7 @@ class StageServer:
         """Take an answer from the main thread. Encoding is done there: this thread stays free for heartbeats."""
         parts = encode(message)
         if not self._loop.is_closed():
-            self._loop.call_soon_threadsafe(self._outbox.put_nowait, (message, parts))
+            self._loop.call_soon_threadsafe(self._deliver, message, parts)
 
     def stop(self) -> None:
         """End `run`, from another thread."""
@@ -104,56 +107,66 @@ class StageServer:
     async def _serve(self) -> None:
         self._loop = asyncio.get_running_loop()
         self._stopped = asyncio.Event()
-        self._outbox: asyncio.Queue[tuple[Message, list[bytes | memoryview]]] = asyncio.Queue()
+        self._broken: asyncio.Future[None] = self._loop.create_future()
+        self._loop.set_exception_handler(self._notice)
         self._context = zmq.asyncio.Context()
         try:
-            self._listener = ZmqListener(self._context, self._listen, key=self._key, option="--listen")
+            self._listener = ZmqListener(
+                self._context, self._listen, key=self._key, option="--listen", on_frame=self._hear
+            )
             self.bound.set_result(self._listener.address)
-            tasks = [
-                asyncio.create_task(work()) for work in (self._receive, self._send, self._beat, self._stopped.wait)
+            work: list[asyncio.Future[Any]] = [
+                self._broken,
+                asyncio.create_task(self._beat()),
+                asyncio.create_task(self._stopped.wait()),
             ]
-            done, pending = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
-            for task in pending:
-                task.cancel()
-            for task in done:
-                task.result()
+            done, pending = await asyncio.wait(work, return_when=asyncio.FIRST_COMPLETED)
+            for future in pending:
+                future.cancel()
+            for future in done:
+                future.result()
         finally:
             self._leave_chain()
             self._context.destroy(linger=200)
 
-    async def _receive(self) -> None:
-        while True:
-            peer, parts = await self._listener.receive()
-            if peer == self._upstream and self._incoming.takes(parts):
-                continue
-            try:
-                message = decode(parts)
-            except ProtocolError as error:
-                known = peer == self._upstream or (self._leader is not None and peer == self._leader.peer)
-                logger.log(logging.WARNING if known else logging.DEBUG, "refused a frame: %s", error)
-                await self._tell(peer, Refused(message=str(error), retry=False))
-                continue
-            if isinstance(message, Hello):
-                await self._greet(peer, message)
-            elif self._leader is not None and peer == self._leader.peer:
-                self._leader.heard_s = time.monotonic()
-                self._obey(message, self._leader.hello)
-            elif isinstance(message, Step) and peer == self._upstream:
-                self._take(message)
-            elif isinstance(message, Couple) and peer == self._upstream:
-                await self._couple(peer, message)
-            else:
-                await self._tell(peer, Refused(message="say hello first", retry=True))
+    def _notice(self, loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
+        """What a callback of this loop did not catch ends the server: a frame would be lost silently."""
+        if "handle" in context and isinstance(error := context.get("exception"), Exception) and not self._broken.done():
+            self._broken.set_exception(error)
+        else:
+            loop.default_exception_handler(context)
 
-    async def _greet(self, peer: bytes, hello: Hello) -> None:
+    def _hear(self, peer: bytes, parts: list[Part]) -> None:
+        if peer == self._upstream and self._incoming.takes(parts):
+            return
+        try:
+            message = decode(parts)
+        except ProtocolError as error:
+            known = peer == self._upstream or (self._leader is not None and peer == self._leader.peer)
+            logger.log(logging.WARNING if known else logging.DEBUG, "refused a frame: %s", error)
+            self._tell(peer, Refused(message=str(error), retry=False))
+            return
+        if isinstance(message, Hello):
+            self._greet(peer, message)
+        elif self._leader is not None and peer == self._leader.peer:
+            self._leader.heard_s = time.monotonic()
+            self._obey(message, self._leader.hello)
+        elif isinstance(message, Step) and peer == self._upstream:
+            self._take(message)
+        elif isinstance(message, Couple) and peer == self._upstream:
+            self._coupling = asyncio.create_task(self._couple(peer, message))
+        else:
+            self._tell(peer, Refused(message="say hello first", retry=True))
+
+    def _greet(self, peer: bytes, hello: Hello) -> None:
         leader = self._leader
         other = leader is not None and leader.hello.session != hello.session
         # The leader before may be gone and not yet missed.
-        if leader is not None and other and not await self._tell(leader.peer, self._status.progress()):
+        if leader is not None and other and not self._tell(leader.peer, self._status.progress()):
             self._lose_leader()
             other = False
         if other or (hello.role == "upstream" and self._leader is None):
-            await self._tell(peer, Refused(message="this stage serves another leader", retry=True))
+            self._tell(peer, Refused(message="this stage serves another leader", retry=True))
             return
         if hello.role == "upstream":
             self._upstream = peer
@@ -162,15 +175,15 @@ class StageServer:
                 logger.info("a leader joined (exo-kimi %s)", hello.exo_kimi)
             self._leader = _Leader(peer, hello, time.monotonic())
             self._lost_s = None
-        await self._tell(peer, self._status.hello_ack(self._versions))
+        self._tell(peer, self._status.hello_ack(self._versions))
 
     async def _couple(self, peer: bytes, proposal: Couple) -> None:
         """The stage before wants a link of its own for hidden states."""
         deadline_s = self._leader.hello.silence_s if self._leader is not None else COUPLE_DEADLINE_S
         try:
-            await self._tell(peer, await self._incoming.couple(proposal, deadline_s=deadline_s))
+            self._tell(peer, await self._incoming.couple(proposal, deadline_s=deadline_s))
         except StageUnreachableError as error:
-            await self._tell(peer, Refused(message=str(error), retry=False))
+            self._tell(peer, Refused(message=str(error), retry=False))
 
     def _obey(self, message: Message, leader: Hello) -> None:
         if isinstance(message, Step):
@@ -204,34 +217,32 @@ class StageServer:
                 self._next = await open_next(
                     self._context, join, key=self._next_key, leader=leader, versions=self._versions
                 )
-            await self._tell_leader(await reset)
+            self._tell_leader(await reset)
             if self._next is not None:
                 await watch_next(self._next)
         except RuntimeFault as error:
-            await self._say_fault(join.epoch, error)
+            self._say_fault(join.epoch, error)
 
-    async def _say_fault(self, epoch: int, error: RuntimeFault) -> None:
+    def _say_fault(self, epoch: int, error: RuntimeFault) -> None:
         if epoch == self._status.newest_epoch:
             logger.warning("a link between stages: %s", error)
-            await self._tell_leader(replace(to_message(error, epoch, None), cause="link"))
+            self._tell_leader(replace(to_message(error, epoch, None), cause="link"))
 
-    async def _send(self) -> None:
-        while True:
-            message, parts = await self._outbox.get()
-            epoch = getattr(message, "epoch", None)
-            if epoch is not None and epoch != self._status.newest_epoch:
-                continue
-            if isinstance(message, Joined):
-                if self._reset is not None and not self._reset.done():
-                    self._reset.set_result(message)
-            elif isinstance(message, Step):
-                if self._next is not None:
-                    try:
-                        await self._next.send(parts)
-                    except StageUnreachableError as error:
-                        await self._say_fault(message.epoch, error)
-            elif self._leader is not None:
-                await self._listener.send(self._leader.peer, parts)
+    def _deliver(self, message: Message, parts: list[Part]) -> None:
+        epoch = getattr(message, "epoch", None)
+        if epoch is not None and epoch != self._status.newest_epoch:
+            return
+        if isinstance(message, Joined):
+            if self._reset is not None and not self._reset.done():
+                self._reset.set_result(message)
+        elif isinstance(message, Step):
+            if self._next is not None:
+                try:
+                    self._next.send(parts)
+                except StageUnreachableError as error:
+                    self._say_fault(message.epoch, error)
+        elif self._leader is not None:
+            self._listener.send(self._leader.peer, parts)
 
     async def _beat(self) -> None:
         """Heartbeats out, and the leader's watched. A gap of this thread's own (a suspended machine) is not its fault."""
@@ -251,7 +262,7 @@ class StageServer:
                 leader.heard_s = now_s
             silent = self._leader_may_vanish and now_s - leader.heard_s > leader.hello.silence_s
             # A leader whose connection is gone cannot be sent to: that is known at once.
-            if silent or not await self._tell(leader.peer, self._status.progress()):
+            if silent or not self._tell(leader.peer, self._status.progress()):
                 self._lose_leader()
 
     def _lose_leader(self) -> None:
@@ -274,9 +285,9 @@ class StageServer:
             self._next.close()
             self._next = None
 
-    async def _tell_leader(self, message: Message) -> None:
+    def _tell_leader(self, message: Message) -> None:
         if self._leader is not None:
-            await self._tell(self._leader.peer, message)
+            self._tell(self._leader.peer, message)
 
-    async def _tell(self, peer: bytes, message: Message) -> bool:
-        return await self._listener.send(peer, encode(message))
+    def _tell(self, peer: bytes, message: Message) -> bool:
+        return self._listener.send(peer, encode(message))

@@ -39,7 +39,7 @@ class ZmqLink:
         self._socket = ReadySocket(socket, self._frames.put_nowait)
         self._watching = asyncio.create_task(self._watch())
 
-    async def send(self, parts: Sequence[Part]) -> None:
+    def send(self, parts: Sequence[Part]) -> None:
         if self._lost:
             raise self._lost_error()
         try:

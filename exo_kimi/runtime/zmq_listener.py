@@ -8,7 +8,7 @@ from __future__ import annotations
 import asyncio
 import errno
 import socket as sockets
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import zmq
 import zmq.asyncio
@@ -27,8 +27,16 @@ _ZAP_ENDPOINT = "inproc://zeromq.zap.01"
 class ZmqListener:
     """A ROUTER; with a key it takes only members that hold the same key."""
 
-    def __init__(self, context: zmq.asyncio.Context, address: Address, *, key: ClusterKey | None, option: str) -> None:
-        """Listen at an address.
+    def __init__(
+        self,
+        context: zmq.asyncio.Context,
+        address: Address,
+        *,
+        key: ClusterKey | None,
+        option: str,
+        on_frame: Callable[[bytes, list[Part]], None] | None = None,
+    ) -> None:
+        """Listen at an address. Frames go with their peer to `on_frame` as they come, or without it wait for `receive`.
 
         Raises:
             AddressError: not an address of this machine, or in use.
@@ -40,8 +48,9 @@ class ZmqListener:
         socket = plain_socket(context, zmq.ROUTER)
         configure(socket)
         socket.router_mandatory = True
-        self._frames: asyncio.Queue[list[Part]] = asyncio.Queue()
-        self._socket = ReadySocket(socket, self._frames.put_nowait)
+        self._frames: asyncio.Queue[tuple[bytes, list[Part]]] = asyncio.Queue()
+        self._on_frame = on_frame or (lambda peer, parts: self._frames.put_nowait((peer, parts)))
+        self._socket = ReadySocket(socket, self._take)
         if key is not None:
             # Before binding: a peer that comes before the gatekeeper would be let in with any key.
             self._gatekeeper = _start_gatekeeper(context, key)
@@ -53,7 +62,8 @@ class ZmqListener:
             self.close()
             raise
 
-    async def send(self, peer: bytes, parts: Sequence[Part]) -> bool:
+    def send(self, peer: bytes, parts: Sequence[Part]) -> bool:
+        """Queue a frame; False when the peer is gone or its queue is full."""
         try:
             self._socket.send([peer, *parts])
         except zmq.ZMQError as error:
@@ -63,8 +73,8 @@ class ZmqListener:
         return True
 
     async def receive(self) -> tuple[bytes, list[Part]]:
-        peer, *parts = await self._frames.get()
-        return bytes(peer), parts
+        """The next frame and its peer."""
+        return await self._frames.get()
 
     def close(self) -> None:
         self._socket.close()
@@ -72,6 +82,10 @@ class ZmqListener:
             socket, task = self._gatekeeper
             task.cancel()
             socket.close(linger=0)
+
+    def _take(self, frame: list[Part]) -> None:
+        peer, *parts = frame
+        self._on_frame(bytes(peer), parts)
 
 
 def _start_gatekeeper(context: zmq.asyncio.Context, key: ClusterKey) -> tuple[zmq.asyncio.Socket, asyncio.Task[None]]:

@@ -75,6 +75,18 @@ def test_the_decoder_agrees_with_the_layers(
         assert np.abs(np.array(slow - fast)).max() < 1e-4 * np.abs(np.array(slow)).max()
 
 
+@pytest.mark.parametrize("piece_layers", [1, 2, 3])
+def test_layers_begun_early_give_what_the_whole_graph_gives(raw_config: dict[str, Any], piece_layers: int) -> None:
+    model = build(raw_config)
+    model.fuse()
+    assert model.decoder is not None and model.decoder.piece_layers > 0
+    model.decoder.piece_layers = 0
+    whole = decode(model, 3)
+    model.decoder.piece_layers = piece_layers
+    for expected, found in zip(whole, decode(model, 3), strict=True):
+        np.testing.assert_array_equal(np.array(found), np.array(expected))
+
+
 def test_a_prompt_is_the_same_through_fused_projections(raw_config: dict[str, Any], tokens: mx.array) -> None:
     model = build(raw_config)
     caches = model.make_cache()

@@ -6,7 +6,7 @@ import asyncio
 import os
 import socket
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 
 import pytest
@@ -68,10 +68,10 @@ async def test_frames_arrive_whole_in_order_and_are_answered(
     link = await reach(context, listener.address, key)
     sent = [[b"%d" % index, bytes(index), os.urandom(100_000)] for index in range(20)]
     for parts in sent:
-        await link.send(parts)
+        link.send(parts)
     arrived = [await listener.receive() for _ in sent]
     assert [[bytes(part) for part in parts] for _, parts in arrived] == sent
-    assert await listener.send(arrived[0][0], [b"yes"])
+    assert listener.send(arrived[0][0], [b"yes"])
     assert await link.receive() == [b"yes"]
     link.close()
 
@@ -80,12 +80,12 @@ async def test_no_frame_is_forgotten_when_both_sides_send_at_once(context: zmq.a
     # The descriptor tells only of changes: a frame that came while this side was sending must be found all the same.
     listener = listen()
     link = await reach(context, listener.address)
-    await link.send([b"0"])
+    link.send([b"0"])
     peer, _ = await listener.receive()
 
-    async def talk(send: Callable[[list[bytes]], Awaitable[object]]) -> None:
+    async def talk(send: Callable[[list[bytes]], object]) -> None:
         for number in range(300):
-            await send([b"%d" % number])
+            send([b"%d" % number])
             if number % 7 == 0:
                 await asyncio.sleep(0)
 
@@ -104,7 +104,7 @@ async def test_a_socket_file_carries_frames_too(
     try:
         listener = listen(Address("", 0, str(path)))
         link = await reach(context, listener.address)
-        await link.send([b"hello"])
+        link.send([b"hello"])
         assert (await listener.receive())[1] == [b"hello"]
         link.close()
     finally:
@@ -116,10 +116,10 @@ async def test_a_lost_link_delivers_what_came_before_and_then_says_so(
 ) -> None:
     listener = listen()
     link = await reach(context, listener.address)
-    await link.send([b"hello"])
+    link.send([b"hello"])
     peer, _ = await listener.receive()
     for index in range(50):
-        await listener.send(peer, [b"%d" % index])
+        listener.send(peer, [b"%d" % index])
     await asyncio.sleep(0.1)
     listener.close()
     got = [bytes((await link.receive())[0]) for _ in range(50)]
@@ -128,19 +128,19 @@ async def test_a_lost_link_delivers_what_came_before_and_then_says_so(
         with pytest.raises(StageUnreachableError, match="lost"):
             await asyncio.wait_for(link.receive(), 2)
     with pytest.raises(StageUnreachableError):
-        await link.send([b"more"])
+        link.send([b"more"])
 
 
 async def test_sending_to_a_peer_that_left_is_no_error(context: zmq.asyncio.Context, listen: Listen) -> None:
     listener = listen()
     link = await reach(context, listener.address)
-    await link.send([b"hello"])
+    link.send([b"hello"])
     peer, _ = await listener.receive()
     link.close()
     deadline = time.monotonic() + 10
-    while await listener.send(peer, [b"anyone?"]) and time.monotonic() < deadline:
+    while listener.send(peer, [b"anyone?"]) and time.monotonic() < deadline:
         await asyncio.sleep(0.01)
-    assert not await listener.send(peer, [b"anyone?"])
+    assert not listener.send(peer, [b"anyone?"])
 
 
 @pytest.mark.parametrize("here", ["other", "none", "stage has none"])
@@ -167,7 +167,7 @@ async def test_the_gatekeeper_refuses_a_stranger_who_knows_the_public_key(
     outsider.connect(listener.address.endpoint)
     await outsider.send(b"let me in")
     member = await reach(context, listener.address, key)
-    await member.send([b"member"])
+    member.send([b"member"])
     assert (await listener.receive())[1] == [b"member"]
     with pytest.raises(TimeoutError):
         await asyncio.wait_for(listener.receive(), 0.3)
@@ -181,7 +181,7 @@ async def test_a_listener_survives_garbage_on_its_port(context: zmq.asyncio.Cont
         with socket.create_connection(("127.0.0.1", listener.address.port)) as stranger:
             stranger.sendall(garbage)
     link = await reach(context, listener.address)
-    await link.send([b"still there?"])
+    link.send([b"still there?"])
     # libzmq takes random bytes for a peer of ZMTP 1.0 now and then: the garbage itself may arrive first.
     async with asyncio.timeout(5):
         while (await listener.receive())[1] != [b"still there?"]:
