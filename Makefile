@@ -3,17 +3,20 @@
 PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11; do \
   $$p -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))' 2>/dev/null && { echo $$p; break; }; done)
 
+# Two workers: one for what starts processes, one for what computes (tests/conftest.py).
+TWO = -n 2 --dist loadgroup
+
 .PHONY: demo test test-oldest lint types clean
 
 demo: .venv/done
 	.venv/bin/exo-kimi demo
 
 test: .venv-test/done
-	.venv-test/bin/python -m pytest
+	.venv-test/bin/python -m pytest $(TWO)
 
 # The oldest mlx and mlx-lm that must work (exo's), over everything that touches them.
 test-oldest: .venv-oldest/done
-	.venv-oldest/bin/python -m pytest tests/models tests/chat tests/runtime tests/checkpoint
+	.venv-oldest/bin/python -m pytest $(TWO) tests/models tests/chat tests/runtime tests/checkpoint
 
 lint: .venv-test/done
 	.venv-test/bin/ruff check .

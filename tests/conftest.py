@@ -1,7 +1,12 @@
-"""For every test: hypothesis looks for wrong answers, not for slow ones, since other work may run beside."""
+"""For every test: hypothesis looks for wrong answers, not for slow ones, since other work may run beside.
+
+With pytest-xdist (`-n 2 --dist loadgroup`) whatever starts processes or waits for clocks is one group, on one worker, one after
+the other; every other file is a group of its own.
+"""
 
 import os
 
+import pytest
 from hypothesis import settings
 
 # Before NumPy is imported: threads of a matrix product wait for each other by spinning, which on a busy machine costs ten times
@@ -10,3 +15,22 @@ os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 
 settings.register_profile("patient", deadline=None)
 settings.load_profile("patient")
+
+_PROCESSES = (
+    "tests/bench/",
+    "tests/plugin/",
+    "tests/runtime/",
+    "tests/serve/",
+    "tests/test_cli.py",
+    "tests/test_system.py",
+)
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Name every test's group."""
+    if not config.pluginmanager.hasplugin("xdist"):
+        return
+    for item in items:
+        file = item.path.relative_to(config.rootpath).as_posix()
+        group = "processes" if file.startswith(_PROCESSES) else file
+        item.add_marker(pytest.mark.xdist_group(group))
