@@ -43,7 +43,7 @@ PARTS = (
     Part(name="prefix-restart", options=("--rounds", "1"), limit_s=100.0),
     Part(name="speculation", limit_s=60.0),
     Part(name="pipeline", options=("--rounds", "4"), limit_s=170.0),
-    Part(name="exo", options=("--rounds", "1"), limit_s=180.0),
+    Part(name="exo", options=("--rounds", "2"), limit_s=180.0),
 )
 LEFT_OUT = {
     "conformance": "checks and no ratios",

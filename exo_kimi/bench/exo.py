@@ -32,6 +32,7 @@ from typing import Any
 import httpx
 import mlx.core as mx
 
+from exo_kimi.bench.awake import awake
 from exo_kimi.bench.exo_here import ExoHere, find_exo
 from exo_kimi.bench.exo_nodes import BIND_US, ExoCluster, exo_cluster
 from exo_kimi.bench.frame import Result, Row, finish, taken_in_turn
@@ -122,8 +123,11 @@ def run(*, rounds: int, tokens: int) -> Result:
     if isinstance(exo, str) or reason:
         return Result(bench="exo", skipped=reason)
     rows = []
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # so that the nodes are stopped then too
-    with tempfile.TemporaryDirectory(prefix="exo-bench-") as folder, _clusters(exo, Path(folder)) as (ours, theirs):
+    with (
+        tempfile.TemporaryDirectory(prefix="exo-bench-") as folder,
+        _clusters(exo, Path(folder)) as (ours, theirs),
+        awake(),
+    ):
         oracle = Oracle(Path(folder) / TOY, tokens)
         for streams, pairs_of, bar in ((1, 1, None), (2, rounds, BAR)):
             pairs = taken_in_turn(

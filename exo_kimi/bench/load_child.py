@@ -79,7 +79,7 @@ def load_once(side: str, directory: Path, start: int, end: int) -> Loaded:
 
 def _ours(manifest: StageManifest) -> Any:
     fresh = resolve(open_index(manifest.directory), manifest.start_layer, manifest.end_layer)
-    return load_stage(fresh, fuse=True)
+    return load_stage(fresh, fuse=True, alone=True)
 
 
 def _theirs(manifest: StageManifest) -> Any:

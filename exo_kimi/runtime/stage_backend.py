@@ -79,10 +79,12 @@ class MlxBackend:
 
     Args:
         directory: this machine's checkpoint, which may hold this stage's tensors only; None takes the leader's path.
+        alone: no other thread of the process uses MLX, see `load_stage`.
     """
 
-    def __init__(self, directory: Path | None) -> None:
+    def __init__(self, directory: Path | None, *, alone: bool = False) -> None:
         self._directory = directory
+        self._alone = alone
         self._worker: StageWorker | None = None
         self._loaded: tuple[Load, Loaded] | None = None
         self._disk_terms: tuple[int, int, str | None] | None = None
@@ -108,7 +110,7 @@ class MlxBackend:
                 where=directory,
                 fix="copy the leader's checkpoint to this machine, or give the right folder with --model",
             )
-        model: Model = load_stage(manifest, dtype=order.dtype, progress=progress, fuse=True)
+        model: Model = load_stage(manifest, dtype=order.dtype, progress=progress, fuse=True, alone=self._alone)
         if mx.metal.is_available():
             # Wired, so that weights that rest between requests are not paged out.
             mx.set_wired_limit(int(mx.device_info()["max_recommended_working_set_size"]))

@@ -78,7 +78,14 @@ def serve_stage(
         open_index(directory)  # what is no checkpoint is told now and not when a leader comes
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # a service manager's end is as good as Ctrl-C
     signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job would ignore it
-    _serve(address, lambda: MlxBackend(directory), announce=announce, key=key, next_key=key, leader_may_vanish=True)
+    _serve(
+        address,
+        lambda: MlxBackend(directory, alone=True),
+        announce=announce,
+        key=key,
+        next_key=key,
+        leader_may_vanish=True,
+    )
 
 
 def main(argv: Sequence[str] | None = None, *, make_backend: Callable[[], Backend] | None = None) -> int:
@@ -106,7 +113,7 @@ def main(argv: Sequence[str] | None = None, *, make_backend: Callable[[], Backen
         listen = parse_address(options.listen, option="--listen", listen=True)
         _outlive_nobody(parent, listen)
         # It listens where this user alone can reach it: the key is for the stage after it.
-        make = make_backend or (lambda: MlxBackend(None))
+        make = make_backend or (lambda: MlxBackend(None, alone=True))
         _serve(listen, make, announce=announce, key=None, next_key=key, leader_may_vanish=False)
     except ExoKimiError as error:
         logger.error("%s", error)

@@ -97,9 +97,9 @@ class Target:
         return self._storage.array()
 
 
-def allocate(storages: Iterable[Storage]) -> None:
-    """Give memory to several at once, which costs less than one by one. Where pages come into being when they are first
-    written, none is resident yet."""
+def allocate(storages: Iterable[Storage], *, alone: bool = False) -> None:
+    """Give memory to several at once, which costs less than one by one. With `alone` (see `unfilled`) and where pages come
+    into being when they are first written, none is resident yet."""
     by_size: dict[bool, list[Storage]] = {False: [], True: []}
     for storage in dict.fromkeys(storages):
         if storage._raw is None:
@@ -107,7 +107,7 @@ def allocate(storages: Iterable[Storage]) -> None:
     for small, several in by_size.items():
         # Raw words: numpy and memoryview know no bfloat16.
         forms = [(storage.shape, RAW[storage.dtype.size]) for storage in several]
-        for storage, raw in zip(several, (zeros if small else unfilled)(forms), strict=True):
+        for storage, raw in zip(several, (unfilled if alone and not small else zeros)(forms), strict=True):
             storage._raw = raw
 
 

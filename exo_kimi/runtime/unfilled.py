@@ -7,7 +7,6 @@ hands fresh memory to the file that it loads from, and a file that writes nothin
 from __future__ import annotations
 
 import json
-import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
 from math import prod
@@ -23,15 +22,13 @@ Form = tuple[tuple[int, ...], mx.Dtype]
 def unfilled(forms: Sequence[Form]) -> list[mx.array]:
     """Evaluated arrays whose bytes are whatever was there; on most systems their pages come into being when written.
 
-    Only on the main thread, which is where a stage process computes. MLX's own thread asks this file for bytes and so needs
-    Python's lock, and another thread that evaluates meanwhile can hold that lock while it waits for MLX's thread: both hang.
-    Loads in several threads of a process get zeros.
+    Only for a process in which no other thread uses MLX meanwhile, as of a stage. MLX's own thread asks this file for bytes
+    and so needs Python's lock, and another that evaluates or clears the cache can hold that lock while it waits for MLX's
+    thread: both hang.
 
     Args:
         forms: shape and dtype (uint8, uint16 or uint32) of each.
     """
-    if threading.current_thread() is not threading.main_thread():
-        return zeros(forms)
     try:
         # Its annotation wants a whole file of Python.
         loaded: Any = mx.load(_Unread(forms), format="safetensors")  # type: ignore[arg-type]

@@ -8,7 +8,6 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -450,28 +449,33 @@ def test_unfilled_arrays_are_writable_in_place_and_apart() -> None:
         assert set(np.array(array.view(mx.uint8)).ravel().tolist()) == {number}
 
 
-def test_beside_other_threads_memory_is_filled(monkeypatch: pytest.MonkeyPatch) -> None:
-    """MLX's thread would need Python's lock, which a thread that waits for it may hold: loads in several threads hung."""
+def test_memory_is_left_unfilled_only_where_nobody_else_uses_mlx(
+    stored: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """MLX's thread would need Python's lock, which a thread that waits for it may hold: such loads hung."""
+    manifest = resolve(open_index(stored(recipe="uniform4")), 0, None)
+    monkeypatch.setattr(target, "SMALL_BYTES", 1)
     asked: list[object] = []
-    monkeypatch.setattr(unfilled.mx, "load", lambda *given, **_: asked.append(given))
-    with ThreadPoolExecutor(1) as pool:
-        (array,) = pool.submit(unfilled.unfilled, [((3,), mx.uint8)]).result()
+    give = unfilled.mx.load
+    monkeypatch.setattr(unfilled.mx, "load", lambda *given, **more: asked.append(given) or give(*given, **more))
+    expected = load_stage(manifest, fuse=True)
     assert not asked
-    assert array.tolist() == [0, 0, 0]
+    assert same(load_stage(manifest, fuse=True, alone=True), expected)
+    assert asked
 
 
 def test_where_mlx_gives_no_unfilled_memory_zeros_are_filled(
     stored: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    directory = stored(recipe="uniform4")
+    manifest = resolve(open_index(stored(recipe="uniform4")), 0, None)
     monkeypatch.setattr(target, "SMALL_BYTES", 1)
-    expected = load(directory, fuse=True)
+    expected = load_stage(manifest, fuse=True)
 
     def refuse(*_: Any, **__: Any) -> None:
         raise RuntimeError("[load] no such file")
 
     monkeypatch.setattr(unfilled.mx, "load", refuse)
-    assert same(load(directory, fuse=True), expected)
+    assert same(load_stage(manifest, fuse=True, alone=True), expected)
 
 
 def test_an_array_that_was_not_filled_to_its_last_byte_is_not_taken() -> None:
