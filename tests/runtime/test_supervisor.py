@@ -178,7 +178,9 @@ async def test_another_split_generates_the_same(tiny: Path, clusters: list[Clust
 
 async def test_health_tells_who_holds_what(cluster: Cluster, tiny: Path) -> None:
     await generate(cluster, 2)
-    await asyncio.sleep(2.5 * QUICK.heartbeat_s)
+    async with asyncio.timeout(20):  # the first heartbeat may take a second
+        while not all(stage.peak_bytes and not stage.sequences for stage in cluster.health()):
+            await asyncio.sleep(QUICK.heartbeat_s)
     for stage, plan in zip(cluster.health(), cluster.plan.stages, strict=True):
         assert (stage.stage, stage.state) == (plan.load.stage, "ready")
         assert (stage.start_layer, stage.end_layer) == (plan.load.start_layer, plan.load.end_layer)
