@@ -175,12 +175,14 @@ def test_several_tasks_at_once_answer_as_each_alone(ranks: Ranks, alone: Any) ->
 def test_a_cancelled_task_ends_on_every_rank_and_frees_its_caches(ranks: Ranks) -> None:
     ranks.submit("c1", "river")
     ranks.run(0, lambda found: len(found) > 3)
-    assert all(stage.sequences == 1 and stage.kv_bytes > 0 for stage in ranks.stages())
+    deadline = time.monotonic() + SECONDS
+    while not all(stage.sequences == 1 and stage.kv_bytes > 0 for stage in ranks.stages()):
+        assert time.monotonic() < deadline
+        ranks.run(0, lambda found: bool(found))
     for pipe in ranks.pipes:
         pipe.waiting.append("c1")
     for rank in (0, 1):
         assert ranks.run(rank, ended("c1"))[-1][1].kind == "CancelledResponse"
-    deadline = time.monotonic() + SECONDS
     while any(stage.sequences or stage.kv_bytes for stage in ranks.stages()):
         assert time.monotonic() < deadline
         time.sleep(0.05)
