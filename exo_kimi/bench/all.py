@@ -32,7 +32,7 @@ class Part:
 
 
 PARTS = (
-    Part(name="attention", options=("--rounds", "1"), limit_s=60.0),
+    Part(name="attention", options=("--heads", "8"), limit_s=60.0),
     Part(name="prefill-memory", limit_s=150.0),
     Part(name="kv-b", limit_s=30.0),
     Part(name="router", limit_s=40.0),
