@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import mlx.core as mx
 import pytest
 
 from exo_kimi.checkpoint.index import open_index
@@ -28,6 +29,15 @@ def test_a_layer_runs_alone_and_is_accounted_for(tmp_path: Path, options: dict[s
     assert report.peak_bytes >= report.resident_bytes > 0
     assert 0 < report.decode_bytes <= sum(source.resident_bytes for source in sources)
     assert min(report.load_s, report.prefill_s, report.prefill_first_s, report.decode_s, report.decode_first_s) > 0
+
+
+def test_what_others_left_behind_is_not_taken_off(tmp_path: Path) -> None:
+    make_tiny(tmp_path)
+    circle: list[Any] = [mx.zeros((1 << 26,), mx.uint8)]
+    mx.eval(circle)
+    circle.append(circle)
+    del circle
+    assert run_layer(tmp_path, 6, tokens=4, decode_steps=2, dtype="float32").resident_bytes > 0
 
 
 def test_the_report_shows_shapes_bits_time_and_memory(tmp_path: Path) -> None:
