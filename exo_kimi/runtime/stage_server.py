@@ -8,8 +8,10 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
+from collections.abc import Callable
 from concurrent.futures import Future
 from dataclasses import dataclass, replace
+from functools import partial
 from queue import SimpleQueue
 from typing import Any
 
@@ -97,7 +99,7 @@ class StageServer:
         """Take an answer from the main thread. Encoding is done there: this thread stays free for heartbeats."""
         parts = encode(message)
         if not self._loop.is_closed():
-            self._loop.call_soon_threadsafe(self._deliver, message, parts)
+            self._loop.call_soon_threadsafe(self._guard, self._deliver, message, parts)
 
     def stop(self) -> None:
         """End `run`, from another thread."""
@@ -108,12 +110,10 @@ class StageServer:
         self._loop = asyncio.get_running_loop()
         self._stopped = asyncio.Event()
         self._broken: asyncio.Future[None] = self._loop.create_future()
-        self._loop.set_exception_handler(self._notice)
         self._context = zmq.asyncio.Context()
         try:
-            self._listener = ZmqListener(
-                self._context, self._listen, key=self._key, option="--listen", on_frame=self._hear
-            )
+            hear = partial(self._guard, self._hear)
+            self._listener = ZmqListener(self._context, self._listen, key=self._key, option="--listen", on_frame=hear)
             self.bound.set_result(self._listener.address)
             work: list[asyncio.Future[Any]] = [
                 self._broken,
@@ -129,12 +129,13 @@ class StageServer:
             self._leave_chain()
             self._context.destroy(linger=200)
 
-    def _notice(self, loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
-        """What a callback of this loop did not catch ends the server: a frame would be lost silently."""
-        if "handle" in context and isinstance(error := context.get("exception"), Exception) and not self._broken.done():
-            self._broken.set_exception(error)
-        else:
-            loop.default_exception_handler(context)
+    def _guard(self, work: Callable[..., object], *arguments: Any) -> None:
+        """Run the body of a callback. What it does not expect ends the server: asyncio would log it and a frame be lost."""
+        try:
+            work(*arguments)
+        except Exception as error:  # noqa: BLE001  `run` raises it
+            if not self._broken.done():
+                self._broken.set_exception(error)
 
     def _hear(self, peer: bytes, parts: list[Part]) -> None:
         if peer == self._upstream and self._incoming.takes(parts):
@@ -154,7 +155,10 @@ class StageServer:
         elif isinstance(message, Step) and peer == self._upstream:
             self._take(message)
         elif isinstance(message, Couple) and peer == self._upstream:
+            if self._coupling is not None:
+                self._coupling.cancel()
             self._coupling = asyncio.create_task(self._couple(peer, message))
+            self._coupling.add_done_callback(self._coupled)
         else:
             self._tell(peer, Refused(message="say hello first", retry=True))
 
@@ -184,6 +188,10 @@ class StageServer:
             self._tell(peer, await self._incoming.couple(proposal, deadline_s=deadline_s))
         except StageUnreachableError as error:
             self._tell(peer, Refused(message=str(error), retry=False))
+
+    def _coupled(self, task: asyncio.Task[None]) -> None:
+        if not task.cancelled():
+            self._guard(task.result)
 
     def _obey(self, message: Message, leader: Hello) -> None:
         if isinstance(message, Step):
