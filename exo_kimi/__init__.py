@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from exo_kimi.runtime.loader import load as load
+    from exo_kimi.runtime.loading.loader import load as load
 
     __version__: str
 
@@ -14,7 +14,7 @@ __all__ = ["__version__", "load"]
 
 def __getattr__(name: str) -> Any:
     if name == "load":
-        from exo_kimi.runtime.loader import load
+        from exo_kimi.runtime.loading.loader import load
 
         return load
     if name == "__version__":

@@ -6,6 +6,8 @@ import re
 
 from exo_kimi.errors import UsageError
 
+GIB = 1 << 30
+
 BYTES_PER_UNIT = {
     "B": 1,
     **{f"{prefix}B": 1000**power for power, prefix in enumerate("KMGTP", start=1)},

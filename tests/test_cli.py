@@ -17,7 +17,7 @@ from pathlib import Path
 import pytest
 
 from exo_kimi import cli
-from exo_kimi.checkpoint.tiny import make_tiny
+from exo_kimi.checkpoint.tiny.make import make_tiny
 from exo_kimi.cli.arguments import build_parser
 from exo_kimi.cli.commands import COMMANDS
 

@@ -20,7 +20,7 @@ from typing import Any
 import httpx
 import pytest
 
-from exo_kimi.checkpoint.tiny import make_tiny
+from exo_kimi.checkpoint.tiny.make import make_tiny
 
 ROOT = Path(__file__).parents[1]
 START_S = 90.0

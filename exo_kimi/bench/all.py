@@ -139,7 +139,7 @@ def json_line(outcomes: Sequence[Outcome], surroundings: Surroundings) -> str:
 
 
 def _run(part: Part) -> Outcome:
-    if find_spec(f"exo_kimi.bench.{part.name.replace('-', '_')}") is None:
+    if find_spec(f"exo_kimi.bench.claims.{part.name.replace('-', '_')}") is None:
         return missing(part.name, "this version does not have it")
     return run_bench(part.name, part.options, limit_s=part.limit_s)
 

@@ -11,7 +11,7 @@ from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
-from exo_kimi.planner.local import local_profile
+from exo_kimi.planner.machines.local import local_profile
 
 _DISTRIBUTIONS = ("exo-kimi", "mlx", "mlx-lm", "numpy", "pyzmq")
 

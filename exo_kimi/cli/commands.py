@@ -19,7 +19,7 @@ Command = Callable[[argparse.Namespace], int]
 
 
 def _demo(arguments: argparse.Namespace) -> int:
-    from exo_kimi.serve.demo import demo
+    from exo_kimi.client.demo import demo
 
     demo(stages=arguments.stages, host=arguments.host, port=arguments.port, once=arguments.once)
     return 0
@@ -35,7 +35,7 @@ def _serve(arguments: argparse.Namespace) -> int:
 
 
 def _stage(arguments: argparse.Namespace) -> int:
-    from exo_kimi.runtime.stage_process import serve_stage
+    from exo_kimi.runtime.stage.process import serve_stage
 
     _log_to_stderr()
     key = os.environ.get("EXO_KIMI_KEY")
@@ -44,7 +44,7 @@ def _stage(arguments: argparse.Namespace) -> int:
 
 
 def _tiny(arguments: argparse.Namespace) -> int:
-    from exo_kimi.checkpoint.tiny import make_tiny
+    from exo_kimi.checkpoint.tiny.make import make_tiny
 
     path = make_tiny(
         arguments.directory,
@@ -60,7 +60,7 @@ def _tiny(arguments: argparse.Namespace) -> int:
 
 
 def _inspect(arguments: argparse.Namespace) -> int:
-    from exo_kimi.checkpoint.report import inspect
+    from exo_kimi.checkpoint.doctor.report import inspect
 
     report = inspect(arguments.directory)
     print(report.to_json() if arguments.json else report.to_text())
@@ -68,14 +68,14 @@ def _inspect(arguments: argparse.Namespace) -> int:
 
 
 def _chat(arguments: argparse.Namespace) -> int:
-    from exo_kimi.serve.client import chat
+    from exo_kimi.client.terminal import chat
 
     chat(arguments.url, model=arguments.model, api_key=arguments.api_key, system=arguments.system)
     return 0
 
 
 def _layer(arguments: argparse.Namespace) -> int:
-    from exo_kimi.runtime.single_layer import run_layer
+    from exo_kimi.runtime.loading.single_layer import run_layer
 
     print(run_layer(arguments.directory, arguments.layer, tokens=arguments.tokens, dtype=arguments.dtype).to_text())
     return 0
@@ -95,13 +95,13 @@ def _plan(arguments: argparse.Namespace) -> int:
 
 
 def _machine(arguments: argparse.Namespace) -> int:
-    from exo_kimi.planner.local import local_profile
-    from exo_kimi.planner.profile_text import profile_answer, profile_toml
+    from exo_kimi.planner.machines.local import local_profile
+    from exo_kimi.planner.machines.profile_text import profile_answer, profile_toml
 
     if arguments.link:
         return _link(arguments.link)
     if arguments.measure:
-        from exo_kimi.bench.machine import measure
+        from exo_kimi.bench.claims.machine import measure
     table = measure() if arguments.measure else local_profile()
     print(profile_answer(table), end="")
     if arguments.output:
@@ -110,15 +110,15 @@ def _machine(arguments: argparse.Namespace) -> int:
 
 
 def _link(address: str) -> int:
-    from exo_kimi.bench.link_speed import main
+    from exo_kimi.bench.claims.link_speed import main
 
     main([address])
     return 0
 
 
 def _doctor(arguments: argparse.Namespace) -> int:
-    from exo_kimi.checkpoint.doctor import doctor
-    from exo_kimi.checkpoint.repair import repair
+    from exo_kimi.checkpoint.doctor.doctor import doctor
+    from exo_kimi.checkpoint.doctor.repair import repair
 
     diagnosis = (repair if arguments.fix else doctor)(arguments.directory, deep=arguments.deep)
     print(diagnosis.to_json() if arguments.json else diagnosis.to_text())
@@ -129,7 +129,8 @@ def _bench(arguments: argparse.Namespace) -> int:
     from importlib import import_module
 
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # the servers and nodes that it started end with it
-    status = import_module(f"exo_kimi.bench.{arguments.name.replace('-', '_')}").main(arguments.rest)
+    module = "all" if arguments.name == "all" else f"claims.{arguments.name.replace('-', '_')}"
+    status = import_module(f"exo_kimi.bench.{module}").main(arguments.rest)
     return int(status or 0)
 
 

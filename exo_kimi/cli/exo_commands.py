@@ -10,36 +10,36 @@ from typing import Any
 
 
 def _status(arguments: argparse.Namespace) -> int:
-    from exo_kimi.plugin.exo_command import status
+    from exo_kimi.plugin.control.command import status
 
     print(status(arguments.url), end="")
     return 0
 
 
 def _plan(arguments: argparse.Namespace) -> int:
-    from exo_kimi.plugin.exo_command import plan
+    from exo_kimi.plugin.control.command import plan
 
     print(plan(**_options(arguments)), end="")
     return 0
 
 
 def _apply(arguments: argparse.Namespace) -> int:
-    from exo_kimi.plugin.exo_command import apply
+    from exo_kimi.plugin.control.command import apply
 
     print(apply(**_options(arguments), echo=partial(print, file=sys.stderr, flush=True)), end="")
     return 0
 
 
 def _prepare(arguments: argparse.Namespace) -> int:
-    from exo_kimi.plugin.exo_command import make_directory
+    from exo_kimi.plugin.control.command import make_directory
 
     print(make_directory(**_options(arguments)), end="")
     return 0
 
 
 def _run(arguments: argparse.Namespace) -> int:
-    from exo_kimi.plugin.exo_launch import run
-    from exo_kimi.plugin.exo_options import EngineOptions
+    from exo_kimi.plugin.runner.launch import run
+    from exo_kimi.plugin.runner.options import EngineOptions
 
     rest = arguments.rest[1:] if arguments.rest[:1] == ["--"] else arguments.rest
     names = ("context", "kv_bytes", "prefix_cache_bytes")
@@ -48,8 +48,8 @@ def _run(arguments: argparse.Namespace) -> int:
 
 
 def _legacy(arguments: argparse.Namespace) -> int:
-    from exo_kimi.plugin.exo_legacy import run
-    from exo_kimi.plugin.exo_legacy_setup import LegacyOptions
+    from exo_kimi.plugin.legacy.launch import run
+    from exo_kimi.plugin.legacy.setup import LegacyOptions
 
     options = _options(arguments)
     rest = options.pop("rest")

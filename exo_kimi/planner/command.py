@@ -14,16 +14,16 @@ from exo_kimi.arch.geometry import check_quantizable
 from exo_kimi.checkpoint.index import open_index
 from exo_kimi.checkpoint.manifest import resolve
 from exo_kimi.errors import UsageError
-from exo_kimi.planner.bytes import ModelBytes, bytes_of_manifest, bytes_of_recipe
-from exo_kimi.planner.catalog import model_names, published_model
-from exo_kimi.planner.cluster import Cluster, read_cluster
-from exo_kimi.planner.cost import Placed
-from exo_kimi.planner.explain import explain
-from exo_kimi.planner.make import make_plan, plan_of_stages
-from exo_kimi.planner.picture import terminal
+from exo_kimi.planner.machines.cluster import Cluster, read_cluster
 from exo_kimi.planner.plan import Plan
-from exo_kimi.planner.recipes import load_recipe
-from exo_kimi.planner.svg import svg
+from exo_kimi.planner.search.cost import Placed
+from exo_kimi.planner.search.make import make_plan, plan_of_stages
+from exo_kimi.planner.show.explain import explain
+from exo_kimi.planner.show.picture import terminal
+from exo_kimi.planner.show.svg import svg
+from exo_kimi.planner.weights.bytes import ModelBytes, bytes_of_manifest, bytes_of_recipe
+from exo_kimi.planner.weights.catalog import model_names, published_model
+from exo_kimi.planner.weights.recipes import load_recipe
 from exo_kimi.planner.workload import OBJECTIVES, RESERVE_BYTES, Objective, make_workload
 
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from exo_kimi.checkpoint.manifest import StageManifest
 from exo_kimi.errors import PlanMismatchError
-from exo_kimi.planner.bytes import bytes_of_manifest
 from exo_kimi.planner.plan import Plan
+from exo_kimi.planner.weights.bytes import bytes_of_manifest
 
 
 def check_matches(plan: Plan, manifest: StageManifest) -> None:

@@ -7,11 +7,11 @@ from typing import Literal
 
 from exo_kimi.arch.config import KimiConfig
 from exo_kimi.errors import UsageError
+from exo_kimi.units import GIB
 
 Objective = Literal["request", "latency", "throughput", "ttft"]
 OBJECTIVES: tuple[Objective, ...] = ("request", "latency", "throughput", "ttft")
 
-GIB = 1 << 30
 DEFAULT_CONTEXT = 40_960
 DEFAULT_PROMPT = 4_096
 DEFAULT_NEW = 512

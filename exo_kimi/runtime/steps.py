@@ -17,6 +17,8 @@ import numpy.typing as npt
 
 from exo_kimi.runtime.requests import SamplingParams
 
+NO_EPOCH = 0  # before a join, and after the leader was lost; a leader counts from 1
+
 HiddenDtype = Literal["float32", "bfloat16", "float16"]
 
 

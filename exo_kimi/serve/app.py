@@ -22,17 +22,17 @@ from exo_kimi.chat.template import ChatTemplate
 from exo_kimi.chat.tokenizer import KimiTokenizer
 from exo_kimi.errors import ExoKimiError
 from exo_kimi.runtime.requests import TextEngine
+from exo_kimi.serve.answer.formats import ChatFormat, Format, Head, TextFormat
+from exo_kimi.serve.answer.generation import Generation
+from exo_kimi.serve.answer.stream import Answer
 from exo_kimi.serve.body import read_json
-from exo_kimi.serve.fields import GenerationFields
-from exo_kimi.serve.formats import ChatFormat, Format, Head, TextFormat
 from exo_kimi.serve.gate import Gate
-from exo_kimi.serve.generation import Generation
 from exo_kimi.serve.health import health_report
 from exo_kimi.serve.metrics import Metrics
-from exo_kimi.serve.prepare import Prepared, Speaker, prepare_chat, prepare_completion
 from exo_kimi.serve.problems import Problem, answer_error, answer_http_error
-from exo_kimi.serve.schemas import parse_chat, parse_completion
-from exo_kimi.serve.stream import Answer
+from exo_kimi.serve.request.fields import GenerationFields
+from exo_kimi.serve.request.prepare import Prepared, Speaker, prepare_chat, prepare_completion
+from exo_kimi.serve.request.schemas import parse_chat, parse_completion
 
 MAX_BODY_BYTES = 64 * 2**20
 PATHS = frozenset({"/v1/chat/completions", "/v1/completions", "/v1/models", "/health", "/metrics"})

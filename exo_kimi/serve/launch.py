@@ -12,20 +12,20 @@ from exo_kimi.arch.config import KimiConfig, read_config
 from exo_kimi.chat.defaults import GenerationDefaults
 from exo_kimi.chat.template import ChatTemplate
 from exo_kimi.chat.tokenizer import KimiTokenizer
-from exo_kimi.checkpoint.doctor import text_errors
+from exo_kimi.checkpoint.doctor.doctor import text_errors
 from exo_kimi.checkpoint.index import open_index
 from exo_kimi.checkpoint.manifest import resolve
 from exo_kimi.errors import CheckpointProblems, UsageError
-from exo_kimi.planner.bytes import bytes_of_manifest
 from exo_kimi.planner.matching import check_matches
 from exo_kimi.planner.plan import read_plan
-from exo_kimi.runtime.cluster_plan import make_plan
-from exo_kimi.runtime.coupling import LinkKind
-from exo_kimi.runtime.engine import Engine
-from exo_kimi.runtime.keys import ENVIRONMENT_NAME, find_key
-from exo_kimi.runtime.prefix_cache import PrefixOptions
-from exo_kimi.runtime.speculation import Drafter, Speculate
-from exo_kimi.runtime.supervisor import Cluster, ClusterOptions
+from exo_kimi.planner.weights.bytes import bytes_of_manifest
+from exo_kimi.runtime.cluster.cluster_plan import make_plan
+from exo_kimi.runtime.cluster.supervisor import Cluster, ClusterOptions
+from exo_kimi.runtime.engine.engine import Engine
+from exo_kimi.runtime.engine.prefix_cache import PrefixOptions
+from exo_kimi.runtime.engine.speculation import Drafter, Speculate
+from exo_kimi.runtime.protocol.messages import LinkKind
+from exo_kimi.runtime.transport.keys import ENVIRONMENT_NAME, find_key
 from exo_kimi.serve.app import create_app
 from exo_kimi.serve.prefixes import disk_terms
 from exo_kimi.serve.server import DEFAULT_HOST, DEFAULT_PORT, Served, run

@@ -10,7 +10,7 @@ from typing import Any
 import regex
 
 from exo_kimi.chat.tokenizer import SPLIT_PATTERN
-from exo_kimi.checkpoint.tiny_tokenizer import learn_tokens
+from exo_kimi.checkpoint.tiny.tokenizer import learn_tokens
 from exo_kimi.train.conversations import training_conversation
 
 _SPLIT = regex.compile(SPLIT_PATTERN, regex.V1)

@@ -15,12 +15,12 @@ import numpy as np
 from exo_kimi.arch.config import KimiConfig
 from exo_kimi.arch.modules import ModuleSpec, stage_modules
 from exo_kimi.checkpoint.safetensors_io import write_file
-from exo_kimi.checkpoint.tiny import stated_quantization, template_text
-from exo_kimi.checkpoint.tiny_layouts import LayoutWriter
-from exo_kimi.checkpoint.tiny_tokenizer import write_tokenizer
-from exo_kimi.checkpoint.tiny_weights import RECIPES, resolve_recipe
+from exo_kimi.checkpoint.tiny.layouts import LayoutWriter
+from exo_kimi.checkpoint.tiny.make import stated_quantization, template_text
+from exo_kimi.checkpoint.tiny.tokenizer import write_tokenizer
+from exo_kimi.checkpoint.tiny.weights import RECIPES, resolve_recipe
 from exo_kimi.errors import UsageError
-from exo_kimi.runtime.loader import load
+from exo_kimi.runtime.loading.loader import load
 from exo_kimi.train.layers import Floats, Parameters
 from exo_kimi.train.parameters import BIAS
 

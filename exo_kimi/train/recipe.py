@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from exo_kimi.arch.config import KimiConfig
-from exo_kimi.checkpoint.tiny_config import text_config
+from exo_kimi.checkpoint.tiny.config import text_config
 
 Matrices = Literal["muon", "adamw"]
 

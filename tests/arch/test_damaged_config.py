@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from exo_kimi.arch.config import KimiConfig
-from exo_kimi.checkpoint.tiny_config import nest, text_config
+from exo_kimi.checkpoint.tiny.config import nest, text_config
 from exo_kimi.errors import ConfigError, UnsupportedModelError
 
 YARN = text_config({}, dtype="BF16")["rope_scaling"]

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from exo_kimi.arch.config import KimiConfig
 from exo_kimi.arch.scratch import CHUNK_FLOOR, AttentionShape, fitting_chunk, scratch_needed
-from exo_kimi.planner.catalog import published_model
+from exo_kimi.planner.weights.catalog import published_model
 
 K2: KimiConfig = published_model("kimi-k2-thinking").config
 queries = st.integers(1, 4096)

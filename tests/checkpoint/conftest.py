@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from exo_kimi.checkpoint.safetensors_io import TensorEntry
-from exo_kimi.checkpoint.tiny import make_tiny
+from exo_kimi.checkpoint.tiny.make import make_tiny
 
 SMALL = {
     "num_hidden_layers": 3,

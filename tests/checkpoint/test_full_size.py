@@ -12,13 +12,13 @@ import pytest
 
 from exo_kimi.arch.config import KimiConfig
 from exo_kimi.arch.modules import ModuleSpec, stage_modules
-from exo_kimi.checkpoint.doctor import doctor
+from exo_kimi.checkpoint.doctor.doctor import doctor
+from exo_kimi.checkpoint.doctor.repair import repair
+from exo_kimi.checkpoint.doctor.report import inspect
 from exo_kimi.checkpoint.index import open_index
 from exo_kimi.checkpoint.manifest import resolve
-from exo_kimi.checkpoint.repair import repair
-from exo_kimi.checkpoint.report import inspect
-from exo_kimi.checkpoint.tiny_config import text_config
-from exo_kimi.checkpoint.tiny_weights import resolve_recipe, with_absorbed
+from exo_kimi.checkpoint.tiny.config import text_config
+from exo_kimi.checkpoint.tiny.weights import resolve_recipe, with_absorbed
 from exo_kimi.errors import QuantizationError
 
 BYTES = {"U32": 4, "BF16": 2, "F32": 4, "I32": 4}

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from exo_kimi.checkpoint.hints import PLAIN, Hint, read_hints
-from exo_kimi.checkpoint.tiny_config import FP8_CONFIG, INT4_CONFIG
+from exo_kimi.checkpoint.tiny.config import FP8_CONFIG, INT4_CONFIG
 
 EXPERT = "model.layers.1.mlp.switch_mlp.up_proj"
 GATE = "model.layers.1.mlp.gate"

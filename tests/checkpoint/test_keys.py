@@ -6,7 +6,7 @@ import pytest
 
 from exo_kimi.checkpoint.keys import SkippedKey, TensorKey, canonical_path, parse_key
 from exo_kimi.checkpoint.safetensors_io import read_header
-from exo_kimi.checkpoint.tiny import LAYOUTS
+from exo_kimi.checkpoint.tiny.make import LAYOUTS
 
 LAYER = "model.layers.3"
 

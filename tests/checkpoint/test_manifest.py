@@ -15,7 +15,7 @@ from exo_kimi.checkpoint.index import CheckpointIndex, open_index
 from exo_kimi.checkpoint.manifest import resolve
 from exo_kimi.checkpoint.quantization import QuantSpec
 from exo_kimi.checkpoint.safetensors_io import StoredTensor
-from exo_kimi.checkpoint.tiny import LAYOUTS, make_tiny
+from exo_kimi.checkpoint.tiny.make import LAYOUTS, make_tiny
 from exo_kimi.errors import CheckpointProblems, SplitError
 
 EXPERTS = "model.layers.1.mlp.switch_mlp.up_proj"

@@ -141,7 +141,7 @@ def test_rotations_turn_as_the_oracle_does(config: KimiConfig, rotate: Callable[
 
 
 def test_a_step_has_few_primitives(raw_config: dict[str, Any]) -> None:
-    from exo_kimi.bench.primitives import primitives
+    from exo_kimi.bench.setups.primitives import primitives
 
     counts = []
     for fuse in (False, True):

@@ -8,9 +8,9 @@ from pathlib import Path
 import mlx.core as mx
 import pytest
 
-from exo_kimi.checkpoint.tiny import make_tiny
+from exo_kimi.checkpoint.tiny.make import make_tiny
 from exo_kimi.models.kimi_k2 import Model
-from exo_kimi.runtime.loader import load
+from exo_kimi.runtime.loading.loader import load
 
 SMALL = {"hidden_size": 128, "intermediate_size": 256, "moe_intermediate_size": 64}
 SPLITS = ([7], [4, 3], [3, 2, 2], [1] * 7)

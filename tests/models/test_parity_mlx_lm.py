@@ -13,11 +13,11 @@ import pytest
 from mlx.utils import tree_flatten, tree_unflatten
 from mlx_lm.utils import load_model
 
-from exo_kimi.checkpoint.tiny import make_tiny
+from exo_kimi.checkpoint.tiny.make import make_tiny
 from exo_kimi.models import kimi_k2
 from exo_kimi.models.kimi_k2 import Model
 from exo_kimi.models.ops import KVCache
-from exo_kimi.runtime.loader import load
+from exo_kimi.runtime.loading.loader import load
 
 SMALL = {
     "num_hidden_layers": 4,

@@ -11,9 +11,9 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from exo_kimi.checkpoint.tiny import make_tiny
+from exo_kimi.checkpoint.tiny.make import make_tiny
 from exo_kimi.models.kimi_k2 import Model
-from exo_kimi.runtime.loader import load
+from exo_kimi.runtime.loading.loader import load
 
 torch = pytest.importorskip("torch", reason="the oracle runs on torch")
 transformers = pytest.importorskip("transformers")

@@ -7,11 +7,11 @@ from random import Random
 
 import pytest
 
-from exo_kimi.planner.bytes import ModelBytes, bytes_of_recipe
-from exo_kimi.planner.catalog import published_model
-from exo_kimi.planner.cluster import Cluster, Link, make_cluster, read_cluster
-from exo_kimi.planner.hardware import Machine, Value
-from exo_kimi.planner.recipes import load_recipe
+from exo_kimi.planner.machines.cluster import Cluster, Link, make_cluster, read_cluster
+from exo_kimi.planner.machines.hardware import Machine, Value
+from exo_kimi.planner.weights.bytes import ModelBytes, bytes_of_recipe
+from exo_kimi.planner.weights.catalog import published_model
+from exo_kimi.planner.weights.recipes import load_recipe
 from exo_kimi.planner.workload import Workload
 
 GIB = 1 << 30

@@ -9,11 +9,11 @@ from time import process_time
 import pytest
 
 from exo_kimi.arch.modules import stage_modules
-from exo_kimi.checkpoint.tiny_config import text_config
-from exo_kimi.planner.bytes import bytes_of_recipe
-from exo_kimi.planner.catalog import published_model
+from exo_kimi.checkpoint.tiny.config import text_config
 from exo_kimi.planner.command import model_bytes, plan_answer
-from exo_kimi.planner.recipes import load_recipe
+from exo_kimi.planner.weights.bytes import bytes_of_recipe
+from exo_kimi.planner.weights.catalog import published_model
+from exo_kimi.planner.weights.recipes import load_recipe
 
 FILES = 96
 EIGHT = "m3-ultra-256, m2-ultra-192, m4-max-128, m5-max-128, m1-ultra-128, m3-max-128, m2-max-96, m1-max-64"

@@ -16,17 +16,17 @@ from hypothesis import strategies as st
 
 from exo_kimi.checkpoint.index import open_index
 from exo_kimi.checkpoint.manifest import resolve
-from exo_kimi.checkpoint.tiny import make_tiny
+from exo_kimi.checkpoint.tiny.make import make_tiny
 from exo_kimi.errors import PlanError, PlanInfeasibleError, PlanMismatchError, UsageError
-from exo_kimi.planner.bytes import ModelBytes
-from exo_kimi.planner.cluster import Cluster, read_cluster
 from exo_kimi.planner.command import plan_answer
-from exo_kimi.planner.explain import explain
-from exo_kimi.planner.golden import PLANS, golden, golden_files
-from exo_kimi.planner.make import make_plan
+from exo_kimi.planner.machines.cluster import Cluster, read_cluster
 from exo_kimi.planner.matching import check_matches
 from exo_kimi.planner.plan import Plan, read_plan
-from exo_kimi.planner.recipes import recipe_names
+from exo_kimi.planner.search.make import make_plan
+from exo_kimi.planner.show.explain import explain
+from exo_kimi.planner.show.golden import PLANS, golden, golden_files
+from exo_kimi.planner.weights.bytes import ModelBytes
+from exo_kimi.planner.weights.recipes import recipe_names
 from exo_kimi.planner.workload import OBJECTIVES, make_workload
 
 GIB = 1 << 30
@@ -229,7 +229,7 @@ def test_golden_plans_are_made_again_byte_for_byte() -> None:
     kept = {path.name: path.read_text(encoding="utf-8") for path in SHARD_PLANS.iterdir()}
     assert sorted(made) == sorted(kept)
     for name, text in made.items():
-        assert kept[name] == text, f"{name}: run `python -m exo_kimi.planner.golden` and look at the difference"
+        assert kept[name] == text, f"{name}: run `python -m exo_kimi.planner.show.golden` and look at the difference"
     for name in PLANS:
         assert read_plan(SHARD_PLANS / f"{name}.json").model.layers == 61
     recipes = {recipe for _, recipe, cluster in PLANS.values() if "m2-ultra" in cluster}

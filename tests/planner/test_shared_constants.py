@@ -6,7 +6,7 @@ from inspect import signature
 
 from exo_kimi.models import ops
 from exo_kimi.planner.workload import CACHE_STEP, SCORE_BYTES, Workload
-from exo_kimi.runtime.engine import Engine
+from exo_kimi.runtime.engine.engine import Engine
 
 
 def test_caches_grow_as_the_planner_thinks() -> None:

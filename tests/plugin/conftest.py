@@ -14,11 +14,11 @@ from typing import Any
 
 import pytest
 
-from exo_kimi.bench.exo_here import ZENOH_PORT, find_exo
-from exo_kimi.checkpoint.tiny import make_tiny
-from exo_kimi.plugin.exo_http import ExoClient
-from exo_kimi.plugin.exo_plan import exo_plan
-from exo_kimi.plugin.exo_watch import Timing
+from exo_kimi.bench.setups.exo_here import ZENOH_PORT, find_exo
+from exo_kimi.checkpoint.tiny.make import make_tiny
+from exo_kimi.plugin.control.http import ExoClient
+from exo_kimi.plugin.control.plan import exo_plan
+from exo_kimi.plugin.control.watch import Timing
 
 MODEL = "lab/kimi-k2-tiny"
 
@@ -68,7 +68,7 @@ def fake_exo() -> ModuleType:
 @pytest.fixture(scope="session")
 def real_exo() -> ModuleType:
     """The module that starts real nodes."""
-    return importlib.import_module("exo_kimi.bench.exo_nodes")
+    return importlib.import_module("exo_kimi.bench.setups.exo_nodes")
 
 
 @pytest.fixture

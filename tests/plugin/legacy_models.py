@@ -11,7 +11,7 @@ import mlx.core as mx
 
 from exo_kimi.chat.template import ChatTemplate
 from exo_kimi.chat.tokenizer import KimiTokenizer
-from exo_kimi.runtime.loader import load
+from exo_kimi.runtime.loading.loader import load
 
 LLAMA_CARD, LLAMA_REPO = "llama-3.2-1b", "mlx-community--Llama-3.2-1B-Instruct-4bit"
 _WORDS = "the sea is deep and blue under a sky of grey stones where birds sing and ships sleep until morning".split()

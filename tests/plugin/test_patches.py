@@ -17,11 +17,11 @@ from typing import Any
 import httpx
 import pytest
 
-from exo_kimi.plugin.exo_apply import apply_plan
-from exo_kimi.plugin.exo_http import ExoClient
-from exo_kimi.plugin.exo_plan import exo_plan
-from exo_kimi.plugin.exo_prepare import prepare
-from exo_kimi.plugin.exo_watch import Deadlines
+from exo_kimi.plugin.control.apply import apply_plan
+from exo_kimi.plugin.control.http import ExoClient
+from exo_kimi.plugin.control.plan import exo_plan
+from exo_kimi.plugin.control.prepare import prepare
+from exo_kimi.plugin.control.watch import Deadlines
 
 PATCHES = Path(__file__).parents[2] / "patches"
 FILES = sorted(path for path in PATCHES.rglob("*") if path.is_file())

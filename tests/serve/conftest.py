@@ -18,7 +18,7 @@ from fastapi import FastAPI
 from exo_kimi.chat.defaults import GenerationDefaults
 from exo_kimi.chat.template import ChatTemplate
 from exo_kimi.chat.tokenizer import KimiTokenizer
-from exo_kimi.checkpoint.tiny import make_tiny
+from exo_kimi.checkpoint.tiny.make import make_tiny
 from exo_kimi.errors import EngineStoppedError, RuntimeFault
 from exo_kimi.runtime.requests import EngineSnapshot, GenerationRequest, RequestProgress, StageHealth, TokenEvent
 from exo_kimi.serve.app import create_app

@@ -9,13 +9,13 @@ import httpx
 import openai
 import pytest
 
-from exo_kimi.bench.conformance import CHECKS, TEMPLATE, Verdict, run_checks, summary, table
+from exo_kimi.bench.claims.conformance import CHECKS, TEMPLATE, Verdict, run_checks, summary, table
 from exo_kimi.checkpoint.index import open_index
 from exo_kimi.checkpoint.manifest import resolve
-from exo_kimi.checkpoint.tiny import make_tiny
-from exo_kimi.runtime.engine import Engine
-from exo_kimi.runtime.inline import InlinePipeline
-from exo_kimi.runtime.loader import load_stage
+from exo_kimi.checkpoint.tiny.make import make_tiny
+from exo_kimi.runtime.engine.engine import Engine
+from exo_kimi.runtime.loading.loader import load_stage
+from exo_kimi.runtime.stage.inline import InlinePipeline
 from exo_kimi.serve.app import create_app
 
 LAYERS = 3

@@ -11,11 +11,11 @@ import pytest
 
 from exo_kimi.checkpoint.index import open_index
 from exo_kimi.checkpoint.manifest import resolve
-from exo_kimi.runtime.engine import Engine
-from exo_kimi.runtime.inline import InlinePipeline
-from exo_kimi.runtime.loader import load_stage
+from exo_kimi.client.demo import OBSERVED, WEATHER, shipped_model
+from exo_kimi.runtime.engine.engine import Engine
+from exo_kimi.runtime.loading.loader import load_stage
+from exo_kimi.runtime.stage.inline import InlinePipeline
 from exo_kimi.serve.app import create_app
-from exo_kimi.serve.demo import OBSERVED, WEATHER, shipped_model
 from exo_kimi.train.export import read_parameters
 from exo_kimi.train.fake_quant import fake_quant
 from exo_kimi.train.parameters import is_expert

@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 
 from exo_kimi.chat.tokenizer import KimiTokenizer
-from exo_kimi.checkpoint.tiny import make_tiny
-from exo_kimi.runtime.loader import load
+from exo_kimi.checkpoint.tiny.make import make_tiny
+from exo_kimi.runtime.loading.loader import load
 from exo_kimi.train.encoding import Encoder
 from exo_kimi.train.evaluation.evaluate import evaluate, held_out_texts
 from exo_kimi.train.evaluation.generation import greedy

@@ -10,7 +10,7 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 from exo_kimi.checkpoint.checks.config import CONFIG_NAME
-from exo_kimi.checkpoint.findings import Checkup
+from exo_kimi.checkpoint.doctor.findings import Checkup
 from exo_kimi.checkpoint.hints import (
     SECTIONS,
     Hint,

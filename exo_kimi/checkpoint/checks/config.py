@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from exo_kimi.arch.config import KimiConfig, read_config
-from exo_kimi.checkpoint.findings import Checkup
+from exo_kimi.checkpoint.doctor.findings import Checkup
 from exo_kimi.checkpoint.keys import TensorKey, has_prefix, parse_key
 from exo_kimi.errors import CheckpointError, CheckpointProblems, ConfigError, UnsupportedModelError
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from exo_kimi.checkpoint.checks.config import ConfigReading
-from exo_kimi.checkpoint.findings import Checkup
+from exo_kimi.checkpoint.doctor.findings import Checkup
 from exo_kimi.checkpoint.index import HeldTensors, read_shards, sort_tensors
 from exo_kimi.checkpoint.manifest import StageManifest, examine
 from exo_kimi.checkpoint.shards import INDEX_NAME, find_shards

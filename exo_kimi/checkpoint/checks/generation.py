@@ -9,7 +9,7 @@ from typing import Any
 
 from exo_kimi.arch.numbers import is_number
 from exo_kimi.checkpoint.checks.tokenizer import RESERVED, read_object
-from exo_kimi.checkpoint.findings import Checkup
+from exo_kimi.checkpoint.doctor.findings import Checkup
 from exo_kimi.errors import TokenizerError
 
 GENERATION_FILE = "generation_config.json"

@@ -16,7 +16,7 @@ import jinja2
 import jinja2.sandbox
 
 from exo_kimi.checkpoint.checks.tokenizer import TOKENIZER_CONFIG
-from exo_kimi.checkpoint.findings import Checkup
+from exo_kimi.checkpoint.doctor.findings import Checkup
 from exo_kimi.errors import TemplateError
 
 TEMPLATE_FILE = "chat_template.jinja"

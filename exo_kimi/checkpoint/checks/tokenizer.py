@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from exo_kimi.checkpoint.findings import Checkup
+from exo_kimi.checkpoint.doctor.findings import Checkup
 from exo_kimi.errors import TokenizerError
 
 MODEL_FILE = "tiktoken.model"

@@ -14,7 +14,7 @@ from exo_kimi.chat.output import OutputParser
 from exo_kimi.chat.template import ChatTemplate
 from exo_kimi.chat.tokenizer import KimiTokenizer
 from exo_kimi.models.kimi_k2 import Model
-from exo_kimi.runtime.loader import load
+from exo_kimi.runtime.loading.loader import load
 from exo_kimi.train.conversations import Conversation, single, tool_exchange
 from exo_kimi.train.encoding import Encoded, Encoder
 from exo_kimi.train.evaluation.cases import ToolCase, question_cases, tool_cases

@@ -28,13 +28,13 @@ import pytest
 from exo_kimi.arch.config import KimiConfig
 from exo_kimi.chat.template import ChatTemplate
 from exo_kimi.chat.tokenizer import KimiTokenizer
-from exo_kimi.checkpoint.doctor import doctor, text_errors
-from exo_kimi.checkpoint.findings import Diagnosis
+from exo_kimi.checkpoint.doctor.doctor import doctor, text_errors
+from exo_kimi.checkpoint.doctor.findings import Diagnosis
+from exo_kimi.checkpoint.doctor.repair import repair
 from exo_kimi.checkpoint.hints import read_hints
 from exo_kimi.checkpoint.index import open_index
 from exo_kimi.checkpoint.manifest import resolve
-from exo_kimi.checkpoint.repair import repair
-from exo_kimi.checkpoint.tiny import make_tiny
+from exo_kimi.checkpoint.tiny.make import make_tiny
 from exo_kimi.errors import CheckpointProblems, ExoKimiError
 
 TINIEST = {

@@ -7,7 +7,7 @@ import re
 from collections.abc import Callable
 from typing import Any
 
-from exo_kimi.checkpoint.doctor import doctor
+from exo_kimi.checkpoint.doctor.doctor import doctor
 
 Patient = Any  # see conftest.py, which cannot be imported
 INDEX = "model.safetensors.index.json"

@@ -1,0 +1,208 @@
+"""What is in a checkpoint directory, for `exo-kimi inspect`: architecture, bytes, bits, files and problems. Headers only."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from exo_kimi.arch.config import KimiConfig
+from exo_kimi.arch.modules import ModuleSpec
+from exo_kimi.checkpoint.doctor.report_text import architecture_facts, render
+from exo_kimi.checkpoint.index import open_index
+from exo_kimi.checkpoint.manifest import StageManifest, examine
+from exo_kimi.checkpoint.sources import ModuleSource
+from exo_kimi.errors import CheckpointError, CheckpointProblems, ExoKimiError, NotACheckpointError
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PackingRow:
+    """How one family of modules is stored. `layers` is empty for what lies outside the layers."""
+
+    family: str
+    packing: str
+    layers: tuple[int, ...]
+    modules: int
+    disk_bytes: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Report:
+    """Everything that `inspect` tells. What a problem keeps it from knowing is None or empty.
+
+    `layer_bytes` are (on disk, resident) per layer; `outside_bytes` those of embedding, final norm and head together.
+    """
+
+    directory: Path
+    config: KimiConfig | None = None
+    layouts: tuple[str, ...] = ()
+    files: int = 0
+    tensors: int = 0
+    disk_bytes: int = 0
+    resident_bytes: int = 0
+    layer_bytes: tuple[tuple[int, int], ...] = ()
+    outside_bytes: tuple[int, int] = (0, 0)
+    packing: tuple[PackingRow, ...] = ()
+    text_files: dict[str, bool] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
+    problems: tuple[ExoKimiError, ...] = ()
+    fingerprint: str | None = None
+
+    @property
+    def ok(self) -> bool:
+        """Whether the checkpoint can be loaded."""
+        return not self.problems
+
+    def to_json(self) -> str:
+        """One JSON document; keys are only ever added."""
+        return json.dumps(self._as_dict(), indent=2, ensure_ascii=False)
+
+    def to_text(self) -> str:
+        """For a terminal."""
+        return render(self)
+
+    def _as_dict(self) -> dict[str, Any]:
+        config = self.config
+        return {
+            "directory": str(self.directory),
+            "ok": self.ok,
+            "architecture": None if config is None else architecture_facts(config),
+            "layouts": list(self.layouts),
+            "files": self.files,
+            "tensors": self.tensors,
+            "disk_bytes": self.disk_bytes,
+            "resident_bytes": self.resident_bytes,
+            "layers": [
+                {"layer": layer, "disk_bytes": disk, "resident_bytes": held}
+                for layer, (disk, held) in enumerate(self.layer_bytes)
+            ],
+            "outside_layers": {"disk_bytes": self.outside_bytes[0], "resident_bytes": self.outside_bytes[1]},
+            "packing": [
+                {
+                    "family": row.family,
+                    "packing": row.packing,
+                    "layers": list(row.layers),
+                    "modules": row.modules,
+                    "disk_bytes": row.disk_bytes,
+                }
+                for row in self.packing
+            ],
+            "text_files": self.text_files,
+            "notes": list(self.notes),
+            "problems": [
+                {
+                    "kind": type(problem).__name__,
+                    "what": problem.what,
+                    "expected": problem.expected,
+                    "found": problem.found,
+                    "where": problem.where,
+                    "fix": problem.fix,
+                }
+                for problem in self.problems
+            ],
+            "fingerprint": self.fingerprint,
+        }
+
+
+def inspect(directory: str | Path) -> Report:
+    """Look at a checkpoint directory without reading a weight.
+
+    Args:
+        directory: a checkpoint directory; one with problems gives a report that lists all of them.
+
+    Raises:
+        NotACheckpointError: there is no such directory.
+    """
+    root = Path(directory)
+    if not root.is_dir():
+        raise NotACheckpointError("no such checkpoint directory", found=root, fix="give the folder of config.json")
+    text_files = _text_files(root)
+    try:
+        index = open_index(root)
+    except CheckpointProblems as error:
+        return Report(directory=root, text_files=text_files, problems=error.problems)
+    except CheckpointError as error:
+        return Report(directory=root, config=_config_alone(root), text_files=text_files, problems=(error,))
+    manifest, problems = examine(index)
+    sources = manifest.sources
+    outside = [source for source in sources if source.spec.layer is None]
+    layers: list[list[ModuleSource]] = [[] for _ in range(index.config.num_hidden_layers)]
+    for source in sources:
+        if source.spec.layer is not None:
+            layers[source.spec.layer].append(source)
+    return Report(
+        directory=root,
+        config=index.config,
+        layouts=tuple(sorted({source.layout for source in sources if source.spec.quantizable})),
+        files=len({entry.file for entry in index.tensors.values()}),
+        tensors=len(index.tensors),
+        disk_bytes=manifest.disk_bytes,
+        resident_bytes=manifest.resident_bytes,
+        layer_bytes=tuple(_bytes(sources) for sources in layers),
+        outside_bytes=_bytes(outside),
+        packing=_packing(manifest),
+        text_files=text_files,
+        notes=manifest.notes,
+        problems=tuple(problems),
+        fingerprint=index.fingerprint,
+    )
+
+
+def _config_alone(root: Path) -> KimiConfig | None:
+    try:
+        return KimiConfig.from_directory(root)
+    except CheckpointError:
+        return None
+
+
+def _bytes(sources: list[ModuleSource]) -> tuple[int, int]:
+    return sum(source.disk_bytes for source in sources), sum(source.resident_bytes for source in sources)
+
+
+def _packing(manifest: StageManifest) -> tuple[PackingRow, ...]:
+    rows: dict[tuple[str, str], list[ModuleSource]] = {}
+    for source in manifest.sources:
+        rows.setdefault((_family(source.spec), _describe(source)), []).append(source)
+    return tuple(
+        PackingRow(
+            family=family,
+            packing=packing,
+            layers=tuple(sorted({source.spec.layer for source in sources if source.spec.layer is not None})),
+            modules=len(sources),
+            disk_bytes=sum(source.disk_bytes for source in sources),
+        )
+        for (family, packing), sources in rows.items()
+    )
+
+
+def _describe(source: ModuleSource) -> str:
+    if source.quant is not None:
+        return source.quant.describe() + (" (compressed-tensors)" if source.layout == "int4" else "")
+    if source.layout == "fp8":
+        return "fp8 e4m3, blocks of 128 x 128"
+    return source.parts["weight"][0].dtype.lower()
+
+
+def _family(spec: ModuleSpec) -> str:
+    name = spec.path.rpartition(".")[2]
+    if spec.kind == "experts":
+        return f"experts {name}"
+    if spec.kind in ("norm", "router", "embedding"):
+        return {"norm": "norms", "router": "router", "embedding": "embedding"}[spec.kind]
+    if ".self_attn." in spec.path:
+        return "attention"
+    if ".shared_experts." in spec.path:
+        return "shared experts"
+    return "dense mlp" if spec.layer is not None else "head"
+
+
+def _text_files(root: Path) -> dict[str, bool]:
+    found = {name: (root / name).is_file() for name in ("tiktoken.model", "tokenizer_config.json")}
+    try:
+        embedded = "chat_template" in json.loads((root / "tokenizer_config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError, TypeError):
+        embedded = False
+    found["chat template"] = embedded or (root / "chat_template.jinja").is_file()
+    found["generation_config.json"] = (root / "generation_config.json").is_file()
+    return found

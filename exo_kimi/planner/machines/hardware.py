@@ -1,0 +1,246 @@
+"""Machines: what a chip's profile declares, what was measured, and what is only assumed; it knows nothing of models.
+
+Every value carries where it comes from. What nobody has published is listed in `unknown`, with what is assumed in its place.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+from exo_kimi.errors import UsageError
+from exo_kimi.planner import data
+from exo_kimi.units import GIB
+
+Status = Literal["declared", "measured", "set", "assumed"]
+VALUES = ("bandwidth_bytes_per_s", "prefill_flops_per_s", "overhead_per_layer_s", "limit_bytes")
+PANIC_SHARE = 0.90  # kernel panics have been reported above this share of memory. Source: reference/planning.md
+_NAME = re.compile(r"(m\d+-(?:max|ultra|pro))-(\d+)")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Value:
+    """A number of a machine, where it comes from and how far it can be trusted."""
+
+    number: float
+    source: str
+    status: Status
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Machine:
+    """One machine of a cluster.
+
+    Args:
+        name: unique in its cluster.
+        chip: as Apple names it.
+        memory_bytes: all of it.
+        limit: bytes that the GPU may keep resident (Metal's recommended working set, or iogpu.wired_limit_mb).
+        bandwidth: bytes per second of memory.
+        prefill: floating-point operations per second that prefill really reaches.
+        overhead: seconds per layer and step beside reading weights (kernel launches, synchronisation).
+        thunderbolt: version, 0 for none.
+        rdma: whether it has RDMA over Thunderbolt.
+        limit_before_bytes: the limit that a sysctl would replace, where a plan counts on a raised one.
+    """
+
+    name: str
+    chip: str
+    memory_bytes: int
+    limit: Value
+    bandwidth: Value
+    prefill: Value
+    overhead: Value
+    thunderbolt: int = 0
+    rdma: bool = False
+    limit_before_bytes: int | None = None
+
+    @property
+    def limit_bytes(self) -> int:
+        """The limit, as a whole number."""
+        return int(self.limit.number)
+
+    @property
+    def ceiling_bytes(self) -> int:
+        """The highest limit that a plan will ask for: an eighth of memory, from 8 to 24 GiB, stays with macOS."""
+        return self.memory_bytes - min(max(self.memory_bytes // 8, 8 * GIB), 24 * GIB)
+
+    @property
+    def kind(self) -> tuple[object, ...]:
+        """Equal for machines that a plan may swap."""
+        numbers = (self.limit.number, self.bandwidth.number, self.prefill.number, self.overhead.number)
+        return (self.memory_bytes, *numbers, self.thunderbolt, self.rdma)
+
+    @property
+    def unknown(self) -> tuple[str, ...]:
+        """What is assumed because it is not known."""
+        values = {
+            "memory bandwidth": self.bandwidth,
+            "prefill speed": self.prefill,
+            "overhead per layer": self.overhead,
+        }
+        return tuple(f"{what}: {value.source}" for what, value in values.items() if value.status == "assumed")
+
+    def with_raised_limit(self) -> Machine:
+        """The same machine with its wired limit at the ceiling, if that is more than it has."""
+        if self.ceiling_bytes <= self.limit_bytes:
+            return self
+        limit = Value(number=self.ceiling_bytes, source="raised by sysctl", status="set")
+        return replace(self, limit=limit, limit_before_bytes=self.limit_bytes)
+
+
+def default_limit_bytes(memory_bytes: int) -> int:
+    """Metal's default working set: three quarters of memory, two thirds up to 32 GiB.
+
+    Source: `recommendedMaxWorkingSetSize` as reported by llama.cpp and mlx on M1 to M3 (21,845 of 32,768 MB; 73,728 of
+    98,304 MB; 147,456 of 196,608 MB). macOS 26 reports more on some machines: measure.
+    """
+    return memory_bytes * 2 // 3 if memory_bytes <= 32 * GIB else memory_bytes * 3 // 4
+
+
+def chip_names() -> tuple[str, ...]:
+    """Chips with a profile."""
+    return tuple(name for name in data.names("profiles") if name != "links")
+
+
+def chip_memories(chip: str) -> tuple[int, ...]:
+    """Memory sizes in GiB that the chip is sold with."""
+    return tuple(sorted(size for part in data.load("profiles", chip)["configuration"] for size in part["memory_gib"]))
+
+
+def machine_of_chip(chip: str, memory_gib: int, *, name: str | None = None) -> Machine:
+    """A machine as its chip's profile declares it.
+
+    Raises:
+        UsageError: no profile of that chip, or the chip is not sold with that memory.
+    """
+    key = chip.strip().lower().removeprefix("apple ").replace(" ", "-")
+    if key not in chip_names():
+        raise UsageError(
+            "unknown chip",
+            expected=f"one of {', '.join(chip_names())}",
+            found=repr(chip),
+            fix="a chip without a profile can be measured: `exo-kimi machine --measure -o machine.toml` on it",
+        )
+    table = data.load("profiles", key)
+    parts = [part for part in table["configuration"] if memory_gib in part["memory_gib"]]
+    if not parts:
+        sizes = ", ".join(map(str, chip_memories(key)))
+        raise UsageError(
+            f"{table['chip']} is not sold with that memory", expected=f"{sizes} GB", found=f"{memory_gib} GB"
+        )
+    declared = {**table.get("decode", {}), **{key: parts[0][key] for key in VALUES if key in parts[0]}}
+    memory_bytes = memory_gib * GIB
+    return Machine(
+        name=name or f"{key}-{memory_gib}",
+        chip=table["chip"],
+        memory_bytes=memory_bytes,
+        limit=Value(
+            number=default_limit_bytes(memory_bytes),
+            source="Metal's default, about 75 % of memory",
+            status="declared",
+        ),
+        bandwidth=_value("bandwidth_bytes_per_s", declared, table),
+        prefill=_value("prefill_flops_per_s", declared, table),
+        overhead=_value("overhead_per_layer_s", declared, table),
+        thunderbolt=table["thunderbolt"],
+        rdma=table["rdma"],
+    )
+
+
+def machines_by_memory() -> list[Machine]:
+    """Every machine that is sold, the smallest memory first, then the fastest."""
+    machines = [machine_of_chip(chip, size) for chip in chip_names() for size in chip_memories(chip)]
+    return sorted(machines, key=lambda machine: (machine.memory_bytes, -machine.bandwidth.number, machine.name))
+
+
+def machine_of_name(text: str) -> Machine:
+    """A machine from a name such as `m3-ultra-512`.
+
+    Raises:
+        UsageError: not of that form, or no such machine.
+    """
+    match = _NAME.fullmatch(text.strip().lower())
+    if match is None:
+        raise UsageError(
+            "cannot read a machine",
+            expected="chip and gigabytes, such as m3-ultra-512",
+            found=repr(text),
+            where="--cluster",
+        )
+    return machine_of_chip(match[1], int(match[2]))
+
+
+def machine_of_profile(table: Mapping[str, Any], *, where: object) -> Machine:
+    """A measured profile, as `exo-kimi machine --measure -o FILE` writes it; it overrides what the chip declares.
+
+    Raises:
+        UsageError: unknown keys, or a value that is neither measured nor declared.
+    """
+    known = ("name", "chip", "base", "memory_gib", "thunderbolt", "rdma", "measured", "source")
+    data.refuse_unknown(dict(table), known, where)
+    measured, source = table.get("measured", {}), table.get("source", {})
+    if not isinstance(measured, Mapping) or not isinstance(source, Mapping):
+        raise UsageError("measured and source are tables", expected="[measured] and [source]", where=where)
+    data.refuse_unknown(dict(measured), VALUES, where)
+    if not isinstance(table.get("thunderbolt", 0), int):
+        raise UsageError(
+            "thunderbolt is a version", expected="4 or 5, 0 for none", found=table["thunderbolt"], where=where
+        )
+    if "memory_gib" not in table:
+        raise UsageError("a profile needs memory_gib", where=where)
+    base = None
+    memory_bytes = round(positive(table["memory_gib"], "memory_gib", where) * GIB)
+    if "base" in table:
+        base = machine_of_chip(str(table["base"]), round(table["memory_gib"]))
+    missing = [key for key in VALUES if key not in measured and base is None and key != "limit_bytes"]
+    if missing:
+        raise UsageError(
+            "a profile without a base must measure everything",
+            expected=", ".join(VALUES),
+            found=f"no {missing[0]}",
+            where=where,
+        )
+
+    def pick(key: str, declared: Value | None) -> Value:
+        if key in measured:
+            number = positive(measured[key], key, where)
+            return Value(number=number, source=str(source.get(key, "measured")), status="measured")
+        if declared is None:
+            return Value(
+                number=default_limit_bytes(memory_bytes), source="Metal's default share of memory", status="assumed"
+            )
+        return declared
+
+    return Machine(
+        name=str(table.get("name", base.name if base else "machine")),
+        chip=str(table.get("chip", base.chip if base else "unknown chip")),
+        memory_bytes=memory_bytes,
+        limit=pick("limit_bytes", base.limit if base else None),
+        bandwidth=pick("bandwidth_bytes_per_s", base.bandwidth if base else None),
+        prefill=pick("prefill_flops_per_s", base.prefill if base else None),
+        overhead=pick("overhead_per_layer_s", base.overhead if base else None),
+        thunderbolt=table.get("thunderbolt", base.thunderbolt if base else 0),
+        rdma=table.get("rdma", base.rdma if base else False) is True,
+    )
+
+
+def positive(value: object, key: str, where: object) -> float:
+    """A number above zero; an overhead or a latency may be zero.
+
+    Raises:
+        UsageError: anything else.
+    """
+    number = value if isinstance(value, (int, float)) and not isinstance(value, bool) else None
+    if number is None or not (0 < number < math.inf or (number == 0 and key in ("overhead_per_layer_s", "latency_s"))):
+        raise UsageError(f"{key} is not a number above zero", found=repr(value), where=where)
+    return float(number)
+
+
+def _value(key: str, declared: Mapping[str, float], table: Mapping[str, Any]) -> Value:
+    if key in declared:
+        return Value(number=declared[key], source=table["source"][key], status="declared")
+    return Value(number=table["assumed"][key], source=table["unknown"][key], status="assumed")

@@ -1,0 +1,64 @@
+"""A machine's profile as text for people and as TOML for files; it knows nothing of where its values come from."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from typing import Any
+
+from exo_kimi.errors import UsageError
+from exo_kimi.planner.machines.hardware import VALUES, Machine, machine_of_profile
+from exo_kimi.units import format_bytes
+
+
+def machine_text(machine: Machine) -> str:
+    """Every value with its status and source."""
+    rows = (
+        ("memory", format_bytes(machine.memory_bytes), "", ""),
+        ("limit", format_bytes(machine.limit_bytes), machine.limit.status, machine.limit.source),
+        ("ceiling", format_bytes(machine.ceiling_bytes), "", "the highest wired limit that a plan asks for"),
+        (
+            "bandwidth",
+            f"{machine.bandwidth.number / 1e9:.3g} GB/s",
+            machine.bandwidth.status,
+            machine.bandwidth.source,
+        ),
+        ("prefill", f"{machine.prefill.number / 1e12:.3g} TFLOP/s", machine.prefill.status, machine.prefill.source),
+        (
+            "overhead",
+            f"{machine.overhead.number * 1e6:.0f} us a layer",
+            machine.overhead.status,
+            machine.overhead.source,
+        ),
+    )
+    thunderbolt = f"Thunderbolt {machine.thunderbolt}" if machine.thunderbolt else "no Thunderbolt known"
+    links = thunderbolt + (", RDMA (macOS 26.2 or later)" if machine.rdma else ", no RDMA")
+    lines = [f"{machine.name}: {machine.chip}, {links}"]
+    lines += [f"  {name:<10} {value:<16} {status:<9} {source}".rstrip() for name, value, status, source in rows]
+    return "\n".join(lines) + "\n"
+
+
+def profile_answer(table: Mapping[str, Any]) -> str:
+    """A profile table as text; a machine that is neither known nor measured is said to be so."""
+    try:
+        return machine_text(machine_of_profile(table, where="this machine"))
+    except UsageError:
+        return (
+            f"{table['chip']}, {table['memory_gib']} GiB: no profile of this chip.\n"
+            "`exo-kimi machine --measure -o FILE` measures it; put `profile = FILE` into cluster.toml.\n"
+        )
+
+
+def profile_toml(table: Mapping[str, Any]) -> str:
+    """A profile table as a file for cluster.toml; reading it gives the table back."""
+    lines = [f"{key} = {_value(value)}" for key, value in table.items() if not isinstance(value, Mapping)]
+    for part in ("measured", "source"):
+        values = table.get(part) or {}
+        if values:
+            lines += ["", f"[{part}]"]
+            lines += [f"{key} = {_value(values[key])}" for key in VALUES if key in values]
+    return "\n".join(lines) + "\n"
+
+
+def _value(value: object) -> str:
+    return json.dumps(value, ensure_ascii=False) if isinstance(value, (str, bool)) else repr(value)

@@ -1,0 +1,63 @@
+"""Tensor parallel: every machine holds a slice of every layer. Costed to say where it wins; exo-kimi itself does not run it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from exo_kimi.planner.machines.cluster import Cluster
+from exo_kimi.planner.machines.hardware import Machine
+from exo_kimi.planner.weights.bytes import ModelBytes
+from exo_kimi.planner.workload import Workload
+
+DEGREES = (2, 4, 8)
+# Beside bytes / bandwidth, a token takes this long whatever the degree. Source: least deviation over eight published points
+# (exo with RDMA on M3 Ultra, 1, 2 and 4 machines; reference/planning.md), 4.4 % at most.
+FIXED_S = 23.8e-3
+# Slices are equal, so the smallest machine decides; beyond this ratio most of the largest would lie idle.
+MOST_UNEQUAL = 1.34
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TensorOption:
+    """Tensor parallel over some machines: bytes of each, and seconds per token."""
+
+    machines: tuple[str, ...]
+    bytes_each: int
+    tpot_s: float
+
+
+def tensor_tpot_s(active_bytes: float, bandwidth_bytes_per_s: float, degree: int) -> float:
+    """Seconds per token: bytes / (N * bandwidth) + 23.8 ms. Source: see FIXED_S; only with RDMA (122 all-reduces a token)."""
+    return active_bytes / (degree * bandwidth_bytes_per_s) + FIXED_S
+
+
+def tensor_options(model: ModelBytes, cluster: Cluster, workload: Workload) -> tuple[TensorOption, ...]:
+    """Every degree that the machines allow: RDMA on all of them, memories nearly equal, and a slice that fits each.
+
+    Of the machines with RDMA the largest are taken.
+    """
+    able = sorted((m for m in cluster.machines if m.rdma), key=lambda m: (-m.limit_bytes, -m.bandwidth.number, m.name))
+    options = (_option(model, able[:degree], workload) for degree in DEGREES if degree <= len(able))
+    return tuple(option for option in options if option is not None)
+
+
+def _option(model: ModelBytes, machines: Sequence[Machine], workload: Workload) -> TensorOption | None:
+    degree = len(machines)
+    if model.config.num_attention_heads % degree:
+        return None
+    limits = [machine.limit_bytes for machine in machines]
+    kv_bytes = (
+        workload.kv_tokens * model.kv_layer_bytes * model.layers
+    )  # the latent is one head: every machine holds it
+    own_bytes = -(-model.total_bytes // degree) + kv_bytes
+    other_bytes = workload.scratch_bytes(model.config) + workload.reserve_bytes + workload.server_bytes
+    if max(limits) > MOST_UNEQUAL * min(limits) or own_bytes + other_bytes > min(limits):
+        return None
+    read_bytes = model.active_bytes() + degree * workload.mean_cached_tokens * model.kv_layer_bytes * model.layers
+    slowest = min(machine.bandwidth.number for machine in machines)
+    return TensorOption(
+        machines=tuple(machine.name for machine in machines),
+        bytes_each=own_bytes,
+        tpot_s=tensor_tpot_s(read_bytes, slowest, degree),
+    )

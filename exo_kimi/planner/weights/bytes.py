@@ -1,0 +1,178 @@
+"""What a model weighs, layer by layer: from headers, or from architecture and recipe; it knows nothing of machines."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from exo_kimi.arch.config import KimiConfig
+from exo_kimi.arch.geometry import kv_bytes_per_token
+from exo_kimi.arch.modules import ModuleSpec, stage_modules
+from exo_kimi.checkpoint.manifest import StageManifest
+from exo_kimi.errors import UsageError
+from exo_kimi.planner import data
+from exo_kimi.planner.weights.recipes import Recipe
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModelBytes:
+    """Resident bytes of a model.
+
+    Args:
+        name: for people.
+        config: its architecture.
+        source: where the bytes come from: `headers`, or the recipe's title.
+        hash: the checkpoint's fingerprint, or the hash of architecture and recipe.
+        from_headers: whether there are weights.
+        layer_bytes: one per decoder layer, everything in it.
+        expert_bytes: one per decoder layer, its routed experts only (0 where dense).
+        embedding_bytes: held by the stage of layer 0.
+        head_bytes: final norm and lm_head, held by the stage of the last layer.
+        kv_bits: of its cache; None for bf16.
+        widened_bytes: one per decoder layer, what serving holds on top: routers become float32.
+    """
+
+    name: str
+    config: KimiConfig
+    source: str
+    hash: str
+    from_headers: bool
+    layer_bytes: tuple[int, ...]
+    expert_bytes: tuple[int, ...]
+    embedding_bytes: int
+    head_bytes: int
+    widened_bytes: tuple[int, ...]
+    kv_bits: int | None = None
+
+    @property
+    def layers(self) -> int:
+        """Number of decoder layers."""
+        return len(self.layer_bytes)
+
+    @property
+    def total_bytes(self) -> int:
+        """All of it, every module once."""
+        return sum(self.layer_bytes) + self.embedding_bytes + self.head_bytes
+
+    @property
+    def kv_layer_bytes(self) -> int:
+        """Cache bytes of one token in one layer: the latent and the shared rope key (1,152 for K2, 612 in 8 bits)."""
+        return kv_bytes_per_token(self.config, 0, 1, kv_bits=self.kv_bits)
+
+    def weight_bytes(self, start_layer: int, end_layer: int, *, ends_everywhere: bool = False) -> int:
+        """Weights of a stage as it holds them to serve: its layers, embeddings and head only where owned.
+
+        Args:
+            start_layer: first layer.
+            end_layer: one past the last.
+            ends_everywhere: every stage holds embedding, norm and head, as in mlx-lm's and exo's own pipeline.
+        """
+        total = sum(self.layer_bytes[start_layer:end_layer])
+        if not ends_everywhere:  # exo's own engine holds routers as they are stored
+            total += sum(self.widened_bytes[start_layer:end_layer])
+        if start_layer == 0 or ends_everywhere:
+            total += self.embedding_bytes
+        if end_layer == self.layers or ends_everywhere:
+            total += self.head_bytes
+        return total
+
+    def active_bytes(self, batch: int = 1) -> int:
+        """Bytes read for one decode step of `batch` tokens, KV apart: everything but the embedding's rows."""
+        return sum(self.active_layer_bytes(layer, batch) for layer in range(self.layers)) + self.head_bytes
+
+    def active_layer_bytes(self, layer: int, batch: int = 1) -> int:
+        """Bytes of one layer that a step of `batch` tokens reads: each expert that any of them picks, once.
+
+        K of E experts a token, E (1 - (1 - K/E)^batch) distinct ones expected when tokens choose independently.
+        """
+        experts = self.expert_bytes[layer]
+        share = 1.0 - (1.0 - self.config.num_experts_per_tok / self.config.n_routed_experts) ** batch
+        return self.layer_bytes[layer] - experts + round(experts * share)
+
+
+def bytes_of_manifest(manifest: StageManifest, *, name: str | None = None) -> ModelBytes:
+    """Bytes of a checkpoint from its headers, as MLX will hold it.
+
+    Raises:
+        UsageError: the manifest is of a part of the model.
+    """
+    layers = manifest.config.num_hidden_layers
+    if (manifest.start_layer, manifest.end_layer) != (0, layers):
+        raise UsageError(
+            "a plan needs the headers of the whole model",
+            expected=f"layers 0:{layers}",
+            found=f"{manifest.start_layer}:{manifest.end_layer}",
+            where=manifest.directory,
+        )
+    sizes = [
+        (source.spec.layer, source.spec.kind, source.resident_bytes, source.widened_bytes)
+        for source in manifest.sources
+    ]
+    return _collect(
+        sizes,
+        manifest.config,
+        name=name or manifest.directory.name,
+        source="headers",
+        hash=manifest.fingerprint,
+        from_headers=True,
+    )
+
+
+def bytes_of_recipe(config: KimiConfig, recipe: Recipe, *, name: str) -> ModelBytes:
+    """Bytes of a model that nobody has downloaded yet.
+
+    Raises:
+        UsageError: the recipe's groups do not divide the model's rows.
+    """
+    specs = stage_modules(config, 0, config.num_hidden_layers)
+    sizes = [(spec.layer, spec.kind, recipe.weight_bytes(spec), _widened_bytes(spec)) for spec in specs]
+    shapes = [[spec.path, list(spec.shape)] for spec in specs]
+    return _collect(
+        sizes,
+        config,
+        name=name,
+        source=recipe.title,
+        hash=data.digest([shapes, recipe.hash]),
+        from_headers=False,
+    )
+
+
+def _collect(
+    sizes: Sequence[tuple[int | None, str, int, int]],
+    config: KimiConfig,
+    *,
+    name: str,
+    source: str,
+    hash: str,
+    from_headers: bool,
+) -> ModelBytes:
+    layer_bytes = [0] * config.num_hidden_layers
+    expert_bytes = [0] * config.num_hidden_layers
+    widened_bytes = [0] * config.num_hidden_layers
+    embedding_bytes = head_bytes = 0
+    for layer, kind, size, widened in sizes:
+        if layer is None and kind == "embedding":
+            embedding_bytes += size
+        elif layer is None:
+            head_bytes += size
+        else:
+            layer_bytes[layer] += size
+            expert_bytes[layer] += size if kind == "experts" else 0
+            widened_bytes[layer] += widened
+    return ModelBytes(
+        name=name,
+        config=config,
+        source=source,
+        hash=hash,
+        from_headers=from_headers,
+        layer_bytes=tuple(layer_bytes),
+        expert_bytes=tuple(expert_bytes),
+        embedding_bytes=embedding_bytes,
+        head_bytes=head_bytes,
+        widened_bytes=tuple(widened_bytes),
+    )
+
+
+def _widened_bytes(spec: ModuleSpec) -> int:
+    return 2 * math.prod(spec.shape) if spec.kind == "router" else 0

@@ -1,0 +1,224 @@
+"""`exo-kimi exo apply`: place a plan in a running exo, watch every node until it answers, take it back when it does not."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from exo_kimi.errors import ExoLoadError, ExoPlacementError, UsageError
+from exo_kimi.planner.plan import Plan
+from exo_kimi.plugin.control.http import ExoClient, Preview
+from exo_kimi.plugin.control.instance import Seat, check_seats, renamed, ring_instance
+from exo_kimi.plugin.control.model_card import Card
+from exo_kimi.plugin.control.model_names import check_model_id
+from exo_kimi.plugin.control.node_matching import seats_of_plan
+from exo_kimi.plugin.control.state import ClusterState
+from exo_kimi.plugin.control.watch import Deadlines, Progress, Timing, take_back, watch
+
+Report = Callable[[Sequence[Progress]], None]
+_PORTS = (49153, 65535)
+_PROBE_TOKENS = 2  # the first comes from prefill alone; decoding may still hang
+_TENSOR_METAS = ("MlxJaccl", "MlxRing")  # RDMA first: 122 all-reduces a token want it
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Applied:
+    """A placed plan.
+
+    Args:
+        instance_id: ours; `DELETE /instance/ID` ends it.
+        model_id: for requests.
+        seats: in rank order.
+        layers_seen: node name -> layers that exo said it was loading there; a node that loaded between two looks is missing.
+        seconds: from the request to the first answer; 0 when nobody waited.
+        answer: the text of the first two tokens; None when nobody waited.
+    """
+
+    instance_id: str
+    model_id: str
+    seats: tuple[Seat, ...]
+    layers_seen: Mapping[str, int]
+    seconds: float
+    answer: str | None
+
+
+def apply_plan(
+    client: ExoClient,
+    plan: Plan,
+    *,
+    model_id: str | None = None,
+    nodes: Mapping[str, str] | None = None,
+    tensor: bool = False,
+    replace: bool = False,
+    wait: bool = True,
+    own_engine: bool = True,
+    deadlines: Deadlines | None = None,
+    report: Report = lambda progress: None,
+    timing: Timing | None = None,
+) -> Applied:
+    """Place a plan.
+
+    Args:
+        client: a node of the cluster.
+        plan: for this cluster, as `exo plan` makes it.
+        model_id: `org/name`; from the plan when it was made for such a name.
+        nodes: machine of the plan -> name or id of a node, where the names differ.
+        tensor: the plan's nodes, but every one with a slice of every layer, as exo places it.
+        replace: end instances of this model first, instead of refusing.
+        wait: until it answers; else until exo has taken the instance.
+        own_engine: exo's engine runs it, which holds embedding and head on every rank.
+        deadlines: of the phases.
+        report: called when anything has changed.
+        timing: clock and sleep, for tests.
+
+    Raises:
+        UsageError: no model id, or a plan that counts the ends once for exo's own engine.
+        ExoPlacementError: the cluster cannot take it; nothing was sent.
+        ExoLoadError: it did not become ready; it was taken back.
+        ExoUnreachableError, ExoVersionError, ExoRefusedError: as `ExoClient`.
+    """
+    limits, times = deadlines or Deadlines(), timing or Timing()
+    name = check_model_id(model_id or plan.model.name.replace("--", "/", 1))
+    if own_engine and len(plan.stages) > 1 and not plan.workload.ends_everywhere:
+        raise UsageError(
+            "the plan counts embedding and head once, and exo's own engine holds them on every node",
+            fix="plan with `exo-kimi exo plan`, or run exo with our engine: `exo-kimi exo run`, then apply with --our-engine",
+        )
+    state = client.state()
+    seats = seats_of_plan(plan, state, nodes=nodes)
+    state = _without_older(client, state, name, replace, limits, times)
+    card = _card(client, name, seats, times)
+    _check_card(card, plan)
+    if tensor:
+        seats, instance = _tensor(client, card, seats, state)
+    else:
+        check_seats(seats, state, card)
+        instance = ring_instance(seats, state, card, port=random.randint(*_PORTS))
+    body = next(iter(instance.values()))
+    runners = body["shardAssignments"]["nodeToRunner"]
+    started = times.clock()
+    client.create(instance)
+    seen: Mapping[str, int] = {}
+    answer = None
+    try:
+        seen = watch(
+            client,
+            body["instanceId"],
+            name,
+            {seat.node_id: seat for seat in seats},
+            runners,
+            until_ready=wait,
+            deadlines=limits,
+            report=report,
+            timing=times,
+        )
+        if wait:
+            answer = client.answer(name, "Hello", max_tokens=_PROBE_TOKENS, timeout_s=limits.answer_s)
+    except BaseException as error:
+        gone = take_back(client, body["instanceId"], limits, times)
+        if isinstance(error, ExoLoadError) and not gone:
+            error.fix = (
+                f"{error.fix or ''}; the instance {body['instanceId']} is still there: DELETE /instance/ID".lstrip("; ")
+            )
+        raise
+    return Applied(
+        instance_id=body["instanceId"],
+        model_id=name,
+        seats=seats,
+        layers_seen=seen,
+        seconds=times.clock() - started if wait else 0.0,
+        answer=answer,
+    )
+
+
+def _without_older(
+    client: ExoClient, state: ClusterState, model_id: str, replace: bool, deadlines: Deadlines, timing: Timing
+) -> ClusterState:
+    """The cluster without instances of the model: two of them would share a name and the memory."""
+    older = [instance.instance_id for instance in state.instances if instance.model_id == model_id]
+    if not older:
+        return state
+    if not replace:
+        raise ExoPlacementError(
+            f"{model_id} is placed already",
+            found=", ".join(older),
+            where=client.url,
+            fix="--replace ends it first",
+        )
+    for instance_id in older:
+        if not take_back(client, instance_id, deadlines, timing):
+            raise ExoPlacementError("an older instance does not end", found=instance_id, fix="restart exo on its nodes")
+    timing.sleep(deadlines.settle_s)  # exo measures free memory once a second
+    return client.state()
+
+
+def _card(client: ExoClient, model_id: str, seats: Sequence[Seat], timing: Timing) -> Card:
+    """exo's card of the model, made from the model's directory where exo has none."""
+    if model_id not in client.model_ids():
+        client.add_model(model_id)
+        timing.sleep(1.0)  # the card goes round the cluster as an event
+    card = client.state().cards.get(model_id)
+    if card is not None:
+        return card
+    previews = client.previews(model_id, [seat.node_id for seat in seats])
+    cards = [preview.card for preview in previews if preview.card is not None]
+    if not cards:
+        raise ExoPlacementError(
+            f"exo would not place {model_id} at all",
+            found="; ".join(dict.fromkeys(preview.error for preview in previews if preview.error)) or "no preview",
+            where=client.url,
+        )
+    return cards[0]
+
+
+def _check_card(card: Card, plan: Plan) -> None:
+    said = (int(card["nLayers"]), int(card["hiddenSize"]))
+    planned = (plan.model.layers, plan.model.hidden_size)
+    if said != planned:
+        raise ExoPlacementError(
+            "the plan is for another model than exo has under this id",
+            expected=f"{planned[0]} layers, hidden size {planned[1]} ({plan.model.name})",
+            found=f"{said[0]} layers, hidden size {said[1]} ({card['modelId']})",
+        )
+
+
+def _tensor(
+    client: ExoClient, card: Card, seats: Sequence[Seat], state: ClusterState
+) -> tuple[tuple[Seat, ...], dict[str, Any]]:
+    """exo's own tensor-parallel placement over the plan's nodes; the slices are equal, whatever the plan's shares were."""
+    slice_bytes = int(card["storageSize"]["inBytes"]) // len(seats)
+    small = [node for seat in seats if (node := state.node(seat.node_id)) and node.available_bytes < slice_bytes]
+    if small:
+        raise ExoPlacementError(
+            f"{state.names[small[0].node_id]} is too small for an equal slice",
+            expected=f"{slice_bytes} bytes free",
+            found=f"{small[0].available_bytes} bytes",
+        )
+    wanted = frozenset(seat.node_id for seat in seats)
+    previews = [p for p in client.previews(card["modelId"], sorted(wanted)) if p.sharding == "Tensor"]
+    able = [p for meta in _TENSOR_METAS for p in previews if p.meta == meta and p.node_ids == wanted]
+    if len(wanted) < 2 or not able:
+        raise ExoPlacementError(
+            "exo offers no tensor-parallel placement over these nodes",
+            expected=f"{len(wanted)} nodes, two or more: {', '.join(seat.name for seat in seats)}",
+            found=_errors(previews),
+            fix="without --tensor the plan's pipeline is placed",
+        )
+    layers = int(card["nLayers"])
+    named = {seat.node_id: seat.name for seat in seats}
+    ranked = next(iter(able[0].instance.values()))["shardAssignments"] if able[0].instance else {}
+    ranks = {
+        node: next(iter(ranked["runnerToShard"][runner].values()))["deviceRank"]
+        for node, runner in ranked["nodeToRunner"].items()
+    }
+    slices = tuple(
+        Seat(node_id=node, name=named[node], start_layer=0, end_layer=layers, need_bytes=0)
+        for node in sorted(ranks, key=ranks.__getitem__)
+    )
+    return slices, renamed(able[0].instance or {})
+
+
+def _errors(previews: Sequence[Preview]) -> str:
+    return "; ".join(dict.fromkeys(f"{p.meta}: {p.error or 'over other nodes'}" for p in previews)) or "no preview"

@@ -1,0 +1,245 @@
+"""A plan as an exo instance, and everything that exo does not check of it; pure functions, nothing is sent from here.
+
+exo takes gaps, overlaps and empty shards for an instance, becomes ready and answers wrong text: so nothing leaves this module
+that has not been checked.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any
+from uuid import uuid4
+
+from exo_kimi.errors import ExoPlacementError
+from exo_kimi.plugin.control.model_card import Card
+from exo_kimi.plugin.control.state import ClusterState
+from exo_kimi.units import format_bytes
+
+# A ring rank only talks to its neighbours; exo fills the others' places with this. Source: RFC 5737 TEST-NET-2.
+NOBODY = {"ip": "198.51.100.1", "port": 0}
+# As exo: the fastest cable first.
+_PREFERENCE = {"thunderbolt": 0, "maybe_ethernet": 1, "ethernet": 2, "wifi": 3, "unknown": 4}
+MakeId = Callable[[], str]
+
+
+def new_id() -> str:
+    """A fresh id, as exo makes them."""
+    return str(uuid4())
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Seat:
+    """A stage on a node. `need_bytes` is what it will hold beside what runs there already."""
+
+    node_id: str
+    name: str
+    start_layer: int
+    end_layer: int
+    need_bytes: int
+
+    @property
+    def layers(self) -> int:
+        """How many layers it holds."""
+        return self.end_layer - self.start_layer
+
+
+def check_seats(seats: Sequence[Seat], state: ClusterState, card: Card) -> None:
+    """Refuse what exo would not.
+
+    Args:
+        seats: first layers first; the place is the rank.
+        state: the cluster now.
+        card: of the model, with all its layers and bytes.
+
+    Raises:
+        ExoPlacementError: every reason at once: layers, nodes, links, memory.
+    """
+    problems = [
+        *_layer_problems([(seat.start_layer, seat.end_layer) for seat in seats], int(card["nLayers"])),
+        *_node_problems(seats, state),
+        *_link_problems(seats, state),
+        *_memory_problems(seats, state, int(card["storageSize"]["inBytes"])),
+    ]
+    if problems:
+        raise ExoPlacementError(
+            "this cluster cannot take the plan as it is:\n" + "\n".join(f"  - {problem}" for problem in problems),
+            fix="`exo-kimi exo status` shows the cluster, `exo-kimi exo plan` plans for it as it is",
+        )
+
+
+def ring_instance(
+    seats: Sequence[Seat], state: ClusterState, card: Card, *, port: int, make_id: MakeId = new_id
+) -> dict[str, Any]:
+    """A MlxRingInstance for `POST /instance`.
+
+    Args:
+        seats: checked.
+        state: for the addresses by which neighbours reach each other.
+        card: full, as exo gave it or `make_card`.
+        port: of the ring on every node.
+        make_id: of the instance and of every runner.
+
+    Raises:
+        ExoPlacementError: the result is not what was asked for (a mistake of this project).
+    """
+    world = len(seats)
+    runners = [make_id() for _ in seats]
+    shards = {
+        runner: {
+            "PipelineShardMetadata": {
+                "modelCard": card,
+                "deviceRank": rank,
+                "worldSize": world,
+                "startLayer": seat.start_layer,
+                "endLayer": seat.end_layer,
+                "nLayers": card["nLayers"],
+            }
+        }
+        for rank, (runner, seat) in enumerate(zip(runners, seats, strict=True))
+    }
+    instance = {
+        "MlxRingInstance": {
+            "instanceId": make_id(),
+            "shardAssignments": {
+                "modelId": card["modelId"],
+                "runnerToShard": shards,
+                "nodeToRunner": {seat.node_id: runner for runner, seat in zip(runners, seats, strict=True)},
+            },
+            "hostsByNode": {seat.node_id: _hosts(rank, seats, state, port) for rank, seat in enumerate(seats)},
+            "ephemeralPort": port,
+        }
+    }
+    check_instance(instance)
+    return instance
+
+
+def renamed(instance: Mapping[str, Any], *, make_id: MakeId = new_id) -> dict[str, Any]:
+    """A previewed instance with ids of our own, so that its runners can be told from all others.
+
+    Raises:
+        ExoPlacementError: exo's preview itself does not add up.
+    """
+    (kind, body), *_ = instance.items()
+    assigned = body["shardAssignments"]
+    fresh = {runner: make_id() for runner in assigned["runnerToShard"]}
+    mine = {
+        kind: {
+            **body,
+            "instanceId": make_id(),
+            "shardAssignments": {
+                **assigned,
+                "runnerToShard": {fresh[runner]: shard for runner, shard in assigned["runnerToShard"].items()},
+                "nodeToRunner": {node: fresh[runner] for node, runner in assigned["nodeToRunner"].items()},
+            },
+        }
+    }
+    check_instance(mine)
+    return mine
+
+
+def check_instance(instance: Mapping[str, Any]) -> None:
+    """The last look at what is sent: ranks, world size, ranges, hosts and the one-to-one of nodes, runners and shards.
+
+    Raises:
+        ExoPlacementError: with every contradiction.
+    """
+    (_, body), *_ = instance.items()
+    assigned = body["shardAssignments"]
+    runner_of, tagged = assigned["nodeToRunner"], assigned["runnerToShard"]
+    kinds = {next(iter(shard)) for shard in tagged.values()}
+    shards = sorted((next(iter(shard.values())) for shard in tagged.values()), key=lambda shard: shard["deviceRank"])
+    world = len(shards)
+    problems = []
+    if not world or sorted(runner_of.values()) != sorted(tagged):
+        problems.append("nodes, runners and shards are not one to one")
+    if [shard["deviceRank"] for shard in shards] != list(range(world)):
+        problems.append(f"ranks are {[shard['deviceRank'] for shard in shards]}")
+    if any(shard["worldSize"] != world for shard in shards):
+        problems.append(f"world sizes are {[shard['worldSize'] for shard in shards]}, not {world}")
+    ranges = [(shard["startLayer"], shard["endLayer"]) for shard in shards]
+    if kinds == {"PipelineShardMetadata"}:
+        problems += _layer_problems(ranges, shards[0]["nLayers"]) if shards else []
+    elif kinds != {"TensorShardMetadata"} or any(each != (0, shards[0]["nLayers"]) for each in ranges):
+        problems.append(f"shards of {', '.join(sorted(kinds))} with ranges {ranges}")
+    hosts = body.get("hostsByNode")
+    if hosts is not None and (set(hosts) != set(runner_of) or any(len(row) != world for row in hosts.values())):
+        problems.append("hosts are not given for every pair of nodes")
+    if problems:
+        raise ExoPlacementError("an instance that contradicts itself", found="; ".join(problems))
+
+
+def _layer_problems(ranges: Sequence[tuple[int, int]], layers: int) -> list[str]:
+    text = ", ".join(f"{start}:{end}" for start, end in ranges) or "no stage"
+    problems = [f"an empty stage in {text}"] if any(end <= start for start, end in ranges) else []
+    ends = [0, *(end for _, end in ranges)]
+    starts = [*(start for start, _ in ranges), layers]
+    if ends != starts:
+        problems.append(
+            f"the model has {layers} layers, each to be placed once in the order of the ranks; found {text}"
+        )
+    return problems
+
+
+def _node_problems(seats: Sequence[Seat], state: ClusterState) -> list[str]:
+    problems = [f"{seat.name} is not in the cluster" for seat in seats if state.node(seat.node_id) is None]
+    ids = [seat.node_id for seat in seats]
+    return problems + [f"{seat.name} has two stages" for seat in seats if ids.count(seat.node_id) > 1]
+
+
+def _link_problems(seats: Sequence[Seat], state: ClusterState) -> list[str]:
+    return [
+        f"{one.name} has not reached {other.name}: check cable, addresses and firewall"
+        for one, other in _neighbours(seats)
+        if state.node(one.node_id) and state.node(other.node_id) and (one.node_id, other.node_id) not in state.sockets
+    ]
+
+
+def _memory_problems(seats: Sequence[Seat], state: ClusterState, storage_bytes: int) -> list[str]:
+    problems = []
+    for seat in seats:
+        node = state.node(seat.node_id)
+        if node is not None and seat.need_bytes > node.available_bytes:
+            missing = seat.need_bytes - node.available_bytes
+            problems.append(
+                f"{seat.name} needs {format_bytes(seat.need_bytes)} for layers {seat.start_layer}:{seat.end_layer} and has "
+                f"{format_bytes(node.available_bytes)} free: {format_bytes(missing)} ({missing} bytes) short"
+            )
+    free = sum(node.available_bytes for node in state.nodes)
+    if storage_bytes > free:
+        problems.append(
+            f"exo refuses a model of {format_bytes(storage_bytes)} with {format_bytes(free)} free on all nodes together"
+        )
+    return problems
+
+
+def _neighbours(seats: Sequence[Seat]) -> list[tuple[Seat, Seat]]:
+    """Every ordered pair that the ring connects: each with the next, and the last with the first."""
+    if len(seats) < 2:
+        return []
+    pairs = [*pairwise(seats), (seats[-1], seats[0])]
+    both = [*pairs, *((other, one) for one, other in pairs)]
+    return list(dict.fromkeys(both))
+
+
+def _hosts(rank: int, seats: Sequence[Seat], state: ClusterState, port: int) -> list[dict[str, Any]]:
+    """By rank, how this node reaches each: itself as 0.0.0.0, neighbours by their best address, others not at all."""
+    me, reached = seats[rank], _neighbours(seats)
+    return [
+        {"ip": "0.0.0.0", "port": port}
+        if other == me
+        else {"ip": _best_address(me, other, state), "port": port}
+        if (me, other) in reached
+        else dict(NOBODY)
+        for other in seats
+    ]
+
+
+def _best_address(one: Seat, other: Seat, state: ClusterState) -> str:
+    node = state.node(other.node_id)
+    kinds = node.interfaces if node else {}
+    addresses = state.sockets.get((one.node_id, other.node_id), ())
+    if not addresses:
+        raise ExoPlacementError(f"{one.name} has not reached {other.name}")
+    return min(addresses, key=lambda address: _PREFERENCE.get(kinds.get(address, "unknown"), 4))

@@ -1,0 +1,194 @@
+"""`exo-kimi exo plan`: the cluster as exo sees it, our plan for it, and what exo alone would have done beside it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from exo_kimi.arch.config import KimiConfig
+from exo_kimi.checkpoint.index import open_index
+from exo_kimi.checkpoint.manifest import resolve
+from exo_kimi.errors import UsageError
+from exo_kimi.planner.command import model_bytes
+from exo_kimi.planner.machines.cluster import Cluster
+from exo_kimi.planner.plan import Plan
+from exo_kimi.planner.search.cost import Placed
+from exo_kimi.planner.search.make import make_plan, plan_of_stages
+from exo_kimi.planner.search.tensor import TensorOption, tensor_options
+from exo_kimi.planner.show.picture import terminal
+from exo_kimi.planner.weights.bytes import ModelBytes, bytes_of_manifest
+from exo_kimi.planner.workload import RESERVE_BYTES, SCORE_BYTES, Objective, Workload, make_workload
+from exo_kimi.plugin.control.cluster import cluster_of_state
+from exo_kimi.plugin.control.exo_default_split import layers_by_memory, nodes_by_memory
+from exo_kimi.plugin.control.model_names import check_model_id, directory_name, model_id_of
+from exo_kimi.plugin.control.state import ClusterState
+from exo_kimi.units import format_bytes
+
+# exo prefills 4,096 tokens at once, divided by up to 4 nodes. Source: exo `generator/generate.py` at b5375f8ce.
+_PREFILL_STEP, _MOST_PARTS = 4096, 4
+# Rotary scores are held whole, and once more masked, in bf16. Source: mlx-lm `models/deepseek_v3.py`, `pe_scores`.
+_SCORE_COPIES, _SCORE_ELEMENT_BYTES = 2, 2
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ExoPlan:
+    """A plan for an exo cluster.
+
+    Args:
+        plan: ours; its model's name is exo's id.
+        alone: what exo would have placed by itself, with our bytes and times; None where it would have refused.
+        tensor: the fastest tensor-parallel placement, when that is faster than the plan.
+    """
+
+    plan: Plan
+    alone: Plan | None
+    tensor: TensorOption | None
+
+    @property
+    def text(self) -> str:
+        """Both, for the terminal."""
+        parts = [terminal(self.plan), "exo alone: " + _alone_line(self.alone, self.plan)]
+        if self.tensor is not None:
+            parts.append(
+                f"tensor parallel over {', '.join(self.tensor.machines)} is faster: {1 / self.tensor.tpot_s:.1f} tokens/s. "
+                "Place it with exo's own engine: exo-kimi exo apply PLAN --tensor"
+            )
+        return "\n".join(parts)
+
+
+def exo_plan(
+    state: ClusterState,
+    model: str | Path,
+    *,
+    model_id: str | None = None,
+    recipe: str | Path | None = None,
+    models_dirs: Sequence[str | Path] = (),
+    context: int | None = None,
+    concurrency: int = 1,
+    objective: Objective = "request",
+    reserve_bytes: int = RESERVE_BYTES,
+    own_engine: bool = True,
+    raise_limits: bool = False,
+    split: Sequence[int] | None = None,
+) -> ExoPlan:
+    """The best plan for a running exo cluster.
+
+    Args:
+        state: the cluster.
+        model: a checkpoint directory with all layers, an exo id whose directory is in `models_dirs`, or a published name.
+        model_id: exo's id of it; from the directory's name when that is `org--name`.
+        recipe: for a published name.
+        models_dirs: where exo ids are looked up.
+        context: tokens of one sequence.
+        concurrency: sequences at once.
+        objective: what is minimised.
+        reserve_bytes: kept free on every machine.
+        own_engine: for exo's engine: embedding and head on every rank, and its scores in memory.
+        raise_limits: count on raised wired limits.
+        split: judge these layer counts, over the nodes in the order of their names, instead of searching.
+
+    Raises:
+        UsageError: the model is not found, or an id that exo would not take for a Kimi.
+        CheckpointError: the checkpoint is not sound.
+        ExoPlacementError: exo has measured no node.
+        PlanInfeasibleError: nothing fits.
+    """
+    weights = _weights(model, model_id, recipe, models_dirs)
+    cluster = cluster_of_state(state)
+    if raise_limits:
+        cluster = cluster.with_raised_limits()
+    nodes = len(split or cluster.machines)
+    workload = _workload(weights.config, context, concurrency, reserve_bytes, nodes if own_engine else 0)
+    if split is None:
+        plan = make_plan(weights, cluster, workload, objective)
+    else:
+        plan = plan_of_stages(weights, cluster, workload, objective, _placed(split, cluster, weights.layers))
+    options = tensor_options(weights, cluster, workload)
+    best = min(options, key=lambda option: option.tpot_s, default=None)
+    return ExoPlan(
+        plan=plan,
+        alone=_alone(state, cluster, weights, workload, objective),
+        tensor=best if best is not None and best.tpot_s < plan.prediction.tpot_s else None,
+    )
+
+
+def _weights(
+    model: str | Path, model_id: str | None, recipe: str | Path | None, models_dirs: Sequence[str | Path]
+) -> ModelBytes:
+    path = Path(model)
+    named = directory_name(str(model))
+    candidates = [path, *(Path(each) / named for each in models_dirs if "/" in str(model))]
+    directory = next((each for each in candidates if each.is_dir()), None)
+    if directory is None:
+        weights = model_bytes(model=str(model), recipe=recipe)
+        return replace(weights, name=check_model_id(model_id)) if model_id else weights
+    if recipe is not None:
+        raise UsageError("--recipe is for a published name: a directory's headers say what it holds", found=str(recipe))
+    name = check_model_id(model_id or model_id_of(directory.resolve()) or directory.resolve().name)
+    return bytes_of_manifest(resolve(open_index(directory)), name=name)
+
+
+def _workload(
+    config: KimiConfig, context: int | None, concurrency: int, reserve_bytes: int, exo_nodes: int
+) -> Workload:
+    """exo's API server runs on every node anyway, so none is counted; its engine's scores are added to the reserve."""
+    ours = make_workload(config, context=context, concurrency=concurrency, reserve_bytes=reserve_bytes, server_bytes=0)
+    if not exo_nodes:
+        return ours
+    added = max(0, exo_scores_bytes(config, ours.context, exo_nodes) - SCORE_BYTES)
+    return replace(ours, reserve_bytes=reserve_bytes + added, ends_everywhere=True)
+
+
+def exo_scores_bytes(config: KimiConfig, context: int, nodes: int) -> int:
+    """Attention scores that exo's engine holds at the end of a full context: heads x chunk x context, two copies, bf16."""
+    chunk = min(_PREFILL_STEP // min(_MOST_PARTS, max(nodes, 1)), context)
+    return config.num_attention_heads * chunk * context * _SCORE_ELEMENT_BYTES * _SCORE_COPIES
+
+
+def _placed(split: Sequence[int], cluster: Cluster, layers: int) -> tuple[Placed, ...]:
+    if sum(split) != layers or min(split, default=0) < 1 or len(split) > len(cluster.machines):
+        raise UsageError(
+            "a split that these nodes cannot take",
+            expected=f"{layers} layers in all, over at most {len(cluster.machines)} nodes, 1 each at least",
+            found=",".join(map(str, split)),
+            where="--split",
+        )
+    ends = [sum(split[: index + 1]) for index in range(len(split))]
+    return tuple(
+        Placed(machine=machine, start_layer=end - count, end_layer=end)
+        for machine, count, end in zip(cluster.machines, split, ends, strict=False)
+    )
+
+
+def _alone(
+    state: ClusterState, cluster: Cluster, weights: ModelBytes, workload: Workload, objective: Objective
+) -> Plan | None:
+    free = {node.node_id: node.available_bytes for node in state.nodes if node.total_bytes}
+    chosen = nodes_by_memory(weights.total_bytes, free)
+    if not chosen or weights.layers < len(chosen):
+        return None
+    machines: Mapping[str, Placed] = {}
+    counts = layers_by_memory(weights.layers, [free[node] for node in chosen])
+    by_name = {machine.name: machine for machine in cluster.machines}
+    machines, start = {}, 0
+    for node, count in zip(chosen, counts, strict=True):
+        name = state.names[node]
+        machines[name] = Placed(machine=by_name[name], start_layer=start, end_layer=start + count)
+        start += count
+    return plan_of_stages(weights, cluster, workload, objective, tuple(machines.values()))
+
+
+def _alone_line(alone: Plan | None, ours: Plan) -> str:
+    if alone is None:
+        return "refuses; all nodes together have too little free memory"
+    where = ", ".join(f"{stage.machine} {stage.layers} layers" for stage in alone.stages)
+    over = [
+        f"{stage.machine} is {format_bytes(-stage.headroom_bytes)} over its limit"
+        for stage in alone.stages
+        if stage.headroom_bytes < 0
+    ]
+    if alone.ranges == ours.ranges and [s.machine for s in alone.stages] == [s.machine for s in ours.stages]:
+        return f"{where} (the same, by the free memory of this second)"
+    speed = f"{alone.prediction.decode_tokens_per_s:.1f} tokens/s to our {ours.prediction.decode_tokens_per_s:.1f}"
+    return f"{where}; {'; '.join(over) if over else speed}"

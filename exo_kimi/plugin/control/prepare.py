@@ -1,0 +1,227 @@
+"""`exo-kimi exo prepare`: a directory that exo accepts, with one node's share of a checkpoint; it never copies a weight.
+
+exo looks for `org--name`, wants an index, loads every `model*.safetensors` with strict=False and holds embedding, norm and
+head on every rank; its locked mlx-lm asks for the bits of `kv_b_proj` under two other names.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from importlib import resources
+from pathlib import Path
+from typing import Any, Literal
+
+from exo_kimi.checkpoint.index import CheckpointIndex, TensorEntry, open_index
+from exo_kimi.checkpoint.manifest import StageManifest, resolve
+from exo_kimi.checkpoint.shards import INDEX_NAME
+from exo_kimi.errors import MissingTensorError, TokenizerError, UsageError
+from exo_kimi.plugin.control.model_card import card_toml, make_card
+from exo_kimi.plugin.control.model_names import check_model_id, directory_name, model_id_of
+
+Linking = Literal["hard", "symbolic"]
+MARK = "exo_kimi_share.json"
+CARD_FILE = "exo_model_card.toml"
+TOKENIZER_CODE = "tokenization_kimi.py"
+_ENDS = ("model.embed_tokens", "model.norm", "lm_head")
+_SMALL_BYTES = 64 << 20  # tokenizers and templates; anything larger is no part of what exo reads
+_WRITTEN = ("config.json", INDEX_NAME, MARK, CARD_FILE)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Prepared:
+    """What was made.
+
+    Args:
+        directory: as exo will find it.
+        model_id: as exo's API names it.
+        start_layer: first layer of the share.
+        end_layer: one past its last.
+        weight_files: linked, by the name exo sees.
+        linked_bytes: of these files; no byte was copied.
+        total_bytes: of the whole model, as the index and the card say.
+        notes: what the user should know.
+    """
+
+    directory: Path
+    model_id: str
+    start_layer: int
+    end_layer: int
+    weight_files: tuple[str, ...]
+    linked_bytes: int
+    total_bytes: int
+    notes: tuple[str, ...]
+
+
+def prepare(
+    directory: str | Path,
+    models_dir: str | Path,
+    *,
+    model_id: str | None = None,
+    start_layer: int = 0,
+    end_layer: int | None = None,
+    linking: Linking = "hard",
+) -> Prepared:
+    """Make `MODELS_DIR/org--name` of a checkpoint, with the files that a layer range needs and the ends.
+
+    Args:
+        directory: the checkpoint.
+        models_dir: one of EXO_MODELS_DIRS or EXO_MODELS_READ_ONLY_DIRS of the node.
+        model_id: `org/name`; from the directory's name when that is `org--name`.
+        start_layer: first layer of the node's share.
+        end_layer: one past its last; None for all.
+        linking: hard links, or symbolic ones where the file system has no others (chosen by itself across disks).
+
+    Raises:
+        UsageError: an id that exo would not take for a Kimi, or something else is in the way.
+        CheckpointError: the share is not sound; exo would load it silently.
+        TokenizerError: no tokenizer files.
+        SplitError: no such layers.
+    """
+    source, root = Path(directory).resolve(), Path(models_dir)
+    name = check_model_id(model_id or model_id_of(source) or source.name)
+    index = open_index(source)
+    manifest = resolve(index, start_layer, end_layer)
+    entries = [entry for part in manifest.sources for held in part.parts.values() for entry in held] + _ends(index)
+    notes = list(manifest.notes)
+    target = root / directory_name(name)
+    _make_way(target, source)
+    share = {"version": 1, "layers": [manifest.start_layer, manifest.end_layer], "fingerprint": manifest.fingerprint}
+    _write_json(target / MARK, share)
+    links = _link_weights(source, target, entries, linking)
+    total_bytes = _total_bytes(source, index)
+    _write_json(target / "config.json", _config_for_exo(index, manifest))
+    notes += _small_files(source, target)
+    card = make_card(name, index.config, total_bytes)
+    (target / CARD_FILE).write_text(card_toml(card), encoding="utf-8")
+    # Last: without an index exo does not take the directory, so it never finds half of one.
+    weight_map = {entry.name: links[entry.file] for entry in index.tensors.values() if entry.file in links}
+    _write_json(target / INDEX_NAME, {"metadata": {"total_size": total_bytes}, "weight_map": weight_map})
+    return Prepared(
+        directory=target,
+        model_id=name,
+        start_layer=manifest.start_layer,
+        end_layer=manifest.end_layer,
+        weight_files=tuple(sorted(links.values())),
+        linked_bytes=sum((target / file).stat().st_size for file in links.values()),
+        total_bytes=total_bytes,
+        notes=tuple(notes),
+    )
+
+
+def _ends(index: CheckpointIndex) -> list[TensorEntry]:
+    """Embedding, norm and head, which exo's engine holds on every rank; without the embedding rank 1 waits for ever."""
+    missing = [path for path in _ENDS if path not in index.modules]
+    if missing:
+        raise MissingTensorError(
+            f"{missing[0]} is missing, and exo holds it on every node",
+            expected=", ".join(_ENDS),
+            found=f"none of {', '.join(missing)}",
+            where=index.directory,
+            fix="prepare from a directory that has the first and the last file too",
+        )
+    return [entry for path in _ENDS for part in index.modules[path].values() for entry in part.values()]
+
+
+def _make_way(target: Path, source: Path) -> None:
+    """An empty target: what an earlier `prepare` made goes, anything else stays and is an error."""
+    if target.resolve() == source:
+        raise UsageError("the checkpoint is already there", where=target, fix="give another --models-dir")
+    target.mkdir(parents=True, exist_ok=True)
+    names = [path.name for path in target.iterdir()]
+    if names and MARK not in names:
+        raise UsageError(
+            "the directory is not empty",
+            expected=f"nothing, or what an earlier `exo prepare` made ({MARK})",
+            found=", ".join(sorted(names)[:5]),
+            where=target,
+            fix="move it away, or give another --model-id",
+        )
+    for name in names:
+        (target / name).unlink()
+
+
+def _link_weights(source: Path, target: Path, entries: Iterable[TensorEntry], linking: Linking) -> dict[str, str]:
+    """File of the checkpoint -> its name in the target. mlx-lm reads `model*.safetensors` only."""
+    links: dict[str, str] = {}
+    for file in sorted({entry.file for entry in entries}):
+        name = Path(file).name
+        links[file] = name if name.startswith("model") else f"model-{name}"
+        _link(source / name, target / links[file], linking)
+    return links
+
+
+def _link(file: Path, target: Path, linking: Linking) -> None:
+    if linking == "hard":
+        try:
+            os.link(file.resolve(), target)
+            return
+        except OSError:  # another disk, or a file system without hard links: a symbolic link serves exo as well
+            pass
+    target.symlink_to(file.resolve())
+
+
+def _total_bytes(source: Path, index: CheckpointIndex) -> int:
+    """Bytes of the whole model: as the index says, which is kept in a share, else of all tensors."""
+    try:
+        said = json.loads((source / INDEX_NAME).read_text(encoding="utf-8"))["metadata"]["total_size"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return index.disk_bytes
+    return max(int(said), index.disk_bytes) if isinstance(said, int | float) else index.disk_bytes
+
+
+def _config_for_exo(index: CheckpointIndex, manifest: StageManifest) -> dict[str, Any]:
+    """config.json with the true bits of every module, and those of kv_b_proj under the names that exo's mlx-lm asks for."""
+    raw = dict(index.raw_config)
+    hints = raw.get("quantization")
+    if not isinstance(hints, dict):
+        return raw
+    prefix = index.config.key_prefix
+    entries: dict[str, Any] = dict(hints)
+    for source in manifest.sources:
+        if source.layout != "mlx" or source.quant is None:
+            continue
+        said: dict[str, Any] = {"group_size": source.quant.group_size, "bits": source.quant.bits}
+        if source.quant.mode != "affine":
+            said["mode"] = source.quant.mode
+        path = prefix + source.spec.path
+        if path in entries or said["bits"] != hints.get("bits") or said["group_size"] != hints.get("group_size"):
+            entries[path] = said
+        if path.endswith(".kv_b_proj"):
+            for half in ("embed_q", "unembed_out"):
+                entries[path.removesuffix("kv_b_proj") + half] = said
+    return {**raw, "quantization": entries, "quantization_config": entries}
+
+
+def _small_files(source: Path, target: Path) -> Sequence[str]:
+    """Tokenizer, template and generation defaults; our own tokenizer code where the checkpoint has none."""
+    for path in sorted(source.iterdir()):
+        wanted = (
+            path.is_file() and not path.name.startswith(".") and path.suffix in (".json", ".jinja", ".py", ".model")
+        )
+        if wanted and path.name not in _WRITTEN and path.stat().st_size <= _SMALL_BYTES:
+            (target / path.name).write_bytes(path.read_bytes())
+    if not (target / "tiktoken.model").exists() or not (target / "tokenizer_config.json").exists():
+        raise TokenizerError(
+            "no Kimi tokenizer in the checkpoint",
+            expected="tiktoken.model and tokenizer_config.json",
+            where=source,
+            fix="copy them from the model's original repository",
+        )
+    if (target / TOKENIZER_CODE).exists():
+        return [f"exo will run {TOKENIZER_CODE} of this checkpoint"]
+    (target / TOKENIZER_CODE).write_text(_own_tokenizer(), encoding="utf-8")
+    return [f"the checkpoint has no {TOKENIZER_CODE}: exo-kimi's own was written, which exo will run"]
+
+
+def _own_tokenizer() -> str:
+    from exo_kimi.chat.tokenizer import SPLIT_PATTERN  # tiktoken: only where it is needed
+
+    text = resources.files("exo_kimi.plugin").joinpath("data", "tokenization_kimi.txt").read_text(encoding="utf-8")
+    return text.replace('"@SPLIT_PATTERN@"', repr(SPLIT_PATTERN))
+
+
+def _write_json(path: Path, document: object) -> None:
+    path.write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")

@@ -1,0 +1,238 @@
+"""exo's cluster state as typed values: nodes, links, instances, runners, downloads. It knows nothing of HTTP or of plans.
+
+Source: `GET /state` of exo v1.0.71 and b5375f8ce, as recorded from running nodes. Keys that are not read may change; one that
+is read and missing means an exo that this project does not know.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from exo_kimi.errors import ExoVersionError
+from exo_kimi.plugin.control.model_card import Card
+
+Generation = Literal["1.0.71", "b5375f8ce"]
+ANSWERS = ("RunnerReady", "RunnerRunning")
+_NEEDED = ("instances", "runners", "downloads", "topology", "nodeIdentities", "nodeMemory", "nodeNetwork")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Node:
+    """A machine as exo sees it. Bytes are 0 while exo has not measured them yet."""
+
+    node_id: str
+    name: str
+    chip: str
+    total_bytes: int
+    available_bytes: int
+    interfaces: Mapping[str, str]  # address -> wifi, ethernet, maybe_ethernet, thunderbolt or unknown
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Shard:
+    """What one runner of an instance holds. `kind` is Pipeline, Tensor or Cfg."""
+
+    runner_id: str
+    node_id: str
+    kind: str
+    rank: int
+    start_layer: int
+    end_layer: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Instance:
+    """A placed model; shards in rank order."""
+
+    instance_id: str
+    model_id: str
+    shards: tuple[Shard, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Runner:
+    """A runner's status: RunnerIdle, Connecting, Connected, Loading, Loaded, WarmingUp, Ready, Running, ShuttingDown, Shutdown
+    or Failed. Layers are 0 unless it is loading."""
+
+    phase: str
+    layers_loaded: int = 0
+    total_layers: int = 0
+    message: str = ""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Download:
+    """Whether a node has a model's files: DownloadCompleted, DownloadPending, DownloadOngoing or DownloadFailed."""
+
+    status: str
+    message: str = ""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ClusterState:
+    """One look at the whole cluster.
+
+    Args:
+        generation: which exo this is.
+        nodes: in exo's order.
+        sockets: (from, to) -> addresses of `to` that `from` has reached.
+        rdma: pairs (from, to) with an RDMA link.
+        instances: placed models.
+        runners: by id; exo keeps entries of instances that are gone.
+        downloads: (node, model) -> status.
+        cards: full cards of models that were added by a user.
+    """
+
+    generation: Generation
+    nodes: tuple[Node, ...]
+    sockets: Mapping[tuple[str, str], tuple[str, ...]]
+    rdma: frozenset[tuple[str, str]]
+    instances: tuple[Instance, ...]
+    runners: Mapping[str, Runner]
+    downloads: Mapping[tuple[str, str], Download]
+    cards: Mapping[str, Card]
+
+    def node(self, node_id: str) -> Node | None:
+        """A node by id."""
+        return next((node for node in self.nodes if node.node_id == node_id), None)
+
+    def instance(self, instance_id: str) -> Instance | None:
+        """An instance by id."""
+        return next((instance for instance in self.instances if instance.instance_id == instance_id), None)
+
+    @property
+    def names(self) -> Mapping[str, str]:
+        """Node id -> a name that is unique: the friendly one, with the address where two share it.
+
+        A restarted node has a new id and the old address, so that plans made before still find it.
+        """
+        friendly = [node.name for node in self.nodes]
+        return {
+            node.node_id: node.name if friendly.count(node.name) == 1 else f"{node.name}-{self._address_of(node)}"
+            for node in self.nodes
+        }
+
+    def _address_of(self, node: Node) -> str:
+        reached = [address for (_, sink), found in self.sockets.items() if sink == node.node_id for address in found]
+        return min(reached or node.interfaces or [node.node_id[:8]])
+
+
+def parse_state(raw: object, *, where: object) -> ClusterState:
+    """The state of a running exo.
+
+    Args:
+        raw: the JSON of `GET /state`.
+        where: the address, for messages.
+
+    Raises:
+        ExoVersionError: it lacks what every known exo 1.x has.
+    """
+    if not isinstance(raw, dict):
+        raise _unknown("an object", type(raw).__name__, where)
+    missing = [key for key in _NEEDED if key not in raw]
+    if missing:
+        raise _unknown(f"the keys {', '.join(_NEEDED)}", f"no {', '.join(missing)}", where)
+    try:
+        return _parse(raw)
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise _unknown("the shapes of v1.0.71 or b5375f8ce", f"{type(error).__name__}: {error}", where) from error
+
+
+def _parse(raw: Mapping[str, Any]) -> ClusterState:
+    sockets: dict[tuple[str, str], tuple[str, ...]] = {}
+    rdma = set()
+    for source, sinks in raw["topology"]["connections"].items():
+        for sink, edges in sinks.items():
+            addresses = [_address(edge) for edge in edges if "sinkMultiaddr" in edge]
+            if addresses:
+                sockets[source, sink] = tuple(addresses)
+            if len(addresses) < len(edges):
+                rdma.add((source, sink))
+    return ClusterState(
+        generation="b5375f8ce" if "customModelCards" in raw else "1.0.71",
+        nodes=tuple(_node(node_id, raw) for node_id in raw["topology"]["nodes"]),
+        sockets=sockets,
+        rdma=frozenset(rdma),
+        instances=tuple(_instance(entry) for entry in raw["instances"].values()),
+        runners={runner_id: _runner(entry) for runner_id, entry in raw["runners"].items()},
+        downloads=dict(_download(node_id, entry) for node_id, entries in raw["downloads"].items() for entry in entries),
+        cards=dict(raw.get("customModelCards", {})),
+    )
+
+
+def _node(node_id: str, raw: Mapping[str, Any]) -> Node:
+    identity = raw["nodeIdentities"].get(node_id, {})
+    memory = raw["nodeMemory"].get(node_id)
+    network = raw["nodeNetwork"].get(node_id, {"interfaces": []})
+    return Node(
+        node_id=node_id,
+        name=str(identity.get("friendlyName") or node_id),
+        chip=str(identity.get("chipId") or "Unknown"),
+        total_bytes=int(memory["ramTotal"]["inBytes"]) if memory else 0,
+        available_bytes=int(memory["ramAvailable"]["inBytes"]) if memory else 0,
+        interfaces={each["ipAddress"]: each["interfaceType"] for each in network["interfaces"]},
+    )
+
+
+def _address(edge: Mapping[str, Any]) -> str:
+    sink = edge["sinkMultiaddr"]
+    return str(sink["ip_address"] if "ip_address" in sink else sink["ipAddress"])
+
+
+def _instance(entry: Mapping[str, Any]) -> Instance:
+    body = _tagged(entry)[1]
+    assigned = body["shardAssignments"]
+    nodes = {runner_id: node_id for node_id, runner_id in assigned["nodeToRunner"].items()}
+    shards = []
+    for runner_id, tagged in assigned["runnerToShard"].items():
+        kind, shard = _tagged(tagged)
+        shards.append(
+            Shard(
+                runner_id=runner_id,
+                node_id=nodes.get(runner_id, ""),
+                kind=kind.removesuffix("ShardMetadata"),
+                rank=shard["deviceRank"],
+                start_layer=shard["startLayer"],
+                end_layer=shard["endLayer"],
+            )
+        )
+    return Instance(
+        instance_id=body["instanceId"],
+        model_id=assigned["modelId"],
+        shards=tuple(sorted(shards, key=lambda shard: shard.rank)),
+    )
+
+
+def _runner(entry: Mapping[str, Any]) -> Runner:
+    phase, body = _tagged(entry)
+    return Runner(
+        phase=phase,
+        layers_loaded=int(body.get("layersLoaded") or 0),
+        total_layers=int(body.get("totalLayers") or 0),
+        message=str(body.get("errorMessage") or ""),
+    )
+
+
+def _download(node_id: str, entry: Mapping[str, Any]) -> tuple[tuple[str, str], Download]:
+    status, body = _tagged(entry)
+    card = _tagged(body["shardMetadata"])[1]["modelCard"]
+    return (node_id, card["modelId"]), Download(status=status, message=str(body.get("errorMessage") or ""))
+
+
+def _tagged(entry: Mapping[str, Any]) -> tuple[str, Mapping[str, Any]]:
+    """exo's unions are objects with one key, the name of the kind."""
+    if len(entry) != 1:
+        raise ValueError(f"one tag expected, found {', '.join(entry) or 'none'}")
+    return next(iter(entry.items()))
+
+
+def _unknown(expected: str, found: str, where: object) -> ExoVersionError:
+    return ExoVersionError(
+        "an exo that this project does not know",
+        expected=f"exo 1.x; its state with {expected}",
+        found=found,
+        where=where,
+        fix="exo v1.0.71 and b5375f8ce were tested",
+    )

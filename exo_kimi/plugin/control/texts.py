@@ -1,0 +1,98 @@
+"""The texts of `exo-kimi exo status`, of loading and of what was placed; it asks nobody anything."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import permutations
+
+from exo_kimi.plugin.control.apply import Applied
+from exo_kimi.plugin.control.cluster import link_kind
+from exo_kimi.plugin.control.prepare import Prepared
+from exo_kimi.plugin.control.state import ClusterState, Instance
+from exo_kimi.plugin.control.watch import Progress
+from exo_kimi.units import format_bytes, format_seconds
+
+_TESTED = {"b5375f8ce": "exo b5375f8ce or later", "1.0.71": "exo 1.0.x"}
+
+
+def status_text(state: ClusterState, *, where: str) -> str:
+    """Machines, memory, links and instances, with what is wrong and what to do about it."""
+    names = state.names
+    lines = [f"{_TESTED[state.generation]} at {where}: {_count(len(state.nodes), 'node')}", ""]
+    for node in state.nodes:
+        if node.total_bytes:
+            lines.append(
+                f"{names[node.node_id]}  {node.chip}  {format_bytes(node.total_bytes)}, "
+                f"{format_bytes(node.available_bytes)} free"
+            )
+        else:
+            lines.append(f"{names[node.node_id]}  not measured yet")
+    if len(state.nodes) > 1:
+        lines.append("")
+    for one, other in permutations(state.nodes, 2):
+        kind = link_kind(one, other, state)
+        rdma = " and RDMA" if (one.node_id, other.node_id) in state.rdma else ""
+        addresses = ", ".join(state.sockets.get((one.node_id, other.node_id), ()))
+        way = f"{kind} {addresses}{rdma}" if kind != "none" else "not reached: check cable, addresses and firewall"
+        lines.append(f"{names[one.node_id]} -> {names[other.node_id]}  {way}")
+    lines.append("")
+    lines += [line for instance in state.instances for line in _instance_lines(instance, state)] or ["no instances"]
+    return "\n".join(lines) + "\n"
+
+
+def progress_line(progress: Sequence[Progress]) -> str:
+    """`studio Loading 12/44 | mini Connected`."""
+    return " | ".join(
+        f"{each.name} {each.phase}" + (f" {each.layers_loaded}/{each.layers}" if each.phase == "Loading" else "")
+        for each in progress
+    )
+
+
+def applied_text(applied: Applied) -> str:
+    """What was placed where, and how to ask it."""
+    lines = [f"{applied.model_id} is placed, instance {applied.instance_id}"]
+    for rank, seat in enumerate(applied.seats):
+        seen = applied.layers_seen.get(seat.name)
+        said = "" if seen is None else f", exo loaded {seen}"
+        lines.append(f"  rank {rank}  {seat.name}  layers {seat.start_layer}:{seat.end_layer} ({seat.layers}{said})")
+    if applied.answer is not None:
+        lines.append(f"it answers, {format_seconds(applied.seconds)} after it was asked for")
+    else:
+        lines.append("it is loading: `exo-kimi exo status` shows how far")
+    return "\n".join(lines) + "\n"
+
+
+def prepared_text(prepared: Prepared) -> str:
+    """What was made, and what the node needs to know."""
+    lines = [
+        f"{prepared.directory}",
+        f"  {prepared.model_id}, layers {prepared.start_layer}:{prepared.end_layer} with embedding, norm and head",
+        f"  {_count(len(prepared.weight_files), 'weight file')} linked, {format_bytes(prepared.linked_bytes)}; "
+        f"the whole model has {format_bytes(prepared.total_bytes)}",
+        *(f"  note: {note}" for note in prepared.notes),
+        f"start exo on this node with EXO_MODELS_READ_ONLY_DIRS={prepared.directory.parent.resolve()}",
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def _instance_lines(instance: Instance, state: ClusterState) -> list[str]:
+    lines = [f"{instance.model_id}  instance {instance.instance_id}"]
+    for shard in instance.shards:
+        name = state.names.get(shard.node_id)
+        runner = state.runners.get(shard.runner_id)
+        phase = runner.phase.removeprefix("Runner") if runner else "Waiting"
+        told = f" {runner.layers_loaded}/{runner.total_layers}" if runner and phase == "Loading" else ""
+        why = f": {runner.message}" if runner and runner.message else ""
+        where = (
+            f"layers {shard.start_layer}:{shard.end_layer}"
+            if shard.kind == "Pipeline"
+            else f"{shard.kind.lower()} slice"
+        )
+        if name is None:
+            phase, told, why = "its node has left the cluster", "", "; `exo-kimi exo apply PLAN --replace` places anew"
+        lines.append(f"  rank {shard.rank}  {name or shard.node_id}  {where}  {phase}{told}{why}")
+    return lines
+
+
+def _count(number: int, what: str) -> str:
+    return f"{number} {what}{'' if number == 1 else 's'}"

@@ -1,0 +1,171 @@
+"""What one exo runner is to hold and whom it talks to, read from exo's instance; it knows nothing of MLX or of sockets.
+
+`rank` is exo's word for our stage: rank order is layer order, and rank 0 leads.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import ipaddress
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from zmq.utils import z85
+
+from exo_kimi.arch.config import KimiConfig
+from exo_kimi.errors import CheckpointError, ExoPlacementError
+from exo_kimi.runtime.transport.address import Address
+from exo_kimi.runtime.transport.keys import ClusterKey, find_key
+
+_NOBODY = ipaddress.ip_network("198.51.100.0/24")  # exo's filler for a node that is no neighbour (RFC 5737)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Part:
+    """One runner's share.
+
+    Args:
+        instance_id: exo's, equal on all ranks.
+        model_id: exo's.
+        stage: this rank.
+        ranges: half-open layers of every stage.
+        listen: where this rank listens for others; None when it is alone.
+        leader: where this rank reaches rank 0; None on rank 0.
+        seen: where rank 0 reaches ranks 1, 2 and so on; empty on others.
+        from_previous: where each of them is reached by the rank before it, which may be over another cable.
+    """
+
+    instance_id: str
+    model_id: str
+    stage: int
+    ranges: tuple[tuple[int, int], ...]
+    listen: Address | None = None
+    leader: Address | None = None
+    seen: tuple[Address, ...] = ()
+    from_previous: tuple[Address, ...] = ()
+
+    @property
+    def stages(self) -> int:
+        """How many ranks there are."""
+        return len(self.ranges)
+
+    @property
+    def start_layer(self) -> int:
+        """First layer of this rank."""
+        return self.ranges[self.stage][0]
+
+    @property
+    def end_layer(self) -> int:
+        """One past the last layer of this rank."""
+        return self.ranges[self.stage][1]
+
+
+def not_ours(bound_instance: Any, directory: Path | None) -> str | None:
+    """Why exo's own engine should run this instance, or None when ours does. All ranks must come to the same answer.
+
+    Args:
+        bound_instance: exo's BoundInstance.
+        directory: the model's files on this node, or None where they are still to come.
+    """
+    shards = bound_instance.instance.shard_assignments.runner_to_shard.values()
+    card = bound_instance.bound_shard.model_card
+    if "kimi" not in str(card.family).lower() and "kimi-k2" not in str(card.model_id).lower():
+        return "not a Kimi K2"
+    if any(type(shard).__name__ != "PipelineShardMetadata" for shard in shards):
+        return "placed with tensor parallelism"
+    if type(bound_instance.instance).__name__ != "MlxRingInstance" and len(shards) > 1:
+        return "placed on RDMA, whose instances do not name the nodes' addresses"
+    if directory is not None and (directory / "config.json").exists():
+        try:
+            KimiConfig.from_directory(directory)
+        except CheckpointError as error:
+            return error.what
+    return None
+
+
+def part_of(bound_instance: Any) -> Part:
+    """Read an instance that is ours.
+
+    Raises:
+        ExoPlacementError: the layers are not each on exactly one rank, or a rank has no address.
+    """
+    instance = bound_instance.instance
+    assigned = instance.shard_assignments
+    shards = {shard.device_rank: shard for shard in assigned.runner_to_shard.values()}
+    ranges = tuple((shards[rank].start_layer, shards[rank].end_layer) for rank in sorted(shards))
+    layers = bound_instance.bound_shard.n_layers
+    ends = [0, *(end for _, end in ranges)]
+    gapless = all(start == before < end for (start, end), before in zip(ranges, ends, strict=False))
+    if sorted(shards) != list(range(len(assigned.runner_to_shard))) or not gapless or ends[-1] != layers:
+        raise ExoPlacementError(
+            "the instance does not place every layer exactly once, in rank order",
+            expected=f"ranks from 0, layers 0 to {layers}",
+            found=", ".join(f"{start}:{end}" for start, end in ranges),
+            where=f"instance {instance.instance_id}",
+            fix="delete the instance and place it with `exo-kimi exo apply`",
+        )
+    stage = bound_instance.bound_shard.device_rank
+    part = Part(
+        instance_id=str(instance.instance_id),
+        model_id=str(bound_instance.bound_shard.model_card.model_id),
+        stage=stage,
+        ranges=ranges,
+    )
+    if part.stages == 1:
+        return part
+    hosts = _hosts_by_rank(instance)
+    return replace(
+        part,
+        listen=_listen_address(hosts, stage),
+        leader=_address(hosts, stage, 0) if stage else None,
+        seen=() if stage else tuple(_address(hosts, 0, other) for other in range(1, part.stages)),
+        from_previous=() if stage else tuple(_address(hosts, other - 1, other) for other in range(1, part.stages)),
+    )
+
+
+def key_of(part: Part, *, environment_text: str | None) -> ClusterKey:
+    """The cluster's key: the user's own, else one that follows from the instance.
+
+    exo shows its instances to everybody who reaches its API, so the second keeps out strangers' accidents and nothing more,
+    which is what exo's own links do. With EXO_KIMI_KEY or the default key file on every node, nobody else can join.
+    """
+    given = find_key(key_file=None, environment_text=environment_text)
+    if given is not None:
+        return replace(given, explicit=True)
+    secret = hashlib.sha256(f"exo-kimi {part.instance_id}".encode()).digest()
+    return ClusterKey.from_text(z85.encode(secret).decode("ascii"), where=f"instance {part.instance_id}")
+
+
+def _hosts_by_rank(instance: Any) -> list[list[tuple[str, int]]]:
+    """For each rank, what it sees of each rank, as (IP, port)."""
+    assigned = instance.shard_assignments
+    ranks = {assigned.runner_to_shard[runner].device_rank: node for node, runner in assigned.node_to_runner.items()}
+    hosts = instance.hosts_by_node
+    return [[(str(host.ip), int(host.port)) for host in hosts[ranks[rank]]] for rank in sorted(ranks)]
+
+
+def _listen_address(hosts: list[list[tuple[str, int]]], rank: int) -> Address:
+    """The one address that all others see, else every interface."""
+    seen = {row[rank][0] for other, row in enumerate(hosts) if other != rank and _is_real(row[rank])}
+    port = hosts[rank][rank][1]
+    return Address(seen.pop() if len(seen) == 1 else "0.0.0.0", port)
+
+
+def _address(hosts: list[list[tuple[str, int]]], viewer: int, rank: int) -> Address:
+    """Where a rank reaches another; through a third one's eyes if exo did not say (nodes that are no neighbours)."""
+    rows = [hosts[viewer], *(row for other, row in enumerate(hosts) if other not in (viewer, rank))]
+    found = next((row[rank] for row in rows if _is_real(row[rank])), None)
+    if found is None:
+        raise ExoPlacementError(
+            f"the instance has no address of rank {rank}",
+            expected="an address of every rank that some other rank sees",
+            found=", ".join(row[rank][0] for row in rows),
+            where="hostsByNode",
+        )
+    return Address(*found)
+
+
+def _is_real(host: tuple[str, int]) -> bool:
+    address = ipaddress.ip_address(host[0])
+    return host[1] > 0 and not address.is_unspecified and address not in _NOBODY

@@ -1,0 +1,199 @@
+"""Starts exo with our engine in its runners, for Kimi models; everything else of exo stays as it is.
+
+Two names of exo are bound, in this process only and after a check of their signatures: what a runner process runs, and what
+the worker does next. `run` does it from outside; `install` is for an exo that asks for it (`patches/`). Importing this module
+binds nothing.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import importlib.util
+import logging
+import os
+import sys
+import threading
+import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from exo_kimi.errors import ExoKimiError, ExoVersionError, UsageError
+from exo_kimi.plugin.bindings import BUILDER, HEAD, PLAN, mismatches, nearest
+from exo_kimi.plugin.runner.options import EngineOptions
+
+logger = logging.getLogger(__name__)
+PARENT_WATCH_S = 1.0
+_PACKAGES = {"zmq": "pyzmq", "llguidance": "llguidance", "tiktoken": "tiktoken", "jinja2": "jinja2"}
+
+
+def run(arguments: Sequence[str], *, options: EngineOptions | None = None, say: Callable[[str], None] = print) -> None:
+    """Start exo in this process, with our engine inside its runners: the body of `exo-kimi exo run -- ARGS`.
+
+    Args:
+        arguments: exo's own.
+        options: of our engine; what they do not say, this process's environment does.
+        say: takes lines for the user.
+
+    Raises:
+        ExoVersionError: no exo 1.x is installed beside exo-kimi.
+    """
+    try:
+        main = importlib.import_module("exo.main")
+    except ImportError as error:
+        raise ExoVersionError(
+            "no exo 1.x in this Python",
+            expected="exo's own environment, with exo-kimi in it",
+            found=str(error),
+            where=sys.prefix,
+            fix="in exo's folder: `uv pip install PATH_OF_EXO_KIMI`, then `uv run exo-kimi exo run -- ARGS`",
+        ) from error
+    os.environ.update((options or EngineOptions()).to_environment())  # runners inherit it
+    install(say)
+    sys.argv = ["exo", *arguments]
+    main.main()
+
+
+def install(say: Callable[[str], None]) -> None:
+    """Bind our functions in this node's process if this exo is one that we know, and say what was done."""
+    found = bind()
+    for line in found or (f"Kimi models run on exo-kimi's engine ({nearest().tested})",):
+        say(f"exo-kimi: {line}")
+    if found:
+        say("exo-kimi: exo is left as it is; its own engine runs every model")
+
+
+def bind() -> tuple[str, ...]:
+    """Bind our functions in this node's process.
+
+    Returns:
+        What in this exo is not as it was in the tested one, or what our engine lacks here; then nothing is bound.
+    """
+    exo = nearest()
+    found = (*mismatches(exo.node_names), *_lacking())
+    if not found:
+        setattr(importlib.import_module(exo.entrypoint.module), exo.entrypoint.name, entrypoint)
+        worker = importlib.import_module(PLAN.module)
+        if not hasattr(worker.plan, "exo_kimi"):
+            setattr(worker, PLAN.name, _with_forgotten_cancels(worker.plan))
+    return found
+
+
+def _lacking() -> tuple[str, ...]:
+    """Why our engine could not start in a runner of this node."""
+    missing = sorted(package for module, package in _PACKAGES.items() if importlib.util.find_spec(module) is None)
+    if missing:
+        return (f"exo's environment lacks {', '.join(missing)}, which exo-kimi needs",)
+    try:
+        EngineOptions.from_environment()
+    except UsageError as error:
+        return (" ".join(str(error).split()),)
+    return ()
+
+
+def entrypoint(bound_instance: Any, event_sender: Any, task_receiver: Any, cancel_receiver: Any, _logger: Any) -> None:
+    """What a runner process runs: exo's own, with our builder in place of exo's when the model is a Kimi.
+
+    It is found by its name in the new process, so this module is imported there.
+    """
+    bootstrap: Any = importlib.import_module("exo.worker.runner.bootstrap")
+    bootstrap.logger = _logger  # as exo's entrypoint does first: modules that we import before it take it from there
+    reason = _put_builder_in(bound_instance)
+    card = bound_instance.bound_shard.model_card
+    if reason is None:
+        _pass_on_logs(_logger)
+        _end_with_parent()
+        _logger.info(f"exo-kimi runs {card.model_id}")
+    else:
+        _logger.info(f"exo's own engine runs {card.model_id}: {reason}")
+    bootstrap.entrypoint(bound_instance, event_sender, task_receiver, cancel_receiver, _logger)
+
+
+def _put_builder_in(bound_instance: Any) -> str | None:
+    """Put our builder in this runner, or say why not."""
+    from exo_kimi.plugin.runner.assignment import not_ours
+    from exo_kimi.plugin.runner.builder import KimiBuilder, model_directory
+    from exo_kimi.plugin.runner.engine import KimiEngine
+
+    try:
+        reason = not_ours(bound_instance, model_directory(bound_instance.bound_shard.model_card.model_id))
+    except ExoKimiError as error:
+        return error.what
+    if reason is not None:
+        return reason
+    exo = nearest()
+    if found := mismatches(exo.runner_names):
+        return "; ".join(found)
+    if exo is not HEAD:
+        from exo_kimi.plugin.runner.runner71 import put_in
+
+        put_in()
+        return None
+    base = importlib.import_module("exo.worker.engines.base")
+    base.Builder.register(KimiBuilder)
+    base.Engine.register(KimiEngine)
+    setattr(importlib.import_module(BUILDER.module), BUILDER.name, KimiBuilder)
+    return None
+
+
+def _with_forgotten_cancels(plan: Callable[..., Any]) -> Callable[..., Any]:
+    """exo's plan, which looks for cancelled tasks every 100 ms. Its API cancels a task and deletes it in one go, so the plan
+    mostly never sees it, and a reply that nobody reads is generated to its end. What a runner still works on although it is
+    deleted is cancelled here."""
+
+    @functools.wraps(plan)
+    def plan_with_forgotten_cancels(
+        node_id: Any,
+        runners: Mapping[Any, Any],
+        global_download_status: Any,
+        instances: Any,
+        all_runners: Any,
+        tasks: Mapping[Any, Any],
+        *rest: Any,
+    ) -> Any:
+        planned = plan(node_id, runners, global_download_status, instances, all_runners, tasks, *rest)
+        return planned if planned is not None else _forgotten_cancel(runners, tasks)
+
+    plan_with_forgotten_cancels.exo_kimi = True  # type: ignore[attr-defined]
+    return plan_with_forgotten_cancels
+
+
+def _forgotten_cancel(runners: Mapping[Any, Any], tasks: Mapping[Any, Any]) -> Any:
+    for runner_id, runner in runners.items():
+        for task_id, task in runner.in_progress.items():
+            if type(task).__name__ == "TextGeneration" and task_id not in tasks and task_id not in runner.cancelled:
+                tasks_module = importlib.import_module("exo.shared.types.tasks")
+                return tasks_module.CancelTask(
+                    instance_id=task.instance_id, cancelled_task_id=task_id, runner_id=runner_id
+                )
+    return None
+
+
+class _ToLoguru(logging.Handler):
+    """Our log lines in exo's log."""
+
+    def __init__(self, exo_logger: Any) -> None:
+        super().__init__()
+        self._exo_logger = exo_logger
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self._exo_logger.opt(exception=record.exc_info).log(record.levelname, "{}", record.getMessage())
+
+
+def _pass_on_logs(exo_logger: Any) -> None:
+    ours = logging.getLogger("exo_kimi")
+    ours.setLevel(logging.INFO)
+    ours.addHandler(_ToLoguru(exo_logger))
+    ours.propagate = False
+
+
+def _end_with_parent() -> None:
+    """A runner whose node was killed is found by nobody any more: end it, and free its memory and its port."""
+    parent = os.getppid()
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(PARENT_WATCH_S)
+        os._exit(1)
+
+    threading.Thread(target=watch, name="exo-kimi-parent-watch", daemon=True).start()

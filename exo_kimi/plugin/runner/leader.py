@@ -1,0 +1,256 @@
+"""Rank 0's scheduler: our cluster of stages and our engine on an event loop in a thread of exo's runner.
+
+Replies come out of a queue as exo's chunks, in order, each reply ended by `ENDED`. It knows nothing of exo's runner.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import logging
+import threading
+from collections.abc import Coroutine
+from concurrent.futures import Future
+from contextlib import aclosing
+from pathlib import Path
+from queue import SimpleQueue
+from typing import Any, TypeVar
+
+import zmq.asyncio
+
+from exo_kimi.arch.config import KimiConfig
+from exo_kimi.errors import ExoKimiError, RuntimeFault, StageError
+from exo_kimi.plugin.runner.assignment import Part
+from exo_kimi.plugin.runner.chunks import ChunkWriter, ExoTypes
+from exo_kimi.plugin.runner.options import EngineOptions
+from exo_kimi.plugin.runner.rank_messages import LedgerListener
+from exo_kimi.plugin.runner.task import Speaker, prepare_task
+from exo_kimi.runtime.cluster.cluster_plan import ClusterPlan, StagePlan
+from exo_kimi.runtime.cluster.options import ClusterOptions
+from exo_kimi.runtime.cluster.supervisor import Cluster
+from exo_kimi.runtime.engine.engine import Engine
+from exo_kimi.runtime.engine.prefix_cache import PrefixOptions
+from exo_kimi.runtime.protocol.messages import Load
+from exo_kimi.runtime.requests import GenerationRequest, SamplingParams
+from exo_kimi.runtime.transport.address import Address
+from exo_kimi.runtime.transport.keys import ClusterKey
+
+logger = logging.getLogger(__name__)
+ENDED = object()
+READY_S = 120.0
+HOPELESS_S = 60.0  # the stages did not come together again: exo is to start the runners anew
+PROGRESS_S = 0.5
+_CLOSE_S = 2.0  # exo gives a runner three seconds
+Result = TypeVar("Result")
+
+
+def config_hash(config: KimiConfig) -> str:
+    """What all nodes of an instance must have in common."""
+    return hashlib.sha256(repr(config).encode()).hexdigest()
+
+
+def cluster_plan(part: Part, directory: Path, config: KimiConfig, own: Address, key: ClusterKey) -> ClusterPlan:
+    """The stages as the runtime wants them. All of them have loaded already."""
+    stages = tuple(
+        StagePlan(
+            load=Load(
+                stage=stage,
+                directory=str(directory),
+                start_layer=start,
+                end_layer=end,
+                dtype=None,
+                fingerprint=config_hash(config),
+            ),
+            remote=remote,
+            resident_bytes=0,
+            from_previous=previous,
+        )
+        for stage, ((start, end), remote, previous) in enumerate(
+            zip(part.ranges, (own, *part.seen), (None, *part.from_previous), strict=True)
+        )
+    )
+    return ClusterPlan(directory=directory, config=config, stages=stages, key=key)
+
+
+class Leader:
+    """Runs replies.
+
+    Args:
+        part: rank 0's.
+        key: the cluster's.
+        types: exo's.
+        options: limits of sequences and of caches.
+    """
+
+    def __init__(self, part: Part, *, key: ClusterKey, types: ExoTypes, options: EngineOptions | None = None) -> None:
+        self.outputs: SimpleQueue[tuple[str, Any]] = SimpleQueue()
+        self.fatal: RuntimeFault | None = None
+        self.engine: Engine | None = None
+        self._part = part
+        self._key = key
+        self._types = types
+        self._options = options or EngineOptions()
+        self._speaker: Speaker | None = None
+        self._ledger: LedgerListener | None = None
+        self._tasks: dict[str, asyncio.Task[None]] = {}
+        self._watching: asyncio.Task[None] | None = None
+        self._closed = False
+        self._loop = asyncio.new_event_loop()
+        self._context = zmq.asyncio.Context()
+        threading.Thread(target=self._loop.run_forever, name="exo-kimi-leader", daemon=True).start()
+        if part.listen is not None:
+            self._wait(self._open_ledger(part.listen), timeout_s=None)
+
+    def wait_connected(self, timeout_s: float = READY_S) -> None:
+        """Wait until every other rank is there.
+
+        Raises:
+            StageUnreachableError: some did not come in time.
+        """
+        if self._ledger is not None:
+            self._wait(self._ledger.wait_complete(timeout_s), timeout_s=None)
+
+    def start(self, speaker: Speaker, plan: ClusterPlan, *, timeout_s: float = READY_S) -> None:
+        """Bring the stages together and run a few tokens through them.
+
+        Raises:
+            ExoKimiError: they do not come together.
+        """
+        try:
+            self._wait(self._start(speaker, plan), timeout_s=timeout_s)
+        except TimeoutError:
+            raise StageError("the stages did not become ready", expected=f"within {timeout_s:g} s") from None
+
+    def submit(self, task_id: str, params: Any) -> None:
+        """Begin a reply; what goes wrong with it is one of its chunks."""
+        self._loop.call_soon_threadsafe(self._begin, task_id, params)
+
+    def cancel(self, task_id: str) -> None:
+        """End a reply on every stage."""
+        self._loop.call_soon_threadsafe(self._cancel, task_id)
+
+    def close(self) -> None:
+        """Stop the stages' work and the thread; idempotent."""
+        if self._closed:
+            return
+        self._closed = True
+        try:
+            self._wait(self._close(), timeout_s=_CLOSE_S)
+        except (TimeoutError, ExoKimiError) as error:
+            logger.warning("the stages did not end in time: %s", error)
+        self._loop.call_soon_threadsafe(self._loop.stop)
+
+    def _wait(self, work: Coroutine[Any, Any, Result], *, timeout_s: float | None) -> Result:
+        future: Future[Result] = asyncio.run_coroutine_threadsafe(work, self._loop)
+        return future.result(timeout_s)
+
+    async def _open_ledger(self, listen: Address) -> None:
+        self._ledger = await LedgerListener.open(self._context, listen, ranks=self._part.stages, key=self._key)
+
+    async def _start(self, speaker: Speaker, plan: ClusterPlan) -> None:
+        self._speaker = speaker
+        limit, wanted = plan.config.max_position_embeddings, self._options.context
+        context = limit if wanted is None else min(wanted, limit)
+        cluster = Cluster(plan, ClusterOptions(context=context, kv_bytes=self._options.kv_bytes))
+        prefixes = PrefixOptions(memory_bytes=self._options.prefix_cache_bytes)
+        self.engine = Engine(cluster, context=context, prefixes=prefixes)
+        await cluster.start()
+        await self.engine.start()
+        await cluster.wait_ready()
+        await self.engine.wait_ready()
+        request = GenerationRequest(
+            request_id="warm-up",
+            prompt_ids=tuple(speaker.tokenizer.encode("warm-up")) * 4,
+            max_tokens=2,
+            sampling=SamplingParams(temperature=0.0),
+        )
+        async with aclosing(self.engine.generate(request)) as events:
+            async for _ in events:
+                pass
+        if self._ledger is not None:
+            await self._ledger.ready()
+        self._watching = asyncio.create_task(self._watch(self.engine))
+
+    def _begin(self, task_id: str, params: Any) -> None:
+        self._tasks[task_id] = asyncio.create_task(self._run(task_id, params))
+
+    def _cancel(self, task_id: str) -> None:
+        if (task := self._tasks.get(task_id)) is not None:
+            task.cancel()
+
+    async def _run(self, task_id: str, params: Any) -> None:
+        try:
+            await self._reply(task_id, params)
+        except asyncio.CancelledError:
+            logger.info("task %s was cancelled", task_id)
+        except ExoKimiError as error:
+            logger.warning("task %s failed: %s", task_id, error)
+            self._fail(task_id, str(error))
+        except Exception as error:
+            logger.exception("task %s failed", task_id)
+            self._fail(task_id, f"{type(error).__name__}: {error}")
+        finally:
+            del self._tasks[task_id]
+            self.outputs.put((task_id, ENDED))
+            if self._ledger is not None:
+                await self._ledger.done([task_id])
+
+    async def _reply(self, task_id: str, params: Any) -> None:
+        assert self.engine is not None and self._speaker is not None
+        prepared = await asyncio.to_thread(prepare_task, task_id, params, self._speaker)
+        writer = ChunkWriter(
+            self._types,
+            self._part.model_id,
+            prepared.parser,
+            self._speaker.tokenizer,
+            prompt_tokens=len(prepared.request.prompt_ids),
+        )
+        async with aclosing(self.engine.generate(prepared.request)) as events:
+            async for event in events:
+                for chunk in writer.feed(event):
+                    self.outputs.put((task_id, chunk))
+                if writer.satisfied:
+                    break
+        health = self.engine.pipeline.health()
+        for chunk in writer.finish(peak_bytes=health[0].peak_bytes):
+            self.outputs.put((task_id, chunk))
+
+    def _fail(self, task_id: str, message: str) -> None:
+        chunk = self._types.ErrorChunk(model=self._part.model_id, error_message=message)
+        self.outputs.put((task_id, chunk))
+
+    async def _watch(self, engine: Engine) -> None:
+        """Progress of long prompts; what the caches hold; and whether the stages are gone for good."""
+        told: dict[str, int] = {}
+        held = 0
+        down_s = 0.0
+        while True:
+            await asyncio.sleep(PROGRESS_S)
+            snapshot = engine.snapshot()
+            down_s = 0.0 if snapshot.ready else down_s + PROGRESS_S
+            if down_s > HOPELESS_S:
+                self.fatal = StageError("the stages did not come together again", expected=f"within {HOPELESS_S:g} s")
+            sequences = max((stage.sequences for stage in snapshot.stages), default=0)
+            if sequences != held:
+                held = sequences
+                kv_bytes = sum(stage.kv_bytes for stage in snapshot.stages)
+                logger.info("the ranks hold %d sequences, %d bytes of caches", held, kv_bytes)
+            prompts = {each.request_id: each for each in snapshot.requests if each.state == "prefill"}
+            for task_id, each in prompts.items():
+                if told.get(task_id) != each.prompt_done:
+                    chunk = self._types.PrefillProgressChunk(
+                        model=self._part.model_id,
+                        processed_tokens=each.prompt_done,
+                        total_tokens=each.prompt_tokens,
+                    )
+                    self.outputs.put((task_id, chunk))
+            told = {task_id: each.prompt_done for task_id, each in prompts.items()}
+
+    async def _close(self) -> None:
+        if self._watching is not None:
+            self._watching.cancel()
+        if self.engine is not None:
+            await self.engine.close()
+        if self._ledger is not None:
+            self._ledger.close()
+        self._context.destroy(linger=0)

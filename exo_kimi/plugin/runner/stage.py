@@ -1,0 +1,175 @@
+"""This runner's stage: a thread that does its MLX work, another with its sockets, inside exo's runner process.
+
+exo decides when layers are loaded and each node which files it has, so the stage loads on its own; a leader that asks it to
+finds them there. It knows nothing of requests.
+"""
+
+from __future__ import annotations
+
+import logging
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future
+from queue import SimpleQueue
+
+from exo_kimi.checkpoint.fingerprint import stage_fingerprint
+from exo_kimi.checkpoint.manifest import StageManifest
+from exo_kimi.errors import AddressError, CheckpointError, ExoKimiError, StageError
+from exo_kimi.runtime.protocol.messages import Load, Loaded
+from exo_kimi.runtime.protocol.versions import Versions
+from exo_kimi.runtime.stage.backend import MlxBackend
+from exo_kimi.runtime.stage.compute_thread import Order, StageCompute
+from exo_kimi.runtime.stage.process import SWITCH_INTERVAL_S
+from exo_kimi.runtime.stage.server import StageServer
+from exo_kimi.runtime.stage.status import StageStatus
+from exo_kimi.runtime.transport.address import Address
+from exo_kimi.runtime.transport.keys import ClusterKey
+
+logger = logging.getLogger(__name__)
+BIND_S = 10.0  # the runner before this one may be about to end
+_POLL_S = 0.1
+
+
+class HeldBackend(MlxBackend):
+    """Layers that were loaded before a leader came. A leader's Load names the config only, for its node may lack the files."""
+
+    def __init__(self) -> None:
+        super().__init__(None)
+        self._config_hash = ""
+
+    def hold(self, manifest: StageManifest, stage: int, config_hash: str, progress: Callable[[int, int], None]) -> None:
+        """Load a stage.
+
+        Raises:
+            CheckpointError, RuntimeFault: as `MlxBackend.load`.
+        """
+        self._config_hash = config_hash
+        order = Load(
+            stage=stage,
+            directory=str(manifest.directory),
+            start_layer=manifest.start_layer,
+            end_layer=manifest.end_layer,
+            dtype=None,
+            fingerprint=stage_fingerprint(manifest),
+        )
+        super().load(order, progress)
+
+    def load(self, order: Load, progress: Callable[[int, int], None]) -> Loaded:
+        """What is held, if it is what the leader expects.
+
+        Raises:
+            CheckpointError: other layers, or another model.
+            StageError: nothing is held any more.
+        """
+        if self._loaded is None:
+            raise StageError("this runner's layers are gone: exo must start it anew", stage=order.stage)
+        held, loaded = self._loaded
+        if (held.start_layer, held.end_layer) != (order.start_layer, order.end_layer):
+            raise CheckpointError(
+                "this runner holds other layers",
+                expected=f"{order.start_layer}:{order.end_layer}",
+                found=f"{held.start_layer}:{held.end_layer}",
+                where=held.directory,
+            )
+        if order.fingerprint != self._config_hash:
+            raise CheckpointError(
+                "two nodes have different models under one name",
+                expected=f"config {order.fingerprint[:16]} (rank 0)",
+                found=f"config {self._config_hash[:16]}",
+                where=held.directory,
+                fix="copy the model's files anew with `exo-kimi exo prepare`",
+            )
+        return loaded
+
+
+class StageHost:
+    """Threads of one stage; both end with `stop`, or with the process.
+
+    Args:
+        listen: where leaders and the stage before connect.
+        key: for every connection, loopback too.
+    """
+
+    def __init__(self, listen: Address, *, key: ClusterKey) -> None:
+        self._orders: SimpleQueue[Order] = SimpleQueue()
+        self._to_load: SimpleQueue[tuple[StageManifest, int, str] | None] = SimpleQueue()
+        self._loaded: Future[None] = Future()
+        self._status: Future[StageStatus] = Future()
+        self._server: Future[StageServer] = Future()
+        threading.Thread(target=self._work, name="exo-kimi-stage", daemon=True).start()
+        self.status = self._status.result()
+        server, self.address = self._listen(listen, key)
+        self._server.set_result(server)
+        sys.setswitchinterval(SWITCH_INTERVAL_S)
+
+    def load(self, manifest: StageManifest, *, stage: int, config_hash: str) -> Iterator[float]:
+        """Load this stage's layers; yields the fraction done.
+
+        Raises:
+            CheckpointError, RuntimeFault: it cannot be done.
+        """
+        self._to_load.put((manifest, stage, config_hash))
+        while not self._loaded.done():
+            time.sleep(_POLL_S)
+            if self.status.total_bytes:
+                yield self.status.loaded_bytes / self.status.total_bytes
+        self._loaded.result()
+
+    def stop(self) -> None:
+        """Free the weights and end both threads, without waiting for a step in progress."""
+        self._to_load.put(None)
+        self._orders.put(None)
+        if self._server.done():
+            self._server.result().stop()
+
+    def _listen(self, listen: Address, key: ClusterKey) -> tuple[StageServer, Address]:
+        until_s = time.monotonic() + BIND_S
+        while True:
+            server = StageServer(
+                listen,
+                key=key,
+                next_key=key,
+                orders=self._orders,
+                status=self.status,
+                versions=Versions.installed(),
+                leader_may_vanish=True,
+            )
+            threading.Thread(target=server.run, name="exo-kimi-stage-io", daemon=True).start()
+            try:
+                return server, server.bound.result()
+            except AddressError:
+                if time.monotonic() > until_s:
+                    raise
+                time.sleep(0.5)
+
+    def _work(self) -> None:
+        backend = HeldBackend()  # here: MLX's streams belong to threads
+        status = StageStatus(free=backend.free())
+        self._status.set_result(status)
+        wanted = self._to_load.get()
+        if wanted is None:
+            return
+        manifest, stage, config_hash = wanted
+        try:
+            status.state = "loading"
+            backend.hold(manifest, stage, config_hash, self._progress)
+            status.active_bytes, status.peak_bytes = backend.memory()
+            status.free = backend.free()
+        except ExoKimiError as error:
+            self._loaded.set_exception(error)
+            return
+        except Exception as error:
+            logger.exception("loading failed")
+            self._loaded.set_exception(error)
+            return
+        finally:
+            status.busy_since_s = None
+        self._loaded.set_result(None)
+        StageCompute(backend, status, self._server.result().post).run(self._orders)
+        backend.unload()
+
+    def _progress(self, done_bytes: int, total_bytes: int) -> None:
+        self.status.loaded_bytes, self.status.total_bytes = done_bytes, total_bytes
+        self.status.busy_since_s = time.monotonic()

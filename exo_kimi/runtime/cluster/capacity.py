@@ -1,0 +1,114 @@
+"""How many tokens the stages' memory can cache, and whether their weights fit at all; stages of one machine share it.
+
+It knows nothing of who asks: pure arithmetic over what the stages reported.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+from exo_kimi.errors import StageOutOfMemoryError
+from exo_kimi.runtime.protocol.messages import FreeScope
+from exo_kimi.runtime.reserve import reserve_bytes
+from exo_kimi.units import format_bytes
+
+_FEWER_LAYERS = (
+    "give its machine fewer layers with --split, or raise its limit (macOS: sudo sysctl iogpu.wired_limit_mb=N)"
+)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StageMemory:
+    """What a stage reported.
+
+    Args:
+        stage: its index.
+        host: equal for stages of one machine.
+        free_bytes: what it could still allocate (see `messages.Joined`).
+        free_scope: whose free memory that is.
+        active_bytes: what it holds now.
+        weights_bytes: what its weights take, loaded or not.
+        kv_bytes_per_token: what a cached token takes.
+    """
+
+    stage: int
+    host: str
+    free_bytes: int
+    free_scope: FreeScope
+    active_bytes: int
+    weights_bytes: int
+    kv_bytes_per_token: int
+
+
+def kv_capacity_tokens(stages: Sequence[StageMemory], *, kv_bytes: int | None) -> int:
+    """Tokens that every stage can cache, after its weights are loaded: the smallest of all machines.
+
+    Args:
+        stages: all stages, loaded and empty.
+        kv_bytes: a budget for each stage in place of what is free.
+
+    Raises:
+        StageOutOfMemoryError: not one token fits.
+    """
+    capacities = []
+    for members in _by_host(stages):
+        if kv_bytes is None:
+            free_bytes = _host_free_bytes(members)
+            budget_bytes = free_bytes - reserve_bytes(free_bytes)
+            per_token_bytes = sum(member.kv_bytes_per_token for member in members)
+        else:
+            budget_bytes = kv_bytes
+            per_token_bytes = max(member.kv_bytes_per_token for member in members)
+        if budget_bytes < per_token_bytes:
+            fix = _FEWER_LAYERS if kv_bytes is None else "a larger --kv-bytes"
+            short_bytes = per_token_bytes - budget_bytes
+            raise _short(members, "caches", short_bytes=short_bytes, free_bytes=budget_bytes, fix=fix)
+        capacities.append(budget_bytes // per_token_bytes)
+    return min(capacities)
+
+
+def check_weights_fit(stages: Sequence[StageMemory]) -> None:
+    """Refuse to load what cannot fit.
+
+    Args:
+        stages: those that are still to be loaded; `weights_bytes` is what they will take.
+
+    Raises:
+        StageOutOfMemoryError: with the machine's stages and the bytes that are missing.
+    """
+    for members in _by_host(stages):
+        free_bytes = _host_free_bytes(members)
+        needed_bytes = sum(member.weights_bytes for member in members)
+        if needed_bytes > free_bytes:
+            raise _short(members, "weights", short_bytes=needed_bytes - free_bytes, free_bytes=free_bytes)
+
+
+def _by_host(stages: Iterable[StageMemory]) -> list[list[StageMemory]]:
+    hosts: dict[str, list[StageMemory]] = defaultdict(list)
+    for stage in stages:
+        hosts[stage.host].append(stage)
+    return list(hosts.values())
+
+
+def _host_free_bytes(members: Sequence[StageMemory]) -> int:
+    """A stage that knows Metal's limit and its own share of it does not see what its neighbours hold."""
+    active_bytes = sum(member.active_bytes for member in members)
+    return min(
+        member.free_bytes - (active_bytes - member.active_bytes if member.free_scope == "process" else 0)
+        for member in members
+    )
+
+
+def _short(
+    members: Sequence[StageMemory], what: str, *, short_bytes: int, free_bytes: int, fix: str = _FEWER_LAYERS
+) -> StageOutOfMemoryError:
+    names = ("stages " if len(members) > 1 else "stage ") + " and ".join(str(member.stage) for member in members)
+    return StageOutOfMemoryError(
+        f"the {what} of {names} do not fit: {format_bytes(short_bytes)} short ({short_bytes} bytes)",
+        stage=members[0].stage,
+        expected=f"{format_bytes(free_bytes + short_bytes)} free on {members[0].host}",
+        found=format_bytes(free_bytes),
+        fix=fix,
+    )

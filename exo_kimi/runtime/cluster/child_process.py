@@ -1,0 +1,161 @@
+"""A stage process that this process starts, hears die, and ends; it knows nothing of what the child does.
+
+The two ends of a socket pair tie them together: the key goes in, the bound address comes out, and when the parent's end
+closes, for whatever reason, the child ends itself.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+import signal
+import socket
+import sys
+import tempfile
+from collections import deque
+from collections.abc import Sequence
+from pathlib import Path
+
+from exo_kimi.errors import StageDiedError
+from exo_kimi.runtime.transport.address import Address, parse_address
+from exo_kimi.runtime.transport.keys import ClusterKey
+
+logger = logging.getLogger(__name__)
+STAGE_COMMAND = (sys.executable, "-m", "exo_kimi.runtime.stage.process")
+START_DEADLINE_S = 120.0  # a cold import of MLX from a slow disk
+_KEPT_LINES = 20
+_SHOWN_LINES = 3
+_CHUNK_BYTES = 1 << 16
+_MAX_DIRECTORY_CHARACTERS = 80
+
+
+class Child:
+    """A running stage process; made by `start`.
+
+    Args:
+        process: the process.
+        tie: this side of the socket pair.
+        name: in front of its lines in the log.
+    """
+
+    def __init__(self, process: asyncio.subprocess.Process, tie: socket.socket, name: str) -> None:
+        self._process = process
+        self._tie = tie
+        self._name = name
+        self._lines: deque[str] = deque(maxlen=_KEPT_LINES)
+        self._reading = asyncio.create_task(self._read_lines())
+
+    @classmethod
+    async def start(
+        cls, listen: str, *, key: ClusterKey | None, name: str, command: Sequence[str] = STAGE_COMMAND
+    ) -> tuple[Child, Address]:
+        """Start a stage process and wait until it listens.
+
+        Args:
+            listen: where it is to listen.
+            key: for its link to a stage on another machine.
+            name: in front of its lines in the log.
+            command: what to run; `--listen` and `--parent-fd` are added.
+
+        Raises:
+            StageDiedError: it ended, or did not listen in time.
+        """
+        tie, theirs = socket.socketpair()
+        tie.setblocking(False)
+        with theirs:
+            process = await asyncio.create_subprocess_exec(
+                *command,
+                "--listen",
+                listen,
+                "--parent-fd",
+                str(theirs.fileno()),
+                pass_fds=[theirs.fileno()],
+                stdin=asyncio.subprocess.DEVNULL,
+                stdout=asyncio.subprocess.DEVNULL,
+                stderr=asyncio.subprocess.PIPE,
+                process_group=0,  # the terminal's Ctrl-C is for the leader, which ends its children in order
+            )
+        child = cls(process, tie, name)
+        try:
+            async with asyncio.timeout(START_DEADLINE_S):
+                address = await child._introduce(key)
+        except TimeoutError:
+            await child.end(grace_s=0)
+            raise StageDiedError(f"{name} did not start in {START_DEADLINE_S:g} s", found=child._last_words()) from None
+        except BaseException:
+            await child.end(grace_s=0)
+            raise
+        return child, address
+
+    @property
+    def pid(self) -> int:
+        """Process id."""
+        return self._process.pid
+
+    async def died(self) -> StageDiedError:
+        """Wait for the process to end, and tell how it did."""
+        code = await self._process.wait()
+        await asyncio.wait([self._reading], timeout=1.0)
+        if code < 0:
+            what = f"{self._name} was killed by signal {-code} ({signal.Signals(-code).name})"
+        else:
+            what = f"{self._name} ended with exit code {code}"
+        fix = "the system kills what takes too much memory: see its log, and give the stage fewer layers"
+        return StageDiedError(what, found=self._last_words(), fix=fix if code == -signal.SIGKILL else None)
+
+    def kill(self) -> None:
+        """SIGKILL, which also ends a stopped process."""
+        if self._process.returncode is None:
+            self._process.kill()
+
+    async def end(self, *, grace_s: float) -> None:
+        """Close the tie and wait for the end; after the grace, by force."""
+        self._tie.close()
+        try:
+            async with asyncio.timeout(grace_s):
+                await self._process.wait()
+        except TimeoutError:
+            self.kill()
+            await self._process.wait()
+        self._reading.cancel()
+
+    async def _introduce(self, key: ClusterKey | None) -> Address:
+        loop = asyncio.get_running_loop()
+        secret = None if key is None else [key.secret.decode(), key.explicit]
+        answer = b""
+        try:
+            await loop.sock_sendall(self._tie, json.dumps(secret).encode() + b"\n")
+            while not answer.endswith(b"\n"):
+                received = await loop.sock_recv(self._tie, 4096)
+                if not received:
+                    raise ConnectionResetError
+                answer += received
+        except ConnectionError:
+            raise await self.died() from None
+        return parse_address(json.loads(answer)["address"], option="the stage process's address")
+
+    async def _read_lines(self) -> None:
+        assert self._process.stderr is not None
+        rest = b""
+        # Not readline: a line longer than its limit would end the reading, and a full pipe would stop the child.
+        while chunk := await self._process.stderr.read(_CHUNK_BYTES):
+            *lines, rest = (rest + chunk).split(b"\n")
+            if len(rest) > _CHUNK_BYTES:
+                lines, rest = [*lines, rest], b""
+            for line in lines:
+                text = line.decode(errors="replace").rstrip()
+                self._lines.append(text)
+                logger.info("%s: %s", self._name, text)
+
+    def _last_words(self) -> str | None:
+        return " | ".join(list(self._lines)[-_SHOWN_LINES:]) or None
+
+
+def socket_directory() -> Path:
+    """A new directory that only this user can enter, under a path short enough for the name of a socket."""
+    directory = Path(tempfile.mkdtemp(prefix="exo-kimi-"))
+    if len(str(directory)) > _MAX_DIRECTORY_CHARACTERS:
+        directory.rmdir()
+        directory = Path(tempfile.mkdtemp(prefix="exo-kimi-", dir="/tmp"))
+    return directory

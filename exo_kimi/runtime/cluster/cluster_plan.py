@@ -1,0 +1,129 @@
+"""From a checkpoint and options to who holds which layers where, all of it checked before anything is started."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+
+from exo_kimi.arch.config import KimiConfig
+from exo_kimi.arch.geometry import check_quantizable
+from exo_kimi.checkpoint.fingerprint import stage_fingerprint
+from exo_kimi.checkpoint.index import open_index
+from exo_kimi.checkpoint.manifest import resolve
+from exo_kimi.errors import UsageError
+from exo_kimi.runtime.cluster.split import ModelBytes, balanced_split, parse_split
+from exo_kimi.runtime.protocol.messages import Load
+from exo_kimi.runtime.transport.address import Address, parse_address
+from exo_kimi.runtime.transport.keys import ClusterKey, require_key
+
+DEFAULT_STAGES = 2
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StagePlan:
+    """One stage. `remote` is None for a process of this machine, which the leader starts. `resident_bytes` is what its
+    weights take in memory. `from_previous` is where the stage before reaches it, if another address than the leader's."""
+
+    load: Load
+    remote: Address | None
+    resident_bytes: int
+    from_previous: Address | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ClusterPlan:
+    """All stages, in order, of one checkpoint; `key` is for those on other machines."""
+
+    directory: Path
+    config: KimiConfig
+    stages: tuple[StagePlan, ...]
+    key: ClusterKey | None
+
+
+def make_plan(
+    directory: str | Path,
+    *,
+    split: str | None = None,
+    stages: int | None = None,
+    remotes: Sequence[str] = (),
+    key: ClusterKey | None = None,
+    dtype: str | None = None,
+    scratch_bytes: int | None = None,
+    kv_bits: int | None = None,
+) -> ClusterPlan:
+    """Read the headers of a checkpoint and place every layer. Local stages come first, for a stage on another machine could
+    not reach one here; `remotes` are the last ones, in order.
+
+    Args:
+        directory: the checkpoint, whole.
+        split: layers per stage, such as `44,17`; None balances bytes.
+        stages: how many, remotes included; None takes `split`'s number, or one here and each remote, or 2.
+        remotes: addresses of `exo-kimi stage` processes.
+        key: the cluster key.
+        dtype: see `loader.load`.
+        scratch_bytes, kv_bits: see `messages.Load`.
+
+    Raises:
+        CheckpointError: the directory cannot be served.
+        SplitError, AddressError, KeyMismatchError, UsageError: an option cannot be followed.
+    """
+    addresses = [parse_address(text, option="--stage") for text in remotes]
+    _check_remotes(addresses, key)
+    index = open_index(directory)
+    if kv_bits is not None:
+        check_quantizable(index.config)
+    whole = resolve(index)
+    if split is not None:
+        ranges = parse_split(split, index.config.num_hidden_layers)
+        if stages is not None and stages != len(ranges):
+            raise UsageError("--split and --stages disagree", expected=f"{stages} stages", found=f"--split {split}")
+    else:
+        count = stages if stages is not None else len(addresses) + 1 if addresses else DEFAULT_STAGES
+        ranges = balanced_split(ModelBytes.of_manifest(whole), count)
+    local = len(ranges) - len(addresses)
+    if local < 0:
+        raise UsageError(
+            "more --stage addresses than stages",
+            expected=f"at most {len(ranges)}",
+            found=len(addresses),
+            where="--stage",
+        )
+    placed: list[Address | None] = [*[None] * local, *addresses]
+    plans = []
+    for stage, ((start, end), remote) in enumerate(zip(ranges, placed, strict=True)):
+        manifest = resolve(index, start, end)
+        load = Load(
+            stage=stage,
+            directory=str(Path(directory).resolve()),
+            start_layer=start,
+            end_layer=end,
+            dtype=dtype,
+            fingerprint=stage_fingerprint(manifest),
+            scratch_bytes=scratch_bytes,
+            kv_bits=kv_bits,
+        )
+        plans.append(
+            StagePlan(load=load, remote=remote, resident_bytes=manifest.resident_bytes + manifest.widened_bytes)
+        )
+    return ClusterPlan(directory=Path(directory), config=index.config, stages=tuple(plans), key=key)
+
+
+def _check_remotes(addresses: Sequence[Address], key: ClusterKey | None) -> None:
+    for address in addresses:
+        if not address.is_loopback:
+            require_key(key, address)
+    if len(set(addresses)) < len(addresses):
+        raise UsageError(
+            "the same --stage twice", expected="another address for each", found=[str(a) for a in addresses]
+        )
+    for before, after in pairwise(addresses):
+        if after.is_loopback and not before.is_loopback:
+            raise UsageError(
+                f"the stage at {before} cannot reach the next one at {after}",
+                expected="an address that other machines can reach",
+                found=after,
+                where="--stage",
+                fix="name the loopback stages first, or give the machine's own address",
+            )

@@ -1,0 +1,164 @@
+"""One link with one stage: what is asked is answered, what is told unasked is passed on. It knows no process and no plan."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import Callable
+from typing import TypeVar
+
+from exo_kimi.errors import ExoKimiError, ProtocolError, RuntimeFault, StageDiedError, StageUnreachableError
+from exo_kimi.runtime.protocol.faults import from_message
+from exo_kimi.runtime.protocol.frames import Message, decode, encode
+from exo_kimi.runtime.protocol.messages import (
+    BlocksChanged,
+    Hello,
+    HelloAck,
+    Joined,
+    Loaded,
+    Progress,
+    Refused,
+    StageFault,
+)
+from exo_kimi.runtime.steps import NO_EPOCH, StepResult
+from exo_kimi.runtime.transport.link import Link
+
+logger = logging.getLogger(__name__)
+Answer = TypeVar("Answer", HelloAck, Loaded, Joined)
+RETRY_S = 0.5
+
+
+class Conversation:
+    """Runs from the link's handshake to its loss.
+
+    Args:
+        link: to the stage.
+        stage: its index.
+        on_result: takes every StepResult, and what the stage tells of its disk.
+        on_fault: takes an error that the stage reports unasked, with the epoch it is about.
+        on_lost: takes the reason when the link is lost or the other side talks nonsense.
+    """
+
+    def __init__(
+        self,
+        link: Link,
+        stage: int,
+        *,
+        on_result: Callable[[StepResult | BlocksChanged], None],
+        on_fault: Callable[[ExoKimiError, int], None],
+        on_lost: Callable[[RuntimeFault], None],
+    ) -> None:
+        self.progress: Progress | None = None
+        self._link = link
+        self._stage = stage
+        self._on_result = on_result
+        self._on_fault = on_fault
+        self._on_lost = on_lost
+        self._asked: tuple[type[Message], int, asyncio.Future[Message]] | None = None
+        self._heard_s = time.monotonic()
+        self._reading = asyncio.create_task(self._read())
+
+    @property
+    def silent_s(self) -> float:
+        """Time since the last frame."""
+        return time.monotonic() - self._heard_s
+
+    def forgive(self, gap_s: float) -> None:
+        """Do not count a time in which this side was suspended."""
+        self._heard_s += gap_s
+
+    async def send(self, message: Message) -> None:
+        """Queue what needs no answer.
+
+        Raises:
+            RuntimeFault: the link is lost, or no frame can hold the message.
+        """
+        self._link.send(encode(message))
+
+    async def ask(self, message: Message, answer: type[Answer], *, epoch: int) -> Answer:
+        """Send a question and wait for its answer, one at a time. Only what is about `epoch` counts.
+
+        Raises:
+            ExoKimiError: what the stage answered instead, or the loss of the link.
+        """
+        future: asyncio.Future[Message] = asyncio.get_running_loop().create_future()
+        self._asked = answer, epoch, future
+        try:
+            await self.send(message)
+            found = await future
+        finally:
+            self._asked = None
+        assert isinstance(found, answer)
+        return found
+
+    async def greet(self, hello: Hello, *, deadline_s: float) -> HelloAck:
+        """Introduce this side; a stage that still serves another leader is asked again until the deadline.
+
+        Raises:
+            StageUnreachableError: no answer, or still another leader.
+            ProtocolError: another version.
+        """
+        until_s = time.monotonic() + deadline_s
+        while True:
+            try:
+                async with asyncio.timeout(deadline_s):
+                    return await self.ask(hello, HelloAck, epoch=NO_EPOCH)
+            except StageUnreachableError:
+                if time.monotonic() > until_s:
+                    raise
+                await asyncio.sleep(RETRY_S)
+            except TimeoutError:
+                what = f"stage {self._stage} does not answer"
+                raise StageUnreachableError(what, stage=self._stage, where=self._link.address) from None
+
+    def fail(self, error: ExoKimiError) -> bool:
+        """Answer what is asked, if anything is, with an error."""
+        if self._asked is None or self._asked[2].done():
+            return False
+        self._asked[2].set_exception(error)
+        return True
+
+    def close(self) -> None:
+        """Stop listening and drop the link."""
+        self._reading.cancel()
+        self._link.close()
+
+    async def _read(self) -> None:
+        try:
+            while True:
+                message = decode(await self._link.receive())
+                self._heard_s = time.monotonic()
+                self._hear(message)
+        except ProtocolError as error:
+            error.stage = self._stage
+            self._on_lost(error)
+        except StageUnreachableError:
+            what = f"stage {self._stage}: the connection was lost"
+            self._on_lost(StageDiedError(what, stage=self._stage, where=self._link.address))
+
+    def _hear(self, message: Message) -> None:
+        if isinstance(message, StepResult | BlocksChanged):
+            self._on_result(message)
+        elif isinstance(message, Progress):
+            self.progress = message
+        elif isinstance(message, StageFault):
+            error = from_message(message, stage=self._stage, address=str(self._link.address))
+            if self._asked is None or self._asked[1] != message.epoch or not self.fail(error):
+                self._on_fault(error, message.epoch)
+        elif isinstance(message, Refused):
+            cls = StageUnreachableError if message.retry else ProtocolError
+            refusal = cls(f"stage {self._stage}: {message.message}", stage=self._stage, where=self._link.address)
+            # Unasked, it means that the stage has given this leader up.
+            if not self.fail(refusal):
+                self._on_lost(refusal)
+        elif self._asked is not None and type(message) is self._asked[0] and _epoch_of(message) == self._asked[1]:
+            if not self._asked[2].done():
+                self._asked[2].set_result(message)
+        else:
+            # An answer to what was asked before a fault.
+            logger.debug("stage %d sent a late %s", self._stage, type(message).__name__)
+
+
+def _epoch_of(message: Message) -> int:
+    return message.epoch if isinstance(message, Joined) else NO_EPOCH

@@ -1,0 +1,284 @@
+"""The cluster of stages behind the Pipeline protocol: brought up, watched, and brought up again after a fault.
+
+A fault ends an epoch: requests in flight are told, broken stages are started or connected anew, the others keep their
+weights and only drop their sequences. It knows nothing of requests or scheduling.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import shutil
+import time
+import uuid
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+
+import zmq.asyncio
+
+from exo_kimi.errors import (
+    EngineStoppedError,
+    ExoKimiError,
+    RuntimeFault,
+    StageDiedError,
+    StageError,
+    StageStalledError,
+    UsageError,
+)
+from exo_kimi.runtime.cluster.capacity import check_weights_fit, kv_capacity_tokens
+from exo_kimi.runtime.cluster.child_process import socket_directory
+from exo_kimi.runtime.cluster.cluster_plan import ClusterPlan
+from exo_kimi.runtime.cluster.gather import all_or_none
+from exo_kimi.runtime.cluster.member import Member
+from exo_kimi.runtime.cluster.options import ClusterOptions, Terms
+from exo_kimi.runtime.cluster.restarts import Restarts
+from exo_kimi.runtime.pipeline import DiskBlocks, Failed, PipelineEvent, PipelineInfo, Ready
+from exo_kimi.runtime.prefix_key import unpack_keys
+from exo_kimi.runtime.protocol.faults import LinkBroken
+from exo_kimi.runtime.protocol.versions import Versions
+from exo_kimi.runtime.requests import StageHealth
+from exo_kimi.runtime.steps import Step, StepResult
+
+__all__ = ["Cluster", "ClusterOptions"]
+logger = logging.getLogger(__name__)
+CAUSE_WAIT_S = 0.5
+_TRANSIENT = (StageDiedError, StageStalledError)
+
+
+class Cluster:
+    """Stages in processes of their own, on this machine or others.
+
+    Args:
+        plan: who holds what (see `cluster_plan.make_plan`).
+        options: how to run it.
+
+    Raises:
+        UsageError: a context that the model does not have.
+    """
+
+    def __init__(self, plan: ClusterPlan, options: ClusterOptions | None = None) -> None:
+        self.plan = plan
+        self.options = options or ClusterOptions()
+        limit = plan.config.max_position_embeddings
+        self._context_tokens = limit if self.options.context is None else self.options.context
+        if not 1 <= self._context_tokens <= limit:
+            raise UsageError(
+                "the model has no such context",
+                expected=f"1 to {limit} (max_position_embeddings)",
+                found=self.options.context,
+                where="--context",
+            )
+        self._events: asyncio.Queue[PipelineEvent | None] = asyncio.Queue()
+        self._members: list[Member] = []
+        self._info: PipelineInfo | None = None
+        self._epoch = 0
+        self._ready = False
+        self._restarts = Restarts()
+        self._last_fault: RuntimeFault | None = None
+        self._closed = False
+        self._tasks: list[asyncio.Task[None]] = []
+        self._directory: Path | None = None
+
+    @property
+    def stages(self) -> int:
+        """How many stages there are."""
+        return len(self.plan.stages)
+
+    def info(self) -> PipelineInfo | None:
+        """The info of the last Ready; None before the first."""
+        return self._info
+
+    def health(self) -> tuple[StageHealth, ...]:
+        """What each stage last said, stage 0 first."""
+        return tuple(member.health() for member in self._members)
+
+    async def start(self) -> None:
+        """Begin to bring the stages up, in the background."""
+        if any(stage.remote is None for stage in self.plan.stages):
+            self._directory = socket_directory()
+        self._zmq = zmq.asyncio.Context()
+        self._first: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._fault: asyncio.Future[RuntimeFault] = asyncio.get_running_loop().create_future()
+        terms = Terms(
+            session=uuid.uuid4().hex,
+            options=self.options,
+            key=self.plan.key,
+            versions=Versions.installed(),
+            socket_directory=self._directory,
+        )
+        self._members = [
+            Member(
+                stage,
+                terms,
+                self._zmq,
+                on_result=self._on_result,
+                on_blocks=self._on_blocks,
+                on_fault=self._on_fault,
+            )
+            for stage in self.plan.stages
+        ]
+        self._tasks = [asyncio.create_task(self._run(work)) for work in (self._supervise, self._watch)]
+
+    async def wait_ready(self) -> None:
+        """Wait until the stages are up for the first time.
+
+        Raises:
+            ExoKimiError: they cannot be brought up; nothing is tried any more.
+        """
+        await asyncio.shield(self._first)
+
+    async def send(self, step: Step) -> None:
+        """Put a step on its way.
+
+        Raises:
+            RuntimeFault: see `Pipeline.send`.
+        """
+        if self._closed:
+            raise EngineStoppedError("the stages were stopped")
+        if not self._ready or step.epoch != self._epoch:
+            raise self._last_fault or StageError(
+                "the stages are not ready", expected=f"epoch {self._epoch}", found=f"epoch {step.epoch}"
+            )
+        await self._members[0].send(step)
+
+    async def receive(self) -> PipelineEvent:
+        """Wait for the next event.
+
+        Raises:
+            EngineStoppedError: `close` was called.
+        """
+        event = None if self._closed else await self._events.get()
+        if event is None:
+            raise EngineStoppedError("the stages were stopped")
+        return event
+
+    async def close(self) -> None:
+        """Stop every stage; no process and no file is left behind."""
+        if self._closed:
+            return
+        self._closed = True
+        self._ready = False
+        self._events.put_nowait(None)
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+        await asyncio.gather(*(member.close() for member in self._members))
+        if self._directory is not None:
+            shutil.rmtree(self._directory, ignore_errors=True)
+        if self._tasks:
+            self._zmq.destroy(linger=0)
+            if not self._first.done():
+                self._first.set_exception(EngineStoppedError("the stages were stopped"))
+            self._first.exception()  # nobody may be waiting
+
+    async def _run(self, work: Callable[[], Awaitable[None]]) -> None:
+        """One of the two loops; without either, requests would hang."""
+        try:
+            await work()
+        except Exception:
+            logger.exception("the supervisor failed")
+            self._refuse(StageError("the supervisor failed: its log has the reason"))
+
+    async def _supervise(self) -> None:
+        while True:
+            self._fault = asyncio.get_running_loop().create_future()
+            try:
+                await self._bring_up()
+                fault = await self._fault
+            except ExoKimiError as error:
+                if not self._first.done() and not isinstance(error, _TRANSIENT):
+                    self._refuse(error)
+                    return
+                fault = error if isinstance(error, RuntimeFault) else StageError(str(error))
+            self._restarts.count()
+            self._end_epoch(fault)
+            if not self._first.done() and not self._restarts.hopeful:
+                self._refuse(fault)
+                return
+            await asyncio.sleep(self._restarts.pause_s)
+
+    def _refuse(self, error: ExoKimiError) -> None:
+        """Nothing is tried any more: this is for the user to mend."""
+        fault = error if isinstance(error, RuntimeFault) else StageError(str(error))
+        self._ready = False
+        self._last_fault = fault
+        self._events.put_nowait(Failed(error=fault, recovering=False))
+        if not self._first.done():
+            self._first.set_exception(error)
+            self._first.exception()  # nobody may be waiting
+
+    def _end_epoch(self, fault: RuntimeFault) -> None:
+        self._ready = False
+        self._last_fault = fault
+        recovering = self._restarts.hopeful
+        logger.error("the stages failed (%s): %s", "restarting" if recovering else "trying on slowly", fault)
+        self._events.put_nowait(Failed(error=fault, recovering=recovering))
+
+    async def _bring_up(self) -> None:
+        started_s = time.monotonic()
+        await asyncio.gather(*(member.drop() for member in self._members if member.broken))
+        await all_or_none([member.connect() for member in self._members], unless=self._fault)
+        check_weights_fit([member.memory() for member in self._members if member.loaded is None])
+        await all_or_none([member.load() for member in self._members], unless=self._fault)
+        self._epoch += 1
+        following = [member.from_previous for member in self._members[1:]]
+        joins = zip(self._members, [*following, None], strict=True)
+        loaded = [member.loaded for member in self._members if member.loaded is not None]
+        cache_step = max(one.cache_step for one in loaded)
+        joined = await all_or_none(
+            [member.join(self._epoch, address, block_tokens=cache_step) for member, address in joins],
+            unless=self._fault,
+        )
+        self._info = PipelineInfo(
+            context=self._context_tokens,
+            kv_capacity_tokens=kv_capacity_tokens(
+                [member.memory() for member in self._members], kv_bytes=self.options.kv_bytes
+            ),
+            cache_step=cache_step,
+            vocab_size=self.plan.config.vocab_size,
+            kv_bytes_per_token=max(one.kv_bytes_per_token for one in loaded),
+            disk_blocks=min(one.disk_blocks for one in joined),
+        )
+        self._ready = True
+        logger.info("%d stages are ready after %.1f s", self.stages, time.monotonic() - started_s)
+        blocks = tuple(unpack_keys(one.blocks) for one in joined)
+        self._events.put_nowait(Ready(epoch=self._epoch, info=self._info, blocks=blocks))
+        if not self._first.done():
+            self._first.set_result(None)
+
+    def _on_result(self, result: StepResult) -> None:
+        if self._ready and result.epoch == self._epoch:
+            self._restarts.forget()
+            self._events.put_nowait(result)
+
+    def _on_blocks(self, event: DiskBlocks) -> None:
+        if self._ready and event.epoch == self._epoch:
+            self._events.put_nowait(event)
+
+    def _on_fault(self, fault: RuntimeFault, epoch: int | None) -> None:
+        """What a member tells unasked. A fault of an old epoch is old news."""
+        if epoch is not None and not (self._ready and epoch == self._epoch):
+            return
+        self._ready = False
+        if isinstance(fault, LinkBroken):
+            asyncio.get_running_loop().call_later(CAUSE_WAIT_S, self._set_fault, fault, self._fault)
+        else:
+            self._set_fault(fault, self._fault)
+
+    @staticmethod
+    def _set_fault(fault: RuntimeFault, target: asyncio.Future[RuntimeFault]) -> None:
+        if not target.done():
+            target.set_result(fault)
+
+    async def _watch(self) -> None:
+        """Heartbeats out, silence noticed. If this loop itself was suspended, nobody else is to blame."""
+        interval_s = min(self.options.heartbeat_s, self.options.stall_s / 4)
+        while True:
+            before_s = time.monotonic()
+            await asyncio.sleep(interval_s)
+            late_s = time.monotonic() - before_s - interval_s
+            for member in self._members:
+                if late_s > interval_s:
+                    member.forgive(late_s)
+                member.check()
+                await member.ping()

@@ -1,0 +1,90 @@
+"""What an engine counted and what happened to it, for /health and /metrics; it decides nothing."""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+
+from exo_kimi.runtime.engine.admission import Limits
+from exo_kimi.runtime.engine.scheduler import Scheduler
+from exo_kimi.runtime.engine.sequence import Sequence
+from exo_kimi.runtime.engine.speculation import DraftCounts
+from exo_kimi.runtime.requests import EngineSnapshot, StageHealth
+
+EVENTS_KEPT = 64
+
+
+@dataclass(slots=True)
+class Tally:
+    """Totals since the start, and the last events.
+
+    Args:
+        requests: admitted, failed and cancelled ones included.
+        failed: ended with an error.
+        cancelled: ended because nobody wanted the rest.
+        generated: tokens.
+        steps: sent to the pipeline.
+        epochs: times that the stages became ready.
+    """
+
+    requests: int = 0
+    failed: int = 0
+    cancelled: int = 0
+    generated: int = 0
+    steps: int = 0
+    epochs: int = 0
+    events: deque[str] = field(default_factory=lambda: deque(maxlen=EVENTS_KEPT))
+
+    def note(self, text: str) -> None:
+        """An event, with the time."""
+        self.events.append(f"{time.strftime('%Y-%m-%dT%H:%M:%SZ', time.gmtime())} {text}")
+
+    def snapshot(
+        self,
+        scheduler: Scheduler,
+        limits: Limits | None,
+        *,
+        closed: bool,
+        context: int | None,
+        stages: tuple[StageHealth, ...],
+        sequences: Iterable[Sequence],
+    ) -> EngineSnapshot:
+        """The engine's state now.
+
+        Args:
+            scheduler: of the engine; it has a ledger while the stages are ready.
+            limits: None before the stages were ever ready.
+            closed: whether the engine was closed.
+            context: what it was told to allow, shown until there are limits.
+            stages: their health.
+            sequences: those with a reader.
+        """
+        ledger, prefixes = scheduler.ledger, scheduler.prefixes
+        drafts = scheduler.drafter.counts if scheduler.drafter is not None else DraftCounts()
+        return EngineSnapshot(
+            ready=ledger is not None and not closed,
+            stages=stages,
+            requests=tuple(s.progress() for s in sorted(sequences, key=lambda s: s.order) if s.state != "ended"),
+            context=limits.context if limits else context or 0,
+            kv_capacity_tokens=limits.kv_capacity_tokens if limits else 0,
+            kv_reserved_tokens=ledger.reserved_tokens - prefixes.kept_tokens if ledger else 0,
+            kv_prefix_tokens=prefixes.kept_tokens,
+            disk_blocks=len(prefixes.blocks),
+            requests_total=self.requests,
+            requests_failed_total=self.failed,
+            requests_cancelled_total=self.cancelled,
+            prompt_tokens_total=scheduler.prompt_tokens,
+            cached_tokens_total=prefixes.hit_tokens,
+            prefix_evictions_total=prefixes.evictions,
+            generated_tokens_total=self.generated,
+            preemptions_total=scheduler.preemptions,
+            steps_total=self.steps,
+            restarts_total=max(0, self.epochs - 1),
+            draft_tokens_total=drafts.drafted,
+            draft_tokens_accepted_total=drafts.accepted,
+            decode_bytes_total=drafts.read_bytes,
+            decode_bytes_without_drafts_total=drafts.plain_bytes,
+            events=tuple(self.events),
+        )

@@ -1,0 +1,297 @@
+"""The engine behind the API: requests in, tokens out, over any Pipeline; it knows nothing of text, HTTP or sockets."""
+
+from __future__ import annotations
+
+import asyncio
+import copy
+import logging
+import secrets
+from collections.abc import AsyncGenerator, Coroutine
+from dataclasses import replace
+from typing import Any, Self
+
+from exo_kimi.errors import EngineStoppedError, ExoKimiError, OverloadedError, RequestError, RuntimeFault, StageError
+from exo_kimi.runtime.engine.admission import Limits, check_request
+from exo_kimi.runtime.engine.constraint_steps import next_mask
+from exo_kimi.runtime.engine.counters import Tally
+from exo_kimi.runtime.engine.pacing import Pace
+from exo_kimi.runtime.engine.prefix_cache import PrefixOptions
+from exo_kimi.runtime.engine.scheduler import Scheduler
+from exo_kimi.runtime.engine.sequence import Outcome, Sequence
+from exo_kimi.runtime.engine.speculation import Drafter
+from exo_kimi.runtime.pipeline import DiskBlocks, Failed, Pipeline, Ready
+from exo_kimi.runtime.requests import EngineSnapshot, GenerationRequest, TokenEvent
+from exo_kimi.runtime.steps import Step, StepResult
+
+logger = logging.getLogger(__name__)
+
+FAILED_GRACE_S = 1.0
+"""How long after a refused step the pipeline may take to tell what failed."""
+
+
+class Engine:
+    """Implements `requests.TextEngine`. Use it as `async with Engine(pipeline) as engine`, or `start` and `close` it.
+
+    Args:
+        pipeline: the stages; the engine closes it.
+        context: most positions of a sequence; None takes the pipeline's.
+        prefill_chunk: tokens of one step at most; `pacing` chooses how many.
+        queue_limit: requests that may wait; one more is refused.
+        max_running: sequences that may hold KV memory at a time.
+        drafter: guesses tokens ahead, so that a step may give several; it changes no token. None does not.
+        prefixes: what is kept of sequences that ended, for others that begin like them; None keeps nothing.
+    """
+
+    def __init__(
+        self,
+        pipeline: Pipeline,
+        *,
+        context: int | None = None,
+        prefill_chunk: int = 512,
+        queue_limit: int = 256,
+        max_running: int = 128,
+        drafter: Drafter | None = None,
+        prefixes: PrefixOptions | None = None,
+    ) -> None:
+        self.pipeline = pipeline
+        self.queue_limit = queue_limit
+        self._context = context
+        self._scheduler = Scheduler(
+            stages=pipeline.stages,
+            prefill_chunk=prefill_chunk,
+            max_running=max_running,
+            drafter=drafter,
+            prefixes=prefixes,
+        )
+        self._pace = Pace(stages=pipeline.stages, prefill_chunk=prefill_chunk)
+        self._limits: Limits | None = None
+        self._down: RuntimeFault | None = None
+        self._closed = False
+        self._streams: dict[Sequence, asyncio.Queue[TokenEvent | ExoKimiError]] = {}
+        self._tasks: list[asyncio.Task[None]] = []
+        self._wake = asyncio.Event()
+        self._ready = asyncio.Event()
+        self._refused_epoch: int | None = None
+        self._tally = Tally()
+
+    async def __aenter__(self) -> Self:
+        await self.start()
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        await self.close()
+
+    async def start(self) -> None:
+        """Begin to serve; returns at once (see `wait_ready`)."""
+        if not self._tasks:
+            self._tasks = [asyncio.create_task(self._guard(loop)) for loop in (self._receive_loop(), self._send_loop())]
+
+    async def wait_ready(self) -> None:
+        """Wait until the stages are ready for the first time.
+
+        Raises:
+            RuntimeFault: they will never be, or the engine was closed.
+        """
+        await self._ready.wait()
+        self._raise_if_down()
+
+    def check(self, request: GenerationRequest) -> None:
+        """Raise what `generate` would raise before admitting the request."""
+        self._raise_if_down()
+        if len(self._scheduler.waiting) >= self.queue_limit:
+            raise OverloadedError(
+                "the server's queue is full",
+                code="overloaded",
+                found=f"{len(self._scheduler.waiting)} requests waiting",
+                fix="try again later, or serve with a larger --queue-limit",
+            )
+        if self._limits is not None:
+            check_request(request, self._limits)
+
+    async def generate(self, request: GenerationRequest) -> AsyncGenerator[TokenEvent, None]:
+        """Yield the tokens of one request; closing the generator cancels the request on every stage."""
+        self.check(request)
+        stream: asyncio.Queue[TokenEvent | ExoKimiError] = asyncio.Queue()
+        sequence = self._submit(request, stream)
+        try:
+            while True:
+                item = await stream.get()
+                if isinstance(item, ExoKimiError):
+                    raise item
+                yield item
+                if item.finish_reason is not None:
+                    return
+        finally:
+            self._abandon(sequence)
+
+    def snapshot(self) -> EngineSnapshot:
+        """The engine's state now."""
+        return self._tally.snapshot(
+            self._scheduler,
+            self._limits,
+            closed=self._closed,
+            context=self._context,
+            stages=self.pipeline.health(),
+            sequences=self._streams,
+        )
+
+    async def close(self) -> None:
+        """Fail what is in flight with EngineStoppedError and stop every stage; idempotent."""
+        if not self._closed:
+            self._closed = True
+            self._tally.note("the server is shutting down")
+            self._stop(EngineStoppedError("the server is shutting down"))
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+        await self.pipeline.close()
+
+    def _submit(self, request: GenerationRequest, stream: asyncio.Queue[TokenEvent | ExoKimiError]) -> Sequence:
+        seed = secrets.randbits(63) if request.sampling.seed is None else request.sampling.seed % 2**64
+        request = replace(request, sampling=replace(request.sampling, seed=seed))
+        room = check_request(request, self._limits) if self._limits else 0  # 0: set when the stages are ready
+        sequence = Sequence(request=request, order=self._tally.requests, max_new_tokens=room)
+        self._tally.requests += 1
+        try:
+            self._update_mask(sequence)
+        except ExoKimiError:
+            self._tally.failed += 1
+            raise
+        self._streams[sequence] = stream
+        self._scheduler.add(sequence)
+        self._wake.set()
+        return sequence
+
+    def _abandon(self, sequence: Sequence) -> None:
+        """The reader is gone; a sequence that did not end by itself is cancelled."""
+        self._streams.pop(sequence, None)
+        if sequence.state != "ended":
+            self._tally.cancelled += 1
+            self._scheduler.end(sequence)
+            self._wake.set()
+
+    async def _send_loop(self) -> None:
+        while True:
+            await self._wake.wait()
+            self._wake.clear()
+            while self._refused_epoch != self._scheduler.epoch and (step := self._next_step()) is not None:
+                try:
+                    self._pace.sent(step)
+                    await self.pipeline.send(step)
+                    self._tally.steps += 1
+                except RuntimeFault as fault:
+                    # A Failed event tells why, before or after this; its cause says more than the refusal does.
+                    self._refused_epoch = step.epoch
+                    asyncio.get_running_loop().call_later(FAILED_GRACE_S, self._fail_epoch, step.epoch, fault)
+
+    def _next_step(self) -> Step | None:
+        return self._scheduler.next_step(self._pace.chunk)
+
+    async def _receive_loop(self) -> None:
+        while True:
+            event = await self.pipeline.receive()
+            if isinstance(event, Ready):
+                self._on_ready(event)
+            elif isinstance(event, Failed):
+                self._tally.note(f"{type(event.error).__name__}: {event.error.what}")
+                self._fail(event.error)
+                if not event.recovering:
+                    self._stop(event.error)
+            elif isinstance(event, DiskBlocks):
+                if event.epoch == self._scheduler.epoch:
+                    self._scheduler.prefixes.on_disk(event)
+            elif event.epoch == self._scheduler.epoch:
+                self._on_result(event)
+            self._wake.set()
+
+    async def _guard(self, loop: Coroutine[Any, Any, None]) -> None:
+        """Run one of the two loops; whatever ends it ends every request instead of leaving it to hang."""
+        try:
+            await loop
+        except EngineStoppedError as stopped:
+            self._stop(stopped)
+        except Exception as error:
+            logger.exception("the engine stopped")
+            self._tally.note(f"the engine stopped: {type(error).__name__}: {error}")
+            fault = error if isinstance(error, RuntimeFault) else StageError(f"the engine stopped: {error!r}")
+            self._stop(fault)
+
+    def _on_ready(self, event: Ready) -> None:
+        self._fail(StageError("the stages started again"))  # only what a Failed should have ended already
+        self._limits = Limits.of(event.info, context=self._context)
+        self._scheduler.open(event.epoch, self._limits, event)
+        self._pace.forget()
+        self._tally.epochs += 1
+        self._down = None
+        self._ready.set()
+        self._tally.note(
+            f"ready: {self.pipeline.stages} stages, KV memory for {self._limits.kv_capacity_tokens} tokens"
+        )
+        for sequence in list(self._scheduler.waiting):
+            try:
+                sequence.max_new_tokens = check_request(sequence.request, self._limits)
+            except RequestError as refusal:  # it came before the limits were known, or they shrank
+                self._end_with(sequence, refusal)
+
+    def _on_result(self, result: StepResult) -> None:
+        self._pace.answered(result.step_id)
+        for outcome in self._scheduler.complete(result):
+            self._tally.generated += 1
+            self._deliver(outcome)
+
+    def _deliver(self, outcome: Outcome) -> None:
+        sequence, sampled = outcome.sequence, outcome.sampled
+        reason = sequence.finish_reason()
+        if reason is not None:
+            self._scheduler.end(sequence)
+        else:
+            try:
+                self._update_mask(sequence, accept=sampled.token_id)
+            except ExoKimiError as error:
+                self._tally.failed += 1
+                self._end_with(sequence, error)
+                return
+        event = TokenEvent(
+            token_id=sampled.token_id,
+            logprob=sampled.logprob,
+            top_logprobs=sampled.top_logprobs,
+            finish_reason=reason,
+            cached_tokens=sequence.cached_tokens or 0,
+        )
+        self._streams[sequence].put_nowait(event)
+
+    def _update_mask(self, sequence: Sequence, *, accept: int | None = None) -> None:
+        if sequence.request.constraint is not None:
+            vocab_size = self._limits.vocab_size if self._limits else None
+            sequence.mask = next_mask(sequence.request.constraint, accept=accept, vocab_size=vocab_size)
+
+    def _fail(self, fault: RuntimeFault) -> None:
+        """The stages lost their sequences: end those that had touched them."""
+        for sequence in self._scheduler.fail():
+            self._tally.failed += 1
+            self._end_with(sequence, copy.copy(fault))
+
+    def _fail_epoch(self, epoch: int, fault: RuntimeFault) -> None:
+        if epoch == self._scheduler.epoch:
+            self._fail(fault)
+
+    def _stop(self, fault: RuntimeFault) -> None:
+        """No stage will come back: end every request and refuse new ones."""
+        self._down = fault
+        self._fail(fault)
+        for sequence in list(self._scheduler.waiting):
+            self._tally.failed += 1
+            self._end_with(sequence, copy.copy(fault))
+        self._ready.set()
+
+    def _end_with(self, sequence: Sequence, error: ExoKimiError) -> None:
+        self._scheduler.end(sequence)
+        stream = self._streams.get(sequence)
+        if stream is not None:
+            stream.put_nowait(error)
+
+    def _raise_if_down(self) -> None:
+        if self._closed:
+            raise EngineStoppedError("the server is shutting down")
+        if self._down is not None:
+            raise copy.copy(self._down)

@@ -1,0 +1,222 @@
+"""One request as the leader sees it while it waits, is fed and generates; it knows nothing of other sequences."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from typing import Literal
+
+from exo_kimi.runtime.engine.lookup import Lookup
+from exo_kimi.runtime.engine.prefix_index import Kept, Tokens, as_tokens
+from exo_kimi.runtime.requests import FinishReason, GenerationRequest, RequestProgress
+from exo_kimi.runtime.steps import Sampled, Segment, SequenceStart
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Source:
+    """Caches on the stages whose first `tokens` tokens a sequence begins with; with `move` it takes them over."""
+
+    seq_id: int
+    tokens: int
+    move: bool = False
+
+
+@dataclass(slots=True, kw_only=True)
+class Restoring:
+    """Blocks that a sequence begins with from disk: how many were ordered, and where each unanswered order is to end."""
+
+    keys: tuple[str, ...]
+    ordered: int = 0
+    due: list[int] = field(default_factory=list)
+    failed: bool = False
+
+
+State = Literal["waiting", "running", "ended"]
+
+
+@dataclass(slots=True, eq=False, kw_only=True)
+class Sequence:
+    """A request and how far it is.
+
+    Args:
+        request: with a seed.
+        order: arrival; the greatest is the youngest.
+        max_new_tokens: where it ends with `length`.
+        mask: what the next token may be, kept up to date by whoever drives the constraint.
+    """
+
+    request: GenerationRequest
+    order: int
+    max_new_tokens: int
+    mask: bytes | None = None
+    tokens: list[int] = field(init=False)
+    state: State = field(default="waiting", init=False)
+    seq_id: int = field(default=-1, init=False)
+    """Its name on the stages; a new one each time that it is admitted."""
+    sent: int = field(default=0, init=False)
+    """Known tokens in the caches once every step sent so far is done: the offset of its next segment."""
+    done: int = field(default=0, init=False)
+    """Tokens in the last stage's cache, as far as results tell."""
+    counted: int = field(default=0, init=False)
+    """The most prompt tokens that were ever done; unlike `done` it survives a preemption."""
+    begun: bool = field(default=False, init=False)
+    epoch: int | None = field(default=None, init=False)
+    """The last epoch in which it touched the stages."""
+    sampling: bool = field(default=False, init=False)
+    """A step in flight will answer with its next token."""
+    decoding: bool = field(default=False, init=False)
+    """All that was known when it was admitted has been sent; from now on it is fed one token at a time, and drafts."""
+    drafts: tuple[int, ...] = field(default=(), init=False)
+    """Guesses of what follows its newest token, to be sent after it."""
+    lookup: Lookup | None = field(default=None, init=False)
+    """Where its drafts come from, made with the first ones."""
+    takes: tuple[Kept, int] | None = field(default=None, init=False)
+    """Caches that it takes over when it is admitted, and how many of their tokens."""
+    source: Source | None = field(default=None, init=False)
+    restoring: Restoring | None = field(default=None, init=False)
+    cached_tokens: int | None = field(default=None, init=False)
+    """Prompt tokens that it began with when it was first sent; None before."""
+    prompt_ids: Tokens = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.tokens = list(self.request.prompt_ids)
+        self.prompt_ids = as_tokens(self.tokens)
+
+    @property
+    def prompt_tokens(self) -> int:
+        """Tokens of the true prompt."""
+        return len(self.request.prompt_ids)
+
+    @property
+    def generated_tokens(self) -> int:
+        """Tokens generated so far, preemptions included."""
+        return len(self.tokens) - self.prompt_tokens
+
+    @property
+    def pending(self) -> int:
+        """Known tokens that were not yet sent."""
+        return len(self.tokens) - self.sent
+
+    @property
+    def final_cache_tokens(self) -> int:
+        """Cached tokens at its very end; the last generated token is never fed."""
+        return self.prompt_tokens + self.max_new_tokens - 1
+
+    def next_tokens(self, length: int) -> list[int]:
+        """The next tokens to send, with the drafts after the newest one."""
+        found = self.tokens[self.sent : self.sent + length]
+        return [*found, *self.drafts] if self.sent + length == len(self.tokens) else found
+
+    def begin_from(self, source: Source | None) -> None:
+        """Begin with what is cached, or with nothing."""
+        self.source = source
+        self.sent = source.tokens if source is not None else 0
+
+    def begin(self, epoch: int) -> SequenceStart:
+        """How it is registered on the stages, as of now."""
+        self.begun = True
+        self.epoch = epoch
+        return SequenceStart(
+            seq_id=self.seq_id,
+            prompt_tokens=self.prompt_tokens,
+            sampling=self.request.sampling,
+            history=tuple(self.tokens[self.prompt_tokens :]),
+            source=self.source.seq_id if self.source is not None else None,
+            restore=self.sent,
+            move=self.source is not None and self.source.move,
+            seen=self._seen(),
+        )
+
+    def _seen(self) -> tuple[int, ...]:
+        """Ids that the last stage will not be fed, if it has to know them."""
+        skips = self.source is not None or self.restoring is not None
+        return tuple(sorted(set(self.tokens))) if skips and self.request.sampling.repetition_penalty != 1 else ()
+
+    def take(self, length: int) -> tuple[Segment, Part]:
+        """Its next segment, which counts as sent; the one that reaches its newest token takes the drafts and samples."""
+        offset, end = self.sent, self.sent + length
+        sample = end == len(self.tokens)
+        self.sent = end
+        self.sampling = sample
+        self.decoding = self.decoding or sample
+        mask = self.mask if sample else None
+        drafts, self.drafts = len(self.drafts) if sample else 0, ()
+        segment = Segment(
+            seq_id=self.seq_id, offset=offset, length=length + drafts, sample=sample, mask=mask, drafts=drafts
+        )
+        return segment, Part(sequence=self, seq_id=self.seq_id, end=end, sample=sample, drafts=drafts)
+
+    def accept(self, run: Iterable[Sampled]) -> Iterator[Sampled]:
+        """Append the tokens of one answer, giving each to the caller, who may end the sequence or set its mask: what comes
+        after is then dropped, for it was drawn without them."""
+        for sampled in run:
+            self.tokens.append(sampled.token_id)
+            yield sampled
+            if self.state == "ended" or self.mask is not None:
+                break
+        if self.begun and self.decoding:  # the caches hold all of it but the newest
+            self.sent = len(self.tokens) - 1
+
+    def reached(self, end: int) -> int:
+        """The last stage's cache holds `end` tokens. Returns how many prompt tokens that are new to it ever."""
+        self.done = end
+        fresh = max(0, min(end, self.prompt_tokens) - self.counted)
+        self.counted += fresh
+        return fresh
+
+    def forget(self) -> None:
+        """It holds nothing on the stages any more; a token on its way is still its next one."""
+        self.sent = self.done = 0
+        self.drafts = ()
+        self.begun = self.decoding = False
+        self.takes = self.source = self.restoring = None
+        self.seq_id = -1
+
+    def finish_reason(self) -> FinishReason | None:
+        """Why it ends with its newest token, if it does."""
+        if self.generated_tokens and self.tokens[-1] in self.request.stop_ids:
+            return "stop"
+        return "length" if self.generated_tokens >= self.max_new_tokens else None
+
+    def progress(self) -> RequestProgress:
+        """Where it stands."""
+        running: Literal["prefill", "decode"] = "decode" if self.generated_tokens else "prefill"
+        return RequestProgress(
+            request_id=self.request.request_id,
+            state=running if self.state == "running" else "waiting",
+            prompt_tokens=self.prompt_tokens,
+            prompt_done=min(self.done, self.prompt_tokens),
+            generated_tokens=self.generated_tokens,
+            cached_tokens=self.cached_tokens or 0,
+        )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Part:
+    """One sequence's share of a step in flight; `seq_id` tells whether it was preempted since."""
+
+    sequence: Sequence
+    seq_id: int
+    end: int
+    sample: bool
+    drafts: int = 0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class InFlight:
+    """A step that was sent and not yet answered, with how many tokens it has and how many its sequences cache."""
+
+    step_id: int
+    parts: tuple[Part, ...]
+    tokens: int
+    cached_tokens: int
+    restores: tuple[tuple[Sequence, int], ...] = ()
+    """Who reads from disk, under which name."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Outcome:
+    """A token that came back for a sequence that still wants it."""
+
+    sequence: Sequence
+    sampled: Sampled

@@ -1,0 +1,141 @@
+"""How the bytes of each published layout become the parameters of one module; it knows nothing of the rest of the model."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import mlx.core as mx
+import numpy as np
+
+from exo_kimi.checkpoint.index import TensorEntry
+from exo_kimi.checkpoint.manifest import ModuleSource
+from exo_kimi.errors import DtypeError, QuantizationError
+from exo_kimi.models.sanitize import dequantize_fp8, int4_biases
+from exo_kimi.runtime.loading.parameter_target import Target
+from exo_kimi.runtime.loading.tensor_reader import TensorReader
+
+STAGING_BYTES = 32 * 1024**2
+"""Bytes converted at a time where the stored dtype is not the wanted one."""
+
+FLOATS = {"BF16": mx.bfloat16, "F16": mx.float16, "F32": mx.float32}
+CODES = {"U32": mx.uint32, "I32": mx.uint32, "U8": mx.uint8}
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """One tensor to read; `fill` reads it and whatever small tensor it cannot do without."""
+
+    entry: TensorEntry
+    fill: Callable[[TensorReader], None]
+
+
+def jobs_of(source: ModuleSource, dtype: mx.Dtype | None) -> tuple[list[Job], dict[str, Target]]:
+    """What to read for one module, and the parameters that it fills, by path.
+
+    Args:
+        source: the module's tensors and layout.
+        dtype: of floating parameters; None keeps what is stored (bfloat16 for FP8).
+
+    Raises:
+        DtypeError: a tensor stored in a dtype that no parameter can have.
+    """
+    path, parts = source.spec.path, source.parts
+    if source.layout == "fp8":
+        jobs, target = _fp8(source, dtype or mx.bfloat16)
+        rest = {"bias": parts["bias"]} if "bias" in parts else {}
+        targets = {f"{path}.weight": target}
+    elif source.layout == "int4":
+        rest = {"weight": parts["weight_packed"], "scales": parts["weight_scale"]}
+        jobs, targets = [_shape_check(source, entry) for entry in parts["weight_shape"]], {}
+    else:
+        rest, jobs, targets = dict(parts), [], {}
+    for leaf, entries in rest.items():
+        wanted = mx.float32 if leaf == "e_score_correction_bias" else dtype
+        leaf_jobs, targets[f"{path}.{leaf}"] = _as_stored(entries, wanted, stacked=source.spec.kind == "experts")
+        jobs += leaf_jobs
+    if source.layout == "int4":
+        scales = targets[f"{path}.scales"]
+        targets[f"{path}.biases"] = Target(scales.shape, scales.dtype, derive=int4_biases, source=scales)
+    return jobs, targets
+
+
+def _as_stored(entries: tuple[TensorEntry, ...], dtype: mx.Dtype | None, *, stacked: bool) -> tuple[list[Job], Target]:
+    first = entries[0]
+    is_float = first.dtype in FLOATS
+    if not is_float and first.dtype not in CODES:
+        raise DtypeError(first.name, expected=", ".join([*FLOATS, *CODES]), found=first.dtype, where=first.file)
+    final = (dtype or FLOATS[first.dtype]) if is_float else CODES[first.dtype]
+    target = Target(_shape(entries, stacked), final, parts=len(entries))
+    jobs = [_copy_or_convert(entry, target, part) for part, entry in enumerate(entries)]
+    return jobs, target
+
+
+def _shape(entries: tuple[TensorEntry, ...], stacked: bool) -> tuple[int, ...]:
+    """Experts that lie one by one get an axis in front; a stack on disk has it already."""
+    shape = entries[0].shape
+    return (len(entries), *shape) if stacked and (len(entries) > 1 or len(shape) < 3) else shape
+
+
+def _copy_or_convert(entry: TensorEntry, target: Target, part: int) -> Job:
+    stored = FLOATS.get(entry.dtype, target.dtype)
+
+    def copy(reader: TensorReader) -> None:
+        reader.read_scattered(target.pieces(part), entry)
+
+    def convert(reader: TensorReader) -> None:
+        position = 0
+        for piece in target.pieces(part):
+            elements, done = len(piece) // target.dtype.size, 0
+            while done < elements:
+                count = min(elements - done, STAGING_BYTES // stored.size)
+                staging = np.empty(count * stored.size, np.uint8)
+                reader.read_into(staging.data, entry, position)
+                values = mx.array(staging).view(stored).astype(target.dtype)
+                _write(values, piece[done * target.dtype.size : (done + count) * target.dtype.size])
+                done += count
+                position += count * stored.size
+
+    return Job(entry, copy if stored == target.dtype else convert)
+
+
+def _fp8(source: ModuleSource, dtype: mx.Dtype) -> tuple[list[Job], Target]:
+    """Codes times block factors, one matrix at a time: never more than one expert unpacked beside the parameters."""
+    codes, factors = source.parts["weight"], source.parts["weight_scale_inv"]
+    stacked = source.spec.kind == "experts"
+    matrices = source.spec.shape[0] if stacked else 1
+    target = Target(_shape(codes, stacked), dtype, parts=matrices)
+    per_entry = matrices // len(codes)
+
+    def unpack(part: int, entry: TensorEntry, factor: TensorEntry) -> Job:
+        def fill(reader: TensorReader) -> None:
+            scale = mx.array(np.frombuffer(reader.read(factor), np.uint8)).view(FLOATS[factor.dtype])
+            scale = scale.reshape(per_entry, *factor.shape[-2:])
+            size = entry.nbytes // per_entry
+            for index in range(per_entry):
+                code = np.empty(entry.shape[-2:], np.uint8)
+                reader.read_into(code.data.cast("B"), entry, index * size)
+                value = dequantize_fp8(mx.array(code), scale[index]).astype(dtype)
+                _write(value, target.pieces(part * per_entry + index)[0])
+
+        return Job(entry, fill)
+
+    jobs = [unpack(part, *pair) for part, pair in enumerate(zip(codes, factors, strict=True))]
+    return jobs, target
+
+
+def _shape_check(source: ModuleSource, entry: TensorEntry) -> Job:
+    """compressed-tensors repeats the unpacked shape as data: it must be the architecture's."""
+
+    def check(reader: TensorReader) -> None:
+        found = tuple(np.frombuffer(reader.read(entry), np.int64 if entry.dtype == "I64" else np.int32).tolist())
+        if found != source.spec.shape[-2:]:
+            raise QuantizationError(entry.name, expected=source.spec.shape[-2:], found=found, where=entry.file)
+
+    return Job(entry, check)
+
+
+def _write(values: mx.array, destination: memoryview) -> None:
+    raw = values.reshape(-1).view(mx.uint8)
+    mx.eval(raw)
+    destination[:] = memoryview(raw)  # type: ignore[arg-type]

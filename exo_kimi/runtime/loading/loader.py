@@ -1,0 +1,204 @@
+"""A stage's tensors, from its manifest into a model, with nothing missing and nothing left over; it knows nothing of serving.
+
+Peak memory is the stage's own parameters and `STAGING_BYTES` (one expert's matrix for FP8): bytes land by preadv in memory
+that MLX owns, in file order, and only the stage's own byte ranges are read.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+from mlx.utils import tree_flatten
+
+from exo_kimi.checkpoint.index import open_index
+from exo_kimi.checkpoint.manifest import ModuleSource, StageManifest, resolve
+from exo_kimi.errors import MissingTensorError, ShapeMismatchError, UnexpectedTensorError, UsageError
+from exo_kimi.models.fused import LEAVES, adopt
+from exo_kimi.models.kimi_k2 import Model
+from exo_kimi.runtime.loading.filling import Job, jobs_of
+from exo_kimi.runtime.loading.parameter_target import Storage, Target, allocate, can_share, share
+from exo_kimi.runtime.loading.tensor_reader import TensorReader
+
+Progress = Callable[[int, int], None]
+DTYPES = {"float32": mx.float32, "bfloat16": mx.bfloat16, "float16": mx.float16}
+
+
+def load(
+    path: str | Path,
+    start_layer: int = 0,
+    end_layer: int | None = None,
+    dtype: str | None = None,
+    *,
+    fuse: bool = False,
+) -> Model:
+    """Load a Kimi K2 checkpoint, or the stage of it that owns a half-open range of layers, strictly.
+
+    Args:
+        path: a checkpoint directory in any published layout.
+        start_layer: the stage that starts at 0 owns the embedding.
+        end_layer: None for all further layers; the stage that ends last owns the final norm and the head.
+        dtype: "float32", "bfloat16" or "float16" for every floating parameter (and so for activations); None keeps what
+            is stored. Packed weights stay packed, the router's correction bias stays float32.
+        fuse: see `load_stage`.
+
+    Returns:
+        The model in evaluation mode. Only its own bytes were read and stay resident.
+
+    Raises:
+        CheckpointProblems: what is on disk cannot be this model; raised before any weight is read.
+        TensorFileError: a file changed while it was read.
+        SplitError: the range is empty or outside the model.
+        UsageError: an unknown dtype.
+    """
+    check_dtype(dtype)
+    return load_stage(resolve(open_index(Path(path)), start_layer, end_layer), dtype=dtype, fuse=fuse)
+
+
+def load_stage(
+    manifest: StageManifest,
+    *,
+    dtype: str | None = None,
+    progress: Progress | None = None,
+    layers_only: bool = False,
+    fuse: bool = False,
+    alone: bool = False,
+) -> Model:
+    """Build the model of a manifest's layer range and fill it.
+
+    Args:
+        manifest: where every module's tensors lie and how they are packed.
+        dtype: see `load`.
+        progress: called with (bytes read, bytes to read) as reading goes on.
+        layers_only: leave out the embedding, the final norm and the head.
+        fuse: make decoding fast, see `Model.fuse`: projections of one input are read into one array, without a copy.
+        alone: no other thread of this process uses MLX meanwhile. Memory is then not filled before it is read into, which
+            takes a third less time; beside another thread that would hang.
+
+    Raises:
+        MissingTensorError, UnexpectedTensorError, ShapeMismatchError: the manifest does not fit the model.
+        TensorFileError: a file changed since its header was read.
+        UsageError: an unknown dtype.
+    """
+    check_dtype(dtype)
+    sources = [source for source in manifest.sources if source.spec.layer is not None or not layers_only]
+    model = Model(manifest.config, manifest.start_layer, manifest.end_layer, layers_only=layers_only)
+    _shape_modules(model, sources)
+    jobs: list[Job] = []
+    targets: dict[str, Target] = {}
+    for source in sources:
+        source_jobs, source_targets = jobs_of(source, DTYPES[dtype] if dtype else None)
+        twice = targets.keys() & source_targets
+        if twice:
+            raise UnexpectedTensorError("a parameter has two sources", found=min(twice), where=manifest.directory)
+        jobs += source_jobs
+        targets |= source_targets
+    _check_targets(model, targets, where=manifest.directory)
+    groups = _share_arrays(model, targets) if fuse else []
+    storages = (target.storage() for target in targets.values())
+    allocate((storage for storage in storages if storage is not None), alone=alone)
+
+    total = sum(entry.nbytes for source in sources for entries in source.parts.values() for entry in entries)
+    done = 0
+
+    def on_read(count: int) -> None:
+        nonlocal done
+        done += count
+        if progress is not None:
+            progress(done, total)
+
+    with TensorReader(manifest.directory, on_read) as reader:
+        for job in sorted(jobs, key=lambda job: (job.entry.file, job.entry.start)):
+            job.fill(reader)
+        reader.wait()
+    for group in groups:
+        group.module.fused = adopt([group.module[name] for name in group.names], group.take())
+        for path in group.paths:
+            del targets[path]
+    for path, target in targets.items():
+        module_path, _, leaf = path.rpartition(".")
+        _module_at(model, module_path)[leaf] = target.take()
+    mx.eval(model.parameters())
+    if fuse:
+        model.fuse()
+    model.eval()
+    mx.clear_cache()
+    return model
+
+
+def check_dtype(dtype: str | None) -> None:
+    """Refuse a dtype that parameters cannot have.
+
+    Raises:
+        UsageError: with the known ones.
+    """
+    if dtype is not None and dtype not in DTYPES:
+        raise UsageError("unknown dtype", expected=", ".join(DTYPES), found=repr(dtype))
+
+
+def _shape_modules(model: Model, sources: list[ModuleSource]) -> None:
+    """Give each module the form that its source has: quantized as packed, attention as on disk. Nothing is computed yet."""
+    for source in sources:
+        if source.spec.path.endswith(".embed_q"):
+            _module_at(model, source.spec.path.rpartition(".")[0]).use_absorbed_modules()
+    quants = {source.spec.path: source.quant for source in sources if source.quant is not None}
+
+    def packing(path: str, module: nn.Module) -> dict[str, Any] | bool:
+        quant = quants.get(path)
+        return quant is not None and {"group_size": quant.group_size, "bits": quant.bits, "mode": quant.mode}
+
+    nn.quantize(model, class_predicate=packing)
+
+
+def _check_targets(model: Model, targets: dict[str, Target], *, where: Path) -> None:
+    """Every parameter is filled exactly once and by something of its shape."""
+    expected = {path: tuple(value.shape) for path, value in tree_flatten(model.parameters())}
+    missing, extra = sorted(expected.keys() - targets), sorted(targets.keys() - expected)
+    if missing:
+        raise MissingTensorError(
+            f"{len(missing)} parameters have no tensor", found=", ".join(missing[:10]), where=where
+        )
+    if extra:
+        raise UnexpectedTensorError(f"{len(extra)} tensors have no parameter", found=", ".join(extra[:10]), where=where)
+    for path, target in targets.items():
+        if target.shape != expected[path]:
+            raise ShapeMismatchError(path, expected=expected[path], found=target.shape, where=where)
+
+
+@dataclass(frozen=True, slots=True)
+class _Group:
+    """Projections of one module that are read into one array for each leaf; None where it is derived from the scales."""
+
+    module: Any
+    names: tuple[str, ...]
+    paths: tuple[str, ...]
+    arrays: dict[str, Storage | Callable[[mx.array], mx.array]]
+
+    def take(self) -> dict[str, mx.array]:
+        """The filled arrays, not evaluated."""
+        taken = {leaf: store.array() for leaf, store in self.arrays.items() if isinstance(store, Storage)}
+        derived = {leaf: make(taken["scales"]) for leaf, make in self.arrays.items() if not isinstance(make, Storage)}
+        return taken | derived
+
+
+def _share_arrays(model: Model, targets: dict[str, Target]) -> list[_Group]:
+    groups = []
+    for path, module, names in model.groups():
+        leaves = [leaf for leaf in LEAVES if f"{path}.{names[0]}.{leaf}" in targets]
+        members = {leaf: [targets[f"{path}.{name}.{leaf}"] for name in names] for leaf in leaves}
+        if all(can_share(parts) for parts in members.values()):
+            arrays = {leaf: parts[0].derive or share(parts) for leaf, parts in members.items()}
+            paths = tuple(f"{path}.{name}.{leaf}" for name in names for leaf in leaves)
+            groups.append(_Group(module, names, paths, arrays))
+    return groups
+
+
+def _module_at(model: nn.Module, path: str) -> Any:
+    module: Any = model
+    for name in path.split("."):
+        module = module[int(name)] if isinstance(module, list) else module[name]
+    return module

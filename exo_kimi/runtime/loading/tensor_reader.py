@@ -1,0 +1,166 @@
+"""Byte ranges of checkpoint files, read straight into memory that somebody else owns; it knows nothing of models or MLX."""
+
+from __future__ import annotations
+
+import os
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from types import TracebackType
+
+from exo_kimi.checkpoint.index import TensorEntry
+from exo_kimi.errors import TensorFileError
+from exo_kimi.runtime.loading.page_faults import READY_BYTES, make_ready
+
+READ_BYTES = 16 * 1024**2
+"""Most bytes of one read: progress moves that often, and macOS refuses reads over 2 GiB."""
+
+READERS = 4
+"""Reads at a time: what memory and fast disks can take, one processor cannot copy."""
+
+AHEAD = 16
+"""Reads that are waited for later."""
+
+READ_PIECES = 512
+"""Most destinations of one read; systems allow 1,024."""
+
+
+class TensorReader:
+    """Open files of one checkpoint directory. A context manager; files are opened when first needed.
+
+    Args:
+        directory: the checkpoint directory.
+        on_read: called with the number of bytes after each read.
+    """
+
+    def __init__(self, directory: Path, on_read: Callable[[int], None] | None = None) -> None:
+        self.directory = directory
+        self.bytes_read = 0
+        self._on_read = on_read
+        self._descriptors: dict[str, int] = {}
+        self._pending: deque[Future[int]] = deque()
+        self._pool = ThreadPoolExecutor(READERS, thread_name_prefix="read")
+
+    def __enter__(self) -> TensorReader:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._pool.shutdown(cancel_futures=True)
+        for descriptor in self._descriptors.values():
+            os.close(descriptor)
+        self._descriptors.clear()
+
+    def read_into(self, destination: memoryview, entry: TensorEntry, skip_bytes: int = 0) -> None:
+        """Fill `destination` (writable, contiguous bytes) from a tensor's bytes, from `skip_bytes` on.
+
+        Raises:
+            TensorFileError: the file is gone, cannot be read, or is shorter than its header said.
+        """
+        self._finish_all(self._submit([destination], entry, skip_bytes))
+
+    def read_scattered(self, destinations: Sequence[memoryview], entry: TensorEntry) -> None:
+        """Fill several destinations with a tensor's bytes, in order, some of them only by the next `wait`.
+
+        Raises:
+            TensorFileError: see `read_into`.
+        """
+        self._pending.extend(self._submit(destinations, entry, 0))
+        self._finish_all(self._pending.popleft() for _ in range(len(self._pending) - AHEAD))
+
+    def wait(self) -> None:
+        """Until everything is read.
+
+        Raises:
+            TensorFileError: see `read_into`.
+        """
+        self._finish_all(self._pending.popleft() for _ in range(len(self._pending)))
+
+    def _submit(self, destinations: Sequence[memoryview], entry: TensorEntry, skip_bytes: int) -> list[Future[int]]:
+        descriptor = self._descriptor(entry)
+        return [
+            self._pool.submit(self._fill, descriptor, pieces, position, entry)
+            for pieces, position in _batches(destinations, entry.start + skip_bytes, READ_BYTES)
+        ]
+
+    def _finish_all(self, reads: Iterable[Future[int]]) -> None:
+        for read in reads:
+            count = read.result()
+            self.bytes_read += count
+            if self._on_read is not None:
+                self._on_read(count)
+
+    def _fill(self, descriptor: int, pieces: Sequence[memoryview], position: int, entry: TensorEntry) -> int:
+        """Fill pieces from a position of a file; returns their bytes."""
+        return sum(
+            self._fill_now(descriptor, step, start, entry)
+            for step, start in _batches(pieces, position, READY_BYTES or READ_BYTES)
+        )
+
+    def _fill_now(self, descriptor: int, pieces: Sequence[memoryview], position: int, entry: TensorEntry) -> int:
+        waiting, start = list(pieces), position
+        make_ready(waiting)
+        while waiting:
+            try:
+                count = os.preadv(descriptor, waiting, position)
+            except OSError as failure:
+                raise self._unreadable(entry, failure) from failure
+            if count == 0:
+                raise TensorFileError(
+                    f"{entry.file} ends inside {entry.name}",
+                    expected=f"{entry.end:,} bytes, as its header said when the index was read",
+                    found=f"{position:,} bytes",
+                    where=self.directory / entry.file,
+                    fix="the file was cut or replaced in between: download or copy it again",
+                )
+            position += count
+            while waiting and count >= len(waiting[0]):
+                count -= len(waiting.pop(0))
+            if waiting:
+                waiting[0] = waiting[0][count:]
+        return position - start
+
+    def read(self, entry: TensorEntry) -> bytearray:
+        """All bytes of a small tensor.
+
+        Raises:
+            TensorFileError: see `read_into`.
+        """
+        data = bytearray(entry.nbytes)
+        self.read_into(memoryview(data), entry)
+        return data
+
+    def _descriptor(self, entry: TensorEntry) -> int:
+        if entry.file not in self._descriptors:
+            try:
+                self._descriptors[entry.file] = os.open(self.directory / entry.file, os.O_RDONLY)
+            except OSError as failure:
+                raise self._unreadable(entry, failure) from failure
+        return self._descriptors[entry.file]
+
+    def _unreadable(self, entry: TensorEntry, failure: OSError) -> TensorFileError:
+        return TensorFileError(
+            f"cannot read {entry.name}", found=failure.strerror or failure, where=self.directory / entry.file
+        )
+
+
+def _batches(
+    destinations: Sequence[memoryview], position: int, most_bytes: int
+) -> Iterator[tuple[list[memoryview], int]]:
+    """Destinations cut into reads, each with its position in the file."""
+    batch: list[memoryview] = []
+    size = 0
+    for destination in destinations:
+        rest = destination
+        while len(rest):
+            piece, rest = rest[: most_bytes - size], rest[most_bytes - size :]
+            batch.append(piece)
+            size += len(piece)
+            if size == most_bytes or len(batch) == READ_PIECES:
+                yield batch, position
+                position += size
+                batch, size = [], 0
+    if batch:
+        yield batch, position

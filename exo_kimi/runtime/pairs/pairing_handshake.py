@@ -1,0 +1,154 @@
+"""How two neighbouring stages make their pair on `mx.distributed`: who listens where, and by which device.
+
+The proposal goes over the encrypted link that they have already; see `coupling` for what they agree on.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import socket as sockets
+import subprocess
+from collections.abc import Callable
+from functools import partial
+
+from exo_kimi.errors import ProtocolError, RuntimeFault, StageUnreachableError
+from exo_kimi.runtime.pairs.courier_client import Carriage
+from exo_kimi.runtime.pairs.distributed_link import Arrivals, DistributedLink, announced_bytes
+from exo_kimi.runtime.pairs.pairing import Coupling, rdma_device
+from exo_kimi.runtime.protocol.frames import decode, encode
+from exo_kimi.runtime.protocol.messages import Backend, Couple, Coupled
+from exo_kimi.runtime.steps import Step
+from exo_kimi.runtime.transport.address import Address
+from exo_kimi.runtime.transport.link import Link, Part
+
+COUPLE_DEADLINE_S = 15.0
+"""For both couriers to start and meet; the ring tries to connect five times, a second apart and more."""
+
+
+async def couple(link: Link, backend: Backend, *, epoch: int, deadline_s: float) -> Link:
+    """Make a pair with the stage at the other end of a link, as the side that sends.
+
+    Args:
+        link: to it, after the handshake.
+        backend: of `mx.distributed`.
+        epoch: the pair is for.
+        deadline_s: for each frame that is sent over it.
+
+    Raises:
+        StageUnreachableError: the pair cannot be made.
+        ProtocolError: the other side refused.
+    """
+    host = await _number(link.address)
+    mine = _towards(host)
+    device = await _device(backend, mine)
+    proposal = Couple(
+        epoch=epoch, backend=backend, sender=f"{mine}:{_free_port(mine)}", sender_device=device, host=host
+    )
+    link.send(encode(proposal))
+    async with asyncio.timeout(COUPLE_DEADLINE_S):
+        answer = decode(await link.receive())
+    if not isinstance(answer, Coupled) or answer.epoch != epoch:
+        raise ProtocolError("the next stage refused", found=getattr(answer, "message", answer), where=link.address)
+    carriage = await Carriage.start(_pair(proposal, answer), 0, deadline_s=COUPLE_DEADLINE_S)
+    return DistributedLink(link, carriage, deadline_s=deadline_s)
+
+
+class Incoming:
+    """The pair that the stage before has made, if it has: the side that receives.
+
+    Args:
+        take: takes every step that arrives.
+        lose: takes an epoch and why its pair is lost.
+    """
+
+    def __init__(self, *, take: Callable[[Step], None], lose: Callable[[int, RuntimeFault], None]) -> None:
+        self._take = take
+        self._lose = lose
+        self._current: tuple[int, Arrivals] | None = None
+
+    async def couple(self, proposal: Couple, *, deadline_s: float) -> Coupled:
+        """Begin to make a pair, in place of the one before.
+
+        Raises:
+            StageUnreachableError: no such address or device here.
+        """
+        self.end()
+        device = await _device(proposal.backend, proposal.host)
+        receiver = f"{proposal.host}:{_free_port(proposal.host)}"
+        answer = Coupled(epoch=proposal.epoch, receiver=receiver, receiver_device=device)
+        making = Carriage.start(_pair(proposal, answer), 1, deadline_s=COUPLE_DEADLINE_S)
+        lose = partial(self._lose, proposal.epoch)
+        self._current = proposal.epoch, Arrivals(making, deadline_s=deadline_s, take=self._decode, lose=lose)
+        return answer
+
+    def takes(self, parts: list[Part]) -> bool:
+        """Whether a frame of the stage before was an announcement; it is then taken care of."""
+        size = announced_bytes(parts)
+        if size is None or self._current is None:
+            return False
+        self._current[1].put(parts, size)
+        return True
+
+    def end(self, *, but_epoch: int | None = None) -> None:
+        """Drop the pair, unless it is for an epoch that this stage is only about to join."""
+        if self._current is not None and self._current[0] != but_epoch:
+            self._current[1].close()
+            self._current = None
+
+    def _decode(self, parts: list[Part]) -> None:
+        step = decode(parts)
+        if not isinstance(step, Step):
+            raise ProtocolError("the stage before sent what is no step", found=type(step).__name__)
+        self._take(step)
+
+
+def _pair(proposal: Couple, answer: Coupled) -> Coupling:
+    return Coupling(
+        backend=proposal.backend,
+        sender=proposal.sender,
+        receiver=answer.receiver,
+        sender_device=proposal.sender_device,
+        receiver_device=answer.receiver_device,
+    )
+
+
+async def _number(address: Address) -> str:
+    """An IPv4 address as a number: MLX's ring reads no other."""
+    if address.path is not None:
+        return "127.0.0.1"
+    try:
+        found = await asyncio.get_running_loop().getaddrinfo(address.host, address.port, family=sockets.AF_INET)
+    except OSError as error:
+        raise StageUnreachableError("no IPv4 address", found=error.strerror, where=address) from error
+    return str(found[0][4][0])
+
+
+def _towards(host: str) -> str:
+    """The address of this machine from which it reaches a host; nothing is sent."""
+    with sockets.socket(sockets.AF_INET, sockets.SOCK_DGRAM) as probe:
+        probe.connect((host, 9))
+        return str(probe.getsockname()[0])
+
+
+def _free_port(host: str) -> int:
+    with sockets.socket() as probe:
+        try:
+            probe.bind((host, 0))
+        except OSError as error:
+            raise StageUnreachableError(
+                "this machine does not have the address that it is reached by",
+                found=error.strerror,
+                where=host,
+                fix="a link over mx.distributed needs neighbours that see each other without translation",
+            ) from error
+        return int(probe.getsockname()[1])
+
+
+async def _device(backend: Backend, ip: str) -> str | None:
+    if backend != "jaccl":
+        return None
+    try:
+        found = await asyncio.to_thread(subprocess.run, ["ifconfig"], capture_output=True, text=True, check=True)
+    except (OSError, subprocess.CalledProcessError) as error:
+        raise StageUnreachableError("the network interfaces cannot be listed", found=error) from error
+    return rdma_device(found.stdout, ip)

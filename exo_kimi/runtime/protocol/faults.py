@@ -1,0 +1,62 @@
+"""Errors of a stage on their way to the leader: an error as a message, and the message as an error of the same class."""
+
+from __future__ import annotations
+
+from exo_kimi.errors import (
+    CheckpointError,
+    ExoKimiError,
+    ProtocolError,
+    RuntimeFault,
+    StageError,
+    StageOutOfMemoryError,
+    StageUnreachableError,
+    UsageError,
+)
+from exo_kimi.runtime.protocol.messages import FaultKind, StageFault
+
+
+class LinkBroken(StageUnreachableError):
+    """A stage lost the next one: mostly the consequence of something that another stage is about to tell."""
+
+
+_CLASSES: dict[FaultKind, type[RuntimeFault]] = {
+    "oom": StageOutOfMemoryError,
+    "error": StageError,
+    "protocol": ProtocolError,
+    "link": LinkBroken,
+}
+
+
+def to_message(error: ExoKimiError, epoch: int, step_id: int | None) -> StageFault:
+    """An error as its fields; one that prints itself in its own way (a list of problems) as that text."""
+    cause: FaultKind = "error"
+    if isinstance(error, StageOutOfMemoryError):
+        cause = "oom"
+    elif isinstance(error, ProtocolError):
+        cause = "protocol"
+    elif isinstance(error, StageUnreachableError):
+        cause = "link"
+    elif isinstance(error, CheckpointError | UsageError):
+        cause = "checkpoint"
+    if type(error).__str__ is not ExoKimiError.__str__:
+        return StageFault(epoch=epoch, step_id=step_id, cause=cause, what=str(error))
+    return StageFault(
+        epoch=epoch,
+        step_id=step_id,
+        cause=cause,
+        what=error.what,
+        expected=error.expected,
+        found=error.found,
+        where=error.where,
+        fix=error.fix,
+    )
+
+
+def from_message(fault: StageFault, *, stage: int, address: str) -> ExoKimiError:
+    """The error of a message, with the stage that sent it."""
+    what = fault.what if f"stage {stage}" in fault.what else f"stage {stage}: {fault.what.removeprefix('stage None ')}"
+    where = fault.where or address
+    if fault.cause == "checkpoint":
+        return CheckpointError(what, expected=fault.expected, found=fault.found, where=where, fix=fault.fix)
+    cls = _CLASSES[fault.cause]
+    return cls(what, stage=stage, expected=fault.expected, found=fault.found, where=where, fix=fault.fix)

@@ -1,0 +1,27 @@
+"""Memory kept free for steps beside weights and caches: leader and stages reckon it alike."""
+
+from __future__ import annotations
+
+RESERVE_FRACTION = 0.1
+MIN_SCRATCH_BYTES = 64 * 2**20
+MAX_SCRATCH_BYTES = 2 * 2**30
+MAX_RESERVE_BYTES = 4 * 2**30  # activations of a prefill chunk and MLX's buffer cache; K2 needs about 2 GiB
+
+
+def reserve_bytes(free_bytes: int) -> int:
+    """What is kept of a machine's free memory for the steps of all its stages: a tenth, up to MAX_RESERVE_BYTES.
+
+    Args:
+        free_bytes: on the machine, after the weights are loaded.
+    """
+    return min(MAX_RESERVE_BYTES, int(free_bytes * RESERVE_FRACTION))
+
+
+def default_scratch_bytes(free_bytes: int) -> int:
+    """What a stage's steps may take beside weights and caches when no plan says it: half of the reserve, for a neighbour on
+    the machine may take the other half, up to MAX_SCRATCH_BYTES and not below MIN_SCRATCH_BYTES.
+
+    Args:
+        free_bytes: on the machine, after the weights are loaded.
+    """
+    return max(MIN_SCRATCH_BYTES, min(MAX_SCRATCH_BYTES, reserve_bytes(free_bytes) // 2))

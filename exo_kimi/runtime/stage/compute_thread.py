@@ -1,0 +1,165 @@
+"""The main thread of a stage process: one order after another, all of MLX and nothing else. It knows nothing of sockets.
+
+Orders come from the IO thread through a queue; answers go back through a callback. What fails is answered, never fatal.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from queue import Empty, SimpleQueue
+
+from exo_kimi.errors import CheckpointError, ExoKimiError, UsageError
+from exo_kimi.runtime.prefix_key import pack_keys
+from exo_kimi.runtime.protocol.faults import to_message
+from exo_kimi.runtime.protocol.frames import Message
+from exo_kimi.runtime.protocol.messages import BlocksChanged, Join, Joined, Load
+from exo_kimi.runtime.stage.backend import Backend
+from exo_kimi.runtime.stage.status import StageStatus
+from exo_kimi.runtime.stage.worker import as_fault
+from exo_kimi.runtime.steps import NO_EPOCH, Step
+from exo_kimi.units import format_gb, format_seconds
+
+logger = logging.getLogger(__name__)
+LOOK_AFTER_S = 0.05
+LOOK_EVERY_S = 0.5
+
+
+@dataclass(frozen=True, slots=True)
+class DropSequences:
+    """The leader is lost: free the caches, keep the weights."""
+
+
+@dataclass(frozen=True, slots=True)
+class Unload:
+    """The leader left: free everything."""
+
+
+Order = Load | Join | Step | DropSequences | Unload | None
+
+
+class StageCompute:
+    """Carries out orders.
+
+    Args:
+        backend: does the work; made in the thread that calls `run`.
+        status: kept up to date for heartbeats.
+        post: takes every answer; called in this thread.
+    """
+
+    def __init__(self, backend: Backend, status: StageStatus, post: Callable[[Message], None]) -> None:
+        self._backend = backend
+        self._status = status
+        self._post = post
+        self._broken_epoch = -1
+        self._looked_s = 0.0
+        self._unseen = False
+
+    def run(self, orders: SimpleQueue[Order]) -> None:
+        """Work until the order is None."""
+        while (order := self._next(orders)) is not None:
+            self._status.busy_since_s = time.monotonic()
+            try:
+                self._carry_out(order)
+            except ExoKimiError as error:
+                logger.error("%s failed: %s", type(order).__name__, error, exc_info=error.__cause__)
+                self._answer_fault(order, error)
+            except Exception as error:
+                logger.exception("%s failed", type(order).__name__)
+                self._answer_fault(order, error)
+            finally:
+                self._unseen = True
+                # Looking takes time that the answer's way out and the next step would wait for.
+                if not isinstance(order, Step) or time.monotonic() - self._looked_s > LOOK_EVERY_S:
+                    self._look()
+                self._status.busy_since_s = None
+
+    def _next(self, orders: SimpleQueue[Order]) -> Order:
+        """The next order. While none comes, the memory is looked at."""
+        if self._unseen:
+            try:
+                return orders.get(timeout=LOOK_AFTER_S)
+            except Empty:
+                self._look()
+        return orders.get()
+
+    def _carry_out(self, order: Order) -> None:
+        if isinstance(order, Step):
+            # After a failure nothing of its epoch is in order; before a join that waits, nothing is worth its time.
+            if order.epoch == self._broken_epoch or order.epoch != self._status.newest_epoch:
+                return
+            self._post(self._backend.execute(order))
+            self._backend.run_ahead()
+        elif isinstance(order, Load):
+            self._load(order)
+        elif isinstance(order, Join):
+            self._backend.reset(order.epoch)
+            self._status.epoch = order.epoch
+            disk_blocks, blocks = self._backend.open_disk(order, self._tell_blocks)
+            self._status.state = "ready"
+            free = self._status.free = self._backend.free()
+            joined = Joined(
+                epoch=order.epoch,
+                free_bytes=free.free_bytes,
+                free_scope=free.scope,
+                disk_blocks=disk_blocks,
+                blocks=pack_keys(blocks),
+            )
+            self._post(joined)
+        elif isinstance(order, DropSequences):
+            if self._status.state == "ready":
+                self._backend.reset(NO_EPOCH)
+                self._status.epoch = NO_EPOCH
+        elif isinstance(order, Unload):
+            self._backend.unload()
+            self._status.state = "starting"
+            self._status.loaded_bytes = self._status.total_bytes = 0
+            self._status.free = self._backend.free()
+
+    def _tell_blocks(self, added: tuple[str, ...], gone: tuple[str, ...]) -> None:
+        self._post(BlocksChanged(epoch=self._status.epoch, added=pack_keys(added), gone=pack_keys(gone)))
+
+    def _load(self, order: Load) -> None:
+        status = self._status
+        status.state = "loading"
+        started_s = time.monotonic()
+        read_bytes = 0
+
+        def progress(done_bytes: int, total_bytes: int) -> None:
+            nonlocal read_bytes
+            read_bytes = done_bytes
+            if done_bytes != status.loaded_bytes:
+                status.busy_since_s = time.monotonic()
+            status.loaded_bytes, status.total_bytes = done_bytes, total_bytes
+
+        loaded = self._backend.load(order, progress)
+        speed = read_at(read_bytes, time.monotonic() - started_s)
+        logger.info("stage %d holds layers %d:%d, %s", order.stage, order.start_layer, order.end_layer, speed)
+        self._post(loaded)
+
+    def _answer_fault(self, order: Order, error: Exception) -> None:
+        epoch = order.epoch if isinstance(order, Step | Join) else self._status.newest_epoch
+        if isinstance(order, Step):
+            self._broken_epoch = epoch
+        known = error if isinstance(error, CheckpointError | UsageError) else as_fault(error, stage=_stage(order))
+        self._post(to_message(known, epoch, order.step_id if isinstance(order, Step) else None))
+
+    def _look(self) -> None:
+        self._looked_s, self._unseen = time.monotonic(), False
+        status = self._status
+        status.kv_bytes, status.sequences = self._backend.held()
+        status.active_bytes, status.peak_bytes = self._backend.memory()
+
+
+def _stage(order: Order) -> int | None:
+    return order.stage if isinstance(order, Load) else None
+
+
+def read_at(read_bytes: int, taken_s: float) -> str:
+    """How fast a stage was loaded, as a log line says it."""
+    if not read_bytes:
+        return "which it held already"
+    speed = read_bytes / max(taken_s, 1e-3) / 1e9
+    return f"{format_gb(read_bytes)} in {format_seconds(taken_s)}, {speed:.1f} GB/s"

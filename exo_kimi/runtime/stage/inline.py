@@ -1,0 +1,195 @@
+"""A Pipeline whose stages all run in one thread of this process: the oracle of the tests, and one machine's small server.
+
+It knows nothing of the engine. Hidden states pass between stages as the same bytes that a link would carry.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import functools
+import logging
+import threading
+from collections.abc import Callable, Sequence
+from queue import SimpleQueue
+
+from exo_kimi.errors import EngineStoppedError, StageError
+from exo_kimi.runtime.pipeline import DiskBlocks, Failed, PipelineEvent, PipelineInfo, Ready
+from exo_kimi.runtime.requests import StageHealth, StageState
+from exo_kimi.runtime.stage.prefix_disk import Changed, PrefixDisk
+from exo_kimi.runtime.stage.worker import StageModel, StageWorker, as_fault
+from exo_kimi.runtime.steps import Step, StepResult
+
+logger = logging.getLogger(__name__)
+
+
+class InlinePipeline:
+    """Stages in a thread.
+
+    Args:
+        load: makes the models of all stages, in order; called in the thread, for MLX's streams belong to threads.
+        stages: how many models `load` makes.
+        context: most positions of one sequence.
+        kv_capacity_tokens: cached tokens of all sequences together.
+        cache_step: tokens by which a cache grows.
+        open_disk: makes the disk of a stage, from its index, its model and what to tell of changes; called in the thread.
+        ahead: see `StageWorker`.
+    """
+
+    def __init__(
+        self,
+        load: Callable[[], Sequence[StageModel]],
+        *,
+        stages: int,
+        context: int,
+        kv_capacity_tokens: int,
+        cache_step: int,
+        open_disk: Callable[[int, StageModel, Changed], PrefixDisk] | None = None,
+        ahead: bool = True,
+    ) -> None:
+        self._load = load
+        self._stages = stages
+        self._context = context
+        self._kv_capacity_tokens = kv_capacity_tokens
+        self._cache_step = cache_step
+        self._open_disk = open_disk
+        self._ahead = ahead
+        self._info: PipelineInfo | None = None
+        self._epoch = 0
+        self._closed = False
+        self._health: tuple[StageHealth, ...] = ()
+        self._steps: SimpleQueue[Step | None] = SimpleQueue()
+        self._events: asyncio.Queue[PipelineEvent | None] = asyncio.Queue()
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._thread = threading.Thread(target=self._work, name="inline-stages", daemon=True)
+
+    @property
+    def stages(self) -> int:
+        """How many stages there are."""
+        return self._stages
+
+    def info(self) -> PipelineInfo | None:
+        """The info of the last Ready; None before the first."""
+        return self._info
+
+    def health(self) -> tuple[StageHealth, ...]:
+        """What each stage held after the last step."""
+        return self._health
+
+    async def send(self, step: Step) -> None:
+        """Queue a step for the thread."""
+        if self._closed:
+            raise EngineStoppedError("the stages were stopped")
+        if self._info is None or step.epoch != self._epoch:
+            raise StageError("the stages are not ready", expected=f"epoch {self._epoch}", found=f"epoch {step.epoch}")
+        self._steps.put(step)
+
+    async def receive(self) -> PipelineEvent:
+        """Wait for the next event; the first call starts the thread."""
+        if self._loop is None and not self._closed:
+            self._loop = asyncio.get_running_loop()
+            self._thread.start()
+        event = None if self._closed else await self._events.get()
+        if event is None:
+            raise EngineStoppedError("the stages were stopped")
+        return event
+
+    async def close(self) -> None:
+        """Stop the thread after the step that it is in."""
+        self._closed = True
+        self._steps.put(None)
+        self._events.put_nowait(None)
+        if self._loop is not None:
+            await asyncio.to_thread(self._thread.join)
+
+    def _work(self) -> None:
+        workers: list[StageWorker] = []
+        try:
+            workers = [
+                StageWorker(model, epoch=self._epoch, stage=stage, ahead=self._ahead)
+                for stage, model in enumerate(self._load())
+            ]
+            if len(workers) != self._stages:
+                raise StageError("the loader made another number of stages", expected=self._stages, found=len(workers))
+        except Exception as error:
+            logger.exception("the stages could not be loaded")
+            self._post(Failed(error=as_fault(error, stage=None), recovering=False))
+            return
+        disks = self._open_disks(workers)
+        info = PipelineInfo(
+            context=self._context,
+            kv_capacity_tokens=self._kv_capacity_tokens,
+            cache_step=self._cache_step,
+            vocab_size=workers[0].model.args.vocab_size,
+            disk_blocks=min((disk.capacity_blocks for disk in disks), default=0),
+        )
+        self._ready(workers, info)
+        while (step := self._steps.get()) is not None and not self._closed:
+            if step.epoch != self._epoch:
+                continue
+            try:
+                result = run_chain(workers, step)
+                self._look(workers, "ready")
+                self._post(result)
+                workers[-1].run_ahead()
+            except Exception as error:
+                fault = as_fault(error, stage=None)
+                logger.warning("a step failed: %s", fault, exc_info=not isinstance(error, type(fault)))
+                self._epoch += 1
+                for worker in workers:
+                    worker.reset(self._epoch)
+                self._post(Failed(error=fault))
+                self._ready(workers, info)
+        for disk in disks:
+            disk.close()
+
+    def _open_disks(self, workers: list[StageWorker]) -> list[PrefixDisk]:
+        if self._open_disk is None:
+            return []
+        for stage, worker in enumerate(workers):
+            worker.disk = self._open_disk(stage, worker.model, functools.partial(self._tell_blocks, stage))
+        return [worker.disk for worker in workers if worker.disk is not None]
+
+    def _tell_blocks(self, stage: int, added: tuple[str, ...], gone: tuple[str, ...]) -> None:
+        self._post(DiskBlocks(epoch=self._epoch, stage=stage, added=added, gone=gone))
+
+    def _ready(self, workers: list[StageWorker], info: PipelineInfo) -> None:
+        self._info = info
+        self._look(workers, "ready")
+        blocks = tuple(worker.disk.keys() if worker.disk is not None else () for worker in workers)
+        self._post(Ready(epoch=self._epoch, info=info, blocks=blocks))
+
+    def _look(self, workers: list[StageWorker], state: StageState) -> None:
+        self._health = tuple(
+            StageHealth(
+                stage=index,
+                address="inline",
+                state=state,
+                start_layer=worker.model.start_layer,
+                end_layer=worker.model.end_layer,
+                kv_bytes=worker.kv_nbytes,
+                sequences=worker.sequences,
+            )
+            for index, worker in enumerate(workers)
+        )
+
+    def _post(self, event: PipelineEvent) -> None:
+        assert self._loop is not None
+        # A loop that is gone has nobody who waits.
+        if not self._loop.is_closed():
+            self._loop.call_soon_threadsafe(self._events.put_nowait, event)
+
+
+def run_chain(workers: Sequence[StageWorker], step: Step) -> StepResult:
+    """Carry out a step on every stage in order.
+
+    Raises:
+        RuntimeFault: a stage failed, or the last one is not the last of the model.
+    """
+    moving: Step | StepResult = step
+    for worker in workers:
+        if isinstance(moving, StepResult):
+            raise StageError("a stage before the last one answered the step", stage=worker.stage)
+        moving = worker.execute(moving)
+    if not isinstance(moving, StepResult):
+        raise StageError("the last stage does not own the head of the model", stage=len(workers) - 1)
+    return moving

@@ -1,0 +1,147 @@
+"""One decode step ahead of the leader, on a stage that is the whole model: begun when an answer is out, before the next is asked.
+
+The stage has chosen the tokens itself, so it knows what the leader will ask; while the answer travels, is turned into text and
+the next step is made, MLX computes already. Choosing is not done ahead: penalties, masks and random numbers are as without it.
+What the leader then does not ask for is dropped, so no token changes. It takes no cache memory that the leader has not reserved:
+where a cache would have to grow, nothing runs ahead. It knows no sockets.
+
+mlx-lm enqueues a step before it reads the token of the one before. Measured here that is slower: MLX lets ten tasks wait, so
+enqueueing a step takes about as long as computing it, and every token would be answered a step late.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+
+import mlx.core as mx
+import numpy as np
+
+from exo_kimi.runtime.stage.model_protocol import StageModel
+from exo_kimi.runtime.stage.prefix_kv import room, trim
+from exo_kimi.runtime.stage.sequence_state import Held
+from exo_kimi.runtime.steps import Segment, Step, StepResult
+
+MOST_SEQUENCES = 64
+"""A row of logits is held for each, as for guesses (`speculation.MAX_STEP_DRAFTS`)."""
+LONGEST_PAUSE = 64
+"""Steps without running ahead after it was in vain again and again."""
+
+
+@dataclass(frozen=True, slots=True)
+class Ready:
+    """What was computed ahead for some segments of a step: `rows` of `logits` (n, vocab) by sequence."""
+
+    logits: mx.array
+    rows: Mapping[int, int]
+
+    def rest(self, step: Step) -> Step:
+        """The step without those segments."""
+        starts = np.cumsum([0, *(segment.length for segment in step.segments)])
+        kept = [i for i, segment in enumerate(step.segments) if segment.seq_id not in self.rows]
+        tokens = [step.tokens[starts[i] : starts[i + 1]] for i in kept]
+        return replace(
+            step,
+            segments=tuple(step.segments[i] for i in kept),
+            tokens=np.concatenate([np.zeros(0, np.int32), *tokens]),
+        )
+
+    def joined(self, step: Step, others: mx.array | None) -> mx.array:
+        """The logits that a step asks for, in its order; `others` are those of the rest of it."""
+        parts, taken = list[mx.array](), 0
+        rows = [self.rows.get(segment.seq_id) for segment in step.segments]
+        if rows == list(range(len(self.logits))):
+            return self.logits
+        for segment, row in zip(step.segments, rows, strict=True):
+            if row is not None:
+                parts.append(self.logits[row : row + 1])
+            elif segment.sample and others is not None:
+                count = 1 + segment.drafts
+                parts.append(others[taken : taken + count])
+                taken += count
+        return mx.concatenate(parts)
+
+
+class Ahead:
+    """What one stage has enqueued.
+
+    Args:
+        model: of the stage; one that is not the whole model never runs ahead.
+        enabled: False is the oracle: every step is computed when it is asked for.
+    """
+
+    def __init__(self, model: StageModel, *, enabled: bool = True) -> None:
+        self._model = model
+        self._enabled = enabled and model.is_first and model.is_last
+        self._enqueued: tuple[Mapping[int, tuple[int, int]], mx.array] | None = None
+        """By sequence its row of the logits and the token fed; the logits."""
+        self._misses = self._pause = 0
+        self.used = self.dropped = 0
+
+    def forget(self) -> None:
+        """Everything that is held was dropped."""
+        self._enqueued = None
+
+    def settle(self, step: Step, held: Mapping[int, Held]) -> Ready | None:
+        """What of a step is computed already; all other caches are as the leader knows them.
+
+        Args:
+            step: that came.
+            held: every sequence of the stage, before the step frees or begins any.
+        """
+        if self._enqueued is None:
+            return None
+        (rows, logits), self._enqueued = self._enqueued, None
+        tokens = step.tokens.tolist()
+        fresh = {*step.free, *(start.seq_id for start in step.begin)}
+        found: dict[int, int] = {}
+        missed, start = False, 0
+        for segment in step.segments:
+            entry = held.get(segment.seq_id)
+            given = tokens[start : start + segment.length]
+            start += segment.length
+            if segment.seq_id not in rows or entry is None or segment.seq_id in fresh:
+                continue
+            row, token = rows[segment.seq_id]
+            if given == [token] and segment.sample and segment.offset == entry.length:
+                found[segment.seq_id] = row
+            else:
+                missed = True
+        for seq_id in rows:
+            if seq_id not in found and seq_id in held:
+                trim(held[seq_id].caches, held[seq_id].length)
+        self.used += len(found)
+        self.dropped += len(rows) - len(found)
+        self._misses = self._misses + 1 if missed else 0
+        self._pause = min(2 ** min(self._misses, 6), LONGEST_PAUSE) if missed else 0
+        return Ready(logits, found) if found else None
+
+    def enqueue(self, step: Step, result: StepResult, held: Mapping[int, Held]) -> None:
+        """Begin with what will follow a step that was answered.
+
+        Args:
+            step: all of it.
+            result: its answer.
+            held: every sequence of the stage.
+        """
+        entries = [held[segment.seq_id] for segment in step.segments]
+        if (
+            not self._enabled
+            or not 0 < len(entries) <= MOST_SEQUENCES
+            or not all(map(_goes_on, step.segments, entries))
+        ):
+            return
+        if self._pause:
+            self._pause -= 1
+            return
+        tokens = [sampled.token_id for sampled in result.sampled]
+        segments = [(1, entry.caches) for entry in entries]
+        logits = self._model.logits(self._model.forward_ragged(mx.array(tokens, mx.int32), segments)).astype(mx.float32)
+        mx.async_eval(logits)  # type: ignore[no-untyped-call]
+        rows = {segment.seq_id: (row, tokens[row]) for row, segment in enumerate(step.segments)}
+        self._enqueued = rows, logits
+
+
+def _goes_on(segment: Segment, held: Held) -> bool:
+    """It has one new token, which its caches have room for."""
+    return segment.sample and not segment.drafts and room(held.caches) > 0

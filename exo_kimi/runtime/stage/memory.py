@@ -1,0 +1,46 @@
+"""How much memory a machine still has for caches; Metal's working-set limit on a Mac, free memory elsewhere.
+
+It knows nothing of who shares the machine: the leader, who does, divides (see `capacity`).
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+import mlx.core as mx
+
+from exo_kimi.runtime.protocol.messages import FreeScope
+
+_CGROUP = Path("/sys/fs/cgroup")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FreeMemory:
+    """`free_bytes` of the machine as a whole (`host`), or of Metal's limit as if this process were alone (`process`)."""
+
+    free_bytes: int
+    scope: FreeScope
+
+
+def free_memory() -> FreeMemory:
+    """What could still be allocated now. Call it in the thread that does the MLX work."""
+    if mx.metal.is_available():
+        limit_bytes = int(mx.device_info()["max_recommended_working_set_size"])
+        return FreeMemory(free_bytes=max(0, limit_bytes - mx.get_active_memory()), scope="process")
+    return FreeMemory(free_bytes=host_free_bytes(), scope="host")
+
+
+def host_free_bytes() -> int:
+    """MemAvailable of Linux, or less where the container has a limit; elsewhere half of the memory there is. Any thread may
+    call it."""
+    meminfo = Path("/proc/meminfo")
+    if not meminfo.exists():
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
+    lines = dict(line.split(":", 1) for line in meminfo.read_text().splitlines())
+    free_bytes = int(lines["MemAvailable"].split()[0]) * 1024
+    limit, used = _CGROUP / "memory.max", _CGROUP / "memory.current"
+    if limit.exists() and used.exists() and (text := limit.read_text().strip()) != "max":
+        free_bytes = min(free_bytes, max(0, int(text) - int(used.read_text())))
+    return free_bytes

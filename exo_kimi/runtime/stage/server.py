@@ -1,0 +1,300 @@
+"""The IO thread of a stage process: its sockets, heartbeats, and who may give orders. It knows nothing of MLX.
+
+It goes on answering while the main thread loads or computes, so that silence means that the process is stuck or gone.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import Callable
+from concurrent.futures import Future
+from dataclasses import dataclass, replace
+from functools import partial
+from queue import SimpleQueue
+from typing import Any
+
+import zmq.asyncio
+
+from exo_kimi.errors import ExoKimiError, ProtocolError, RuntimeFault, StageUnreachableError
+from exo_kimi.runtime.pairs.pairing_handshake import COUPLE_DEADLINE_S, Incoming
+from exo_kimi.runtime.protocol.faults import to_message
+from exo_kimi.runtime.protocol.frames import Message, decode, encode
+from exo_kimi.runtime.protocol.messages import Couple, Goodbye, Hello, Join, Joined, Load, Ping, Refused
+from exo_kimi.runtime.protocol.versions import Versions
+from exo_kimi.runtime.stage.compute_thread import DropSequences, Order, Unload
+from exo_kimi.runtime.stage.next_stage import open_next, watch_next
+from exo_kimi.runtime.stage.status import StageStatus
+from exo_kimi.runtime.steps import NO_EPOCH, Step
+from exo_kimi.runtime.transport.address import Address
+from exo_kimi.runtime.transport.keys import ClusterKey
+from exo_kimi.runtime.transport.link import Link, Part
+from exo_kimi.runtime.transport.zmq_listener import ZmqListener
+
+logger = logging.getLogger(__name__)
+KEEP_WEIGHTS_S = 60.0  # after a leader is lost, for one that comes back with the same plan
+
+
+@dataclass(slots=True)
+class _Leader:
+    peer: bytes
+    hello: Hello
+    heard_s: float
+
+
+class StageServer:
+    """Serves one leader at a time.
+
+    Args:
+        listen: where.
+        key: the cluster key for the listening side, needed unless `listen` is loopback.
+        next_key: the same for the link to the next stage.
+        orders: what the main thread is to do.
+        status: how the main thread fares.
+        versions: of this process.
+        leader_may_vanish: whether a silent leader is given up; a child's own parent is watched in another way.
+    """
+
+    def __init__(
+        self,
+        listen: Address,
+        *,
+        key: ClusterKey | None,
+        next_key: ClusterKey | None,
+        orders: SimpleQueue[Order],
+        status: StageStatus,
+        versions: Versions,
+        leader_may_vanish: bool,
+    ) -> None:
+        self.bound: Future[Address] = Future()
+        self._listen = listen
+        self._key = key
+        self._next_key = next_key
+        self._orders = orders
+        self._status = status
+        self._versions = versions
+        self._leader_may_vanish = leader_may_vanish
+        self._leader: _Leader | None = None
+        self._upstream: bytes | None = None
+        self._lost_s: float | None = None
+        self._next: Link | None = None
+        self._joining: asyncio.Task[None] | None = None
+        self._coupling: asyncio.Task[None] | None = None
+        self._reset: asyncio.Future[Joined] | None = None
+        self._is_first = False
+        self._incoming = Incoming(take=self._take, lose=self._say_fault)
+
+    def run(self) -> None:
+        """Serve until `stop`; the body of the IO thread. `bound` gets the address, or why there is none."""
+        try:
+            asyncio.run(self._serve())
+        except ExoKimiError as error:
+            if self.bound.done():
+                raise
+            self.bound.set_exception(error)
+
+    def post(self, message: Message) -> None:
+        """Take an answer from the main thread. Encoding is done there: this thread stays free for heartbeats."""
+        parts = encode(message)
+        if not self._loop.is_closed():
+            self._loop.call_soon_threadsafe(self._guard, self._deliver, message, parts)
+
+    def stop(self) -> None:
+        """End `run`, from another thread."""
+        if not self._loop.is_closed():
+            self._loop.call_soon_threadsafe(self._stopped.set)
+
+    async def _serve(self) -> None:
+        self._loop = asyncio.get_running_loop()
+        self._stopped = asyncio.Event()
+        self._broken: asyncio.Future[None] = self._loop.create_future()
+        self._context = zmq.asyncio.Context()
+        try:
+            hear = partial(self._guard, self._hear)
+            self._listener = ZmqListener(self._context, self._listen, key=self._key, option="--listen", on_frame=hear)
+            self.bound.set_result(self._listener.address)
+            work: list[asyncio.Future[Any]] = [
+                self._broken,
+                asyncio.create_task(self._beat()),
+                asyncio.create_task(self._stopped.wait()),
+            ]
+            done, pending = await asyncio.wait(work, return_when=asyncio.FIRST_COMPLETED)
+            for future in pending:
+                future.cancel()
+            for future in done:
+                future.result()
+        finally:
+            self._leave_chain()
+            self._context.destroy(linger=200)
+
+    def _guard(self, work: Callable[..., object], *arguments: Any) -> None:
+        """Run the body of a callback. What it does not expect ends the server: asyncio would log it and a frame be lost."""
+        try:
+            work(*arguments)
+        except Exception as error:  # noqa: BLE001  `run` raises it
+            if not self._broken.done():
+                self._broken.set_exception(error)
+
+    def _hear(self, peer: bytes, parts: list[Part]) -> None:
+        if peer == self._upstream and self._incoming.takes(parts):
+            return
+        try:
+            message = decode(parts)
+        except ProtocolError as error:
+            known = peer == self._upstream or (self._leader is not None and peer == self._leader.peer)
+            logger.log(logging.WARNING if known else logging.DEBUG, "refused a frame: %s", error)
+            self._tell(peer, Refused(message=str(error), retry=False))
+            return
+        if isinstance(message, Hello):
+            self._greet(peer, message)
+        elif self._leader is not None and peer == self._leader.peer:
+            self._leader.heard_s = time.monotonic()
+            self._obey(message, self._leader.hello)
+        elif isinstance(message, Step) and peer == self._upstream:
+            self._take(message)
+        elif isinstance(message, Couple) and peer == self._upstream:
+            if self._coupling is not None:
+                self._coupling.cancel()
+            self._coupling = asyncio.create_task(self._couple(peer, message))
+            self._coupling.add_done_callback(self._coupled)
+        else:
+            self._tell(peer, Refused(message="say hello first", retry=True))
+
+    def _greet(self, peer: bytes, hello: Hello) -> None:
+        leader = self._leader
+        other = leader is not None and leader.hello.session != hello.session
+        # The leader before may be gone and not yet missed.
+        if leader is not None and other and not self._tell(leader.peer, self._status.progress()):
+            self._lose_leader()
+            other = False
+        if other or (hello.role == "upstream" and self._leader is None):
+            self._tell(peer, Refused(message="this stage serves another leader", retry=True))
+            return
+        if hello.role == "upstream":
+            self._upstream = peer
+        else:
+            if self._leader is None:
+                logger.info("a leader joined (exo-kimi %s)", hello.exo_kimi)
+            self._leader = _Leader(peer, hello, time.monotonic())
+            self._lost_s = None
+        self._tell(peer, self._status.hello_ack(self._versions))
+
+    async def _couple(self, peer: bytes, proposal: Couple) -> None:
+        """The stage before wants a link of its own for hidden states."""
+        deadline_s = self._leader.hello.silence_s if self._leader is not None else COUPLE_DEADLINE_S
+        try:
+            self._tell(peer, await self._incoming.couple(proposal, deadline_s=deadline_s))
+        except StageUnreachableError as error:
+            self._tell(peer, Refused(message=str(error), retry=False))
+
+    def _coupled(self, task: asyncio.Task[None]) -> None:
+        if not task.cancelled():
+            self._guard(task.result)
+
+    def _obey(self, message: Message, leader: Hello) -> None:
+        if isinstance(message, Step):
+            if self._is_first:
+                self._take(message)
+        elif isinstance(message, Load):
+            self._leave_chain()
+            self._is_first = message.start_layer == 0
+            self._orders.put(message)
+        elif isinstance(message, Join):
+            self._leave_chain(but_epoch=message.epoch)
+            self._status.newest_epoch = message.epoch
+            self._reset = self._loop.create_future()
+            self._orders.put(message)
+            self._joining = asyncio.create_task(self._join(message, leader, self._reset))
+        elif isinstance(message, Goodbye):
+            logger.info("the leader left")
+            self._forget_leader()
+            self._orders.put(Unload())
+        elif not isinstance(message, Ping):
+            logger.warning("a leader does not send %s", type(message).__name__)
+
+    def _take(self, step: Step) -> None:
+        if step.epoch == self._status.newest_epoch:
+            self._orders.put(step)
+
+    async def _join(self, join: Join, leader: Hello, reset: asyncio.Future[Joined]) -> None:
+        """Link to the next stage while the main thread drops its sequences; say so; then watch the link."""
+        try:
+            if join.next_address is not None:
+                self._next = await open_next(
+                    self._context, join, key=self._next_key, leader=leader, versions=self._versions
+                )
+            self._tell_leader(await reset)
+            if self._next is not None:
+                await watch_next(self._next)
+        except RuntimeFault as error:
+            self._say_fault(join.epoch, error)
+
+    def _say_fault(self, epoch: int, error: RuntimeFault) -> None:
+        if epoch == self._status.newest_epoch:
+            logger.warning("a link between stages: %s", error)
+            self._tell_leader(replace(to_message(error, epoch, None), cause="link"))
+
+    def _deliver(self, message: Message, parts: list[Part]) -> None:
+        epoch = getattr(message, "epoch", None)
+        if epoch is not None and epoch != self._status.newest_epoch:
+            return
+        if isinstance(message, Joined):
+            if self._reset is not None and not self._reset.done():
+                self._reset.set_result(message)
+        elif isinstance(message, Step):
+            if self._next is not None:
+                try:
+                    self._next.send(parts)
+                except StageUnreachableError as error:
+                    self._say_fault(message.epoch, error)
+        elif self._leader is not None:
+            self._listener.send(self._leader.peer, parts)
+
+    async def _beat(self) -> None:
+        """Heartbeats out, and the leader's watched. A gap of this thread's own (a suspended machine) is not its fault."""
+        while True:
+            interval_s = self._leader.hello.heartbeat_s if self._leader is not None else 1.0
+            before_s = time.monotonic()
+            await asyncio.sleep(interval_s)
+            now_s = time.monotonic()
+            leader = self._leader
+            if leader is None:
+                if self._lost_s is not None and now_s - self._lost_s > KEEP_WEIGHTS_S:
+                    logger.info("no leader came back: the weights are freed")
+                    self._lost_s = None
+                    self._orders.put(Unload())
+                continue
+            if now_s - before_s > 2 * interval_s + 1.0:
+                leader.heard_s = now_s
+            silent = self._leader_may_vanish and now_s - leader.heard_s > leader.hello.silence_s
+            # A leader whose connection is gone cannot be sent to: that is known at once.
+            if silent or not self._tell(leader.peer, self._status.progress()):
+                self._lose_leader()
+
+    def _lose_leader(self) -> None:
+        logger.warning("the leader is gone: its sequences are dropped, the next one may come")
+        self._forget_leader()
+        self._lost_s = time.monotonic()
+        self._orders.put(DropSequences())
+
+    def _forget_leader(self) -> None:
+        self._leader = self._upstream = None
+        self._leave_chain()
+
+    def _leave_chain(self, *, but_epoch: int | None = None) -> None:
+        self._incoming.end(but_epoch=but_epoch)
+        self._status.newest_epoch = NO_EPOCH
+        if self._joining is not None:
+            self._joining.cancel()
+            self._joining = None
+        if self._next is not None:
+            self._next.close()
+            self._next = None
+
+    def _tell_leader(self, message: Message) -> None:
+        if self._leader is not None:
+            self._tell(self._leader.peer, message)
+
+    def _tell(self, peer: bytes, message: Message) -> bool:
+        return self._listener.send(peer, encode(message))

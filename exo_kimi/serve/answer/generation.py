@@ -1,0 +1,98 @@
+"""Runs the choices of one API request on the engine, all at once, and stops them when nobody listens any more."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Sequence
+from contextlib import aclosing
+from typing import Protocol
+
+from exo_kimi.dialogue.pieces import Choice, EndPiece, Piece
+from exo_kimi.runtime.requests import TextEngine
+
+
+class Observer(Protocol):
+    """Hears of the moments that latencies are made of."""
+
+    def first_token(self, seconds: float) -> None:
+        """The first token of a request came after this time."""
+        ...
+
+    def finished(self, outcome: str, seconds: float) -> None:
+        """The request ended as `ok`, `failed` or `cancelled`, this long after it began."""
+        ...
+
+
+class Generation:
+    """The choices of one request in flight.
+
+    Each choice runs in a task of its own, outside of the task of the HTTP response: a response is cancelled in a way that
+    does not let it wait, and the engine's generator must be closed with waiting.
+
+    Args:
+        engine: makes the tokens.
+        choices: the sequences, by choice index.
+        observer: told of the first token and of the end.
+    """
+
+    def __init__(self, engine: TextEngine, choices: Sequence[Choice], observer: Observer) -> None:
+        self._engine = engine
+        self._observer = observer
+        self._begun_s = time.monotonic()
+        self._open = len(choices)
+        self._seen_token = False
+        self._closed = False
+        self._queue: asyncio.Queue[tuple[int, Piece] | BaseException] = asyncio.Queue()
+        self._tasks = [asyncio.create_task(self._run(index, choice)) for index, choice in enumerate(choices)]
+        for task in self._tasks:
+            task.add_done_callback(self._hand_over)
+
+    async def next(self) -> tuple[int, Piece]:
+        """The next piece of any choice; to be called while `running`. May be cancelled without losing a piece.
+
+        Raises:
+            ExoKimiError: what the engine raised; the other choices are cancelled.
+        """
+        item = await self._queue.get()
+        if isinstance(item, BaseException):
+            self.close("failed")
+            raise item
+        if isinstance(item[1], EndPiece):
+            self._open -= 1
+            if not self._open:
+                self.close("ok")
+        return item
+
+    @property
+    def running(self) -> bool:
+        """Whether more pieces are to come."""
+        return self._open > 0
+
+    def close(self, outcome: str = "cancelled") -> None:
+        """Cancel what still runs, on every stage; calling it again does nothing."""
+        if self._closed:
+            return
+        self._closed = True
+        self._observer.finished(outcome, time.monotonic() - self._begun_s)
+        if outcome != "ok":
+            for task in self._tasks:
+                task.cancel()
+
+    async def _run(self, index: int, choice: Choice) -> None:
+        async with aclosing(self._engine.generate(choice.request)) as events:
+            async for event in events:
+                if not self._seen_token:
+                    self._seen_token = True
+                    self._observer.first_token(time.monotonic() - self._begun_s)
+                for piece in choice.decoder.feed(event):
+                    self._queue.put_nowait((index, piece))
+                if choice.decoder.satisfied:
+                    break
+        for piece in choice.decoder.finish():
+            self._queue.put_nowait((index, piece))
+
+    def _hand_over(self, task: asyncio.Task[None]) -> None:
+        """A choice that failed: whoever awaits `next` raises the error."""
+        if not task.cancelled() and (error := task.exception()) is not None:
+            self._queue.put_nowait(error)

@@ -1,0 +1,168 @@
+"""Sends the answer of a generation, whole or as server-sent events, and ends the generation when the client is gone."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+from collections.abc import Awaitable, Callable
+from typing import Any
+
+from starlette.responses import JSONResponse, Response
+from starlette.types import Receive, Scope, Send
+
+from exo_kimi.dialogue.pieces import EndPiece, Piece
+from exo_kimi.errors import ExoKimiError
+from exo_kimi.serve.answer.formats import Format, usage_of
+from exo_kimi.serve.answer.generation import Generation
+from exo_kimi.serve.problems import to_problem
+
+log = logging.getLogger(__name__)
+
+DONE = b"data: [DONE]\n\n"
+PING = b": ping\n\n"
+# Characters that some clients take for the end of a line, and so of an event.
+_LINE_ENDS = {ord(character): f"\\u{ord(character):04x}" for character in "\x7f\x85\u2028\u2029"}
+STREAM_HEADERS = {"cache-control": "no-cache", "x-accel-buffering": "no"}
+
+
+class Answer(Response):
+    """A response that makes itself while it is sent.
+
+    Args:
+        start: begins the generation; called once the response is under way.
+        style: writes the pieces.
+        prompt_tokens: of all prompts together.
+        choices: number of choices, `choices_per_prompt` for each prompt.
+        choices_per_prompt: `n`.
+        stream: server-sent events instead of one object.
+        include_usage: end the stream with the usage.
+        ping_interval_s: a comment is sent when nothing else was for this long (a long prefill), so that no proxy or
+            client takes the silence for a broken connection.
+    """
+
+    def __init__(
+        self,
+        start: Callable[[], Generation],
+        style: Format,
+        *,
+        prompt_tokens: int,
+        choices: int,
+        choices_per_prompt: int = 1,
+        stream: bool = False,
+        include_usage: bool = False,
+        ping_interval_s: float = 5.0,
+    ) -> None:
+        super().__init__()
+        self._start = start
+        self._style = style
+        self._prompt_tokens = prompt_tokens
+        self._choices = choices
+        self._choices_per_prompt = choices_per_prompt
+        self._stream = stream
+        self._include_usage = include_usage
+        self._ping_interval_s = ping_interval_s
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Sends the answer; returns early, with the generation closed, when the client disconnects."""
+        generation = self._start()
+        work = self._send_events if self._stream else self._send_whole
+
+        async def finish(response: Response) -> None:
+            await response(scope, receive, send)
+
+        worker = asyncio.ensure_future(work(generation, send, finish))
+        watcher = asyncio.ensure_future(_disconnected(receive))
+        try:
+            await asyncio.wait({worker, watcher}, return_when=asyncio.FIRST_COMPLETED)
+            if worker.done():
+                worker.result()
+        except OSError as error:
+            log.info("the client went away while the answer was sent: %s", error)
+        finally:
+            generation.close()
+            worker.cancel()
+            watcher.cancel()
+
+    async def _send_whole(
+        self, generation: Generation, send: Send, finish: Callable[[Response], Awaitable[None]]
+    ) -> None:
+        pieces: list[list[Piece]] = [[] for _ in range(self._choices)]
+        try:
+            while generation.running:
+                index, piece = await generation.next()
+                pieces[index].append(piece)
+        except ExoKimiError as error:
+            await finish(to_problem(error).response())
+            return
+        ends = [parts[-1] for parts in pieces]
+        await finish(JSONResponse(self._style.whole(pieces, self._usage(ends))))
+
+    async def _send_events(
+        self, generation: Generation, send: Send, finish: Callable[[Response], Awaitable[None]]
+    ) -> None:
+        try:
+            first = await self._next(generation)  # so that a failure before the first token still has its HTTP status
+        except ExoKimiError as error:
+            await finish(to_problem(error).response())
+            return
+        head = Response(headers=STREAM_HEADERS, media_type="text/event-stream")
+        del head.headers["content-length"]
+        await send({"type": "http.response.start", "status": 200, "headers": head.raw_headers})
+
+        async def put(data: bytes) -> None:
+            await send({"type": "http.response.body", "body": data, "more_body": True})
+
+        for chunk in self._style.opening(self._choices):
+            await put(self._event(chunk))
+        try:
+            await self._send_pieces(generation, first, put)
+        except Exception as error:  # noqa: BLE001  # the edge: the status is sent, so the error goes in the stream
+            await put(_data(to_problem(error).body()))
+        await put(DONE)
+        await send({"type": "http.response.body", "body": b"", "more_body": False})
+
+    async def _send_pieces(
+        self, generation: Generation, item: tuple[int, Piece] | None, put: Callable[[bytes], Awaitable[None]]
+    ) -> None:
+        ends: dict[int, Piece] = {}
+        while True:
+            if item is None:
+                await put(PING)
+            else:
+                index, piece = item
+                if isinstance(piece, EndPiece):
+                    ends[index] = piece
+                await put(self._event(self._style.chunk(index, piece)))
+            if not generation.running:
+                break
+            item = await self._next(generation)
+        if self._include_usage:
+            usage = self._usage([ends[index] for index in range(self._choices)])
+            await put(_data(self._style.usage_chunk(usage)))
+
+    async def _next(self, generation: Generation) -> tuple[int, Piece] | None:
+        """The next piece, or None when none came for the length of a ping interval."""
+        try:
+            async with asyncio.timeout(self._ping_interval_s):
+                return await generation.next()
+        except TimeoutError:
+            return None
+
+    def _event(self, chunk: dict[str, Any]) -> bytes:
+        # OpenAI: with usage asked for, every chunk but the last has it as null.
+        return _data({**chunk, "usage": None} if self._include_usage else chunk)
+
+    def _usage(self, ends: list[Piece]) -> dict[str, Any]:
+        closed = [end for end in ends if isinstance(end, EndPiece)]
+        return usage_of(self._prompt_tokens, closed, choices_per_prompt=self._choices_per_prompt)
+
+
+def _data(value: dict[str, Any]) -> bytes:
+    text = json.dumps(value, ensure_ascii=False, separators=(",", ":"))
+    return f"data: {text.translate(_LINE_ENDS)}\n\n".encode()
+
+
+async def _disconnected(receive: Receive) -> None:
+    while (await receive())["type"] != "http.disconnect":
+        pass

@@ -1,0 +1,179 @@
+"""A prepared directory holds one node's share, linked, with what exo needs beside it and nothing that would mislead it."""
+
+from __future__ import annotations
+
+import base64
+import json
+import re
+import tomllib
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from exo_kimi.chat.tokenizer import SPLIT_PATTERN
+from exo_kimi.checkpoint.index import open_index
+from exo_kimi.checkpoint.manifest import resolve
+from exo_kimi.checkpoint.tiny.make import make_tiny
+from exo_kimi.errors import CheckpointProblems, SplitError, TokenizerError, UsageError
+from exo_kimi.plugin.control.model_names import check_model_id, directory_name
+from exo_kimi.plugin.control.prepare import prepare
+from exo_kimi.plugin.control.texts import prepared_text
+
+MODEL = "lab/kimi-k2-tiny"
+INDEX = "model.safetensors.index.json"
+
+
+def read(path: Path) -> Any:
+    return json.loads(path.read_text())
+
+
+@pytest.mark.parametrize(("start", "end"), [(0, 7), (0, 2), (5, 7), (2, 5)])
+def test_a_share_has_its_layers_and_the_ends(tiny: Path, tmp_path: Path, start: int, end: int) -> None:
+    made = prepare(tiny, tmp_path, model_id=MODEL, start_layer=start, end_layer=end)
+    assert made.directory == tmp_path / "lab--kimi-k2-tiny"
+    resolve(open_index(made.directory), start, end)
+    names = read(made.directory / INDEX)["weight_map"]
+    layers = {int(found[1]) for name in names if (found := re.search(r"layers\.(\d+)\.", name))}
+    assert set(range(start, end)) <= layers
+    assert {"model.embed_tokens.weight", "model.norm.weight", "lm_head.weight"} <= set(names)
+
+
+def test_every_file_of_the_index_is_there_and_no_weight_was_copied(tiny: Path, tmp_path: Path) -> None:
+    made = prepare(tiny, tmp_path, model_id=MODEL, start_layer=5, end_layer=7)
+    files = set(read(made.directory / INDEX)["weight_map"].values())
+    assert files == set(made.weight_files) == {path.name for path in made.directory.glob("*.safetensors")}
+    assert len(files) < 4
+    for file in files:
+        assert (made.directory / file).samefile(tiny / file)
+
+
+def test_symbolic_links_serve_where_wanted(tiny: Path, tmp_path: Path) -> None:
+    made = prepare(tiny, tmp_path, model_id=MODEL, linking="symbolic")
+    assert all((made.directory / file).is_symlink() for file in made.weight_files)
+    resolve(open_index(made.directory))
+
+
+def test_the_total_is_that_of_the_whole_model(tiny: Path, tmp_path: Path) -> None:
+    whole = read(tiny / INDEX)["metadata"]["total_size"]
+    share = prepare(tiny, tmp_path / "one", model_id=MODEL, start_layer=5, end_layer=7)
+    again = prepare(share.directory, tmp_path / "two", model_id=MODEL, start_layer=5, end_layer=7)
+    assert share.total_bytes == again.total_bytes == whole
+    assert read(again.directory / INDEX)["metadata"]["total_size"] == whole
+
+
+def test_a_single_file_gets_the_index_that_exo_wants(tmp_path: Path) -> None:
+    one = make_tiny(tmp_path / "one", shards=1)
+    made = prepare(one, tmp_path / "models", model_id=MODEL)
+    assert set(read(made.directory / INDEX)["weight_map"].values()) == {"model.safetensors"}
+    assert made.total_bytes == open_index(one).disk_bytes
+
+
+def test_exos_mlx_lm_finds_the_bits_of_both_halves_of_kv_b(tiny: Path, tmp_path: Path) -> None:
+    made = prepare(tiny, tmp_path, model_id=MODEL)
+    bits = read(made.directory / "config.json")["quantization"]
+    for layer in range(7):
+        attention = f"model.layers.{layer}.self_attn"
+        assert bits[f"{attention}.embed_q"] == bits[f"{attention}.unembed_out"] == bits[f"{attention}.kv_b_proj"]
+        assert bits[f"{attention}.kv_b_proj"]["bits"] == 6
+
+
+def test_bits_that_the_shapes_refute_are_corrected(tmp_path: Path) -> None:
+    """exo believes config.json: a 3-bit tensor read with 4 bits was the founding error."""
+    wrong = make_tiny(tmp_path / "wrong", config={"quantization": {"group_size": 64, "bits": 4, "mode": "affine"}})
+    made = prepare(wrong, tmp_path / "models", model_id=MODEL)
+    assert made.notes
+    bits = read(made.directory / "config.json")["quantization"]
+    true = {source.spec.path: source.quant for source in resolve(open_index(wrong)).sources if source.quant}
+    for path, quant in true.items():
+        assert bits.get(path, bits)["bits"] == quant.bits, path
+
+
+def test_names_of_nested_models_keep_their_prefix(tmp_path: Path) -> None:
+    nested = make_tiny(tmp_path / "nested", prefix=True)
+    made = prepare(nested, tmp_path / "models", model_id=MODEL)
+    bits = read(made.directory / "config.json")["quantization"]
+    assert "language_model.model.layers.0.self_attn.embed_q" in bits
+    assert "model.layers.0.self_attn.embed_q" not in bits
+
+
+def test_a_missing_tensor_is_named_here_and_not_made_up_by_exo(tmp_path: Path) -> None:
+    whole = make_tiny(tmp_path / "whole", shards=4)
+    lost = whole / "model-00002-of-00004.safetensors"
+    lost.unlink()
+    index = read(whole / INDEX)
+    index["weight_map"] = {name: file for name, file in index["weight_map"].items() if file != lost.name}
+    (whole / INDEX).write_text(json.dumps(index))
+    with pytest.raises(CheckpointProblems, match=r"model\.layers\.\d+\.\S+"):
+        prepare(whole, tmp_path / "models", model_id=MODEL)
+    assert not (tmp_path / "models").exists()
+
+
+def test_layers_that_the_model_has_not_are_refused(tiny: Path, tmp_path: Path) -> None:
+    with pytest.raises(SplitError):
+        prepare(tiny, tmp_path, model_id=MODEL, start_layer=5, end_layer=9)
+
+
+def test_nothing_that_is_not_ours_is_ever_deleted(tiny: Path, tmp_path: Path) -> None:
+    made = prepare(tiny, tmp_path, model_id=MODEL)
+    again = prepare(tiny, tmp_path, model_id=MODEL, start_layer=5)
+    assert len(again.weight_files) < len(made.weight_files), "an older share makes way"
+    foreign = tmp_path / directory_name("lab/kimi-k2-mine")
+    foreign.mkdir()
+    (foreign / "model.safetensors").write_bytes(b"somebody's")
+    with pytest.raises(UsageError, match="not empty"):
+        prepare(tiny, tmp_path, model_id="lab/kimi-k2-mine")
+    assert (foreign / "model.safetensors").read_bytes() == b"somebody's"
+
+
+def test_a_directory_is_not_prepared_onto_itself(tiny: Path, tmp_path: Path) -> None:
+    made = prepare(tiny, tmp_path, model_id=MODEL)
+    with pytest.raises(UsageError, match="already there"):
+        prepare(made.directory, tmp_path)
+
+
+@pytest.mark.parametrize("model_id", ["kimi-k2", "lab/kimi-k3", "lab/../kimi-k2", "a/b/kimi-k2", "lab--kimi-k2/x", ""])
+def test_an_id_that_exo_would_not_take_for_a_kimi_is_refused(model_id: str) -> None:
+    with pytest.raises(UsageError):
+        check_model_id(model_id)
+
+
+def test_an_id_of_any_case_is_a_kimi() -> None:
+    assert check_model_id("mlx-community/Kimi-K2-Thinking") == "mlx-community/Kimi-K2-Thinking"
+
+
+def test_a_checkpoints_own_tokenizer_code_is_kept_and_told(tmp_path: Path) -> None:
+    own = make_tiny(tmp_path / "own")
+    (own / "tokenization_kimi.py").write_text("# the checkpoint's\n")
+    made = prepare(own, tmp_path / "models", model_id=MODEL)
+    assert (made.directory / "tokenization_kimi.py").read_text() == "# the checkpoint's\n"
+    assert "exo will run tokenization_kimi.py of this checkpoint" in prepared_text(made)
+
+
+def test_our_tokenizer_code_cuts_as_kimi_does(tiny: Path, tmp_path: Path) -> None:
+    """Its pattern is the one of `chat.tokenizer`; the file itself runs where exo's transformers is (marked `exo`)."""
+    code = (prepare(tiny, tmp_path, model_id=MODEL).directory / "tokenization_kimi.py").read_text()
+    names: dict[str, Any] = {"base64": base64}
+    line = next(line for line in code.splitlines() if line.startswith("SPLIT_PATTERN"))
+    exec(line, names)
+    assert names["SPLIT_PATTERN"] == SPLIT_PATTERN
+    compile(code, "tokenization_kimi.py", "exec")
+
+
+def test_a_checkpoint_without_a_tokenizer_is_refused(tmp_path: Path) -> None:
+    bare = make_tiny(tmp_path / "bare")
+    (bare / "tiktoken.model").unlink()
+    with pytest.raises(TokenizerError, match="no Kimi tokenizer"):
+        prepare(bare, tmp_path / "models", model_id=MODEL)
+    half = tmp_path / "models" / directory_name(MODEL)
+    assert not (half / INDEX).exists(), "exo takes no directory without an index"
+    (bare / "tiktoken.model").write_bytes((make_tiny(tmp_path / "other") / "tiktoken.model").read_bytes())
+    assert prepare(bare, tmp_path / "models", model_id=MODEL).directory == half
+
+
+def test_the_card_is_toml_with_the_models_bytes(tiny: Path, tmp_path: Path) -> None:
+    made = prepare(tiny, tmp_path, model_id=MODEL, start_layer=5)
+    card = tomllib.loads((made.directory / "exo_model_card.toml").read_text())
+    assert (card["model_id"], card["n_layers"], card["hidden_size"]) == (MODEL, 7, 256)
+    assert card["storage_size"]["in_bytes"] == made.total_bytes
+    assert card["tasks"] == ["TextGeneration"]

@@ -1,0 +1,346 @@
+"""Our Builder and Engine without exo: two ranks in this process, driven as exo's runner drives them, with types of its shape."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
+from typing import Any
+
+import pytest
+
+from exo_kimi.checkpoint.tiny.make import make_tiny
+from exo_kimi.errors import CheckpointProblems, ExoError, ExoKimiError, StageDiedError
+from exo_kimi.plugin.control.prepare import prepare
+from exo_kimi.plugin.runner import engine as exo_engine
+from exo_kimi.plugin.runner.builder import KimiBuilder
+from exo_kimi.plugin.runner.chunks import ExoTypes
+from exo_kimi.plugin.runner.task import Speaker
+
+MODEL = "lab/kimi-k2-tiny"
+SECONDS = 30.0
+
+
+@pytest.fixture(scope="module")
+def types(exo_shapes: ModuleType) -> ExoTypes:
+    made: ExoTypes = exo_shapes.exo_types()
+    return made
+
+
+class Cancelled:
+    """exo's pipe of cancelled tasks."""
+
+    def __init__(self) -> None:
+        self.waiting: list[str] = []
+
+    def collect(self) -> list[str]:
+        taken, self.waiting = self.waiting, []
+        return taken
+
+
+class Ranks:
+    """Both runners of an instance, each step of exo's states at once on both."""
+
+    def __init__(self, instance: Callable[..., Any], directory: Path, types: ExoTypes, split: tuple[int, ...]) -> None:
+        self.params = instance.params  # type: ignore[attr-defined]
+        self.pipes = [Cancelled() for _ in split]
+        self.bound = [instance(split, rank) for rank in range(len(split))]
+        self.builders = [
+            KimiBuilder(MODEL, None, pipe, types=types, find_directory=lambda _: directory) for pipe in self.pipes
+        ]
+        self.engines: list[Any] = []
+        self.progress: list[list[Any]] = []
+
+    def start(self) -> None:
+        if len(self.builders) > 1:
+            together(lambda rank: self.builders[rank].connect(self.bound[rank]), len(self.builders))
+        self.progress = together(lambda rank: list(self.builders[rank].load(self.bound[rank])), len(self.builders))
+        self.engines = [builder.build() for builder in self.builders]
+        together(lambda rank: self.engines[rank].warmup(), len(self.engines))
+
+    def submit(self, task_id: str, prompt: str, **options: Any) -> None:
+        for engine in self.engines:
+            engine.submit(SimpleNamespace(task_id=task_id, task_params=self.params(prompt, **options)))
+
+    def run(self, rank: int, until: Callable[[list[tuple[str, Any]]], bool]) -> list[tuple[str, Any]]:
+        """Steps of one rank until something has come out of it."""
+        found: list[tuple[str, Any]] = []
+        deadline = time.monotonic() + SECONDS
+        while not until(found):
+            assert time.monotonic() < deadline, found[-5:]
+            found += self.engines[rank].step()
+        return found
+
+    def stages(self) -> list[Any]:
+        return [builder._host.status for builder in self.builders]  # type: ignore[union-attr]
+
+    def close(self) -> None:
+        for each in self.engines or self.builders:
+            each.close()
+
+
+def together(work: Callable[[int], Any], count: int) -> list[Any]:
+    """Run for every rank in a thread of its own; the first error is raised."""
+    found: list[Any] = [None] * count
+    errors: list[BaseException] = []
+
+    def run(rank: int) -> None:
+        try:
+            found[rank] = work(rank)
+        except Exception as error:  # noqa: BLE001  # raised again below, in the test's thread
+            errors.append(error)
+
+    threads = [threading.Thread(target=run, args=(rank,), daemon=True) for rank in range(count)]
+    for thread in threads:
+        thread.start()
+    deadline = time.monotonic() + SECONDS
+    while any(thread.is_alive() for thread in threads) and not errors and time.monotonic() < deadline:
+        time.sleep(0.02)
+    if errors:  # the others may wait for the one that failed until it is closed
+        raise errors[0]
+    return found
+
+
+def ended(*task_ids: str) -> Callable[[list[tuple[str, Any]]], bool]:
+    """Whether all of these tasks are over."""
+    kinds = ("FinishedResponse", "CancelledResponse")
+    return lambda found: {task for task, each in found if each.kind in kinds} >= set(task_ids)
+
+
+def text(found: list[tuple[str, Any]], task_id: str) -> str:
+    return "".join(each.text for task, each in found if task == task_id and each.kind == "TokenChunk")
+
+
+@pytest.fixture(scope="module")
+def ranks(exo_instance: Callable[..., Any], tiny: Path, types: ExoTypes) -> Iterator[Ranks]:
+    made = Ranks(exo_instance, tiny, types, (5, 2))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("EXO_KIMI_PREFIX_CACHE_BYTES", "0")  # so that what ended holds no memory, which is looked at
+        made.start()
+    yield made
+    made.close()
+
+
+@pytest.fixture(scope="module")
+def alone(tiny: Path) -> Callable[[str, int], str]:
+    """The oracle: greedy text of the whole model in this thread."""
+    import mlx.core as mx
+
+    from exo_kimi import load
+
+    speaker, model = Speaker.from_directory(tiny), load(tiny)
+
+    def answer(prompt: str, tokens: int) -> str:
+        cache, found = model.make_cache(), []
+        ids = speaker.template.render([{"role": "user", "content": prompt}]).ids
+        for _ in range(tokens):
+            token = int(mx.argmax(model(mx.array([ids]), cache)[0, -1]).item())
+            if token in speaker.tokenizer.stop_ids:
+                break
+            found.append(token)
+            ids = [token]
+        return speaker.tokenizer.decode(found)
+
+    return answer
+
+
+def test_every_rank_loads_its_own_layers_and_says_how_far_it_is(ranks: Ranks) -> None:
+    ends = [(each[-1].layers_loaded, each[-1].total) for each in ranks.progress]
+    assert ends == [(5, 5), (2, 2)]
+    for each in ranks.progress:
+        counts = [one.layers_loaded for one in each]
+        assert counts == sorted(counts)
+
+
+def test_rank_0_answers_as_one_process_does_and_all_ranks_finish(ranks: Ranks, alone: Any) -> None:
+    ranks.submit("t1", "Tell me about the sea.", max_output_tokens=12)
+    found = ranks.run(0, ended("t1"))
+    assert text(found, "t1") == alone("Tell me about the sea.", 12)
+    last = found[-2][1]
+    assert (last.kind, last.finish_reason, last.usage.completion_tokens) == ("TokenChunk", "length", 12)
+    assert [each.kind for _, each in ranks.run(1, ended("t1"))] == ["FinishedResponse"]
+
+
+def test_several_tasks_at_once_answer_as_each_alone(ranks: Ranks, alone: Any) -> None:
+    prompts = {f"m{i}": prompt for i, prompt in enumerate(("one", "two of them", "three little birds"))}
+    for task_id, prompt in prompts.items():
+        ranks.submit(task_id, prompt, max_output_tokens=10)
+    found = ranks.run(0, ended(*prompts))
+    assert {task: text(found, task) for task in prompts} == {task: alone(p, 10) for task, p in prompts.items()}
+    ranks.run(1, ended(*prompts))
+
+
+def test_a_cancelled_task_ends_on_every_rank_and_frees_its_caches(ranks: Ranks) -> None:
+    ranks.submit("c1", "river")
+    ranks.run(0, lambda found: len(found) > 3)
+    deadline = time.monotonic() + SECONDS
+    while not all(stage.sequences == 1 and stage.kv_bytes > 0 for stage in ranks.stages()):
+        assert time.monotonic() < deadline
+        ranks.run(0, lambda found: bool(found))
+    for pipe in ranks.pipes:
+        pipe.waiting.append("c1")
+    for rank in (0, 1):
+        assert ranks.run(rank, ended("c1"))[-1][1].kind == "CancelledResponse"
+    while any(stage.sequences or stage.kv_bytes for stage in ranks.stages()):
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    assert not any(task == "c1" for task, _ in ranks.engines[0].step())  # exo's runner has forgotten it
+
+
+def test_cancelling_everything_ends_every_task(ranks: Ranks, types: ExoTypes) -> None:
+    for task_id in ("a1", "a2"):
+        ranks.submit(task_id, "river")
+    for rank, pipe in enumerate(ranks.pipes):
+        pipe.waiting.append(types.cancel_all)
+        ranks.run(rank, ended("a1", "a2"))
+
+
+def test_a_task_that_was_cancelled_before_it_came_is_ended(ranks: Ranks) -> None:
+    for rank, engine in enumerate(ranks.engines):
+        ranks.pipes[rank].waiting.append("early")
+        assert engine.should_cancel("early")
+    ranks.submit("early", "river")
+    for rank in (0, 1):
+        assert ranks.run(rank, ended("early"))[-1][1].kind == "CancelledResponse"
+
+
+def test_a_rank_that_hears_of_the_end_before_the_task_finishes_it(ranks: Ranks) -> None:
+    task = SimpleNamespace(task_id="late", task_params=ranks.params("one", max_output_tokens=2))
+    ranks.engines[0].submit(task)
+    ranks.run(0, ended("late"))
+    time.sleep(0.2)
+    ranks.engines[1].submit(task)
+    assert ranks.run(1, ended("late"))[-1][1].kind == "FinishedResponse"
+
+
+def test_a_request_that_cannot_be_served_is_an_error_chunk_and_ends(ranks: Ranks) -> None:
+    ranks.submit("long", "a", max_output_tokens=2_000_000)
+    ranks.submit("seen", "a", images=["..."])
+    found = ranks.run(0, ended("long", "seen"))
+    errors = {task: each.error_message for task, each in found if each.kind == "ErrorChunk"}
+    assert "131072" in errors["long"] and "images are not supported" in errors["seen"]
+    ranks.run(1, ended("long", "seen"))
+
+
+def test_prefill_for_others_is_refused(ranks: Ranks) -> None:
+    with pytest.raises(ExoError, match="does not prefill"):
+        ranks.engines[0].serve_prefill(SimpleNamespace(request_id="r"), None)
+
+
+def test_one_rank_needs_no_connection(exo_instance: Any, tiny: Path, types: ExoTypes, alone: Any) -> None:
+    single = Ranks(exo_instance, tiny, types, (7,))
+    try:
+        single.start()
+        single.submit("s", "one", max_output_tokens=5)
+        assert text(single.run(0, ended("s")), "s") == alone("one", 5)
+    finally:
+        single.close()
+
+
+def test_three_ranks_answer_as_one_process(exo_instance: Any, tiny: Path, types: ExoTypes, alone: Any) -> None:
+    three = Ranks(exo_instance, tiny, types, (3, 2, 2))
+    try:
+        three.start()
+        three.submit("t", "one", max_output_tokens=5)
+        assert text(three.run(0, ended("t")), "t") == alone("one", 5)
+        for rank in (1, 2):
+            three.run(rank, ended("t"))
+    finally:
+        three.close()
+
+
+def test_ranks_that_have_only_their_own_layers_files_answer_as_one_process(
+    exo_instance: Any, tiny: Path, types: ExoTypes, alone: Any, tmp_path: Path
+) -> None:
+    shares = [
+        prepare(tiny, tmp_path / str(rank), model_id=MODEL, start_layer=start, end_layer=end).directory
+        for rank, (start, end) in enumerate(((0, 5), (5, 7)))
+    ]
+    pair = Ranks(exo_instance, tiny, types, (5, 2))
+    for builder, share in zip(pair.builders, shares, strict=True):
+        builder._find_directory = lambda _, share=share: share  # type: ignore[misc]
+    try:
+        pair.start()
+        pair.submit("t", "one", max_output_tokens=5)
+        assert text(pair.run(0, ended("t")), "t") == alone("one", 5)
+    finally:
+        pair.close()
+
+
+def test_ranks_with_different_models_under_one_name_do_not_start(
+    exo_instance: Any, tiny: Path, types: ExoTypes, tmp_path: Path
+) -> None:
+    other = make_tiny(tmp_path / "other", dtype="F32", config={"num_hidden_layers": 7, "rope_theta": 10_000.0})
+    pair = Ranks(exo_instance, tiny, types, (5, 2))
+    pair.builders[1]._find_directory = lambda _: other
+    try:
+        with pytest.raises(ExoKimiError, match="two nodes have different models under one name"):
+            pair.start()
+    finally:
+        pair.close()
+
+
+def test_the_other_rank_fails_when_rank_0_is_gone_and_exo_does_not_notice(
+    exo_instance: Any, tiny: Path, types: ExoTypes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(exo_engine, "LOST_S", 0.5)
+    pair = Ranks(exo_instance, tiny, types, (2, 5))
+    try:
+        pair.start()
+        pair.engines[1].submit(SimpleNamespace(task_id="x", task_params=None))
+        pair.engines[0].close()
+        began = time.monotonic()
+        with pytest.raises(StageDiedError, match="rank 0 is gone"):
+            pair.run(1, ended("x"))
+        assert time.monotonic() - began >= 0.5
+    finally:
+        pair.close()
+
+
+def test_a_missing_tensor_is_refused_before_this_rank_connects(
+    exo_instance: Any, tiny: Path, types: ExoTypes, tmp_path: Path, lose_tensor: Callable[[Path, Path, str], None]
+) -> None:
+    name = "model.layers.6.self_attn.o_proj.weight"
+    lose_tensor(tiny, tmp_path / "broken", name)
+    broken = Ranks(exo_instance, tmp_path / "broken", types, (5, 2))
+    with pytest.raises(CheckpointProblems, match=name):
+        broken.builders[1].connect(broken.bound[1])
+
+
+def test_the_context_and_the_cache_budget_of_the_environment_are_the_limits(
+    exo_instance: Callable[..., Any], tiny: Path, types: ExoTypes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("EXO_KIMI_CONTEXT", "64")
+    monkeypatch.setenv("EXO_KIMI_KV_BYTES", "100MB")
+    ranks = Ranks(exo_instance, tiny, types, (7,))
+    try:
+        ranks.start()
+        ranks.submit("long", "hello", max_output_tokens=100)
+        ranks.submit("short", "hello", max_output_tokens=4)
+        found = ranks.run(0, ended("long", "short"))
+        options = ranks.builders[0]._leader.engine.pipeline.options  # type: ignore[union-attr]
+    finally:
+        ranks.close()
+    (error,) = [each.error_message for task, each in found if each.kind == "ErrorChunk"]
+    assert "64" in error and text(found, "short")
+    assert options.kv_bytes == 100_000_000
+
+
+def test_a_prompt_that_was_answered_before_is_not_read_again(
+    exo_instance: Callable[..., Any], tiny: Path, types: ExoTypes
+) -> None:
+    ranks = Ranks(exo_instance, tiny, types, (7,))
+    said, cached = [], []
+    try:
+        ranks.start()
+        for task in ("first", "second"):
+            ranks.submit(task, "The same long words again. " * 10, max_output_tokens=4)
+            chunks = ranks.run(0, ended(task))
+            said.append(text(chunks, task))
+            usages = [each.usage for _, each in chunks if each.kind == "TokenChunk" and each.usage is not None]
+            cached += [usage.prompt_tokens_details.cached_tokens for usage in usages]
+    finally:
+        ranks.close()
+    assert said[0] == said[1] and cached[0] == 0 < cached[1]
