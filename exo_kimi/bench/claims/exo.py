@@ -1,6 +1,6 @@
 """Our engine against exo's own, inside the same exo: two nodes, the same checkpoint split in the same place, over exo's API.
 
-    EXO_SRC=CHECKOUT EXO_PYTHON=VENV/bin/python EXO_STANDIN=FOLDER python -m exo_kimi.bench.claims.exo [--rounds N] [--tokens N]
+    EXO_SRC=CHECKOUT EXO_PYTHON=VENV/bin/python python -m exo_kimi.bench.claims.exo [--rounds N] [--tokens N]
 
 Two clusters of two nodes are up at once, one of plain exo and one with our engine in its runners, and the same greedy requests
 go to each in turn; the runners of the one that waits are stopped meanwhile. The figure is what a client of exo sees: tokens of

@@ -1,8 +1,8 @@
 """Which exo can be started here, by variables of the environment; it starts nothing.
 
 exo is a checkout that EXO_SRC names, run by the Python that EXO_PYTHON names, which has exo's packages and, for our engine, ours
-(or EXO_PYTHONPATH names a folder of them). The stand-in for its Rust networking is in the folder that EXO_STANDIN names:
-`exo_rs.py` over eclipse-zenoh, and `exo_node.py`, which starts a node that believes to be the machine NODE_IP.
+(or EXO_PYTHONPATH names a folder of them). The stand-in for its Rust networking lies in `tests/plugin/standin`, or in the folder
+that EXO_STANDIN names: `exo_rs.py` over eclipse-zenoh, and `exo_node.py`, which starts a node as the machine NODE_IP.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 REPOSITORY = Path(__file__).parents[3]
-STANDIN = REPOSITORY.parent / "shared" / "tools" / "exo_standin"
+STANDIN = REPOSITORY / "tests" / "plugin" / "standin"
 ZENOH_PORT, DISCOVERY_PORT = 52414, 52413
 _ZENOH = ("--namespace", "lab", "--zenoh-port", str(ZENOH_PORT), "--discovery-port", str(DISCOVERY_PORT))
 

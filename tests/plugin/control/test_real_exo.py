@@ -6,7 +6,7 @@ How to run (Linux; about three minutes):
 
 EXO_SRC is a checkout of exo at b5375f8ce. EXO_PYTHON is a Python 3.13 with exo's locked packages, mlx[cpu] 0.32.0, mlx-lm of
 exo's fork at 6a3df6cd, mlx-vlm 0.4.4 without its dependencies and eclipse-zenoh 1.10, and a distribution named `exo`.
-The stand-in for exo's Rust module is in the folder that EXO_STANDIN names (see exo_kimi/bench/exo_here.py).
+The stand-in for exo's Rust module is tests/plugin/standin (see exo_kimi/bench/setups/exo_here.py).
 Nodes listen on 127.n.x.1 and 127.n.x.2 only (x from the process id), ports 52413 to 52415.
 """
 
