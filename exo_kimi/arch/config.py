@@ -6,15 +6,13 @@ never a default: a silent `routed_scaling_factor` of 1.0 would answer fluently a
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from exo_kimi.arch.keys import check_other_keys, contradictions, read_q_lora_rank, read_required
 from exo_kimi.arch.rope import RopeScaling, read_rope, yarn_mscale
-from exo_kimi.errors import CheckpointError, CheckpointProblems, ConfigError, NotACheckpointError, UnsupportedModelError
+from exo_kimi.errors import CheckpointError, CheckpointProblems, ConfigError, UnsupportedModelError
 
 TEXT_MODEL_TYPES = ("kimi_k2", "deepseek_v3")
 NESTED_MODEL_TYPES = ("kimi_k25",)
@@ -78,16 +76,6 @@ class KimiConfig:
         return layer >= self.first_k_dense_replace and layer % self.moe_layer_freq == 0
 
     @classmethod
-    def from_directory(cls, directory: str | Path) -> KimiConfig:
-        """Read `config.json` of a checkpoint directory.
-
-        Raises:
-            NotACheckpointError: no such directory or no config.json in it.
-            ConfigError, UnsupportedModelError, CheckpointProblems: see `from_dict`.
-        """
-        return cls.from_dict(read_config(directory), where=Path(directory) / "config.json")
-
-    @classmethod
     def from_dict(cls, raw: Mapping[str, Any], *, where: object = "config.json") -> KimiConfig:
         """Check every key of a config.json and keep what the maths needs.
 
@@ -141,31 +129,3 @@ class KimiConfig:
             raise CheckpointProblems(problems, where=where)
         model_type = text.get("model_type", TEXT_MODEL_TYPES[0])
         return cls(model_type=str(model_type), key_prefix=prefix, ignored_keys=ignored, **values)
-
-
-def read_config(directory: str | Path) -> dict[str, Any]:
-    """The parsed `config.json` of a checkpoint directory, unchecked.
-
-    Raises:
-        NotACheckpointError: no such directory, or no config.json in it.
-        ConfigError: the file is not a JSON object.
-    """
-    root = Path(directory)
-    if not root.is_dir():
-        raise NotACheckpointError(
-            "no such checkpoint directory", found=root, fix="give the folder that holds config.json and *.safetensors"
-        )
-    path = root / "config.json"
-    try:
-        raw = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise NotACheckpointError(
-            "no config.json in the directory",
-            where=root,
-            fix="give the folder that holds config.json and *.safetensors",
-        ) from None
-    except (OSError, ValueError, RecursionError) as error:
-        raise ConfigError("config.json cannot be read", found=error, where=path, fix="copy the file again") from None
-    if not isinstance(raw, dict):
-        raise ConfigError("config.json is not an object", expected="{...}", found=type(raw).__name__, where=path)
-    return raw

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import codecs
-from collections.abc import Iterable, Mapping
+import re
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
 import tiktoken
 
 from exo_kimi.chat.tokenizer_files import TokenizerFiles, read_tokenizer_files
-from exo_kimi.chat.tokenizer_text import split_long_text
 
 # Kimi's pre-tokenizer, in this order (tokenization_kimi.py of every published K2). Ordinary letters exclude Han, which
 # forms words of its own.
@@ -31,6 +31,11 @@ SPLIT_PATTERN = "|".join(
 )
 STOP_NAMES = ("<|im_end|>", "[EOS]", "[EOT]")
 _UNKNOWN = "\ufffd".encode()
+CHUNK_CHARS = 400_000
+RUN_CHARS = 25_000
+_RUN = re.compile(r"\S+|\s+")
+# Before a blank that follows a word; after a line end that precedes one; between Chinese punctuation and a Han character.
+_SAFE_CUT = re.compile(r"(?<=\S)(?=[ \t])|(?<=\n)(?=\S)|(?<=[，。！？；：、])(?=[\u4e00-\u9fff])")
 
 
 class KimiTokenizer:
@@ -113,3 +118,29 @@ class Detokenizer:
         rest = self._decoder.decode(b"", True)
         self._decoder.reset()
         return rest
+
+
+def split_long_text(text: str) -> Iterator[str]:
+    """Cut long text where the split pattern cuts anyway: pieces that join to `text`, one piece when it is short.
+
+    tiktoken's regex engine works on one string at a time and fails or slows down on huge ones, so Kimi's own tokenizer hands
+    it at most 400,000 characters, with no run of whitespace or of non-whitespace over 25,000. It cuts at exactly those
+    places, which splits words. Here a cut goes to the last place where the pattern splits whatever stands around it, and
+    only text that has no such place (an endless word) is cut bluntly.
+    """
+    start = 0
+    while len(text) - start > RUN_CHARS:
+        limit = min(start + CHUNK_CHARS, len(text))
+        for run in _RUN.finditer(text, start, limit):
+            if run.end() - run.start() > RUN_CHARS:
+                limit = run.start() + RUN_CHARS
+                break
+        if limit == len(text):
+            break
+        cut = limit
+        for match in _SAFE_CUT.finditer(text, max(start + 1, limit - RUN_CHARS), limit + 1):
+            if match.start() <= limit:
+                cut = match.start()
+        yield text[start:cut]
+        start = cut
+    yield text[start:]

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import base64
 import binascii
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from exo_kimi.checkpoint.text_files import read_json
 from exo_kimi.errors import TokenizerError
 
 MODEL_FILE = "tiktoken.model"
@@ -61,16 +61,14 @@ def read_json_object(path: Path, *, required: bool) -> dict[str, Any]:
         TokenizerError: it is missing though required, unreadable, or no JSON object.
     """
     try:
-        raw = path.read_bytes()
+        value = read_json(path)
     except FileNotFoundError:
         if not required:
             return {}
         raise TokenizerError(f"{path.name} is missing", where=path, fix=_FIX_COPY) from None
     except OSError as error:
         raise TokenizerError(f"{path.name} cannot be read", found=error.strerror, where=path) from error
-    try:
-        value = json.loads(raw)
-    except (ValueError, RecursionError) as error:
+    except ValueError as error:
         raise TokenizerError(f"{path.name} is not JSON", found=error, where=path, fix=_FIX_COPY) from error
     if not isinstance(value, dict):
         raise TokenizerError(

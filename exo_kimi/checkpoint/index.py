@@ -13,11 +13,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from exo_kimi.arch.config import KimiConfig, read_config
+from exo_kimi.arch.config import KimiConfig
 from exo_kimi.checkpoint.gathering import left_over
 from exo_kimi.checkpoint.keys import SkippedKey, TensorKey, is_prediction_layer, layer_of, parse_key
 from exo_kimi.checkpoint.safetensors_io import TensorEntry, read_header
 from exo_kimi.checkpoint.shards import FileProblem, Shards, disagreements, find_shards
+from exo_kimi.checkpoint.text_files import read_config
 from exo_kimi.errors import UnexpectedTensorError
 
 __all__ = ["CheckpointIndex", "FileProblem", "TensorEntry", "open_index"]

@@ -8,8 +8,7 @@ from pathlib import Path
 
 from exo_kimi.arch.config import KimiConfig
 from exo_kimi.arch.modules import ModuleSpec, absorbed_modules, stage_modules
-from exo_kimi.checkpoint.fitting import Fitting
-from exo_kimi.checkpoint.floats import mixed_floats
+from exo_kimi.checkpoint.fitting import Fitting, mixed_floats
 from exo_kimi.checkpoint.gathering import left_over, missing_module
 from exo_kimi.checkpoint.hints import read_hints
 from exo_kimi.checkpoint.index import CheckpointIndex

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import json
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from exo_kimi.checkpoint.text_files import read_json
 from exo_kimi.errors import CheckpointError, NotACheckpointError, TensorFileError, UnsafeFormatError
 
 INDEX_NAME = "model.safetensors.index.json"
@@ -104,10 +104,10 @@ def disagreements(file: Path, promised: frozenset[str], names: frozenset[str]) -
 
 def _read_weight_map(path: Path) -> dict[str, str]:
     try:
-        raw = json.loads(path.read_text(encoding="utf-8"))
+        raw = read_json(path)
         weight_map = raw["weight_map"]
         items = list(weight_map.items())
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise TensorFileError(
             f"{INDEX_NAME} cannot be read",
             expected='a JSON object with a "weight_map"',

@@ -8,13 +8,14 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from exo_kimi.arch.config import KimiConfig, read_config
+from exo_kimi.arch.config import KimiConfig
 from exo_kimi.chat.defaults import GenerationDefaults
 from exo_kimi.chat.template import ChatTemplate
 from exo_kimi.chat.tokenizer import KimiTokenizer
 from exo_kimi.checkpoint.doctor.doctor import text_errors
 from exo_kimi.checkpoint.index import open_index
 from exo_kimi.checkpoint.manifest import resolve
+from exo_kimi.checkpoint.text_files import read_config
 from exo_kimi.errors import CheckpointProblems, UsageError
 from exo_kimi.planner.matching import check_matches
 from exo_kimi.planner.plan import read_plan

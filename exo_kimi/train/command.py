@@ -5,24 +5,26 @@ from __future__ import annotations
 import hashlib
 import sys
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from exo_kimi.chat.template import ChatTemplate
 from exo_kimi.chat.tokenizer import KimiTokenizer
 from exo_kimi.errors import UsageError
-from exo_kimi.train.bpe import train_ranks
-from exo_kimi.train.curve import draw_curve
-from exo_kimi.train.encoding import Encoder
+from exo_kimi.train.data.bpe import train_ranks
+from exo_kimi.train.data.encoding import Encoder
 from exo_kimi.train.export import write_checkpoint, write_vocabulary
 from exo_kimi.train.recipe import Recipe
 from exo_kimi.train.trainer import Progress as Step
 from exo_kimi.train.trainer import Trainer
 
 _SAVE_EVERY = 100
+_MEAN_STEPS = 20  # of the running mean in the picture
 _STATE, _VOCABULARY, _CURVE = "state.npz", "vocabulary", "loss.png"
 
 
@@ -108,3 +110,24 @@ def _run(trainer: Trainer, state: Path) -> None:
 
         trainer.run(report)
         trainer.save(state)
+
+
+def draw_curve(losses: Sequence[float], path: Path) -> bool:
+    """Write a PNG of the loss per step, with its running mean; False when matplotlib is not installed."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        return False
+    figure = Figure(figsize=(8, 4.5), dpi=120)
+    axes = figure.subplots()
+    steps = np.arange(1, len(losses) + 1)
+    axes.plot(steps, losses, linewidth=0.6, alpha=0.35, label="loss of a step")
+    if len(losses) > _MEAN_STEPS:
+        mean = np.convolve(losses, np.ones(_MEAN_STEPS) / _MEAN_STEPS, mode="valid")
+        axes.plot(steps[_MEAN_STEPS - 1 :], mean, linewidth=1.4, label=f"mean of {_MEAN_STEPS}")
+    axes.set(xlabel="step", ylabel="nats a token of the assistant", yscale="log", title="Training of the tiny Kimi K2")
+    axes.grid(visible=True, which="both", alpha=0.25)
+    axes.legend()
+    figure.tight_layout()
+    figure.savefig(path, metadata={"Software": None})
+    return True

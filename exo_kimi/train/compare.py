@@ -13,9 +13,9 @@ from pathlib import Path
 from statistics import fmean, stdev
 from tempfile import TemporaryDirectory
 
-from exo_kimi.train.bpe import train_ranks
 from exo_kimi.train.command import open_encoder
-from exo_kimi.train.encoding import Encoder
+from exo_kimi.train.data.bpe import train_ranks
+from exo_kimi.train.data.encoding import Encoder
 from exo_kimi.train.export import write_vocabulary
 from exo_kimi.train.recipe import Matrices, Recipe
 from exo_kimi.train.trainer import Trainer

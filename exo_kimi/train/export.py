@@ -15,14 +15,15 @@ import numpy as np
 from exo_kimi.arch.config import KimiConfig
 from exo_kimi.arch.modules import ModuleSpec, stage_modules
 from exo_kimi.checkpoint.safetensors_io import write_file
+from exo_kimi.checkpoint.text_files import read_json
 from exo_kimi.checkpoint.tiny.layouts import LayoutWriter
 from exo_kimi.checkpoint.tiny.make import stated_quantization, template_text
 from exo_kimi.checkpoint.tiny.tokenizer import write_tokenizer
 from exo_kimi.checkpoint.tiny.weights import RECIPES, resolve_recipe
 from exo_kimi.errors import UsageError
 from exo_kimi.runtime.loading.loader import load
-from exo_kimi.train.layers import Floats, Parameters
-from exo_kimi.train.parameters import BIAS
+from exo_kimi.train.model.layers import Floats, Parameters
+from exo_kimi.train.model.parameters import BIAS
 
 _DEFAULT_SYSTEM = re.compile(r"{%- if not messages or messages\[0\].role != 'system' -%}.*?{%- endif -%}\n", re.DOTALL)
 _GROUP_SIZE = 64  # of the mlx layout, as in published conversions
@@ -76,7 +77,7 @@ def write_checkpoint(
         recipe: bits per module of the mlx layout, a name of `tiny_weights.RECIPES`.
     """
     directory.mkdir(parents=True, exist_ok=True)
-    raw = json.loads((source / "config.json").read_text(encoding="utf-8"))
+    raw = read_json(source / "config.json")
     raw = {key: value for key, value in raw.items() if key not in ("quantization", "quantization_config")}
     config = KimiConfig.from_dict(raw, where=source)
     chosen = recipe or {"int4": "int4", "bf16": "plain"}.get(layout, "mixed346")

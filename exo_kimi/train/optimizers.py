@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 import numpy as np
 
-from exo_kimi.train.layers import Floats, Parameters
+from exo_kimi.train.model.layers import Floats, Parameters
 
 _MUON_MOMENTUM = 0.95
 _BETAS = (0.9, 0.95)

@@ -5,22 +5,22 @@ from __future__ import annotations
 import io
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from exo_kimi.errors import UsageError
 from exo_kimi.models.ops import Rope
-from exo_kimi.train.batches import make_batch, training_groups
-from exo_kimi.train.encoding import Encoder
-from exo_kimi.train.fake_quant import fake_quant
-from exo_kimi.train.forward import Batch, Outcome, loss_and_gradients
-from exo_kimi.train.layers import Parameters, add_gradient
+from exo_kimi.train.data.batches import make_batch, training_groups
+from exo_kimi.train.data.encoding import Encoder
+from exo_kimi.train.model.forward import Batch, Outcome, loss_and_gradients
+from exo_kimi.train.model.layers import Parameters, add_gradient
+from exo_kimi.train.model.parameters import BIAS, decays, fake_quant, first_values, is_expert, is_matrix
 from exo_kimi.train.optimizers import Optimizer, clip
-from exo_kimi.train.parameters import BIAS, decays, first_values, is_expert, is_matrix
 from exo_kimi.train.recipe import Recipe
-from exo_kimi.train.threads import one_blas_thread
 
 _WORKERS = 2
 
@@ -136,3 +136,24 @@ class Trainer:
                 value[...] = saved[f"parameter {name}"]
             for name, value in self._optimizer.state.items():
                 value[...] = saved[name]
+
+
+def one_blas_thread() -> AbstractContextManager[object]:
+    """Products of matrices on the calling thread alone, for as long as the context lasts.
+
+    The trainer's workers fill the cores. BLAS threads beside them wait for each other by spinning (20 times slower on a busy
+    machine of 2 cores), and split sums as the load of the moment has it: the same seed would not give the same weights.
+
+    Raises:
+        UsageError: threadpoolctl is not installed.
+    """
+    try:
+        from threadpoolctl import threadpool_limits
+    except ImportError:
+        raise UsageError(
+            "training needs threadpoolctl",
+            found="not installed",
+            fix="install the extra: pip install 'exo-kimi[train]'",
+        ) from None
+    limits: AbstractContextManager[object] = threadpool_limits(limits=1, user_api="blas")
+    return limits

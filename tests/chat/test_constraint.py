@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 
 from exo_kimi.chat import constraint
+from exo_kimi.chat.constraint import grammar_tokenizer
 from exo_kimi.chat.events import ContentDelta, ReasoningDelta, ToolCallEvent
-from exo_kimi.chat.grammar import grammar_tokenizer
 from exo_kimi.chat.output import OutputParser
 from exo_kimi.chat.tokenizer import KimiTokenizer
 from exo_kimi.errors import ChatError, RequestError, UnsupportedError

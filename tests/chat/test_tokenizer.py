@@ -11,8 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from exo_kimi.chat.tokenizer import SPLIT_PATTERN, KimiTokenizer
-from exo_kimi.chat.tokenizer_text import CHUNK_CHARS, RUN_CHARS, split_long_text
+from exo_kimi.chat.tokenizer import CHUNK_CHARS, RUN_CHARS, SPLIT_PATTERN, KimiTokenizer, split_long_text
 from exo_kimi.errors import TokenizerError
 
 PUBLISHED_PATTERN = "|".join(

@@ -17,8 +17,7 @@ from exo_kimi.runtime.loading.loader import load_stage
 from exo_kimi.runtime.stage.inline import InlinePipeline
 from exo_kimi.serve.app import create_app
 from exo_kimi.train.export import read_parameters
-from exo_kimi.train.fake_quant import fake_quant
-from exo_kimi.train.parameters import is_expert
+from exo_kimi.train.model.parameters import fake_quant, is_expert
 
 MOST_BYTES = 10_000_000
 

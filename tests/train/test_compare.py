@@ -8,7 +8,7 @@ import pytest
 
 from exo_kimi.cli import main
 from exo_kimi.train.compare import Comparison, Run, compare_with
-from exo_kimi.train.encoding import Encoder
+from exo_kimi.train.data.encoding import Encoder
 from tests.train.conftest import RECIPE
 
 

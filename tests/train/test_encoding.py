@@ -6,9 +6,9 @@ from random import Random
 
 import numpy as np
 
-from exo_kimi.train.batches import make_batch, training_groups
-from exo_kimi.train.conversations import Conversation, exchange, tool_exchange
-from exo_kimi.train.encoding import Encoder
+from exo_kimi.train.data.batches import make_batch, training_groups
+from exo_kimi.train.data.conversations import Conversation, exchange, tool_exchange
+from exo_kimi.train.data.encoding import Encoder
 from exo_kimi.train.tasks import facts, tools
 from exo_kimi.train.tasks.arithmetic import addition
 

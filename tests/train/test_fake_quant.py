@@ -11,8 +11,7 @@ from hypothesis.extra.numpy import arrays
 
 from exo_kimi.checkpoint.packing import int4_codes, quantize_int4, restore, unpack_bits
 from exo_kimi.train.export import read_parameters, requantize, write_checkpoint
-from exo_kimi.train.fake_quant import fake_quant
-from exo_kimi.train.parameters import first_values, is_expert
+from exo_kimi.train.model.parameters import fake_quant, first_values, is_expert
 from tests.train.conftest import RECIPE
 
 VALUES = st.floats(-4, 4, width=32, allow_subnormal=False).filter(lambda value: value == 0 or abs(value) > 1e-20)

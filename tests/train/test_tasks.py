@@ -9,8 +9,8 @@ from random import Random
 import pytest
 
 from exo_kimi.train import conversations
-from exo_kimi.train.conversations import training_conversation
-from exo_kimi.train.encoding import Encoder
+from exo_kimi.train.data.conversations import training_conversation
+from exo_kimi.train.data.encoding import Encoder
 from exo_kimi.train.evaluation.cases import question_cases, tool_cases
 from exo_kimi.train.tasks import arithmetic, facts, lists, measures, tools
 from exo_kimi.train.tasks.registry import SHARES

@@ -12,9 +12,9 @@ from threadpoolctl import threadpool_info, threadpool_limits
 from exo_kimi.errors import UsageError
 from exo_kimi.train import command
 from exo_kimi.train.command import train_tiny
-from exo_kimi.train.encoding import Encoder
+from exo_kimi.train.data.encoding import Encoder
 from exo_kimi.train.export import read_parameters
-from exo_kimi.train.parameters import BIAS
+from exo_kimi.train.model.parameters import BIAS
 from exo_kimi.train.recipe import Recipe
 from exo_kimi.train.trainer import Progress, Trainer
 from tests.train.conftest import RECIPE

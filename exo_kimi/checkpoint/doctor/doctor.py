@@ -10,14 +10,15 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from exo_kimi.checkpoint.checks.bits import check_bits
-from exo_kimi.checkpoint.checks.config import CONFIG_NAME, check_config
-from exo_kimi.checkpoint.checks.files import check_files, read_shelves
-from exo_kimi.checkpoint.checks.generation import check_generation
-from exo_kimi.checkpoint.checks.template import check_template
-from exo_kimi.checkpoint.checks.tokenizer import check_tokenizer
+from exo_kimi.checkpoint.doctor.checks.bits import check_bits
+from exo_kimi.checkpoint.doctor.checks.config import check_config
+from exo_kimi.checkpoint.doctor.checks.files import check_files, read_shelves
+from exo_kimi.checkpoint.doctor.checks.generation import check_generation
+from exo_kimi.checkpoint.doctor.checks.template import check_template
+from exo_kimi.checkpoint.doctor.checks.tokenizer import check_tokenizer
 from exo_kimi.checkpoint.doctor.deep import Progress, check_values
 from exo_kimi.checkpoint.doctor.findings import Change, Checkup, Diagnosis
+from exo_kimi.checkpoint.text_files import CONFIG_NAME
 from exo_kimi.errors import ExoKimiError, NotACheckpointError
 
 

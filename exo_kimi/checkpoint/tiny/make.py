@@ -19,6 +19,7 @@ from exo_kimi.arch.modules import stage_modules
 from exo_kimi.checkpoint import packing
 from exo_kimi.checkpoint.safetensors_io import StoredTensor, write_file
 from exo_kimi.checkpoint.shards import INDEX_NAME
+from exo_kimi.checkpoint.text_files import read_json
 from exo_kimi.checkpoint.tiny.config import FP8_CONFIG, INT4_CONFIG, nest, text_config
 from exo_kimi.checkpoint.tiny.layouts import LayoutWriter
 from exo_kimi.checkpoint.tiny.tokenizer import write_tokenizer
@@ -233,7 +234,7 @@ def _clear(root: Path) -> None:
 
 def _is_tiny(root: Path) -> bool:
     try:
-        raw = json.loads((root / "config.json").read_text(encoding="utf-8"))
+        raw = read_json(root / "config.json")
     except (OSError, ValueError):
         return False
     return isinstance(raw, dict) and (_MARK in raw or _MARK in (raw.get("text_config") or {}))

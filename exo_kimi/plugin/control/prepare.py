@@ -17,6 +17,7 @@ from typing import Any, Literal
 from exo_kimi.checkpoint.index import CheckpointIndex, TensorEntry, open_index
 from exo_kimi.checkpoint.manifest import StageManifest, resolve
 from exo_kimi.checkpoint.shards import INDEX_NAME
+from exo_kimi.checkpoint.text_files import read_json
 from exo_kimi.errors import MissingTensorError, TokenizerError, UsageError
 from exo_kimi.plugin.control.model_card import card_toml, make_card
 from exo_kimi.plugin.control.model_names import check_model_id, directory_name, model_id_of
@@ -166,7 +167,7 @@ def _link(file: Path, target: Path, linking: Linking) -> None:
 def _total_bytes(source: Path, index: CheckpointIndex) -> int:
     """Bytes of the whole model: as the index says, which is kept in a share, else of all tensors."""
     try:
-        said = json.loads((source / INDEX_NAME).read_text(encoding="utf-8"))["metadata"]["total_size"]
+        said = read_json(source / INDEX_NAME)["metadata"]["total_size"]
     except (OSError, ValueError, KeyError, TypeError):
         return index.disk_bytes
     return max(int(said), index.disk_bytes) if isinstance(said, int | float) else index.disk_bytes

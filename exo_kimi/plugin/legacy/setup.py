@@ -8,10 +8,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from exo_kimi.arch.config import KimiConfig, read_config
+from exo_kimi.arch.config import KimiConfig
 from exo_kimi.checkpoint.doctor.doctor import text_errors
 from exo_kimi.checkpoint.index import CheckpointIndex, open_index
 from exo_kimi.checkpoint.manifest import resolve
+from exo_kimi.checkpoint.text_files import read_config
 from exo_kimi.errors import CheckpointError, CheckpointProblems, PlanMismatchError, UsageError
 from exo_kimi.planner.matching import check_matches
 from exo_kimi.planner.plan import Plan, read_plan

@@ -13,7 +13,7 @@ from typing import Any
 
 from zmq.utils import z85
 
-from exo_kimi.arch.config import KimiConfig
+from exo_kimi.checkpoint.text_files import read_kimi_config
 from exo_kimi.errors import CheckpointError, ExoPlacementError
 from exo_kimi.runtime.transport.address import Address
 from exo_kimi.runtime.transport.keys import ClusterKey, find_key
@@ -78,7 +78,7 @@ def not_ours(bound_instance: Any, directory: Path | None) -> str | None:
         return "placed on RDMA, whose instances do not name the nodes' addresses"
     if directory is not None and (directory / "config.json").exists():
         try:
-            KimiConfig.from_directory(directory)
+            read_kimi_config(directory)
         except CheckpointError as error:
             return error.what
     return None

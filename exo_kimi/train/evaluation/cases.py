@@ -8,7 +8,7 @@ from functools import partial
 from random import Random
 from typing import Any
 
-from exo_kimi.train.conversations import BRIEF, Message, exchange, single
+from exo_kimi.train.data.conversations import BRIEF, Message, exchange, single
 from exo_kimi.train.tasks import facts, manners, tools
 from exo_kimi.train.tasks.registry import SHARES
 from exo_kimi.train.tasks.turn import Task, Turn, draw, held_out

@@ -15,8 +15,8 @@ from exo_kimi.chat.template import ChatTemplate
 from exo_kimi.chat.tokenizer import KimiTokenizer
 from exo_kimi.models.kimi_k2 import Model
 from exo_kimi.runtime.loading.loader import load
-from exo_kimi.train.conversations import Conversation, single, tool_exchange
-from exo_kimi.train.encoding import Encoded, Encoder
+from exo_kimi.train.data.conversations import Conversation, single, tool_exchange
+from exo_kimi.train.data.encoding import Encoded, Encoder
 from exo_kimi.train.evaluation.cases import ToolCase, question_cases, tool_cases
 from exo_kimi.train.evaluation.generation import greedy
 from exo_kimi.train.evaluation.likelihood import Likelihood, likelihood

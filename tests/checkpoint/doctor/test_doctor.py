@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from exo_kimi.checkpoint.checks.template import built_in_template
+from exo_kimi.checkpoint.doctor.checks.template import built_in_template
 from exo_kimi.checkpoint.doctor.doctor import doctor
 from exo_kimi.checkpoint.doctor.findings import Diagnosis, Finding
 from exo_kimi.errors import (

@@ -7,8 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from exo_kimi.checkpoint.doctor.report import inspect
-from exo_kimi.checkpoint.doctor.report_text import spans
+from exo_kimi.checkpoint.doctor.report import inspect, spans
 from exo_kimi.checkpoint.tiny.make import LAYOUTS
 from exo_kimi.errors import NotACheckpointError
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from exo_kimi.arch.config import KimiConfig
+from exo_kimi.checkpoint.text_files import read_kimi_config
 from exo_kimi.errors import ExoPlacementError, PlanInfeasibleError, UsageError
 from exo_kimi.planner.weights.catalog import published_model
 from exo_kimi.plugin.control.cluster import cluster_of_state, link_kind
@@ -58,7 +58,7 @@ def test_exos_engine_holds_the_ends_on_every_rank(make_exo: Any, client_of: Any,
     own = exo_plan(state, tiny, model_id=MODEL, context=4096, split=(2, 5)).plan
     assert sum(stage.weight_bytes for stage in plain.stages) == plain.model.total_bytes
     more = sum(stage.weight_bytes for stage in own.stages) - own.model.total_bytes
-    config = KimiConfig.from_directory(tiny)
+    config = read_kimi_config(tiny)
     ends = 2 * config.vocab_size * config.hidden_size * 6.5 / 8  # both in 6 bits with F32 scales: a little more
     assert more > ends
     assert own.workload.ends_everywhere and not plain.workload.ends_everywhere

@@ -9,8 +9,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from exo_kimi.arch.config import KimiConfig
-from exo_kimi.train.attention import Span, attention, rotations
-from exo_kimi.train.layers import (
+from exo_kimi.train.model.attention import Span, attention, rotations
+from exo_kimi.train.model.layers import (
     Backward,
     Floats,
     Parameters,

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from exo_kimi.arch.numbers import is_number
-from exo_kimi.checkpoint.checks.tokenizer import RESERVED, read_object
+from exo_kimi.checkpoint.doctor.checks.tokenizer import RESERVED, read_object
 from exo_kimi.checkpoint.doctor.findings import Checkup
 from exo_kimi.errors import TokenizerError
 

@@ -7,13 +7,13 @@ an embedding row. A test holds the two together.
 from __future__ import annotations
 
 import base64
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from exo_kimi.checkpoint.doctor.findings import Checkup
+from exo_kimi.checkpoint.text_files import read_json
 from exo_kimi.errors import TokenizerError
 
 MODEL_FILE = "tiktoken.model"
@@ -65,12 +65,12 @@ def check_tokenizer(root: Path, vocab_size: int | None, checkup: Checkup) -> Tok
 def read_object(root: Path, name: str, checkup: Checkup, *, fixable: bool = False) -> dict[str, Any] | None:
     """The JSON object in a file that must exist, or None and a finding."""
     try:
-        value = json.loads((root / name).read_bytes())
+        value = read_json(root / name)
     except FileNotFoundError:
         checkup.error(TokenizerError(f"{name} is missing", where=name, fix=_FIX), fixable=fixable)
     except OSError as error:
         checkup.error(TokenizerError(f"{name} cannot be read", found=error.strerror, where=name))
-    except (ValueError, RecursionError) as error:
+    except ValueError as error:
         checkup.error(TokenizerError(f"{name} is not JSON", found=error, where=name, fix=_FIX), fixable=fixable)
     else:
         if isinstance(value, dict):

@@ -7,9 +7,9 @@ from random import Random
 
 import numpy as np
 
-from exo_kimi.train.conversations import training_conversation
-from exo_kimi.train.encoding import Encoded, Encoder
-from exo_kimi.train.forward import Batch, Ids
+from exo_kimi.train.data.conversations import training_conversation
+from exo_kimi.train.data.encoding import Encoded, Encoder
+from exo_kimi.train.model.forward import Batch, Ids
 
 _PADDED_SHARE = 0.2
 """A sequence joins a span when this share of its longest would be padding at most."""

@@ -15,7 +15,7 @@ from typing import Any
 import jinja2
 import jinja2.sandbox
 
-from exo_kimi.checkpoint.checks.tokenizer import TOKENIZER_CONFIG
+from exo_kimi.checkpoint.doctor.checks.tokenizer import TOKENIZER_CONFIG
 from exo_kimi.checkpoint.doctor.findings import Checkup
 from exo_kimi.errors import TemplateError
 

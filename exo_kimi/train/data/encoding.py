@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from exo_kimi.chat.template import ChatTemplate, ReasoningMode
 from exo_kimi.chat.tokenizer import KimiTokenizer
-from exo_kimi.train.conversations import Conversation, Message
+from exo_kimi.train.data.conversations import Conversation, Message
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -6,7 +6,8 @@ import numpy as np
 
 from exo_kimi.arch.config import KimiConfig
 from exo_kimi.arch.modules import stage_modules
-from exo_kimi.train.layers import Parameters
+from exo_kimi.checkpoint.packing import INT4_GROUP, Floats, int4_codes, restore
+from exo_kimi.train.model.layers import Parameters
 
 BIAS = "e_score_correction_bias"
 
@@ -50,3 +51,11 @@ def is_matrix(name: str) -> bool:
 def decays(name: str) -> bool:
     """Weight decay is for matrices, not for norms."""
     return "norm" not in name
+
+
+def fake_quant(weight: Floats) -> Floats:
+    """The values that the exported codes stand for; gradients pass straight through to the weight."""
+    codes, scales = int4_codes(weight, dtype="BF16", symmetric=True)
+    groups = codes.reshape(*weight.shape[:-1], -1, INT4_GROUP).astype("float32")
+    groups *= restore(scales)[..., None]
+    return groups.reshape(weight.shape)

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
+import codecs
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from exo_kimi.arch.config import KimiConfig, read_config
+from exo_kimi.arch.config import KimiConfig
 from exo_kimi.checkpoint.doctor.findings import Checkup
 from exo_kimi.checkpoint.keys import TensorKey, has_prefix, parse_key
+from exo_kimi.checkpoint.text_files import CONFIG_NAME, read_config
 from exo_kimi.errors import CheckpointError, CheckpointProblems, ConfigError, UnsupportedModelError
 
-CONFIG_NAME = "config.json"
 # Only the routers of DeepSeek-V3 and of Kimi have it: what tells them from DeepSeek-V2.
 _KIMI_PART = ".e_score_correction_bias"
 
@@ -43,6 +44,16 @@ def check_config(root: Path, names: Collection[str], checkup: Checkup) -> Config
         checkup.error(error)
         return None
     reading = _read(raw, names, checkup)
+    if reading is not None and (root / CONFIG_NAME).read_bytes().startswith(codecs.BOM_UTF8):
+        checkup.warn(
+            ConfigError(
+                "config.json begins with a byte order mark",
+                where=CONFIG_NAME,
+                fix="exo-kimi reads it; mlx-lm and exo do not",
+            ),
+            fixable=True,
+        )
+        reading = replace(reading, changes=(*reading.changes, "the byte order mark in front: removed"))
     if reading is not None:
         _check_prefix(reading.config, names, checkup)
         _check_context(reading, checkup)

@@ -9,7 +9,6 @@ from collections import Counter
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any
 
-from exo_kimi.checkpoint.checks.config import CONFIG_NAME
 from exo_kimi.checkpoint.doctor.findings import Checkup
 from exo_kimi.checkpoint.hints import (
     SECTIONS,
@@ -26,6 +25,7 @@ from exo_kimi.checkpoint.keys import canonical_path
 from exo_kimi.checkpoint.manifest import StageManifest
 from exo_kimi.checkpoint.quantization import QuantSpec, contradiction
 from exo_kimi.checkpoint.sources import ModuleSource
+from exo_kimi.checkpoint.text_files import CONFIG_NAME
 from exo_kimi.errors import QuantizationError
 
 

@@ -10,11 +10,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from exo_kimi.checkpoint.checks.config import ConfigReading
+from exo_kimi.checkpoint.doctor.checks.config import ConfigReading
 from exo_kimi.checkpoint.doctor.findings import Checkup
 from exo_kimi.checkpoint.index import HeldTensors, read_shards, sort_tensors
 from exo_kimi.checkpoint.manifest import StageManifest, examine
 from exo_kimi.checkpoint.shards import INDEX_NAME, find_shards
+from exo_kimi.checkpoint.text_files import read_json
 from exo_kimi.errors import CheckpointError, MissingTensorError, TensorFileError, UnexpectedTensorError
 
 
@@ -141,7 +142,7 @@ def _remedy(root: Path, held: HeldTensors, checkup: Checkup, change: str) -> Non
 def _metadata(root: Path) -> dict[str, Any]:
     """What the index says beside the names; an index that cannot be read says nothing that is worth keeping."""
     try:
-        metadata = json.loads((root / INDEX_NAME).read_text(encoding="utf-8"))["metadata"]
-    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        metadata = read_json(root / INDEX_NAME)["metadata"]
+    except (OSError, ValueError, KeyError, TypeError):
         return {}
     return metadata if isinstance(metadata, dict) else {}

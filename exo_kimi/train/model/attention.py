@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from exo_kimi.arch.config import KimiConfig
-from exo_kimi.train.layers import Backward, Floats, Parameters, linear, rms_norm
+from exo_kimi.train.model.layers import Backward, Floats, Parameters, linear, rms_norm
 
 Span = tuple[int, int]
 """Sequences and tokens of each: rows of the flat token list that attend together, causally."""

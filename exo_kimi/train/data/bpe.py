@@ -11,7 +11,7 @@ import regex
 
 from exo_kimi.chat.tokenizer import SPLIT_PATTERN
 from exo_kimi.checkpoint.tiny.tokenizer import learn_tokens
-from exo_kimi.train.conversations import training_conversation
+from exo_kimi.train.data.conversations import training_conversation
 
 _SPLIT = regex.compile(SPLIT_PATTERN, regex.V1)
 RANKS = 2000

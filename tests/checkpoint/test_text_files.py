@@ -1,0 +1,65 @@
+"""The JSON files of a checkpoint: read with a byte order mark too, and refused by name when they are not JSON."""
+
+from __future__ import annotations
+
+import codecs
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from exo_kimi.chat.defaults import GenerationDefaults
+from exo_kimi.chat.template import ChatTemplate
+from exo_kimi.chat.tokenizer import KimiTokenizer
+from exo_kimi.checkpoint.doctor.doctor import doctor
+from exo_kimi.checkpoint.doctor.repair import repair
+from exo_kimi.checkpoint.doctor.report import inspect
+from exo_kimi.checkpoint.index import open_index
+from exo_kimi.checkpoint.text_files import read_json, read_kimi_config
+from exo_kimi.errors import ConfigError, NotACheckpointError
+
+Make = Callable[..., Path]
+
+
+@pytest.fixture
+def marked(make: Make) -> Path:
+    """A checkpoint whose every JSON file begins with a byte order mark."""
+    directory = make(shards=2)
+    files = sorted(directory.glob("*.json"))
+    assert len(files) == 4
+    for file in files:
+        file.write_bytes(codecs.BOM_UTF8 + file.read_bytes())
+    return directory
+
+
+def test_a_byte_order_mark_is_skipped_in_every_json_file(marked: Path) -> None:
+    assert open_index(marked).config == read_kimi_config(marked)
+    assert not inspect(marked).problems
+    tokenizer = KimiTokenizer.from_directory(marked)
+    assert GenerationDefaults.from_directory(marked, tokenizer).max_context
+    assert ChatTemplate.from_directory(marked, tokenizer).render([{"role": "user", "content": "hi"}]).ids
+
+
+def test_the_doctor_warns_of_a_mark_in_config_json_and_removes_it(marked: Path) -> None:
+    diagnosis = doctor(marked)
+    assert diagnosis.healthy
+    assert [finding.error.what for finding in diagnosis.warnings] == ["config.json begins with a byte order mark"]
+    assert not repair(marked).findings
+    assert not (marked / "config.json").read_bytes().startswith(codecs.BOM_UTF8)
+
+
+@pytest.mark.parametrize("content", [b"[1, 2", b"\xff\xfe{}", b"[" * 100_000, codecs.BOM_UTF8])
+def test_what_is_not_json_is_a_value_error(tmp_path: Path, content: bytes) -> None:
+    (tmp_path / "x.json").write_bytes(content)
+    with pytest.raises(ValueError, match=r".+"):
+        read_json(tmp_path / "x.json")
+
+
+def test_a_directory_without_a_readable_config_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(NotACheckpointError, match="no such"):
+        read_kimi_config(tmp_path / "absent")
+    with pytest.raises(NotACheckpointError, match=r"config\.json"):
+        read_kimi_config(tmp_path)
+    (tmp_path / "config.json").write_text("[1, 2")
+    with pytest.raises(ConfigError, match="cannot be read"):
+        read_kimi_config(tmp_path)
