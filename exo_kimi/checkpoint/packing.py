@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import ml_dtypes
 import numpy as np
 from numpy.typing import NDArray
 
@@ -26,16 +27,15 @@ def store(values: NDArray[np.floating[Any]], dtype: str) -> StoredTensor:
     if dtype == "F16":
         return StoredTensor("F16", values.astype(np.float16))
     if dtype == "BF16":
-        bits = values.view(np.uint32)
-        return StoredTensor("BF16", ((bits + (0x7FFF + ((bits >> 16) & 1))) >> 16).astype(np.uint16))
+        return StoredTensor("BF16", values.astype(ml_dtypes.bfloat16).view(np.uint16))
     raise ValueError(f"{dtype}: a float dtype is F32, F16 or BF16")
 
 
 def restore(tensor: StoredTensor) -> Floats:
     """The float32 values of what `store` made."""
     if tensor.dtype == "BF16":
-        return (tensor.data.astype(np.uint32) << 16).view(np.float32)
-    return tensor.data.astype(np.float32)
+        return np.asarray(tensor.data.view(ml_dtypes.bfloat16), np.float32)
+    return np.asarray(tensor.data, np.float32)
 
 
 def pack_bits(codes: NDArray[np.unsignedinteger[Any]], bits: int) -> NDArray[np.uint32]:
@@ -153,23 +153,13 @@ def quantize_fp8(weight: Floats) -> tuple[NDArray[np.uint8], Floats]:
 
 
 def encode_e4m3(values: Floats) -> NDArray[np.uint8]:
-    """Float32 within +-448 to FP8 e4m3fn codes, rounded to nearest even."""
-    magnitude = np.abs(values)
-    bits = magnitude.view(np.uint32)
-    # Eight code steps an octave: keep 3 of 23 mantissa bits, and move the exponent bias from 127 to 7.
-    normal = ((bits + (0x7FFFF + ((bits >> 20) & 1))) >> 20) - (120 << 3)
-    subnormal = np.rint(magnitude * 512).astype(np.uint32)
-    codes = np.where(magnitude < 2.0**-6, subnormal, normal)
-    return (codes | np.where(np.signbit(values), 128, 0)).astype(np.uint8)
+    """FP8 e4m3fn codes of float32 values within +-448, rounded to nearest even."""
+    return values.astype(ml_dtypes.float8_e4m3fn).view(np.uint8)
 
 
 def decode_e4m3(codes: NDArray[np.uint8]) -> Floats:
-    """FP8 e4m3fn codes to float32."""
-    table = np.arange(128)
-    exponent, mantissa = table >> 3, table & 7
-    magnitude = np.where(exponent == 0, mantissa / 8 * 2.0**-6, (1 + mantissa / 8) * 2.0 ** (exponent - 7))
-    magnitude[127] = np.nan
-    return np.concatenate([magnitude, -magnitude]).astype(np.float32)[codes]
+    """The float32 values of FP8 e4m3fn codes."""
+    return np.asarray(codes.view(ml_dtypes.float8_e4m3fn), np.float32)
 
 
 def dequantize_fp8(codes: NDArray[np.uint8], scale_inv: Floats) -> Floats:

@@ -1,4 +1,4 @@
-"""The safetensors container: headers read and checked, whole files written. It knows nothing of Kimi or of quantization.
+"""The safetensors container: headers read strictly, whole files written by the safetensors library.
 
 A file is 8 bytes of little-endian header length, that many bytes of JSON, then the tensors' bytes without gap or overlap.
 
@@ -14,8 +14,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeGuard
 
+import ml_dtypes
 import numpy as np
 from numpy.typing import NDArray
+from safetensors.numpy import save
 
 from exo_kimi.errors import TensorFileError
 
@@ -30,7 +32,8 @@ MAX_HEADER_BYTES = 100_000_000  # the reference implementation's own bound: a ho
 _LENGTH_BYTES = 8
 _MAX_DIMS, _MAX_COUNT = 64, 2**63  # beyond them a number is too long to print
 _HEADER_RULE = f"a header of 2 to {MAX_HEADER_BYTES:,} bytes"
-_NUMPY_DTYPES = {"F32": "<f4", "F16": "<f2", "BF16": "<u2", "U32": "<u4", "I32": "<i4", "U8": "u1", "F8_E4M3": "u1"}
+_NUMPY_DTYPES = {"F32": np.float32, "F16": np.float16, "U32": np.uint32, "I32": np.int32, "U8": np.uint8}
+_BIT_PATTERNS = {"BF16": ml_dtypes.bfloat16, "F8_E4M3": ml_dtypes.float8_e4m3fn}
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,7 +68,7 @@ class TensorEntry:
 
 @dataclass(frozen=True, slots=True)
 class StoredTensor:
-    """An array as the file will hold it: BF16 as uint16 bit patterns, F8_E4M3 as uint8 codes."""
+    """A tensor as a file holds it, as a NumPy array: BF16 as uint16 bit patterns, F8_E4M3 as uint8 codes."""
 
     dtype: str
     data: NDArray[Any]
@@ -124,29 +127,27 @@ def read_header(path: Path) -> tuple[bytes, list[TensorEntry], list[TensorFileEr
 
 
 def write_file(path: Path, tensors: Mapping[str, StoredTensor], *, metadata: Mapping[str, str] | None = None) -> None:
-    """Write one safetensors file.
+    """Write one safetensors file, with as much memory again as its tensors take.
 
     Args:
         path: where; replaced if it exists.
         tensors: what, by name. Wider dtypes come first, so that every tensor is aligned to its element.
         metadata: the header's `__metadata__`.
+
+    Raises:
+        OSError: the file cannot be written.
     """
-    order = sorted(tensors, key=lambda name: (-BITS_PER_ELEMENT[tensors[name].dtype], name))
-    header: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
-    offset = 0
-    for name in order:
-        tensor = tensors[name]
-        end = offset + tensor.nbytes
-        header[name] = {"dtype": tensor.dtype, "shape": list(tensor.data.shape), "data_offsets": [offset, end]}
-        offset = end
-    text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % _LENGTH_BYTES)
-    with path.open("wb") as stream:
-        stream.write(len(text).to_bytes(_LENGTH_BYTES, "little"))
-        stream.write(text)
-        for name in order:
-            tensor = tensors[name]
-            stream.write(np.ascontiguousarray(tensor.data.astype(_NUMPY_DTYPES[tensor.dtype], copy=False)).data)
+    # Not safetensors' save_file: from 0.8 on it writes files that only their owner can read, and its errors have no errno.
+    path.write_bytes(
+        save({name: _as_written(tensor) for name, tensor in tensors.items()}, dict(metadata or {}) or None)
+    )
+
+
+def _as_written(tensor: StoredTensor) -> NDArray[Any]:
+    data = np.ascontiguousarray(tensor.data).reshape(tensor.data.shape)  # a scalar stays one
+    if tensor.dtype in _BIT_PATTERNS:
+        return data.view(_BIT_PATTERNS[tensor.dtype])
+    return data.astype(_NUMPY_DTYPES[tensor.dtype], copy=False)
 
 
 def _entry(path: Path, name: str, fields: object, data_start: int) -> TensorEntry | TensorFileError:
