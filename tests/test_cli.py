@@ -2,44 +2,72 @@
 
 from __future__ import annotations
 
+import ast
 import contextlib
 import inspect
 import io
 import json
+import os
 import pickle
+import shutil
 import socket
 import subprocess
 import sys
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from exo_kimi import cli
+from exo_kimi.bench.claims import plan as plan_bench
+from exo_kimi.checkpoint.tiny import make
 from exo_kimi.checkpoint.tiny.make import make_tiny
-from exo_kimi.cli.arguments import build_parser
-from exo_kimi.cli.commands import COMMANDS
+from exo_kimi.cli import commands, exo_commands, train_commands
+from exo_kimi.cli.app import command_tree
+from exo_kimi.cli.reference import cli_reference
+from exo_kimi.plugin.legacy import launch as legacy_launch
+from exo_kimi.plugin.runner import launch as runner_launch
+from exo_kimi.serve import launch
+from exo_kimi.serve.launch import ServeOptions
 
 ROOT = Path(__file__).parents[1]
-REQUIRED = {
-    "tiny": ("DIR",),
-    "inspect": ("DIR",),
-    "serve": ("DIR",),
-    "stage": ("--listen", "127.0.0.1:0"),
-    "layer": ("DIR", "0"),
-    "plan": ("DIR", "--cluster", "m3-ultra-512"),
-    "doctor": ("DIR",),
-    "bench": ("plan",),
-    "exo-legacy": ("--plan", "PLAN"),
-    "train tiny": ("DIR",),
-    "train compare": (),
-    "train requantize": ("DIR", "OUT"),
-    "eval": ("DIR",),
-    "exo plan": ("DIR",),
-    "exo apply": ("PLAN",),
-    "exo prepare": ("DIR", "--models-dir", "DIR"),
-}
+COMMANDS = (
+    "demo",
+    "chat",
+    "plan",
+    "machine",
+    "serve",
+    "stage",
+    "inspect",
+    "doctor",
+    "layer",
+    "tiny",
+    "bench",
+    "eval",
+    "train tiny",
+    "train compare",
+    "train requantize",
+    "exo status",
+    "exo plan",
+    "exo apply",
+    "exo prepare",
+    "exo run",
+    "exo-legacy",
+)
+NOT_FOR_A_PLAN = (
+    "mlx",
+    "mlx_lm",
+    "exo_kimi.train",
+    "exo_kimi.bench",
+    "exo_kimi.serve",
+    "fastapi",
+    "uvicorn",
+    "zmq",
+    "rich",
+)
 
 
 @pytest.fixture(scope="module")
@@ -80,27 +108,121 @@ def assert_refused(result: Result, *named: str) -> None:
     output = result.stderr + result.stdout
     assert result.returncode not in (0, 130), output
     assert "Traceback" not in output, output
-    assert result.stderr.count("exo-kimi: ") == 1 or "problem" in result.stdout or "usage:" in result.stderr, output
+    assert result.stderr.count("exo-kimi: ") == 1 or "problem" in result.stdout, output
     for word in named:
         assert word in output, output
 
 
+def commands_of(command: Any, path: str = "") -> dict[str, Any]:
+    """Every command that is not a group, by the words that call it."""
+    children = getattr(command, "commands", None)
+    if children is None:
+        return {path: command}
+    return {
+        name: found
+        for key, child in children.items()
+        for name, found in commands_of(child, f"{path} {key}".strip()).items()
+    }
+
+
+def imported_by(*arguments: str) -> set[str]:
+    """The modules that are loaded once a command has ended."""
+    code = "import sys; from exo_kimi.cli import main; main(sys.argv[1:]); print('\\n' + ' '.join(sys.modules))"
+    command = [sys.executable, "-c", code, *arguments]
+    found = subprocess.run(command, capture_output=True, text=True, timeout=120, cwd=ROOT, check=True).stdout
+    return set(found.splitlines()[-1].split())
+
+
 def test_commands_are_at_most_fifteen_lines_each() -> None:
-    lengths = {name: len(inspect.getsource(function).splitlines()) for name, function in COMMANDS.items()}
-    assert len(lengths) >= 16
-    assert {name: length for name, length in lengths.items() if length > 15} == {}
+    """Of a command's body: the signature is the list of its options."""
+    for module in (commands, exo_commands, train_commands):
+        for node in ast.parse(inspect.getsource(module)).body:
+            if isinstance(node, ast.FunctionDef):
+                assert (node.end_lineno or 0) - node.body[0].lineno < 15, node.name
 
 
-def test_every_command_of_the_parser_has_a_function() -> None:
-    for name in COMMANDS:
-        assert build_parser().parse_args([*name.split(), *REQUIRED.get(name, ())]).command == name
+def test_the_commands_are_these() -> None:
+    assert set(commands_of(command_tree())) == set(COMMANDS)
 
 
 @pytest.mark.parametrize("command", sorted(COMMANDS))
 def test_every_command_explains_itself(command: str) -> None:
     result = run(*command.split(), "--help")
     assert result.returncode == 0
-    assert f"usage: exo-kimi {command}" in result.stdout
+    assert f"Usage: exo-kimi {command}" in result.stdout if command != "bench" else "NAME" in result.stdout
+
+
+def test_every_option_of_serve_is_in_a_panel() -> None:
+    serve = commands_of(command_tree())["serve"]
+    panels = Counter(option.rich_help_panel for option in serve.params if option.param_type_name == "option")
+    assert set(panels) == {"Model and split", "Memory", "Prefix cache", "Network and keys", "Speculation"}
+
+
+@pytest.mark.parametrize("group", [(), ("exo",), ("train",)])
+def test_a_group_without_a_command_shows_its_help(group: tuple[str, ...]) -> None:
+    """On the standard output, for a reader; the exit status says that nothing was done, for a script."""
+    result = run(*group)
+    assert (result.returncode, result.stderr) == (2, "")
+    assert f"Usage: {' '.join(('exo-kimi', *group))} [OPTIONS] COMMAND" in result.stdout
+
+
+@pytest.mark.parametrize(
+    ("words", "meant"), [(("serv",), "serve"), (("exo", "stats"), "status"), (("serve", "x", "--prot", "1"), "--port")]
+)
+def test_a_mistyped_word_is_answered_with_what_was_meant(words: Sequence[str], meant: str) -> None:
+    result = run(*words)
+    assert result.returncode == 2
+    assert meant in result.stderr
+    assert result.stderr.count("exo-kimi: ") == 1
+
+
+def test_the_help_in_markdown_names_every_command_and_option() -> None:
+    page = cli_reference()
+    for path, command in commands_of(command_tree()).items():
+        section = page.partition(f"## `exo-kimi {path}`\n")[2].partition("\n## ")[0]
+        assert command.params or path == "status", path
+        for parameter in command.params:
+            assert all(name in section for name in parameter.opts) or parameter.metavar in section, (
+                path,
+                parameter.name,
+            )
+    assert "\x1b" not in page
+    assert all(
+        option.metavar is not None for command in commands_of(command_tree()).values() for option in command.params
+    )
+
+
+def test_completion_is_installed_and_completes(tmp_path: Path) -> None:
+    bash = shutil.which("bash")
+    if bash is None:
+        pytest.skip("no bash")
+    environment = {**os.environ, "HOME": str(tmp_path), "_TYPER_COMPLETE_TEST_DISABLE_SHELL_DETECTION": "1"}
+    script = "import sys; sys.argv[0] = 'exo-kimi'; from exo_kimi.cli import main; sys.exit(main())"
+
+    def call(*words: str, **extra: str) -> str:
+        command = [sys.executable, "-c", script, *words]
+        options: dict[str, Any] = {"capture_output": True, "text": True, "timeout": 120, "cwd": ROOT, "check": True}
+        return subprocess.run(command, env=environment | extra, **options).stdout
+
+    assert "bash completion installed" in call("--install-completion", "bash")
+    installed = tmp_path / ".bash_completions" / "exo-kimi.sh"
+    assert subprocess.run([bash, "-n", str(installed)], check=False).returncode == 0
+    assert str(installed) in (tmp_path / ".bashrc").read_text()
+    asked = {"_EXO_KIMI_COMPLETE": "complete_bash", "COMP_CWORD": "1"}
+    assert call(**asked, COMP_WORDS="exo-kimi ser").split() == ["serve"]
+    asked["COMP_CWORD"] = "3"
+    assert "--prefill-chunk" in call(**asked, COMP_WORDS="exo-kimi serve DIR --pre").split()
+
+
+def test_the_version_loads_nothing_that_it_does_not_need() -> None:
+    loaded = imported_by("--version")
+    assert loaded & {"typer", "click", "pydantic", "numpy", *NOT_FOR_A_PLAN} == set()
+
+
+def test_a_plan_loads_no_framework() -> None:
+    loaded = imported_by("plan", "--model", "kimi-k2-thinking", "--cluster", "m3-ultra-512, m3-ultra-512")
+    assert "exo_kimi.planner.command" in loaded
+    assert loaded & set(NOT_FOR_A_PLAN) == set()
 
 
 def test_the_version_is_the_packages() -> None:
@@ -110,7 +232,6 @@ def test_the_version_is_the_packages() -> None:
 @pytest.mark.parametrize(
     ("arguments", "named"),
     [
-        ((), "COMMAND"),
         (("fly",), "fly"),
         (("serve",), "DIR"),
         (("serve", "x", "--port", "99999"), "99999"),
@@ -215,7 +336,10 @@ def test_tiny_writes_what_inspect_and_layer_read(tmp_path: Path, layout: str) ->
 
 def test_an_empty_key_in_the_environment_is_no_key(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("EXO_KIMI_API_KEY", "")
-    assert build_parser().parse_args(["serve", "x"]).api_key is None
+    served: list[ServeOptions] = []
+    monkeypatch.setattr(launch, "serve", served.append)
+    assert run("serve", "x").returncode == 0
+    assert served[0].api_key is None
 
 
 def test_a_place_that_cannot_be_written(tmp_path: Path) -> None:
@@ -281,6 +405,21 @@ def test_a_mistake_ends_the_program_without_a_traceback(tmp_path: Path) -> None:
 
 def test_an_unexpected_error_is_not_hidden(monkeypatch: pytest.MonkeyPatch) -> None:
     """Only our own errors become one line; a bug keeps its traceback."""
-    monkeypatch.setitem(COMMANDS, "tiny", lambda _: 1 // 0)
+    monkeypatch.setattr(make, "make_tiny", lambda *_, **__: 1 // 0)
     with pytest.raises(ZeroDivisionError):
         cli.main(["tiny", "x"])
+
+
+def test_what_follows_belongs_to_the_other_program(monkeypatch: pytest.MonkeyPatch) -> None:
+    told: list[object] = []
+    monkeypatch.setattr(runner_launch, "run", lambda rest, *, options: told.append((rest, options.context)))
+    monkeypatch.setattr(legacy_launch, "run", lambda options, rest: told.append((rest, str(options.plan))))
+    monkeypatch.setattr(plan_bench, "main", told.append)
+    run("exo", "run", "--context", "512", "--", "--force-master", "--context", "9")
+    run("exo-legacy", "--plan", "PLAN", "--", "--node-id", "m3", "--plan")
+    run("bench", "plan", "--stages", "2", "--help")
+    assert told == [
+        (["--force-master", "--context", "9"], 512),
+        (["--node-id", "m3", "--plan"], "PLAN"),
+        ["--stages", "2", "--help"],
+    ]

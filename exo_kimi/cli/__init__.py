@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import os
 import sys
 from collections.abc import Sequence
@@ -12,16 +11,14 @@ from exo_kimi.errors import ExoKimiError, UsageError
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit status: 0 done, 1 failed, 2 wrong usage, 130 interrupted."""
-    from exo_kimi.cli.arguments import build_parser
-    from exo_kimi.cli.commands import COMMANDS
-
-    if isinstance(
-        sys.stdout, io.TextIOWrapper
-    ):  # a file's name, or a model's text, may not fit the terminal's encoding
-        sys.stdout.reconfigure(errors="backslashreplace")
+    words = sys.argv[1:] if argv is None else list(argv)
     try:
-        arguments = build_parser().parse_args(argv)
-        return COMMANDS[arguments.command](arguments)
+        if words == ["--version"]:  # scripts ask it often, and typer takes longer to import than to answer
+            print_version()
+            return 0
+        from exo_kimi.cli.app import run
+
+        return run(words)
     except ExoKimiError as error:
         print(f"exo-kimi: {error}", file=sys.stderr)
         return 2 if isinstance(error, UsageError) else 1
@@ -30,3 +27,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
+
+
+def print_version() -> None:
+    """Print the package's name and version."""
+    import exo_kimi
+
+    print(f"exo-kimi {exo_kimi.__version__}")

@@ -1,157 +1,498 @@
-"""The commands, each a call of one room's function; they know nothing of how things work.
+"""The commands, each a call of one room's function.
 
 Frameworks are imported inside the commands, so that `--help` and a mistyped option answer at once.
 """
 
 from __future__ import annotations
 
-import argparse
 import logging
 import os
 import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal, get_args
 
-from exo_kimi.cli import exo_commands, train_commands
 from exo_kimi.cli.output import write_text
+from exo_kimi.cli.values import (
+    DEFAULT_PORT,
+    Dtype,
+    KvBits,
+    Objective,
+    argument,
+    byte_count,
+    counts,
+    deadline,
+    flag,
+    guesses,
+    key,
+    one_of,
+    option,
+    port,
+    positive,
+    whole,
+)
 
-Command = Callable[[argparse.Namespace], int]
+Layout = Literal["mlx", "int4", "fp8", "bf16"]
+Link = Literal["zmq", "ring", "jaccl"]
+Bench = Literal[  # modules of exo_kimi.bench, with - for _
+    "all",
+    "attention",
+    "cache-8bit",
+    "conformance",
+    "exo",
+    "kv-b",
+    "link_speed",
+    "load",
+    "pipeline",
+    "plan",
+    "prefill-memory",
+    "prefix-restart",
+    "router",
+    "speculation",
+    "step",
+    "turns",
+]
+BENCHES: tuple[str, ...] = get_args(Bench)
+
+Directory = Annotated[Path, argument("DIR", "a checkpoint")]
+SPLIT, MEMORY, PREFIXES = "Model and split", "Memory", "Prefix cache"
+NETWORK, SPEED, WORKLOAD, OUTPUT = "Network and keys", "Speculation", "Workload", "Output"
 
 
-def _demo(arguments: argparse.Namespace) -> int:
+def demo(
+    stages: Annotated[int, option("--stages", parser=positive, metavar="N", help="stage processes (default 2)")] = 2,
+    host: Annotated[str, option("--host", metavar="HOST", help="address of the API (default 127.0.0.1)")] = "127.0.0.1",
+    api_port: Annotated[
+        int, option("--port", parser=port, metavar="PORT", help=f"port of the API (default {DEFAULT_PORT})")
+    ] = DEFAULT_PORT,
+    once: Annotated[bool, flag("--once", help="stop after the chat instead of serving on")] = False,
+) -> None:
+    """The tiny trained model, two local stages, a chat with a tool, then an open server."""
     from exo_kimi.client.demo import demo
 
-    demo(stages=arguments.stages, host=arguments.host, port=arguments.port, once=arguments.once)
-    return 0
+    demo(stages=stages, host=host, port=api_port, once=once)
 
 
-def _serve(arguments: argparse.Namespace) -> int:
-    from exo_kimi.serve.launch import ServeOptions, serve
-
-    _log_to_stderr()
-    options = {name: value for name, value in vars(arguments).items() if name != "command"}
-    serve(ServeOptions(**options))
-    return 0
-
-
-def _stage(arguments: argparse.Namespace) -> int:
-    from exo_kimi.runtime.stage.process import serve_stage
-
-    _log_to_stderr()
-    key = os.environ.get("EXO_KIMI_KEY")
-    serve_stage(arguments.listen, model=arguments.model, key_file=arguments.key_file, environment_key=key)
-    return 0
-
-
-def _tiny(arguments: argparse.Namespace) -> int:
+def tiny(
+    directory: Annotated[Path, argument("DIR", "a new or empty directory")],
+    layout: Annotated[Layout, option("--layout", metavar=one_of(Layout), help="weight layout (default mlx)")] = "mlx",
+    recipe: Annotated[
+        str | None,
+        option("--recipe", metavar="NAME", help="bits per module of the mlx layout (default mixed346)"),
+    ] = None,
+    seed: Annotated[int, option("--seed", parser=whole, metavar="N", help="seed of the weights (default 0)")] = 0,
+    absorbed: Annotated[bool, flag("--absorbed", help="write embed_q and unembed_out instead of kv_b_proj")] = False,
+    prefix: Annotated[bool, flag("--prefix", help="write keys under language_model., as K2.5 and later")] = False,
+    shards: Annotated[
+        int,
+        option("--shards", parser=positive, metavar="N", help="safetensors files (default 2; 1 writes no index)"),
+    ] = 2,
+) -> None:
+    """Write a small random Kimi K2 in a published on-disk format."""
+    options: dict[str, Any] = locals()
     from exo_kimi.checkpoint.tiny.make import make_tiny
 
-    path = make_tiny(
-        arguments.directory,
-        layout=arguments.layout,
-        recipe=arguments.recipe,
-        seed=arguments.seed,
-        absorbed=arguments.absorbed,
-        prefix=arguments.prefix,
-        shards=arguments.shards,
-    )
-    print(f"a tiny Kimi K2 ({arguments.layout}) is in {path}")
-    return 0
+    path = make_tiny(**options)
+    print(f"a tiny Kimi K2 ({layout}) is in {path}")
 
 
-def _inspect(arguments: argparse.Namespace) -> int:
+def inspect(
+    directory: Directory,
+    json: Annotated[bool, flag("--json", help="one JSON document instead of text")] = False,
+) -> int:
+    """What a checkpoint holds: architecture, bytes, bits, problems."""
     from exo_kimi.checkpoint.doctor.report import inspect
 
-    report = inspect(arguments.directory)
-    print(report.to_json() if arguments.json else report.to_text())
+    report = inspect(directory)
+    print(report.to_json() if json else report.to_text())
     return 1 if report.problems else 0
 
 
-def _chat(arguments: argparse.Namespace) -> int:
+def serve(
+    directory: Directory,
+    split: Annotated[
+        str | None,
+        option(
+            "--split",
+            metavar="N,N,...",
+            help="layers per stage, such as 44,17 (default: balanced by bytes)",
+            panel=SPLIT,
+        ),
+    ] = None,
+    plan: Annotated[
+        Path | None, option("--plan", metavar="PLAN.json", help="the split of an `exo-kimi plan` file", panel=SPLIT)
+    ] = None,
+    stages: Annotated[
+        int | None,
+        option(
+            "--stages",
+            parser=positive,
+            metavar="N",
+            help="number of stages (default 2, or one local and every --stage)",
+            panel=SPLIT,
+        ),
+    ] = None,
+    stage: Annotated[
+        list[str],
+        option(
+            "--stage",
+            metavar="ADDR",
+            help="a running `exo-kimi stage`; repeat for more, last layers last",
+            panel=SPLIT,
+        ),
+    ] = [],  # noqa: B006 (typer's way to say none)
+    context: Annotated[
+        int | None,
+        option(
+            "--context",
+            parser=positive,
+            metavar="N",
+            help="tokens of one request at most (default: the model's)",
+            panel=SPLIT,
+        ),
+    ] = None,
+    model_id: Annotated[
+        str | None,
+        option(
+            "--model-id",
+            metavar="NAME",
+            help="the model's name in the API (default: the directory's name)",
+            panel=SPLIT,
+        ),
+    ] = None,
+    dtype: Annotated[
+        Dtype | None,
+        option("--dtype", metavar=one_of(Dtype), help="of activations and KV (default: as stored)", panel=MEMORY),
+    ] = None,
+    kv_bytes: Annotated[
+        int | None,
+        option(
+            "--kv-bytes",
+            parser=byte_count,
+            metavar="SIZE",
+            help="KV memory of each stage (default: what is free)",
+            panel=MEMORY,
+        ),
+    ] = None,
+    kv_bits: Annotated[
+        KvBits | None,
+        option(
+            "--kv-bits", metavar=one_of(KvBits), help="bits of the KV cache (default: those of the dtype)", panel=MEMORY
+        ),
+    ] = None,
+    prefill_chunk: Annotated[
+        int | None,
+        option("--prefill-chunk", parser=positive, metavar="N", help="prompt tokens of one step at most", panel=MEMORY),
+    ] = None,
+    queue_limit: Annotated[
+        int | None,
+        option("--queue-limit", parser=positive, metavar="N", help="requests that may wait", panel=MEMORY),
+    ] = None,
+    prefix_cache_bytes: Annotated[
+        int | None,
+        option(
+            "--prefix-cache-bytes",
+            parser=byte_count,
+            metavar="SIZE",
+            help="KV memory of each stage for prompts answered before (default: all that is left; 0: none)",
+            panel=PREFIXES,
+        ),
+    ] = None,
+    prefix_disk_bytes: Annotated[
+        int | None,
+        option(
+            "--prefix-disk-bytes",
+            parser=byte_count,
+            metavar="SIZE",
+            help="the same on each stage's disk, where it outlives restarts (default: none)",
+            panel=PREFIXES,
+        ),
+    ] = None,
+    prefix_dir: Annotated[
+        Path | None,
+        option(
+            "--prefix-dir",
+            metavar="DIR",
+            help="where on the disk (default: in the user's cache directory)",
+            panel=PREFIXES,
+        ),
+    ] = None,
+    host: Annotated[
+        str,
+        option(
+            "--host", metavar="HOST", help="address of the API (default 127.0.0.1: this machine only)", panel=NETWORK
+        ),
+    ] = "127.0.0.1",
+    port: Annotated[
+        int,
+        option("--port", parser=port, metavar="PORT", help=f"port of the API (default {DEFAULT_PORT})", panel=NETWORK),
+    ] = DEFAULT_PORT,
+    api_key: Annotated[
+        str | None,
+        option(
+            "--api-key",
+            parser=key,
+            metavar="KEY",
+            envvar="EXO_KIMI_API_KEY",
+            help="required of clients (or EXO_KIMI_API_KEY)",
+            panel=NETWORK,
+        ),
+    ] = None,
+    key_file: Annotated[
+        Path | None,
+        option(
+            "--key-file",
+            metavar="FILE",
+            help="cluster key for stages on other machines (or EXO_KIMI_KEY)",
+            panel=NETWORK,
+        ),
+    ] = None,
+    link: Annotated[
+        Link | None,
+        option(
+            "--link",
+            metavar=one_of(Link),
+            help="how hidden states travel: ZeroMQ, or unencrypted over mx.distributed's ring or jaccl (RDMA, unproven) "
+            "(default: the plan's, else zmq)",
+            panel=NETWORK,
+        ),
+    ] = None,
+    stall_deadline: Annotated[
+        float,
+        option(
+            "--stall-deadline",
+            parser=deadline,
+            metavar="TIME",
+            help="silence of a stage (default 30s)",
+            panel=NETWORK,
+        ),
+    ] = 30.0,
+    speculate: Annotated[
+        Any,
+        option(
+            "--speculate",
+            parser=guesses,
+            metavar="off|auto|K",
+            help="guess tokens from the text so far: where it saves bytes (default), or up to K whenever it repeats",
+            panel=SPEED,
+        ),
+    ] = "auto",
+) -> None:
+    """Serve a checkpoint, split over stages, behind a ChatGPT-compatible API."""
+    options: dict[str, Any] = locals()
+    from exo_kimi.serve.launch import ServeOptions, serve
+
+    _log_to_stderr()
+    serve(ServeOptions(**options))
+
+
+def stage(
+    listen: Annotated[str, option("--listen", metavar="ADDR", help="HOST:PORT to listen on")],
+    model: Annotated[
+        Path | None,
+        option("--model", metavar="DIR", help="the checkpoint here (default: the path the server names)"),
+    ] = None,
+    key_file: Annotated[
+        Path | None,
+        option("--key-file", metavar="FILE", help="cluster key; made when there is none (or EXO_KIMI_KEY)"),
+    ] = None,
+) -> None:
+    """A stage on this machine, for `serve --stage ADDR` on another."""
+    from exo_kimi.runtime.stage.process import serve_stage
+
+    _log_to_stderr()
+    model_path = str(model) if model else None
+    serve_stage(listen, model=model_path, key_file=key_file, environment_key=os.environ.get("EXO_KIMI_KEY"))
+
+
+def chat(
+    url: Annotated[
+        str, option("--url", metavar="URL", help="the server (default: this machine)")
+    ] = f"http://127.0.0.1:{DEFAULT_PORT}",
+    model: Annotated[
+        str | None,
+        option("--model", metavar="ID", help="the model's id (default: the first that the server lists)"),
+    ] = None,
+    api_key: Annotated[
+        str | None,
+        option(
+            "--api-key",
+            parser=key,
+            metavar="KEY",
+            envvar="EXO_KIMI_API_KEY",
+            help="the server's key (or EXO_KIMI_API_KEY)",
+        ),
+    ] = None,
+    system: Annotated[str | None, option("--system", metavar="TEXT", help="a system prompt")] = None,
+) -> None:
+    """A terminal chat against any ChatGPT-compatible server."""
     from exo_kimi.client.terminal import chat
 
-    chat(arguments.url, model=arguments.model, api_key=arguments.api_key, system=arguments.system)
-    return 0
+    chat(url, model=model, api_key=api_key, system=system)
 
 
-def _layer(arguments: argparse.Namespace) -> int:
+def layer(
+    directory: Directory,
+    index: Annotated[int, argument("N", "layer index, from 0", parser=whole)],
+    tokens: Annotated[
+        int, option("--tokens", parser=positive, metavar="N", help="prompt tokens of the run (default 32)")
+    ] = 32,
+    dtype: Annotated[
+        Dtype | None, option("--dtype", metavar=one_of(Dtype), help="of activations (default: as stored)")
+    ] = None,
+) -> None:
+    """Load one layer, run it, report shapes, time and peak memory."""
     from exo_kimi.runtime.loading.single_layer import run_layer
 
-    print(run_layer(arguments.directory, arguments.layer, tokens=arguments.tokens, dtype=arguments.dtype).to_text())
-    return 0
+    print(run_layer(directory, index, tokens=tokens, dtype=dtype).to_text())
 
 
-def _plan(arguments: argparse.Namespace) -> int:
+def plan(
+    cluster: Annotated[
+        str,
+        option("--cluster", metavar="CLUSTER", help='cluster.toml, or a list such as "m3-ultra-512, m2-ultra-192"'),
+    ],
+    directory: Annotated[Path | None, argument("DIR", "a checkpoint; its headers give the bytes")] = None,
+    model: Annotated[
+        str | None,
+        option("--model", metavar="NAME", help="a published model instead of DIR, before downloading anything"),
+    ] = None,
+    recipe: Annotated[
+        str | None,
+        option(
+            "--recipe",
+            metavar="RECIPE",
+            help="bits per module of --model: a name or a TOML file (default: as published)",
+        ),
+    ] = None,
+    context: Annotated[
+        int | None,
+        option(
+            "--context", parser=positive, metavar="N", help="tokens of one sequence (default 40960)", panel=WORKLOAD
+        ),
+    ] = None,
+    concurrency: Annotated[
+        int | None,
+        option("--concurrency", parser=positive, metavar="N", help="sequences at once (default 1)", panel=WORKLOAD),
+    ] = None,
+    objective: Annotated[
+        Objective,
+        option("--objective", metavar=one_of(Objective), help="what is minimised (default request)", panel=WORKLOAD),
+    ] = "request",
+    prompt_tokens: Annotated[
+        int | None,
+        option(
+            "--prompt-tokens",
+            parser=positive,
+            metavar="N",
+            help="of the request that is timed (default 4096)",
+            panel=WORKLOAD,
+        ),
+    ] = None,
+    new_tokens: Annotated[
+        int | None,
+        option("--new-tokens", parser=positive, metavar="N", help="that it generates (default 512)", panel=WORKLOAD),
+    ] = None,
+    raise_limits: Annotated[
+        bool, flag("--raise-limits", help="count on raised wired limits; the sysctl lines are shown")
+    ] = False,
+    kv_bits: Annotated[
+        KvBits | None,
+        option("--kv-bits", metavar=one_of(KvBits), help="bits of the KV cache, as serve's (default: 16)"),
+    ] = None,
+    split: Annotated[
+        Sequence[int] | None,
+        option("--split", parser=counts, metavar="N,N,...", help="judge this split instead of searching"),
+    ] = None,
+    explained: Annotated[
+        bool, flag("--explain", help="why this split, what binds, and what would change it", panel=OUTPUT)
+    ] = False,
+    output: Annotated[
+        Path | None,
+        option("-o", "--output", metavar="PLAN.json", help="write the plan, for `serve --plan`", panel=OUTPUT),
+    ] = None,
+    svg: Annotated[
+        Path | None, option("--svg", metavar="FILE", help="write the picture of the plan", panel=OUTPUT)
+    ] = None,
+) -> None:
+    """An exact split over the machines you have, what it takes and how fast it will be."""
+    options: dict[str, Any] = {name: value for name, value in locals().items() if name not in ("output", "svg")}
     from exo_kimi.planner.command import plan_answer
 
-    options = {name: value for name, value in vars(arguments).items() if name not in ("command", "output", "svg")}
     answer = plan_answer(**options)
     print(answer.text)
-    if arguments.output:
-        write_text(arguments.output, answer.plan.to_json(), option="-o")
-    if arguments.svg:
-        write_text(arguments.svg, answer.svg, option="--svg")
-    return 0
+    if output:
+        write_text(output, answer.plan.to_json(), option="-o")
+    if svg:
+        write_text(svg, answer.svg, option="--svg")
 
 
-def _machine(arguments: argparse.Namespace) -> int:
+def machine(
+    measured: Annotated[bool, flag("--measure", help="measure bandwidth, compute and overhead (a minute)")] = False,
+    link: Annotated[
+        str | None,
+        option(
+            "--link",
+            metavar="HOST:PORT",
+            help="measure the network to a machine that runs `exo-kimi bench link_speed --listen`",
+        ),
+    ] = None,
+    output: Annotated[Path | None, option("-o", "--output", metavar="FILE", help="write the profile as TOML")] = None,
+) -> None:
+    """This machine's profile for `plan`: declared from the chip, or measured."""
     from exo_kimi.planner.machines.local import local_profile
     from exo_kimi.planner.machines.profile_text import profile_answer, profile_toml
 
-    if arguments.link:
-        return _link(arguments.link)
-    if arguments.measure:
-        from exo_kimi.bench.claims.machine import measure
-    table = measure() if arguments.measure else local_profile()
+    if link:
+        _measure_link(link)
+        return
+    table = _measure() if measured else local_profile()
     print(profile_answer(table), end="")
-    if arguments.output:
-        write_text(arguments.output, profile_toml(table), option="-o")
-    return 0
+    if output:
+        write_text(output, profile_toml(table), option="-o")
 
 
-def _link(address: str) -> int:
-    from exo_kimi.bench.claims.link_speed import main
-
-    main([address])
-    return 0
-
-
-def _doctor(arguments: argparse.Namespace) -> int:
+def doctor(
+    directory: Directory,
+    fix: Annotated[bool, flag("--fix", help="write what can be derived, with backups; never weights")] = False,
+    deep: Annotated[bool, flag("--deep", help="also read the weights and look for NaN and infinity")] = False,
+    json: Annotated[bool, flag("--json", help="one JSON document instead of text")] = False,
+) -> int:
+    """Everything that is wrong with a checkpoint directory, and a repair of config files."""
     from exo_kimi.checkpoint.doctor.doctor import doctor
     from exo_kimi.checkpoint.doctor.repair import repair
 
-    diagnosis = (repair if arguments.fix else doctor)(arguments.directory, deep=arguments.deep)
-    print(diagnosis.to_json() if arguments.json else diagnosis.to_text())
+    diagnosis = (repair if fix else doctor)(directory, deep=deep)
+    print(diagnosis.to_json() if json else diagnosis.to_text())
     return 0 if diagnosis.healthy else 1
 
 
-def _bench(arguments: argparse.Namespace) -> int:
+def bench(
+    name: Annotated[Bench, argument("NAME", f"which claim: {', '.join(BENCHES)}")],
+    rest: Annotated[list[str], argument("...", "options of that benchmark")] = [],  # noqa: B006
+) -> int:
+    """Measure a claim: a table, then one JSON line."""
     from importlib import import_module
 
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # the servers and nodes that it started end with it
-    module = "all" if arguments.name == "all" else f"claims.{arguments.name.replace('-', '_')}"
-    status = import_module(f"exo_kimi.bench.{module}").main(arguments.rest)
-    return int(status or 0)
+    module = "all" if name == "all" else f"claims.{name.replace('-', '_')}"
+    return int(import_module(f"exo_kimi.bench.{module}").main(rest) or 0)
+
+
+def _measure() -> Any:
+    from exo_kimi.bench.claims.machine import measure
+
+    return measure()
+
+
+def _measure_link(address: str) -> None:
+    from exo_kimi.bench.claims.link_speed import main
+
+    main([address])
 
 
 def _log_to_stderr() -> None:
     """For the commands that stay: what happened to the stages, with the time, apart from what they print."""
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s", stream=sys.stderr)
     logging.getLogger("httpx").setLevel(logging.WARNING)
-
-
-COMMANDS: dict[str, Command] = {
-    "demo": _demo,
-    "tiny": _tiny,
-    "inspect": _inspect,
-    "serve": _serve,
-    "stage": _stage,
-    "chat": _chat,
-    "layer": _layer,
-    "plan": _plan,
-    "machine": _machine,
-    "doctor": _doctor,
-    "bench": _bench,
-    **train_commands.COMMANDS,
-    **exo_commands.COMMANDS,
-}

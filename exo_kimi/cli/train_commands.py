@@ -2,49 +2,90 @@
 
 from __future__ import annotations
 
-import argparse
 import sys
-from collections.abc import Callable
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from exo_kimi.cli.values import argument, one_of, option, positive, rates, share, whole
+
+Matrices = Literal["muon", "adamw"]
 
 
-def _tiny(arguments: argparse.Namespace) -> int:
+def tiny(
+    directory: Annotated[Path, argument("DIR", "new, or of an interrupted training")],
+    steps: Annotated[
+        int | None,
+        option("--steps", parser=positive, metavar="N", help="updates (default: those of the shipped model)"),
+    ] = None,
+    matrices: Annotated[
+        Matrices | None, option("--matrices", metavar=one_of(Matrices), help="optimizer of the matrices (default muon)")
+    ] = None,
+    aware_share: Annotated[
+        float | None,
+        option(
+            "--aware-share",
+            parser=share,
+            metavar="X",
+            help="of the steps, the last, with INT4 experts; 0: rounded at the end",
+        ),
+    ] = None,
+    seed: Annotated[int, option("--seed", parser=whole, metavar="N", help="of weights and texts (default 0)")] = 0,
+) -> None:
+    """From nothing to a native INT4 checkpoint; run it again to go on."""
     from exo_kimi.train.command import train_tiny
     from exo_kimi.train.recipe import Recipe
 
-    options = ("steps", "matrices", "aware_share")
-    given = {name: getattr(arguments, name) for name in options if getattr(arguments, name) is not None}
-    print(train_tiny(arguments.directory, Recipe(seed=arguments.seed, **given)).to_text())
-    return 0
+    options: dict[str, Any] = {"steps": steps, "matrices": matrices, "aware_share": aware_share}
+    given = {name: value for name, value in options.items() if value is not None}
+    print(train_tiny(directory, Recipe(seed=seed, **given)).to_text())
 
 
-def _compare(arguments: argparse.Namespace) -> int:
+def compare(
+    steps: Annotated[
+        int, option("--steps", parser=positive, metavar="N", help="updates of each run (default 200)")
+    ] = 200,
+    tried: Annotated[
+        Sequence[float],
+        option("--rates", parser=rates, metavar="R,R", help="rates to try (default 0.002,0.004,0.008)"),
+    ] = (0.002, 0.004, 0.008),
+    seeds: Annotated[int, option("--seeds", parser=positive, metavar="N", help="seeds of each rate (default 1)")] = 1,
+) -> None:
+    """AdamW and Muon on the same budget and texts, a smaller model."""
     from exo_kimi.train.compare import compare
 
-    print(compare(arguments.steps, arguments.rates, range(arguments.seeds)).to_text())
-    return 0
+    print(compare(steps, tried, range(seeds)).to_text())
 
 
-def _requantize(arguments: argparse.Namespace) -> int:
+def requantize(
+    directory: Annotated[Path, argument("DIR", "a checkpoint in any layout, small enough for memory")],
+    output: Annotated[Path, argument("OUT", "a new directory")],
+    recipe: Annotated[
+        str,
+        option("--recipe", metavar="NAME", help="bits per module (default mixed346: experts 3 and 4, rest 6)"),
+    ] = "mixed346",
+) -> None:
+    """Any Kimi checkpoint in MLX's layout with other bits."""
     from exo_kimi.train.export import requantize
 
-    requantize(arguments.directory, arguments.output, recipe=arguments.recipe)
-    print(f"{arguments.recipe} is in {arguments.output}")
-    return 0
+    requantize(directory, output, recipe=recipe)
+    print(f"{recipe} is in {output}")
 
 
-def _eval(arguments: argparse.Namespace) -> int:
+def evaluate(
+    directory: Annotated[Path, argument("DIR", "a checkpoint")],
+    against: Annotated[
+        Path | None, option("--against", metavar="DIR2", help="a reference: adds KL and shared choices")
+    ] = None,
+    count: Annotated[
+        int, option("--count", parser=positive, metavar="N", help="questions of each task (default 100)")
+    ] = 100,
+    seed: Annotated[int, option("--seed", parser=whole, metavar="N", help="of the questions (default 0)")] = 0,
+    wrong: Annotated[int, option("--wrong", parser=whole, metavar="N", help="wrong answers to show (default 0)")] = 0,
+) -> None:
+    """Ask a checkpoint held-out questions: right answers, tool calls, perplexity."""
     from exo_kimi.train.evaluation.evaluate import evaluate
 
-    options = {"against": arguments.against, "count": arguments.count, "seed": arguments.seed}
-    report = evaluate(arguments.directory, say=lambda text: print(text, file=sys.stderr), **options)
-    print(report.to_text(arguments.wrong))
+    report = evaluate(directory, say=lambda text: print(text, file=sys.stderr), against=against, count=count, seed=seed)
+    print(report.to_text(wrong))
     print(report.to_json())
-    return 0
-
-
-COMMANDS: dict[str, Callable[[argparse.Namespace], int]] = {
-    "train tiny": _tiny,
-    "train compare": _compare,
-    "train requantize": _requantize,
-    "eval": _eval,
-}

@@ -1,81 +1,145 @@
-"""How the words of a command line are read; a mistyped one is told in one line."""
+"""How the words of a command line are read: parsers of values, and how an option is declared."""
 
 from __future__ import annotations
 
-import argparse
-from typing import TypeAlias
+from collections.abc import Callable
+from functools import wraps
+from typing import Any, Literal, TypeVar, get_args
+
+import typer
 
 from exo_kimi.errors import UsageError
 from exo_kimi.units import parse_bytes, parse_seconds
 
-Commands: TypeAlias = "argparse._SubParsersAction[argparse.ArgumentParser]"
-
 MIN_DEADLINE_S = 2.0
-OBJECTIVES = ("request", "latency", "throughput", "ttft")
+DEFAULT_PORT = 52415
+
+Objective = Literal["request", "latency", "throughput", "ttft"]
+Dtype = Literal["float32", "bfloat16", "float16"]
+KvBits = Literal[8]
+
+Value = TypeVar("Value")
 
 
-def command(commands: Commands, name: str, summary: str, *, room: str = "") -> argparse.ArgumentParser:
-    """A command; `room` is the group that it is in."""
-    parser = commands.add_parser(name, help=summary, description=summary)
-    parser.set_defaults(command=f"{room} {name}".strip())
-    return parser
+def option(
+    *names: str,
+    help: str | None = None,
+    parser: Callable[[Any], Any] | None = None,
+    metavar: str | None = None,
+    panel: str | None = None,
+    envvar: str | None = None,
+) -> Any:
+    """An option; its help tells the default in words, because many depend on the machine or the model."""
+    return typer.Option(
+        *names,
+        help=help,
+        parser=parser,
+        metavar=metavar,
+        rich_help_panel=panel,
+        envvar=envvar,
+        show_default=False,
+        show_envvar=False,
+    )
 
 
+def one_of(choices: Any) -> str:
+    """The metavar of a Literal: `mlx|int4|fp8|bf16`."""
+    return "|".join(map(str, get_args(choices)))
+
+
+def flag(*names: str, help: str, panel: str | None = None) -> Any:
+    """An option without a value."""
+    return option(*names, help=help, metavar="", panel=panel)
+
+
+def argument(metavar: str, help: str | None = None, *, parser: Callable[[Any], Any] | None = None) -> Any:
+    """A positional argument."""
+    return typer.Argument(metavar=metavar, help=help, parser=parser, show_default=False)
+
+
+def _parser(read: Callable[[str], Value]) -> Callable[[Any], Value]:
+    """A parser for typer, which also sends defaults through: they are values already."""
+
+    @wraps(read)
+    def parse(given: Any) -> Value:
+        return read(given) if isinstance(given, str) else given
+
+    return parse
+
+
+@_parser
+def whole(text: str) -> int:
+    """A whole number, negative too."""
+    try:
+        return int(text)
+    except ValueError:
+        raise typer.BadParameter(f"{text!r} is not a whole number") from None
+
+
+@_parser
 def positive(text: str) -> int:
     """A whole number of at least 1."""
     if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least 1")
+        raise typer.BadParameter(f"{text!r} is not a whole number of at least 1")
     return int(text)
 
 
+@_parser
 def key(text: str) -> str:
     """An API key that a header can carry."""
     if not text or not text.isascii() or not text.isprintable() or text != text.strip():
-        raise argparse.ArgumentTypeError("a key is one or more printable ASCII characters, without space around it")
+        raise typer.BadParameter("a key is one or more printable ASCII characters, without space around it")
     return text
 
 
+@_parser
 def counts(text: str) -> list[int]:
     """Layers per stage, such as 44,17."""
     return [positive(part.strip()) for part in text.split(",")]
 
 
+@_parser
 def guesses(text: str) -> str | int:
     """`off`, `auto`, or a number of tokens to guess."""
     return text if text in ("off", "auto") else positive(text)
 
 
+@_parser
 def port(text: str) -> int:
     """A TCP port; 0 takes a free one."""
     if not text.isdecimal() or not 0 <= int(text) <= 65535:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a port (0 to 65535)")
+        raise typer.BadParameter(f"{text!r} is not a port (0 to 65535)")
     return int(text)
 
 
+@_parser
 def byte_count(text: str) -> int:
     """Bytes of a size such as 512GB."""
     try:
         return parse_bytes(text)
     except UsageError as error:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a size such as 512GB or 8GiB") from error
+        raise typer.BadParameter(f"{text!r} is not a size such as 512GB or 8GiB") from error
 
 
+@_parser
 def seconds(text: str) -> float:
     """Seconds of a time such as 30s."""
     try:
         return parse_seconds(text)
     except UsageError as error:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a time such as 30s or 2min") from error
+        raise typer.BadParameter(f"{text!r} is not a time such as 30s or 2min") from error
 
 
+@_parser
 def deadline(text: str) -> float:
     """Seconds that leave room for a few heartbeats."""
     found = seconds(text)
     if found < MIN_DEADLINE_S:
-        raise argparse.ArgumentTypeError(f"{text!r} is under {MIN_DEADLINE_S:g} s, and heartbeats come once a second")
+        raise typer.BadParameter(f"{text!r} is under {MIN_DEADLINE_S:g} s, and heartbeats come once a second")
     return found
 
 
+@_parser
 def share(text: str) -> float:
     """A part of the whole, 0 to 1."""
     try:
@@ -83,10 +147,11 @@ def share(text: str) -> float:
     except ValueError:
         found = -1.0
     if not 0 <= found <= 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a share between 0 and 1")
+        raise typer.BadParameter(f"{text!r} is not a share between 0 and 1")
     return found
 
 
+@_parser
 def rates(text: str) -> tuple[float, ...]:
     """Learning rates, such as 0.002,0.004: each above 0 and under 1."""
     found = []
@@ -96,6 +161,6 @@ def rates(text: str) -> tuple[float, ...]:
         except ValueError:
             rate = 0.0
         if not 0 < rate < 1:
-            raise argparse.ArgumentTypeError(f"{part.strip()!r} is not a learning rate between 0 and 1")
+            raise typer.BadParameter(f"{part.strip()!r} is not a learning rate between 0 and 1")
         found.append(rate)
     return tuple(dict.fromkeys(found))

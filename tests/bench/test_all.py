@@ -12,7 +12,7 @@ from exo_kimi.bench import plots, report
 from exo_kimi.bench.frame import Result, Row
 from exo_kimi.bench.outcome import Outcome, missing, run_bench
 from exo_kimi.bench.surroundings import Surroundings
-from exo_kimi.cli.arguments import BENCHES
+from exo_kimi.cli.commands import BENCHES
 from exo_kimi.errors import UsageError
 
 GOOD = Result(

@@ -1,0 +1,129 @@
+"""The typer app: every command in its panel, and a usage mistake as one of our own errors."""
+
+from __future__ import annotations
+
+import io
+import sys
+from collections.abc import Sequence
+from typing import Annotated, Any
+
+import typer
+from typer.main import get_command
+
+from exo_kimi.cli import commands, exo_commands, print_version, train_commands
+from exo_kimi.errors import UsageError
+
+NAME = "exo-kimi"
+SUMMARY = "Moonshot's Kimi K2 on the Macs you own: exact splits, strict loading, an honest server."
+START, SERVE, CHECKPOINTS, EXO, WORKSHOP = (
+    "Try it",
+    "Plan and serve",
+    "Look at checkpoints",
+    "Inside exo",
+    "Measure and train",
+)
+# Every mistake in the words of a command line: click's class up to typer 0.25, typer's own since.
+MISTAKE: Any = typer.BadParameter.__mro__[1]
+
+Command = Any  # click's up to typer 0.25, typer's own since
+
+
+def _version(asked: bool) -> None:
+    if asked:
+        print_version()
+        raise typer.Exit()
+
+
+def _root(
+    context: typer.Context,
+    version: Annotated[
+        bool,
+        typer.Option("--version", callback=_version, is_eager=True, metavar="", help="Print the version and exit."),
+    ] = False,
+) -> None:
+    show_help_when_bare(context)
+
+
+def _group(context: typer.Context) -> None:
+    show_help_when_bare(context)
+
+
+def show_help_when_bare(context: typer.Context) -> None:
+    """Help on the standard output and exit status 2 for a group without a command, so that a script notices."""
+    if context.invoked_subcommand is None:
+        print(context.get_help())
+        raise typer.Exit(2)
+
+
+def build_app() -> typer.Typer:
+    """Every command and option, as `--help` shows them."""
+    app = typer.Typer(
+        name=NAME, help=SUMMARY, invoke_without_command=True, rich_markup_mode="rich", pretty_exceptions_enable=False
+    )
+    app.callback(invoke_without_command=True)(_root)
+    passed_on = {"allow_interspersed_args": False}  # what follows is another program's
+    for panel, name, function, settings in (
+        (START, "demo", commands.demo, {}),
+        (START, "chat", commands.chat, {}),
+        (SERVE, "plan", commands.plan, {}),
+        (SERVE, "machine", commands.machine, {}),
+        (SERVE, "serve", commands.serve, {}),
+        (SERVE, "stage", commands.stage, {}),
+        (CHECKPOINTS, "inspect", commands.inspect, {}),
+        (CHECKPOINTS, "doctor", commands.doctor, {}),
+        (CHECKPOINTS, "layer", commands.layer, {}),
+        (CHECKPOINTS, "tiny", commands.tiny, {}),
+        (EXO, "exo-legacy", exo_commands.legacy, passed_on),
+        (WORKSHOP, "bench", commands.bench, passed_on),
+        (WORKSHOP, "eval", train_commands.evaluate, {}),
+    ):
+        app.command(name, rich_help_panel=panel, context_settings=settings)(function)
+
+    exo = _add_group(app, "exo", EXO, "Use our plan, our loader and our engine in a running exo 1.x.")
+    exo.command("status")(exo_commands.status)
+    exo.command("plan")(exo_commands.plan)
+    exo.command("apply")(exo_commands.apply)
+    exo.command("prepare")(exo_commands.prepare)
+    exo.command("run", context_settings=passed_on)(exo_commands.run)
+
+    train = _add_group(app, "train", WORKSHOP, "Train a small Kimi K2 that really answers, on the CPU.")
+    train.command("tiny")(train_commands.tiny)
+    train.command("compare")(train_commands.compare)
+    train.command("requantize")(train_commands.requantize)
+    return app
+
+
+def command_tree() -> Command:
+    """The root command with all below it, as typer builds them from the functions."""
+    return get_command(build_app())
+
+
+def run(words: Sequence[str]) -> int:
+    """Run the command that the words name; returns its exit status.
+
+    Raises:
+        UsageError: the words cannot be read.
+        ExoKimiError: what the command raised.
+    """
+    if isinstance(
+        sys.stdout, io.TextIOWrapper
+    ):  # a file's name, or a model's text, may not fit the terminal's encoding
+        sys.stdout.reconfigure(errors="backslashreplace")
+    try:
+        status = command_tree().main(list(words), prog_name=NAME, standalone_mode=False)
+    except MISTAKE as mistake:
+        raise _usage_error(mistake) from None
+    return int(status or 0)
+
+
+def _usage_error(mistake: Any) -> UsageError:
+    what = " ".join(mistake.format_message().split()).rstrip(".").replace(": Value error, ", ": ")
+    path = mistake.ctx.command_path if mistake.ctx else NAME
+    return UsageError(what[:1].lower() + what[1:], fix=f"see `{path} --help`")
+
+
+def _add_group(app: typer.Typer, name: str, panel: str, summary: str) -> typer.Typer:
+    group = typer.Typer(name=name, help=summary, invoke_without_command=True)
+    group.callback(invoke_without_command=True)(_group)
+    app.add_typer(group, rich_help_panel=panel)
+    return group
