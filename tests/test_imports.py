@@ -14,6 +14,7 @@ PACKAGE = Path(__file__).parents[1] / "exo_kimi"
 FLOORS = {
     "errors": 0,
     "units": 1,
+    "sse": 1,
     "arch": 2,
     "checkpoint": 3,
     "planner": 4,

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Any, Self
 
 import httpx
+from httpx_sse import SSEError
 
 from exo_kimi.errors import ExoKimiError, RequestError, RuntimeFault, UsageError
+from exo_kimi.sse import event_data
 
 CONNECT_TIMEOUT_S = 10.0
 # Between two bytes. Long, because servers other than ours send nothing while they read a long prompt.
@@ -127,9 +129,11 @@ class ChatClient:
             with self._http.stream("POST", "/v1/chat/completions", json=body) as response:
                 if response.status_code != 200:
                     raise _refusal(response.status_code, response.read())
-                yield from _deltas(_events(response.iter_bytes()))
+                yield from _deltas(event_data(response))
         except httpx.ConnectError as error:
             raise self._unreachable(error) from None
+        except SSEError as error:
+            raise RuntimeFault("the server did not stream its answer", found=error) from None
         except httpx.TransportError as error:
             raise RuntimeFault("the connection broke in the middle of the answer", found=error) from None
 
@@ -137,16 +141,6 @@ class ChatClient:
         return UsageError(
             "no server answers", where=self.url, found=error, fix="start one with `exo-kimi serve`, or give --url"
         )
-
-
-def _events(parts: Iterable[bytes]) -> Iterator[str]:
-    """The `data` of server-sent events. Only line feeds end a line here: texts may hold other line ends."""
-    rest = b""
-    for part in parts:
-        *lines, rest = (rest + part).split(b"\n")
-        for line in lines:
-            if line.startswith(b"data:"):
-                yield line.removeprefix(b"data:").strip().decode("utf-8", errors="replace")
 
 
 def _deltas(events: Iterator[str]) -> Iterator[Delta]:

@@ -30,10 +30,15 @@ def fake(answer):
     return ChatClient("http://test", model="m", transport=httpx.MockTransport(answer))
 
 
+def streamed(text):
+    """An event stream of this text."""
+    return httpx.Response(200, text=text, headers={"content-type": "text/event-stream"})
+
+
 def sse(*chunks):
     """A finished stream."""
     text = "".join(f"data: {json.dumps(chunk)}\n\n" for chunk in chunks)
-    return httpx.Response(200, text=f": ping\n\n{text}data: [DONE]\n\n", headers={"content-type": "text/event-stream"})
+    return streamed(f": ping\n\n{text}data: [DONE]\n\n")
 
 
 def delta(**fields):
@@ -84,7 +89,8 @@ def test_ctrl_c_stops_the_answer_and_not_the_program():
             yield f"data: {json.dumps(delta(content='Half of '))}\n\n".encode()
             raise KeyboardInterrupt
 
-    answers = iter([httpx.Response(200, stream=Interrupted()), sse(delta(content="Whole."))])
+    head = {"content-type": "text/event-stream"}
+    answers = iter([httpx.Response(200, stream=Interrupted(), headers=head), sse(delta(content="Whole."))])
     sent = []
 
     def answer(request):
@@ -145,9 +151,11 @@ def test_each_way_to_fail_is_one_error():
     with pytest.raises(RuntimeFault, match="loading"):
         list(fake(lambda request: httpx.Response(503, json={"error": {"message": "loading"}})).stream([]))
     with pytest.raises(RuntimeFault, match="without \\[DONE\\]"):
-        list(fake(lambda request: httpx.Response(200, text="data: {}\n\n")).stream([]))
+        list(fake(lambda request: streamed("data: {}\n\n")).stream([]))
     with pytest.raises(RuntimeFault, match="not JSON"):
-        list(fake(lambda request: httpx.Response(200, text="data: {\n\n")).stream([]))
+        list(fake(lambda request: streamed("data: {\n\n")).stream([]))
+    with pytest.raises(RuntimeFault, match="did not stream"):
+        list(fake(lambda request: httpx.Response(200, json={"choices": []})).stream([]))
 
 
 def test_health_is_read_also_when_it_is_bad(saying, live):

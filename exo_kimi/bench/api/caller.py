@@ -10,6 +10,8 @@ from typing import Any, NoReturn
 
 import httpx
 
+from exo_kimi.sse import event_data
+
 REQUEST_TIMEOUT_S = 60.0
 QUESTION = [{"role": "user", "content": "Name three colours of the sky."}]
 
@@ -109,8 +111,7 @@ class Caller:
                 broken(f"HTTP {response.status_code}: {response.read()[:160]!r}")
             kind = response.headers.get("content-type", "")
             expect(kind.startswith("text/event-stream"), f"the content type is {kind!r}")
-            lines = response.iter_lines()
-            yield (line.removeprefix("data:").strip() for line in lines if line.startswith("data:"))
+            yield event_data(response)
 
     def refused(self, status: int, fields: dict[str, Any], path: str = "/v1/chat/completions") -> bytes:
         """The body of a refusal with this status. Streamed, so that a server that accepts it is not waited for."""

@@ -46,6 +46,7 @@ from exo_kimi.plugin.control.prepare import prepare
 from exo_kimi.plugin.control.watch import Deadlines
 from exo_kimi.plugin.runner.task import Speaker
 from exo_kimi.runtime.loading.loader import load
+from exo_kimi.sse import event_data
 
 MODEL = "lab/kimi-k2-heavy"
 SPLIT = (5, 4)
@@ -228,10 +229,10 @@ def _stream(url: str, prompt: str, tokens: int) -> Answer:
     text, count, times = "", 0, []
     url = f"{url}/v1/chat/completions"
     with httpx.stream("POST", url, json=body, timeout=ANSWER_S, trust_env=False) as reply:
-        for line in reply.iter_lines():
-            if not line.startswith("data: {"):
+        for data in event_data(reply):
+            if data == "[DONE]":
                 continue
-            event = json.loads(line.removeprefix("data: "))
+            event = json.loads(data)
             count = (event.get("usage") or {}).get("completion_tokens", count)
             for choice in event["choices"]:
                 delta = choice["delta"]
