@@ -32,7 +32,7 @@ from exo_kimi.runtime.loading.loader import load
 from exo_kimi.runtime.pipeline import Pipeline
 from exo_kimi.runtime.requests import GenerationRequest, SamplingParams
 from exo_kimi.runtime.stage.inline import InlinePipeline
-from exo_kimi.runtime.stage.worker import StageModel
+from exo_kimi.runtime.stage.stage_model import StageModel
 
 REPEATING_BAR = 1.5
 SAMPLED_BAR = 1.2  # of four words drawn at random, which repeat by chance

@@ -1,4 +1,4 @@
-"""Token ids and hidden states between exo's numpy arrays and MLX, checked; it knows nothing of sequences.
+"""Token ids and hidden states between exo's numpy arrays and MLX, checked.
 
 numpy has no bfloat16, so it travels as its bits; nothing is rounded on the way.
 """
@@ -12,7 +12,7 @@ import numpy as np
 
 from exo_kimi.errors import ProtocolError
 from exo_kimi.models.kimi_k2 import Model
-from exo_kimi.runtime.stage.hidden_states import RAW, pack, unpack
+from exo_kimi.runtime.stage.stage_model import RAW, pack, unpack
 from exo_kimi.runtime.steps import Hidden
 
 Array = np.ndarray[Any, Any]

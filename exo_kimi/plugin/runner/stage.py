@@ -1,7 +1,7 @@
 """This runner's stage: a thread that does its MLX work, another with its sockets, inside exo's runner process.
 
 exo decides when layers are loaded and each node which files it has, so the stage loads on its own; a leader that asks it to
-finds them there. It knows nothing of requests.
+finds them there.
 """
 
 from __future__ import annotations
@@ -14,16 +14,16 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from queue import SimpleQueue
 
-from exo_kimi.checkpoint.fingerprint import stage_fingerprint
 from exo_kimi.checkpoint.manifest import StageManifest
 from exo_kimi.errors import AddressError, CheckpointError, ExoKimiError, StageError
-from exo_kimi.runtime.protocol.messages import Load, Loaded
+from exo_kimi.runtime.protocol.messages import Load
 from exo_kimi.runtime.protocol.versions import Versions
 from exo_kimi.runtime.stage.backend import MlxBackend
-from exo_kimi.runtime.stage.compute_thread import Order, StageCompute
+from exo_kimi.runtime.stage.compute_thread import Order, StageCompute, StageStatus
+from exo_kimi.runtime.stage.memory import free_memory
 from exo_kimi.runtime.stage.process import SWITCH_INTERVAL_S
+from exo_kimi.runtime.stage.resident import ResidentStage
 from exo_kimi.runtime.stage.server import StageServer
-from exo_kimi.runtime.stage.status import StageStatus
 from exo_kimi.runtime.transport.address import Address
 from exo_kimi.runtime.transport.keys import ClusterKey
 
@@ -32,40 +32,30 @@ BIND_S = 10.0  # the runner before this one may be about to end
 _POLL_S = 0.1
 
 
-class HeldBackend(MlxBackend):
-    """Layers that were loaded before a leader came. A leader's Load names the config only, for its node may lack the files."""
+class PreloadedLayers:
+    """Layers that were loaded before a leader came: every leader that expects them gets them, until they are dropped.
 
-    def __init__(self) -> None:
-        super().__init__(None)
-        self._config_hash = ""
+    A leader's Load names the config only, for its node may lack the files.
 
-    def hold(self, manifest: StageManifest, stage: int, config_hash: str, progress: Callable[[int, int], None]) -> None:
-        """Load a stage.
+    Args:
+        resident: the layers.
+        config_hash: of the model's config, see `leader.config_hash`.
+    """
 
-        Raises:
-            CheckpointError, RuntimeFault: as `MlxBackend.load`.
-        """
+    def __init__(self, resident: ResidentStage, config_hash: str) -> None:
+        self._resident: ResidentStage | None = resident
         self._config_hash = config_hash
-        order = Load(
-            stage=stage,
-            directory=str(manifest.directory),
-            start_layer=manifest.start_layer,
-            end_layer=manifest.end_layer,
-            dtype=None,
-            fingerprint=stage_fingerprint(manifest),
-        )
-        super().load(order, progress)
 
-    def load(self, order: Load, progress: Callable[[int, int], None]) -> Loaded:
-        """What is held, if it is what the leader expects.
+    def take(self, order: Load, progress: Callable[[int, int], None]) -> ResidentStage:
+        """The layers, if they are what the leader expects.
 
         Raises:
             CheckpointError: other layers, or another model.
-            StageError: nothing is held any more.
+            StageError: they were dropped.
         """
-        if self._loaded is None:
+        if self._resident is None:
             raise StageError("this runner's layers are gone: exo must start it anew", stage=order.stage)
-        held, loaded = self._loaded
+        held = self._resident.manifest
         if (held.start_layer, held.end_layer) != (order.start_layer, order.end_layer):
             raise CheckpointError(
                 "this runner holds other layers",
@@ -81,7 +71,11 @@ class HeldBackend(MlxBackend):
                 where=held.directory,
                 fix="copy the model's files anew with `exo-kimi exo prepare`",
             )
-        return loaded
+        return self._resident
+
+    def drop(self) -> None:
+        """Let go of the layers for good."""
+        self._resident = None
 
 
 class StageHost:
@@ -145,8 +139,8 @@ class StageHost:
                 time.sleep(0.5)
 
     def _work(self) -> None:
-        backend = HeldBackend()  # here: MLX's streams belong to threads
-        status = StageStatus(free=backend.free())
+        """Load, then carry out orders; the body of the stage's thread, for MLX's streams belong to threads."""
+        status = StageStatus(free=free_memory())
         self._status.set_result(status)
         wanted = self._to_load.get()
         if wanted is None:
@@ -154,7 +148,9 @@ class StageHost:
         manifest, stage, config_hash = wanted
         try:
             status.state = "loading"
-            backend.hold(manifest, stage, config_hash, self._progress)
+            resident = ResidentStage.load(manifest, stage=stage, progress=self._progress, fuse=True)
+            backend = MlxBackend(PreloadedLayers(resident, config_hash))
+            del resident  # from here on the backend's to drop
             status.active_bytes, status.peak_bytes = backend.memory()
             status.free = backend.free()
         except ExoKimiError as error:

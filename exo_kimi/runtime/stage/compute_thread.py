@@ -1,4 +1,5 @@
-"""The main thread of a stage process: one order after another, all of MLX and nothing else. It knows nothing of sockets.
+"""The thread of a stage process that does its MLX work: one order after another, by a backend, and the status that both
+threads share.
 
 Orders come from the IO thread through a queue; answers go back through a callback. What fails is answered, never fatal.
 """
@@ -6,20 +7,25 @@ Orders come from the IO thread through a queue; answers go back through a callba
 from __future__ import annotations
 
 import logging
+import os
+import socket
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from queue import Empty, SimpleQueue
+from typing import Protocol
 
 from exo_kimi.errors import CheckpointError, ExoKimiError, UsageError
 from exo_kimi.runtime.prefix_key import pack_keys
 from exo_kimi.runtime.protocol.faults import to_message
 from exo_kimi.runtime.protocol.frames import Message
-from exo_kimi.runtime.protocol.messages import BlocksChanged, Join, Joined, Load
-from exo_kimi.runtime.stage.backend import Backend
-from exo_kimi.runtime.stage.status import StageStatus
+from exo_kimi.runtime.protocol.messages import BlocksChanged, HelloAck, Join, Joined, Load, Loaded, Progress
+from exo_kimi.runtime.protocol.versions import Versions
+from exo_kimi.runtime.requests import StageState
+from exo_kimi.runtime.stage.memory import FreeMemory, host_free_bytes
+from exo_kimi.runtime.stage.prefix_disk import Changed
 from exo_kimi.runtime.stage.worker import as_fault
-from exo_kimi.runtime.steps import NO_EPOCH, Step
+from exo_kimi.runtime.steps import NO_EPOCH, Step, StepResult
 from exo_kimi.units import format_gb, format_seconds
 
 logger = logging.getLogger(__name__)
@@ -38,6 +44,100 @@ class Unload:
 
 
 Order = Load | Join | Step | DropSequences | Unload | None
+
+
+@dataclass(slots=True)
+class StageStatus:
+    """What a stage tells of itself. `newest_epoch` is written by the IO thread, the rest by the compute thread.
+    `busy_since_s` is when the current order was begun or, while loading, last made progress (monotonic); None when idle."""
+
+    free: FreeMemory
+    state: StageState = "starting"
+    epoch: int = NO_EPOCH
+    newest_epoch: int = NO_EPOCH
+    busy_since_s: float | None = None
+    loaded_bytes: int = 0
+    total_bytes: int = 0
+    kv_bytes: int = 0
+    active_bytes: int = 0
+    peak_bytes: int = 0
+    sequences: int = 0
+
+    def hello_ack(self, versions: Versions) -> HelloAck:
+        """The answer to a Hello."""
+        free = self.free
+        if free.scope == "host":
+            free = FreeMemory(free_bytes=host_free_bytes(), scope="host")  # others came and went since
+        return HelloAck(
+            exo_kimi=versions.exo_kimi,
+            mlx=versions.mlx,
+            mlx_lm=versions.mlx_lm,
+            pid=os.getpid(),
+            host=socket.gethostname(),
+            held_bytes=self.active_bytes,
+            free_bytes=free.free_bytes,
+            free_scope=free.scope,
+        )
+
+    def progress(self) -> Progress:
+        """A heartbeat."""
+        busy_since_s = self.busy_since_s
+        return Progress(
+            state=self.state,
+            epoch=self.epoch,
+            busy_s=0.0 if busy_since_s is None else max(0.0, time.monotonic() - busy_since_s),
+            loaded_bytes=self.loaded_bytes,
+            total_bytes=self.total_bytes,
+            kv_bytes=self.kv_bytes,
+            active_bytes=self.active_bytes,
+            peak_bytes=self.peak_bytes,
+            sequences=self.sequences,
+            pid=os.getpid(),
+        )
+
+
+class Backend(Protocol):
+    """The work of one stage, for one thread: the one that made it, for MLX's streams belong to threads."""
+
+    def load(self, order: Load, progress: Callable[[int, int], None]) -> Loaded:
+        """Hold these layers and no others; `progress` gets (done, total) bytes."""
+        ...
+
+    def unload(self) -> None:
+        """Give all memory back."""
+        ...
+
+    def reset(self, epoch: int) -> None:
+        """Drop every sequence and take the steps of an epoch."""
+        ...
+
+    def open_disk(self, order: Join, changed: Changed) -> tuple[int, tuple[str, ...]]:
+        """Keep prefixes on disk as an order says, or none.
+
+        Returns:
+            For how many blocks there is room, and the keys of those that are there.
+        """
+        ...
+
+    def execute(self, step: Step) -> Step | StepResult:
+        """Run a step."""
+        ...
+
+    def run_ahead(self) -> None:
+        """The answer is on its way: begin with what will be asked next, if that is known."""
+        ...
+
+    def held(self) -> tuple[int, int]:
+        """Bytes of all caches, and how many sequences there are."""
+        ...
+
+    def memory(self) -> tuple[int, int]:
+        """Bytes in use, and the most since the process started."""
+        ...
+
+    def free(self) -> FreeMemory:
+        """What could still be allocated."""
+        ...
 
 
 class StageCompute:

@@ -1,6 +1,6 @@
 """A Pipeline whose stages all run in one thread of this process: the oracle of the tests, and one machine's small server.
 
-It knows nothing of the engine. Hidden states pass between stages as the same bytes that a link would carry.
+Hidden states pass between stages as the same bytes that a link would carry.
 """
 
 from __future__ import annotations
@@ -16,10 +16,14 @@ from exo_kimi.errors import EngineStoppedError, StageError
 from exo_kimi.runtime.pipeline import DiskBlocks, Failed, PipelineEvent, PipelineInfo, Ready
 from exo_kimi.runtime.requests import StageHealth, StageState
 from exo_kimi.runtime.stage.prefix_disk import Changed, PrefixDisk
-from exo_kimi.runtime.stage.worker import StageModel, StageWorker, as_fault
+from exo_kimi.runtime.stage.stage_model import StageModel
+from exo_kimi.runtime.stage.worker import StageWorker, as_fault
 from exo_kimi.runtime.steps import Step, StepResult
 
 logger = logging.getLogger(__name__)
+Post = Callable[[PipelineEvent], None]
+OpenDisk = Callable[[int, StageModel, Changed], PrefixDisk]
+"""Makes the disk of a stage, from its index, its model and what to tell of changes."""
 
 
 class InlinePipeline:
@@ -31,7 +35,7 @@ class InlinePipeline:
         context: most positions of one sequence.
         kv_capacity_tokens: cached tokens of all sequences together.
         cache_step: tokens by which a cache grows.
-        open_disk: makes the disk of a stage, from its index, its model and what to tell of changes; called in the thread.
+        open_disk: called in the thread for each stage; None keeps nothing on disk.
         ahead: see `StageWorker`.
     """
 
@@ -43,7 +47,7 @@ class InlinePipeline:
         context: int,
         kv_capacity_tokens: int,
         cache_step: int,
-        open_disk: Callable[[int, StageModel, Changed], PrefixDisk] | None = None,
+        open_disk: OpenDisk | None = None,
         ahead: bool = True,
     ) -> None:
         self._load = load
@@ -59,8 +63,7 @@ class InlinePipeline:
         self._health: tuple[StageHealth, ...] = ()
         self._steps: SimpleQueue[Step | None] = SimpleQueue()
         self._events: asyncio.Queue[PipelineEvent | None] = asyncio.Queue()
-        self._loop: asyncio.AbstractEventLoop | None = None
-        self._thread = threading.Thread(target=self._work, name="inline-stages", daemon=True)
+        self._thread: threading.Thread | None = None
 
     @property
     def stages(self) -> int:
@@ -85,8 +88,9 @@ class InlinePipeline:
 
     async def receive(self) -> PipelineEvent:
         """Wait for the next event; the first call starts the thread."""
-        if self._loop is None and not self._closed:
-            self._loop = asyncio.get_running_loop()
+        if self._thread is None and not self._closed:
+            post = functools.partial(_post, asyncio.get_running_loop(), self._events)
+            self._thread = threading.Thread(target=self._work, args=(post,), name="inline-stages", daemon=True)
             self._thread.start()
         event = None if self._closed else await self._events.get()
         if event is None:
@@ -98,10 +102,11 @@ class InlinePipeline:
         self._closed = True
         self._steps.put(None)
         self._events.put_nowait(None)
-        if self._loop is not None:
+        if self._thread is not None:
             await asyncio.to_thread(self._thread.join)
 
-    def _work(self) -> None:
+    def _work(self, post: Post) -> None:
+        """Run every step; the body of the thread."""
         workers: list[StageWorker] = []
         try:
             workers = [
@@ -112,9 +117,9 @@ class InlinePipeline:
                 raise StageError("the loader made another number of stages", expected=self._stages, found=len(workers))
         except Exception as error:
             logger.exception("the stages could not be loaded")
-            self._post(Failed(error=as_fault(error, stage=None), recovering=False))
+            post(Failed(error=as_fault(error, stage=None), recovering=False))
             return
-        disks = self._open_disks(workers)
+        disks = self._open_disks(workers, post)
         info = PipelineInfo(
             context=self._context,
             kv_capacity_tokens=self._kv_capacity_tokens,
@@ -122,14 +127,14 @@ class InlinePipeline:
             vocab_size=workers[0].model.args.vocab_size,
             disk_blocks=min((disk.capacity_blocks for disk in disks), default=0),
         )
-        self._ready(workers, info)
+        self._ready(workers, info, post)
         while (step := self._steps.get()) is not None and not self._closed:
             if step.epoch != self._epoch:
                 continue
             try:
                 result = run_chain(workers, step)
                 self._look(workers, "ready")
-                self._post(result)
+                post(result)
                 workers[-1].run_ahead()
             except Exception as error:
                 fault = as_fault(error, stage=None)
@@ -137,26 +142,27 @@ class InlinePipeline:
                 self._epoch += 1
                 for worker in workers:
                     worker.reset(self._epoch)
-                self._post(Failed(error=fault))
-                self._ready(workers, info)
+                post(Failed(error=fault))
+                self._ready(workers, info, post)
         for disk in disks:
             disk.close()
 
-    def _open_disks(self, workers: list[StageWorker]) -> list[PrefixDisk]:
+    def _open_disks(self, workers: list[StageWorker], post: Post) -> list[PrefixDisk]:
         if self._open_disk is None:
             return []
+
+        def changed(stage: int, added: tuple[str, ...], gone: tuple[str, ...]) -> None:
+            post(DiskBlocks(epoch=self._epoch, stage=stage, added=added, gone=gone))
+
         for stage, worker in enumerate(workers):
-            worker.disk = self._open_disk(stage, worker.model, functools.partial(self._tell_blocks, stage))
+            worker.disk = self._open_disk(stage, worker.model, functools.partial(changed, stage))
         return [worker.disk for worker in workers if worker.disk is not None]
 
-    def _tell_blocks(self, stage: int, added: tuple[str, ...], gone: tuple[str, ...]) -> None:
-        self._post(DiskBlocks(epoch=self._epoch, stage=stage, added=added, gone=gone))
-
-    def _ready(self, workers: list[StageWorker], info: PipelineInfo) -> None:
+    def _ready(self, workers: list[StageWorker], info: PipelineInfo, post: Post) -> None:
         self._info = info
         self._look(workers, "ready")
         blocks = tuple(worker.disk.keys() if worker.disk is not None else () for worker in workers)
-        self._post(Ready(epoch=self._epoch, info=info, blocks=blocks))
+        post(Ready(epoch=self._epoch, info=info, blocks=blocks))
 
     def _look(self, workers: list[StageWorker], state: StageState) -> None:
         self._health = tuple(
@@ -172,11 +178,11 @@ class InlinePipeline:
             for index, worker in enumerate(workers)
         )
 
-    def _post(self, event: PipelineEvent) -> None:
-        assert self._loop is not None
-        # A loop that is gone has nobody who waits.
-        if not self._loop.is_closed():
-            self._loop.call_soon_threadsafe(self._events.put_nowait, event)
+
+def _post(loop: asyncio.AbstractEventLoop, events: asyncio.Queue[PipelineEvent | None], event: PipelineEvent) -> None:
+    # A loop that is gone has nobody who waits.
+    if not loop.is_closed():
+        loop.call_soon_threadsafe(events.put_nowait, event)
 
 
 def run_chain(workers: Sequence[StageWorker], step: Step) -> StepResult:

@@ -3,7 +3,7 @@
 The stage has chosen the tokens itself, so it knows what the leader will ask; while the answer travels, is turned into text and
 the next step is made, MLX computes already. Choosing is not done ahead: penalties, masks and random numbers are as without it.
 What the leader then does not ask for is dropped, so no token changes. It takes no cache memory that the leader has not reserved:
-where a cache would have to grow, nothing runs ahead. It knows no sockets.
+where a cache would have to grow, nothing runs ahead.
 
 mlx-lm enqueues a step before it reads the token of the one before. Measured here that is slower: MLX lets ten tasks wait, so
 enqueueing a step takes about as long as computing it, and every token would be answered a step late.
@@ -17,9 +17,9 @@ from dataclasses import dataclass, replace
 import mlx.core as mx
 import numpy as np
 
-from exo_kimi.runtime.stage.model_protocol import StageModel
-from exo_kimi.runtime.stage.prefix_kv import room, trim
-from exo_kimi.runtime.stage.sequence_state import Held
+from exo_kimi.runtime.stage.caches import room, trim
+from exo_kimi.runtime.stage.sequence_state import SequenceState
+from exo_kimi.runtime.stage.stage_model import StageModel
 from exo_kimi.runtime.steps import Segment, Step, StepResult
 
 MOST_SEQUENCES = 64
@@ -29,7 +29,7 @@ LONGEST_PAUSE = 64
 
 
 @dataclass(frozen=True, slots=True)
-class Ready:
+class PreparedStep:
     """What was computed ahead for some segments of a step: `rows` of `logits` (n, vocab) by sequence."""
 
     logits: mx.array
@@ -82,12 +82,12 @@ class Ahead:
         """Everything that is held was dropped."""
         self._enqueued = None
 
-    def settle(self, step: Step, held: Mapping[int, Held]) -> Ready | None:
+    def settle(self, step: Step, sequences: Mapping[int, SequenceState]) -> PreparedStep | None:
         """What of a step is computed already; all other caches are as the leader knows them.
 
         Args:
             step: that came.
-            held: every sequence of the stage, before the step frees or begins any.
+            sequences: every sequence of the stage, before the step frees or begins any.
         """
         if self._enqueued is None:
             return None
@@ -97,7 +97,7 @@ class Ahead:
         found: dict[int, int] = {}
         missed, start = False, 0
         for segment in step.segments:
-            entry = held.get(segment.seq_id)
+            entry = sequences.get(segment.seq_id)
             given = tokens[start : start + segment.length]
             start += segment.length
             if segment.seq_id not in rows or entry is None or segment.seq_id in fresh:
@@ -108,23 +108,23 @@ class Ahead:
             else:
                 missed = True
         for seq_id in rows:
-            if seq_id not in found and seq_id in held:
-                trim(held[seq_id].caches, held[seq_id].length)
+            if seq_id not in found and seq_id in sequences:
+                trim(sequences[seq_id].caches, sequences[seq_id].length)
         self.used += len(found)
         self.dropped += len(rows) - len(found)
         self._misses = self._misses + 1 if missed else 0
         self._pause = min(2 ** min(self._misses, 6), LONGEST_PAUSE) if missed else 0
-        return Ready(logits, found) if found else None
+        return PreparedStep(logits, found) if found else None
 
-    def enqueue(self, step: Step, result: StepResult, held: Mapping[int, Held]) -> None:
+    def enqueue(self, step: Step, result: StepResult, sequences: Mapping[int, SequenceState]) -> None:
         """Begin with what will follow a step that was answered.
 
         Args:
             step: all of it.
             result: its answer.
-            held: every sequence of the stage.
+            sequences: every sequence of the stage.
         """
-        entries = [held[segment.seq_id] for segment in step.segments]
+        entries = [sequences[segment.seq_id] for segment in step.segments]
         if (
             not self._enabled
             or not 0 < len(entries) <= MOST_SEQUENCES
@@ -142,6 +142,6 @@ class Ahead:
         self._enqueued = rows, logits
 
 
-def _goes_on(segment: Segment, held: Held) -> bool:
+def _goes_on(segment: Segment, sequence: SequenceState) -> bool:
     """It has one new token, which its caches have room for."""
-    return segment.sample and not segment.drafts and room(held.caches) > 0
+    return segment.sample and not segment.drafts and room(sequence.caches) > 0

@@ -1,6 +1,6 @@
 """How much memory a machine still has for caches; Metal's working-set limit on a Mac, free memory elsewhere.
 
-It knows nothing of who shares the machine: the leader, who does, divides (see `capacity`).
+It counts as if this stage had the machine to itself: the leader divides it among those that share one (see `capacity`).
 """
 
 from __future__ import annotations

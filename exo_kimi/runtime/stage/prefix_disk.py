@@ -1,21 +1,34 @@
-"""A stage's prefixes on its disk: written by a thread of their own, never waited for. What to keep is the leader's to decide.
+"""Prefixes on a stage's disk: blocks of its caches, each a checksummed safetensors file that is whole or not there.
 
-Keys are set beforehand by the leader; the directory's name binds what else a cache depends on.
+Which blocks to keep is the leader's decision, as are their keys; the directory's name binds what else a cache depends on.
+Blocks are written by a thread of their own that nothing waits for: under another name, synced, and renamed, so that a process
+that dies leaves no half block under a block's name; what is damaged in other ways (or was, before the rename reached the disk)
+does not match its checksum.
 """
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import logging
 import os
+import shutil
 import threading
-from collections.abc import Callable, Iterable, Mapping
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from queue import Empty, Full, Queue
+from typing import Any
 
-from exo_kimi.checkpoint.safetensors_io import StoredTensor
-from exo_kimi.runtime.stage.prefix_files import BlockFiles, DamagedBlockError
+import mlx.core as mx
+import numpy as np
+
+from exo_kimi.checkpoint.safetensors_io import StoredTensor, read_header, write_file
+from exo_kimi.runtime.prefix_key import is_key
+from exo_kimi.runtime.stage.caches import Leaves, append, capacity_for, cut
+from exo_kimi.runtime.steps import Blocks
 
 logger = logging.getLogger(__name__)
 QUEUED_BLOCKS = 32  # a K2 stage's block takes some 10 MB
@@ -23,6 +36,18 @@ FILE_OVERHEAD_BYTES = 8192  # header, and what a file system rounds up to
 CLOSE_S = 2.0
 Changed = Callable[[tuple[str, ...], tuple[str, ...]], None]
 """Takes the keys that are on the disk from now on, and those that are not; called from both threads."""
+SUFFIX, UNFINISHED = ".safetensors", ".part"
+UNUSED_S = 30 * 24 * 3600.0
+"""After so long without a server, the blocks of another model, split or dtype are deleted."""
+_ELEMENTS = {"F32": "<f4", "F16": "<f2", "BF16": "<u2", "U32": "<u4", "U8": "u1"}
+_STORED: dict[mx.Dtype, tuple[str, mx.Dtype]] = {
+    mx.float32: ("F32", mx.float32),
+    mx.float16: ("F16", mx.float16),
+    mx.bfloat16: ("BF16", mx.uint16),  # numpy has no bfloat16
+    mx.uint32: ("U32", mx.uint32),
+    mx.uint8: ("U8", mx.uint8),
+}
+_LOADED = {name: (words, dtype) for dtype, (name, words) in _STORED.items()}
 
 
 def cache_identity(
@@ -143,3 +168,155 @@ class PrefixDisk:
                 )
             self._changed(*(((key,), ()) if key in self._keys else ((), (key,))))
             self._queue.task_done()
+
+
+def read_blocks(disk: PrefixDisk | None, caches: Sequence[Any], order: Blocks, *, total: int) -> int:
+    """Append blocks from disk to the caches of a sequence, as far as they are good.
+
+    Args:
+        disk: of this stage.
+        caches: hold `order.offset` tokens.
+        order: the blocks.
+        total: tokens that the caches are to hold in the end, for which memory is taken at once.
+
+    Returns:
+        Tokens that the caches hold now.
+    """
+    found: list[Leaves] = []
+    for key in order.keys:
+        block = disk.read(key) if disk is not None else None
+        if block is None or not _fits(block, layers=len(caches), tokens=order.block_tokens):
+            break
+        found.append({name: _to_mlx(stored) for name, stored in block.items()})
+    if found:
+        joined = {name: mx.concatenate([block[name] for block in found], axis=3) for name in found[0]}
+        append(caches, joined, capacity=capacity_for(total, caches))
+    return order.offset + len(found) * order.block_tokens
+
+
+def write_blocks(disk: PrefixDisk | None, caches: Sequence[Any], order: Blocks) -> None:
+    """Put blocks of a sequence's caches on their way to the disk: one copy here, so that the caches may grow meanwhile."""
+    for index, key in enumerate(order.keys):
+        start = order.offset + index * order.block_tokens
+        if disk is not None:
+            leaves = cut(caches, start, start + order.block_tokens)
+            disk.write(key, {name: _to_numpy(leaf) for name, leaf in leaves.items()})
+
+
+class DamagedBlockError(Exception):
+    """A block's file is missing, incomplete, changed, or another's; it never leaves the stage."""
+
+
+@dataclass(frozen=True, slots=True)
+class BlockFiles:
+    """The files of one stage.
+
+    Args:
+        directory: holds them and nothing else; made if missing.
+        identity: of the caches, part of each file's checksum.
+    """
+
+    directory: Path
+    identity: str
+
+    def prepare(self) -> list[str]:
+        """Keys of the files that are there, the one that was not used for longest first; unfinished files are deleted.
+
+        Raises:
+            OSError: the directory cannot be made or listed.
+        """
+        self.directory.mkdir(parents=True, exist_ok=True)
+        os.utime(self.directory)
+        found: list[tuple[float, str]] = []
+        for entry in os.scandir(self.directory):
+            with contextlib.suppress(FileNotFoundError):  # another server may share the directory
+                if entry.name.endswith(UNFINISHED):
+                    Path(entry.path).unlink()
+                elif is_key(key := entry.name.removesuffix(SUFFIX)):
+                    found.append((entry.stat().st_mtime, key))
+        return [key for _, key in sorted(found)]
+
+    def write(self, key: str, tensors: Mapping[str, StoredTensor]) -> None:
+        """Write one block.
+
+        Raises:
+            OSError: the disk is full, or gone.
+        """
+        unfinished = self.directory / f"{key}-{os.getpid()}{UNFINISHED}"
+        try:
+            write_file(unfinished, tensors, metadata={"checksum": self._checksum(key, tensors)})
+            with unfinished.open("rb+") as stream:
+                os.fsync(stream.fileno())
+            unfinished.replace(self._path(key))
+        except BaseException:
+            with contextlib.suppress(OSError):
+                unfinished.unlink()
+            raise
+
+    def read(self, key: str) -> dict[str, StoredTensor]:
+        """One block, which counts as used now.
+
+        Raises:
+            DamagedBlockError: it is not what was written.
+        """
+        path = self._path(key)
+        header, entries, problems = read_header(path)
+        if problems:
+            raise DamagedBlockError(str(problems[0]))
+        try:
+            data = path.read_bytes()
+            os.utime(path)
+        except OSError as error:
+            raise DamagedBlockError(f"{path}: {error.strerror}") from error
+        tensors = {}
+        for entry in entries:
+            if entry.dtype not in _ELEMENTS or entry.end > len(data):
+                raise DamagedBlockError(f"{path}: {entry.name} is {entry.describe()}")
+            values = np.frombuffer(data, _ELEMENTS[entry.dtype], entry.nbytes // _size(entry.dtype), entry.start)
+            tensors[entry.name] = StoredTensor(entry.dtype, values.reshape(entry.shape))
+        metadata = json.loads(header).get("__metadata__")
+        if not isinstance(metadata, dict) or metadata.get("checksum") != self._checksum(key, tensors):
+            raise DamagedBlockError(f"{path}: the checksum is not that of the contents")
+        return tensors
+
+    def delete(self, key: str) -> None:
+        """Delete a block; that it is gone already is well."""
+        with contextlib.suppress(OSError):
+            self._path(key).unlink()
+
+    def delete_unused_siblings(self) -> None:
+        """Delete the directories beside this one that hold blocks nobody came for."""
+        for sibling in self.directory.parent.iterdir():
+            with contextlib.suppress(OSError):
+                old = time.time() - sibling.stat().st_mtime > UNUSED_S
+                if old and is_key(sibling.name) and sibling != self.directory:
+                    shutil.rmtree(sibling)
+
+    def _path(self, key: str) -> Path:
+        return self.directory / f"{key}{SUFFIX}"
+
+    def _checksum(self, key: str, tensors: Mapping[str, StoredTensor]) -> str:
+        digest = hashlib.sha256(f"{self.identity} {key}".encode())
+        for name, tensor in sorted(tensors.items()):
+            digest.update(f"\n{name} {tensor.dtype} {tensor.data.shape}\n".encode())
+            digest.update(np.ascontiguousarray(tensor.data).data)
+        return digest.hexdigest()
+
+
+def _fits(block: dict[str, StoredTensor], *, layers: int, tokens: int) -> bool:
+    shapes = [stored.data.shape for stored in block.values()]
+    return bool(shapes) and all(len(s) == 5 and s[0] == layers and s[1:4] == (1, 1, tokens) for s in shapes)
+
+
+def _to_numpy(leaf: mx.array) -> StoredTensor:
+    name, words = _STORED[leaf.dtype]
+    return StoredTensor(name, np.array(leaf.view(words), copy=False))
+
+
+def _to_mlx(stored: StoredTensor) -> mx.array:
+    words, dtype = _LOADED[stored.dtype]
+    return mx.array(stored.data).view(dtype) if words != dtype else mx.array(stored.data)
+
+
+def _size(dtype: str) -> int:
+    return np.dtype(_ELEMENTS[dtype]).itemsize

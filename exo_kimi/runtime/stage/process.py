@@ -1,7 +1,7 @@
 """A stage as a process: `python -m exo_kimi.runtime.stage.process` for a leader's child, `serve_stage` for `exo-kimi stage`.
 
-The main thread does the MLX work, a second one the sockets. It knows no requests. A child lives no longer than its parent:
-it holds one end of a socket pair, and the end of the other end is its own.
+The main thread does the MLX work, a second one the sockets. A child lives no longer than its parent: it holds one end of a
+socket pair, and the end of the other end is its own.
 """
 
 from __future__ import annotations
@@ -24,10 +24,9 @@ from queue import SimpleQueue
 from exo_kimi.checkpoint.index import open_index
 from exo_kimi.errors import ExoKimiError
 from exo_kimi.runtime.protocol.versions import Versions
-from exo_kimi.runtime.stage.backend import Backend, MlxBackend
-from exo_kimi.runtime.stage.compute_thread import Order, StageCompute
+from exo_kimi.runtime.stage.backend import CheckpointLayers, MlxBackend
+from exo_kimi.runtime.stage.compute_thread import Backend, Order, StageCompute, StageStatus
 from exo_kimi.runtime.stage.server import StageServer
-from exo_kimi.runtime.stage.status import StageStatus
 from exo_kimi.runtime.transport.address import Address, parse_address
 from exo_kimi.runtime.transport.keys import ENVIRONMENT_NAME, ClusterKey, default_key_file, find_key
 
@@ -80,7 +79,7 @@ def serve_stage(
     signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job would ignore it
     _serve(
         address,
-        lambda: MlxBackend(directory, alone=True),
+        lambda: MlxBackend(CheckpointLayers(directory, alone=True)),
         announce=announce,
         key=key,
         next_key=key,
@@ -113,7 +112,7 @@ def main(argv: Sequence[str] | None = None, *, make_backend: Callable[[], Backen
         listen = parse_address(options.listen, option="--listen", listen=True)
         _outlive_nobody(parent, listen)
         # It listens where this user alone can reach it: the key is for the stage after it.
-        make = make_backend or (lambda: MlxBackend(None, alone=True))
+        make = make_backend or (lambda: MlxBackend(CheckpointLayers(None, alone=True)))
         _serve(listen, make, announce=announce, key=None, next_key=key, leader_may_vanish=False)
     except ExoKimiError as error:
         logger.error("%s", error)

@@ -1,25 +1,39 @@
-"""What a stage holds of one sequence; it knows nothing of the others."""
+"""The sequences that a stage holds caches of, and whether a step follows them."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-from typing import Any
+from collections.abc import Hashable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any, TypeVar
 
-from exo_kimi.errors import StageError
-from exo_kimi.runtime.stage.prefix_kv import trim
+import mlx.core as mx
+
+from exo_kimi.errors import ProtocolError, StageError
+from exo_kimi.runtime.stage.caches import trim
 from exo_kimi.runtime.stage.sampling import SequenceSampler
+from exo_kimi.runtime.steps import Step
+
+Key = TypeVar("Key", bound=Hashable)
+State = TypeVar("State", bound="SequenceState")
 
 
 @dataclass(slots=True)
-class Held:
-    """One sequence on this stage: its caches, how many tokens they hold, and on the last stage its sampler. `total` tokens
-    were known when it began; `restoring` until its first segment, which may start before the end of what came from disk."""
+class SequenceState:
+    """One sequence on a stage: its caches, how many tokens they hold, and on the last stage its sampler.
+
+    Args:
+        caches: one a layer.
+        length: tokens that they hold.
+        drafts: so many of the last ones are guesses, until the next segment tells.
+        sampler: on the last stage of the runtime.
+        total: tokens that were known when it began.
+        restoring: True until its first segment, which may start before the end of what came from disk.
+    """
 
     caches: list[Any]
     length: int = 0
     drafts: int = 0
-    """So many of the last ones are guesses, until the next segment tells."""
-    sampler: SequenceSampler | None = field(default=None)
+    sampler: SequenceSampler | None = None
     total: int = 0
     restoring: bool = True
 
@@ -34,8 +48,72 @@ class Held:
         self.length, self.drafts = offset, 0
 
     def begin_at(self, offset: int) -> None:
-        """The first segment comes: another stage may have read less from its disk than this one."""
+        """Go on from the first segment's offset: another stage may have read less from its disk than this one."""
         if self.restoring and offset < self.length:
             trim(self.caches, offset)
             self.length = offset
         self.restoring = False
+
+
+class SequenceTable(dict[Key, State]):
+    """Sequences by their keys. With the last one that is dropped, the memory of all goes back to the system."""
+
+    def drop(self, keys: Iterable[Key]) -> None:
+        """Free the caches of sequences; keys that are not there are passed over."""
+        dropped = [self.pop(key, None) for key in keys]
+        if dropped and not self:
+            mx.clear_cache()
+
+    def drop_all(self) -> None:
+        """Free all caches."""
+        self.clear()
+        mx.clear_cache()
+
+
+def check_step(step: Step, sequences: Mapping[int, SequenceState], *, vocab_size: int, stage: int | None) -> None:
+    """Check that the segments of a step follow what a stage holds.
+
+    Args:
+        step: that came.
+        sequences: of the stage, once the step has freed and begun some.
+        vocab_size: ids are below it.
+        stage: its index, for errors.
+
+    Raises:
+        ProtocolError: what contradicts what.
+    """
+    total = sum(segment.length for segment in step.segments)
+    if step.tokens.shape != (total,):
+        raise ProtocolError(
+            "the tokens of a step do not fill its segments",
+            stage=stage,
+            expected=f"{total} tokens",
+            found=f"shape {step.tokens.shape}",
+        )
+    if len({segment.seq_id for segment in step.segments}) != len(step.segments):
+        raise ProtocolError("a sequence has two segments in one step", stage=stage)
+    if total and not 0 <= int(step.tokens.min()) <= int(step.tokens.max()) < vocab_size:
+        raise ProtocolError(
+            "a token id outside the vocabulary",
+            stage=stage,
+            expected=f"0 to {vocab_size - 1}",
+            found=f"{step.tokens.min()} to {step.tokens.max()}",
+        )
+    for segment in step.segments:
+        entry = sequences.get(segment.seq_id)
+        if entry is None or not entry.length - entry.drafts <= segment.offset <= entry.length or segment.length < 1:
+            raise ProtocolError(
+                f"a segment of sequence {segment.seq_id} does not follow what the stage holds",
+                stage=stage,
+                expected="a sequence that was begun"
+                if entry is None
+                else f"offset {entry.length}{f' or up to {entry.drafts} less' * bool(entry.drafts)}, length at least 1",
+                found=f"offset {segment.offset}, length {segment.length}",
+            )
+        if segment.drafts and (segment.drafts >= segment.length or not segment.sample or segment.mask is not None):
+            raise ProtocolError(
+                f"drafts of sequence {segment.seq_id} that cannot be checked",
+                stage=stage,
+                expected="a token before them, `sample`, and no mask",
+                found=f"length {segment.length}, {segment.drafts} drafts",
+            )

@@ -1,4 +1,4 @@
-"""The IO thread of a stage process: its sockets, heartbeats, and who may give orders. It knows nothing of MLX.
+"""The IO thread of a stage process: frames in and out, heartbeats, who may give orders, and the link to the next stage.
 
 It goes on answering while the main thread loads or computes, so that silence means that the process is stuck or gone.
 """
@@ -18,21 +18,21 @@ from typing import Any
 import zmq.asyncio
 
 from exo_kimi.errors import ExoKimiError, ProtocolError, RuntimeFault, StageUnreachableError
-from exo_kimi.runtime.pairs.pairing_handshake import COUPLE_DEADLINE_S, Incoming
+from exo_kimi.runtime.pairs.pairing_handshake import COUPLE_DEADLINE_S, Incoming, couple
 from exo_kimi.runtime.protocol.faults import to_message
 from exo_kimi.runtime.protocol.frames import Message, decode, encode
-from exo_kimi.runtime.protocol.messages import Couple, Goodbye, Hello, Join, Joined, Load, Ping, Refused
+from exo_kimi.runtime.protocol.messages import Couple, Goodbye, Hello, HelloAck, Join, Joined, Load, Ping, Refused
 from exo_kimi.runtime.protocol.versions import Versions
-from exo_kimi.runtime.stage.compute_thread import DropSequences, Order, Unload
-from exo_kimi.runtime.stage.next_stage import open_next, watch_next
-from exo_kimi.runtime.stage.status import StageStatus
+from exo_kimi.runtime.stage.compute_thread import DropSequences, Order, StageStatus, Unload
 from exo_kimi.runtime.steps import NO_EPOCH, Step
-from exo_kimi.runtime.transport.address import Address
+from exo_kimi.runtime.transport.address import Address, parse_address
 from exo_kimi.runtime.transport.keys import ClusterKey
 from exo_kimi.runtime.transport.link import Link, Part
+from exo_kimi.runtime.transport.zmq_link import connect
 from exo_kimi.runtime.transport.zmq_listener import ZmqListener
 
 logger = logging.getLogger(__name__)
+CONNECT_DEADLINE_S = 10.0  # the leader has reached the next stage already
 KEEP_WEIGHTS_S = 60.0  # after a leader is lost, for one that comes back with the same plan
 
 
@@ -83,7 +83,7 @@ class StageServer:
         self._coupling: asyncio.Task[None] | None = None
         self._reset: asyncio.Future[Joined] | None = None
         self._is_first = False
-        self._incoming = Incoming(take=self._take, lose=self._say_fault)
+        self._incoming = Incoming(take=self._take, lose=self._send_fault)
 
     def run(self) -> None:
         """Serve until `stop`; the body of the IO thread. `bound` gets the address, or why there is none."""
@@ -111,8 +111,10 @@ class StageServer:
         self._broken: asyncio.Future[None] = self._loop.create_future()
         self._context = zmq.asyncio.Context()
         try:
-            hear = partial(self._guard, self._hear)
-            self._listener = ZmqListener(self._context, self._listen, key=self._key, option="--listen", on_frame=hear)
+            on_frame = partial(self._guard, self._on_frame)
+            self._listener = ZmqListener(
+                self._context, self._listen, key=self._key, option="--listen", on_frame=on_frame
+            )
             self.bound.set_result(self._listener.address)
             work: list[asyncio.Future[Any]] = [
                 self._broken,
@@ -125,7 +127,7 @@ class StageServer:
             for future in done:
                 future.result()
         finally:
-            self._leave_chain()
+            self._leave_epoch()
             self._context.destroy(linger=200)
 
     def _guard(self, work: Callable[..., object], *arguments: Any) -> None:
@@ -136,7 +138,7 @@ class StageServer:
             if not self._broken.done():
                 self._broken.set_exception(error)
 
-    def _hear(self, peer: bytes, parts: list[Part]) -> None:
+    def _on_frame(self, peer: bytes, parts: list[Part]) -> None:
         if peer == self._upstream and self._incoming.takes(parts):
             return
         try:
@@ -144,13 +146,13 @@ class StageServer:
         except ProtocolError as error:
             known = peer == self._upstream or (self._leader is not None and peer == self._leader.peer)
             logger.log(logging.WARNING if known else logging.DEBUG, "refused a frame: %s", error)
-            self._tell(peer, Refused(message=str(error), retry=False))
+            self._send(peer, Refused(message=str(error), retry=False))
             return
         if isinstance(message, Hello):
-            self._greet(peer, message)
+            self._on_hello(peer, message)
         elif self._leader is not None and peer == self._leader.peer:
             self._leader.heard_s = time.monotonic()
-            self._obey(message, self._leader.hello)
+            self._on_order(message, self._leader.hello)
         elif isinstance(message, Step) and peer == self._upstream:
             self._take(message)
         elif isinstance(message, Couple) and peer == self._upstream:
@@ -159,17 +161,17 @@ class StageServer:
             self._coupling = asyncio.create_task(self._couple(peer, message))
             self._coupling.add_done_callback(self._coupled)
         else:
-            self._tell(peer, Refused(message="say hello first", retry=True))
+            self._send(peer, Refused(message="say hello first", retry=True))
 
-    def _greet(self, peer: bytes, hello: Hello) -> None:
+    def _on_hello(self, peer: bytes, hello: Hello) -> None:
         leader = self._leader
         other = leader is not None and leader.hello.session != hello.session
         # The leader before may be gone and not yet missed.
-        if leader is not None and other and not self._tell(leader.peer, self._status.progress()):
+        if leader is not None and other and not self._send(leader.peer, self._status.progress()):
             self._lose_leader()
             other = False
         if other or (hello.role == "upstream" and self._leader is None):
-            self._tell(peer, Refused(message="this stage serves another leader", retry=True))
+            self._send(peer, Refused(message="this stage serves another leader", retry=True))
             return
         if hello.role == "upstream":
             self._upstream = peer
@@ -178,30 +180,30 @@ class StageServer:
                 logger.info("a leader joined (exo-kimi %s)", hello.exo_kimi)
             self._leader = _Leader(peer, hello, time.monotonic())
             self._lost_s = None
-        self._tell(peer, self._status.hello_ack(self._versions))
+        self._send(peer, self._status.hello_ack(self._versions))
 
     async def _couple(self, peer: bytes, proposal: Couple) -> None:
         """The stage before wants a link of its own for hidden states."""
         deadline_s = self._leader.hello.silence_s if self._leader is not None else COUPLE_DEADLINE_S
         try:
-            self._tell(peer, await self._incoming.couple(proposal, deadline_s=deadline_s))
+            self._send(peer, await self._incoming.couple(proposal, deadline_s=deadline_s))
         except StageUnreachableError as error:
-            self._tell(peer, Refused(message=str(error), retry=False))
+            self._send(peer, Refused(message=str(error), retry=False))
 
     def _coupled(self, task: asyncio.Task[None]) -> None:
         if not task.cancelled():
             self._guard(task.result)
 
-    def _obey(self, message: Message, leader: Hello) -> None:
+    def _on_order(self, message: Message, leader: Hello) -> None:
         if isinstance(message, Step):
             if self._is_first:
                 self._take(message)
         elif isinstance(message, Load):
-            self._leave_chain()
+            self._leave_epoch()
             self._is_first = message.start_layer == 0
             self._orders.put(message)
         elif isinstance(message, Join):
-            self._leave_chain(but_epoch=message.epoch)
+            self._leave_epoch(but_epoch=message.epoch)
             self._status.newest_epoch = message.epoch
             self._reset = self._loop.create_future()
             self._orders.put(message)
@@ -224,16 +226,16 @@ class StageServer:
                 self._next = await open_next(
                     self._context, join, key=self._next_key, leader=leader, versions=self._versions
                 )
-            self._tell_leader(await reset)
+            self._send_to_leader(await reset)
             if self._next is not None:
                 await watch_next(self._next)
         except RuntimeFault as error:
-            self._say_fault(join.epoch, error)
+            self._send_fault(join.epoch, error)
 
-    def _say_fault(self, epoch: int, error: RuntimeFault) -> None:
+    def _send_fault(self, epoch: int, error: RuntimeFault) -> None:
         if epoch == self._status.newest_epoch:
             logger.warning("a link between stages: %s", error)
-            self._tell_leader(replace(to_message(error, epoch, None), cause="link"))
+            self._send_to_leader(replace(to_message(error, epoch, None), cause="link"))
 
     def _deliver(self, message: Message, parts: list[Part]) -> None:
         epoch = getattr(message, "epoch", None)
@@ -247,7 +249,7 @@ class StageServer:
                 try:
                     self._next.send(parts)
                 except StageUnreachableError as error:
-                    self._say_fault(message.epoch, error)
+                    self._send_fault(message.epoch, error)
         elif self._leader is not None:
             self._listener.send(self._leader.peer, parts)
 
@@ -269,7 +271,7 @@ class StageServer:
                 leader.heard_s = now_s
             silent = self._leader_may_vanish and now_s - leader.heard_s > leader.hello.silence_s
             # A leader whose connection is gone cannot be sent to: that is known at once.
-            if silent or not self._tell(leader.peer, self._status.progress()):
+            if silent or not self._send(leader.peer, self._status.progress()):
                 self._lose_leader()
 
     def _lose_leader(self) -> None:
@@ -280,9 +282,9 @@ class StageServer:
 
     def _forget_leader(self) -> None:
         self._leader = self._upstream = None
-        self._leave_chain()
+        self._leave_epoch()
 
-    def _leave_chain(self, *, but_epoch: int | None = None) -> None:
+    def _leave_epoch(self, *, but_epoch: int | None = None) -> None:
         self._incoming.end(but_epoch=but_epoch)
         self._status.newest_epoch = NO_EPOCH
         if self._joining is not None:
@@ -292,9 +294,58 @@ class StageServer:
             self._next.close()
             self._next = None
 
-    def _tell_leader(self, message: Message) -> None:
+    def _send_to_leader(self, message: Message) -> None:
         if self._leader is not None:
-            self._tell(self._leader.peer, message)
+            self._send(self._leader.peer, message)
 
-    def _tell(self, peer: bytes, message: Message) -> bool:
+    def _send(self, peer: bytes, message: Message) -> bool:
         return self._listener.send(peer, encode(message))
+
+
+async def open_next(
+    context: zmq.asyncio.Context, join: Join, *, key: ClusterKey | None, leader: Hello, versions: Versions
+) -> Link:
+    """Connect to the next stage and say hello on behalf of the leader's session, then make the pair that `join` asks for.
+
+    Raises:
+        RuntimeFault: it cannot be reached, holds another key, or serves another leader.
+    """
+    address = str(join.next_address)
+    link: Link | None = None
+    try:
+        where = parse_address(address, option="the next stage's address")
+        # A dead machine closes no connection: its silence ends the link, a little after the leader would have noticed.
+        link = await connect(
+            context,
+            where,
+            key=None if where.path is not None else key,
+            deadline_s=CONNECT_DEADLINE_S,
+            silence_s=1.5 * leader.silence_s,
+        )
+        mine = replace(leader, role="upstream", exo_kimi=versions.exo_kimi, mlx=versions.mlx, mlx_lm=versions.mlx_lm)
+        link.send(encode(mine))
+        async with asyncio.timeout(CONNECT_DEADLINE_S):
+            answer = decode(await link.receive())
+        if not isinstance(answer, HelloAck):
+            raise ProtocolError("the next stage refused", found=getattr(answer, "message", answer), where=address)
+        if join.link != "zmq":
+            link = await couple(link, join.link, epoch=join.epoch, deadline_s=leader.silence_s)
+        return link
+    except BaseException as error:
+        if link is not None:
+            link.close()
+        if isinstance(error, TimeoutError):
+            raise StageUnreachableError("the next stage does not answer", where=address) from error
+        if isinstance(error, ExoKimiError) and not isinstance(error, RuntimeFault):
+            raise StageUnreachableError(str(error)) from error
+        raise
+
+
+async def watch_next(link: Link) -> None:
+    """Wait for the end of the link; nothing else is to be said on it.
+
+    Raises:
+        RuntimeFault: always, in the end.
+    """
+    answer = decode(await link.receive())
+    raise ProtocolError("the next stage refused", found=getattr(answer, "message", answer), where=link.address)

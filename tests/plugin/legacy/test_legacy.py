@@ -155,10 +155,10 @@ async def test_one_node_or_three_answer_the_same_in_pieces(
 async def test_layers_that_do_not_fit_are_refused_before_they_are_read(
     make: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from exo_kimi.plugin.legacy import stage as exo_legacy_stage
+    from exo_kimi.runtime.stage import resident
     from exo_kimi.runtime.stage.memory import FreeMemory
 
-    monkeypatch.setattr(exo_legacy_stage, "free_memory", lambda: FreeMemory(free_bytes=3_000_000, scope="host"))
+    monkeypatch.setattr(resident, "free_memory", lambda: FreeMemory(free_bytes=3_000_000, scope="host"))
     cluster = make()
     with pytest.raises(ExoKimiError, match="do not fit") as refused:
         await cluster.ask()
@@ -312,18 +312,18 @@ async def test_bfloat16_travels_as_its_bits(make: Any, monkeypatch: pytest.Monke
     """numpy has no bfloat16; what leaves one stage is what arrives on the next."""
     import mlx.core as mx
 
-    from exo_kimi.plugin.legacy import stage as exo_legacy_stage
+    from exo_kimi.runtime.stage import resident
 
     cluster = make()
-    own = exo_legacy_stage.load_stage
+    own = resident.load_stage
     monkeypatch.setattr(
-        exo_legacy_stage, "load_stage", lambda manifest, *, progress: own(manifest, dtype="bfloat16", progress=progress)
+        resident, "load_stage", lambda manifest, **options: own(manifest, **{**options, "dtype": "bfloat16"})
     )
     for node in cluster.nodes:
         node.max_generate_tokens = 2
     assert len(await cluster.ask("a")) == 2
     assert {dtype for _, dtype in cluster.nodes[0].peers[0].sent} == {"uint16"}
-    assert cluster.stages[0]._model.layers[0].input_layernorm.weight.dtype == mx.bfloat16
+    assert cluster.stages[0]._resident.model.layers[0].input_layernorm.weight.dtype == mx.bfloat16
 
 
 async def test_callbacks_never_raise_into_exo(make: Any, caplog: pytest.LogCaptureFixture) -> None:

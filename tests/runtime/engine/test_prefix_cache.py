@@ -27,11 +27,10 @@ from exo_kimi.runtime.engine.prefix_cache import PrefixOptions
 from exo_kimi.runtime.prefix_key import KEY_DIGITS
 from exo_kimi.runtime.protocol.messages import Join, Load
 from exo_kimi.runtime.requests import GenerationRequest, SamplingParams, TokenEvent
-from exo_kimi.runtime.stage.backend import MlxBackend
+from exo_kimi.runtime.stage.backend import CheckpointLayers, MlxBackend
 from exo_kimi.runtime.stage.inline import InlinePipeline
-from exo_kimi.runtime.stage.prefix_disk import Changed, PrefixDisk
-from exo_kimi.runtime.stage.prefix_files import BlockFiles
-from exo_kimi.runtime.stage.worker import StageModel
+from exo_kimi.runtime.stage.prefix_disk import BlockFiles, Changed, PrefixDisk
+from exo_kimi.runtime.stage.stage_model import StageModel
 from exo_kimi.runtime.steps import Blocks, Segment, SequenceStart, Step
 
 SMALL = {"hidden_size": 64, "intermediate_size": 64, "moe_intermediate_size": 64, "n_routed_experts": 4}
@@ -306,7 +305,7 @@ def test_a_backend_keeps_blocks_for_its_own_layers_and_weights_only(
     key = "0" * KEY_DIGITS
 
     def joined(directory: Path, **changes: Any) -> tuple[MlxBackend, tuple[int, tuple[str, ...]]]:
-        backend = MlxBackend(None)
+        backend = MlxBackend(CheckpointLayers(None))
         backend.load(replace(load, **changes), lambda *_: None)
         backend.reset(1)
         order = Join(

@@ -28,9 +28,9 @@ from exo_kimi.runtime.engine.prefix_cache import PrefixOptions
 from exo_kimi.runtime.engine.speculation import Drafter
 from exo_kimi.runtime.requests import GenerationRequest, SamplingParams, TokenEvent
 from exo_kimi.runtime.stage.inline import InlinePipeline, run_chain
-from exo_kimi.runtime.stage.sampling import SequenceSampler, sample
-from exo_kimi.runtime.stage.verify import sample_runs
-from exo_kimi.runtime.stage.worker import StageModel, StageWorker
+from exo_kimi.runtime.stage.sampling import SequenceSampler, sample, sample_runs
+from exo_kimi.runtime.stage.stage_model import StageModel
+from exo_kimi.runtime.stage.worker import StageWorker
 from exo_kimi.runtime.steps import Segment, SequenceStart, Step
 
 pytestmark = pytest.mark.timeout(60)

@@ -10,9 +10,8 @@ from unittest import mock
 
 import numpy as np
 
-from exo_kimi.runtime.stage.compute_thread import Order, StageCompute, read_at
+from exo_kimi.runtime.stage.compute_thread import Order, StageCompute, StageStatus, read_at
 from exo_kimi.runtime.stage.memory import FreeMemory
-from exo_kimi.runtime.stage.status import StageStatus
 from exo_kimi.runtime.steps import Step
 
 

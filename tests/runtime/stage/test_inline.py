@@ -20,7 +20,7 @@ from exo_kimi.runtime.engine.engine import Engine
 from exo_kimi.runtime.pipeline import Failed, Ready
 from exo_kimi.runtime.requests import GenerationRequest, SamplingParams, TokenEvent
 from exo_kimi.runtime.stage.inline import InlinePipeline
-from exo_kimi.runtime.stage.worker import StageModel
+from exo_kimi.runtime.stage.stage_model import StageModel
 from exo_kimi.runtime.steps import Segment, Step
 
 SMALL = {"hidden_size": 128, "intermediate_size": 256, "moe_intermediate_size": 64, "n_routed_experts": 8}

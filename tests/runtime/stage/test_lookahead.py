@@ -160,5 +160,5 @@ def test_what_the_leader_does_not_ask_for_is_dropped(model: Model, turn: str) ->
         assert (fast.ahead.used, fast.ahead.dropped) == (3, 0)  # not computed again beside what is new
         return
     assert (fast.ahead.used, fast.ahead.dropped) == (2, 1)
-    offsets = [[cache.offset for cache in worker._held[0].caches] for worker in (fast, slow)]
+    offsets = [[cache.offset for cache in worker._sequences[0].caches] for worker in (fast, slow)]
     assert offsets[0] == offsets[1]

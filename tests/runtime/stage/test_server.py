@@ -11,9 +11,9 @@ import zmq
 
 from exo_kimi.runtime.protocol.versions import Versions
 from exo_kimi.runtime.stage import server as stage_server
+from exo_kimi.runtime.stage.compute_thread import StageStatus
 from exo_kimi.runtime.stage.memory import FreeMemory
 from exo_kimi.runtime.stage.server import StageServer
-from exo_kimi.runtime.stage.status import StageStatus
 from exo_kimi.runtime.transport.address import parse_address
 
 

@@ -17,8 +17,8 @@ from exo_kimi.checkpoint.tiny.make import make_tiny
 from exo_kimi.errors import ProtocolError, StageError, StageOutOfMemoryError
 from exo_kimi.models.kimi_k2 import CACHE_STEP, Model
 from exo_kimi.runtime.requests import SamplingParams
-from exo_kimi.runtime.stage.hidden_states import pack, unpack
 from exo_kimi.runtime.stage.inline import run_chain
+from exo_kimi.runtime.stage.stage_model import pack, unpack
 from exo_kimi.runtime.stage.worker import StageWorker
 from exo_kimi.runtime.steps import Hidden, Segment, SequenceStart, Step, StepResult
 

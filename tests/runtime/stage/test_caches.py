@@ -9,8 +9,8 @@ import pytest
 
 from exo_kimi.models.latent_cache import LatentCache8
 from exo_kimi.models.ops import KVCache
-from exo_kimi.runtime.stage.prefix_kv import append, copy_prefix, cut, trim
-from exo_kimi.runtime.stage.prefix_stage import _to_mlx, _to_numpy
+from exo_kimi.runtime.stage.caches import append, copy_prefix, cut, trim
+from exo_kimi.runtime.stage.prefix_disk import _to_mlx, _to_numpy
 
 
 def grown(kind: type[Any], length: int, dtype: mx.Dtype) -> list[Any]:

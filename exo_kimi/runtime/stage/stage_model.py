@@ -1,6 +1,9 @@
-"""Hidden states between MLX arrays and raw bytes; it knows nothing of stages."""
+"""The model as a stage sees it, and the hidden states that pass between stages as raw bytes."""
 
 from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Protocol
 
 import mlx.core as mx
 import numpy as np
@@ -15,6 +18,45 @@ NAMES: dict[mx.Dtype, HiddenDtype] = {
 }
 DTYPES: dict[HiddenDtype, mx.Dtype] = {name: dtype for dtype, name in NAMES.items()}
 RAW: dict[HiddenDtype, type[np.generic]] = {"float32": np.float32, "bfloat16": np.uint16, "float16": np.float16}
+
+
+class StageConfig(Protocol):
+    """What a stage needs of `arch.config.KimiConfig`."""
+
+    @property
+    def hidden_size(self) -> int: ...
+
+    @property
+    def vocab_size(self) -> int: ...
+
+
+class StageModel(Protocol):
+    """What a stage needs of `models.kimi_k2.Model`."""
+
+    @property
+    def args(self) -> StageConfig: ...
+
+    @property
+    def is_first(self) -> bool: ...
+
+    @property
+    def is_last(self) -> bool: ...
+
+    @property
+    def start_layer(self) -> int: ...
+
+    @property
+    def end_layer(self) -> int: ...
+
+    def make_cache(self) -> list[Any]: ...
+
+    def forward_ragged(
+        self, x: mx.array, segments: Sequence[tuple[int, list[Any]]], *, asked: Sequence[int] | None = None
+    ) -> mx.array: ...
+
+    def logits(self, hidden: mx.array) -> mx.array: ...
+
+    def cache_nbytes(self, caches: list[Any]) -> int: ...
 
 
 def pack(array: mx.array) -> Hidden:

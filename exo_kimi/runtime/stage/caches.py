@@ -1,4 +1,4 @@
-"""Caches as arrays that can be cut, copied and put together again; it knows nothing of files, keys or sequences.
+"""Caches of a sequence as arrays that can be cut, copied and put together again.
 
 A cache's `keys` and `values` are arrays (1, 1, capacity, width), or tuples of such (a quantized cache: data, scales, biases).
 """

@@ -1,0 +1,107 @@
+"""One stage's layers, resident in this machine's memory: loaded strictly, wired, counted, and given back."""
+
+from __future__ import annotations
+
+import gc
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import mlx.core as mx
+
+from exo_kimi.checkpoint.manifest import StageManifest
+from exo_kimi.errors import StageOutOfMemoryError
+from exo_kimi.models.kimi_k2 import Model
+from exo_kimi.runtime.loading.loader import load_stage
+from exo_kimi.runtime.stage.memory import free_memory
+from exo_kimi.runtime.stage.worker import as_fault
+from exo_kimi.units import format_bytes
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class ResidentStage:
+    """Layers that are in memory for as long as this object is; call `give_back_memory` once it and its caches are let go.
+
+    Args:
+        manifest: what was loaded.
+        model: these layers, ready to run.
+        resident_bytes: by how much MLX's memory grew.
+        load_s: how long loading took.
+    """
+
+    manifest: StageManifest
+    model: Model
+    resident_bytes: int
+    load_s: float
+
+    @property
+    def dtype(self) -> mx.Dtype:
+        """Of activations."""
+        dtype: mx.Dtype = self.model.layers[0].input_layernorm.weight.dtype
+        return dtype
+
+    @classmethod
+    def load(
+        cls,
+        manifest: StageManifest,
+        *,
+        stage: int,
+        dtype: str | None = None,
+        progress: Callable[[int, int], None] | None = None,
+        fuse: bool = False,
+        alone: bool = False,
+    ) -> ResidentStage:
+        """Load the layers of a manifest, in the thread that will run them: MLX's streams belong to threads.
+
+        Args:
+            manifest: of the layers.
+            stage: its index, for errors.
+            dtype, progress, fuse, alone: see `load_stage`.
+
+        Raises:
+            CheckpointError: the tensors are not what the manifest says.
+            StageError, StageOutOfMemoryError: MLX could not hold them.
+        """
+        began_s, before_bytes = time.monotonic(), mx.get_active_memory()
+        try:
+            model = load_stage(manifest, dtype=dtype, progress=progress, fuse=fuse, alone=alone)
+        except (RuntimeError, ValueError, MemoryError) as error:  # what MLX raises
+            raise as_fault(error, stage=stage) from error
+        if mx.metal.is_available():
+            # Wired, so that weights that rest between requests are not paged out.
+            mx.set_wired_limit(int(mx.device_info()["max_recommended_working_set_size"]))
+        return cls(
+            manifest=manifest,
+            model=model,
+            resident_bytes=mx.get_active_memory() - before_bytes,
+            load_s=time.monotonic() - began_s,
+        )
+
+
+def check_room(manifest: StageManifest, *, stage: int, where: str) -> None:
+    """Refuse layers that are larger than the memory that is free now.
+
+    Args:
+        manifest: of the layers.
+        stage: its index, for the error.
+        where: the machine, for the error.
+
+    Raises:
+        StageOutOfMemoryError: they do not fit.
+    """
+    free_bytes = free_memory().free_bytes
+    if manifest.resident_bytes > free_bytes:
+        raise StageOutOfMemoryError(
+            f"layers {manifest.start_layer}:{manifest.end_layer} do not fit into this machine's memory now",
+            stage=stage,
+            expected=f"at most {format_bytes(free_bytes)}",
+            found=format_bytes(manifest.resident_bytes),
+            where=where,
+            fix="close other programs; on a Mac raise the limit as the plan says (`sudo sysctl iogpu.wired_limit_mb=N`)",
+        )
+
+
+def give_back_memory() -> None:
+    """Return to the system the memory of what was let go, such as a stage and its caches."""
+    gc.collect()  # modules refer to each other: their arrays would wait for the collector
+    mx.clear_cache()
