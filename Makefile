@@ -1,4 +1,4 @@
-# Two commands for a new user: `make demo` and `make test`. Each makes its own environment; PYTHON=python3.12 chooses one.
+# For a new user: `make demo` and `make test`. Each makes its own environment; PYTHON=python3.12 chooses one.
 
 PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11; do \
   $$p -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))' 2>/dev/null && { echo $$p; break; }; done)
@@ -6,7 +6,7 @@ PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11; do \
 # Two workers: one for what starts processes, one for what computes (tests/conftest.py).
 TWO = -n 2 --dist loadgroup
 
-.PHONY: demo test test-oldest lint types clean
+.PHONY: demo test test-oldest coverage lint types docs reference wheel-check clean
 
 demo: .venv/done
 	.venv/bin/exo-kimi demo
@@ -18,6 +18,10 @@ test: .venv-test/done
 test-oldest: .venv-oldest/done
 	.venv-oldest/bin/python -m pytest $(TWO) tests/models tests/chat tests/runtime tests/checkpoint
 
+# The tests, and how much of the package they run, stage processes too; the floor is in pyproject.toml.
+coverage: .venv-test/done
+	.venv-test/bin/python -m pytest $(TWO) --cov --cov-report=term:skip-covered
+
 lint: .venv-test/done
 	.venv-test/bin/ruff check .
 	.venv-test/bin/ruff format --check .
@@ -25,11 +29,26 @@ lint: .venv-test/done
 types: .venv-test/done
 	.venv-test/bin/mypy
 
+docs: .venv-test/done
+	NO_MKDOCS_2_WARNING=1 .venv-test/bin/mkdocs build --quiet --strict
+	@echo "the pages are in build/site"
+
+reference: .venv-test/done
+	.venv-test/bin/python -m exo_kimi.cli.reference > docs/reference/cli.md
+
+# A wheel, installed where no source tree is: it says its version, and the tiny Kimi in it answers.
+wheel-check: .venv-test/done
+	rm -rf build/wheel
+	.venv-test/bin/python -m pip wheel --quiet --disable-pip-version-check --no-deps --wheel-dir build/wheel .
+	$(PYTHON) -m venv build/wheel/venv
+	build/wheel/venv/bin/python -m pip install --quiet --disable-pip-version-check build/wheel/*.whl
+	cd build/wheel && env -u PYTHONPATH venv/bin/exo-kimi --version && env -u PYTHONPATH venv/bin/exo-kimi demo --once --port 0
+
 clean:
-	rm -rf .venv .venv-test .venv-oldest
+	rm -rf .venv .venv-test .venv-oldest build .coverage .coverage.*
 
 .venv/done: EXTRA =
-.venv-test/done: EXTRA = [test]
+.venv-test/done: EXTRA = [test,docs]
 .venv-oldest/done: EXTRA = [test]
 .venv-oldest/done: CONSTRAINTS = -c tests/oldest.txt
 

@@ -18,6 +18,7 @@ settings.load_profile("patient")
 
 _PROCESSES = (
     "tests/bench/",
+    "tests/docs/",
     "tests/plugin/",
     "tests/runtime/",
     "tests/serve/",
