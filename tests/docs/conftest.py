@@ -2,87 +2,59 @@
 
 from __future__ import annotations
 
-import contextlib
-import io
 import re
 import subprocess
 import sys
 from collections.abc import Iterator, Sequence
+from itertools import product
 from pathlib import Path
 
 import pytest
 
-from exo_kimi import cli
+from exo_kimi.cli.app import command_tree
 from exo_kimi.client.demo import shipped_model
 
 ROOT = Path(__file__).parents[2]
-GROUPS = ("exo", "train")
 OPTION = re.compile(r"(?<![\w-])--?[A-Za-z][\w-]*")
 
 
 class CommandLine:
-    """What `exo-kimi` understands, read from its own help, so that any parser may be behind it."""
+    """What `exo-kimi` understands."""
 
     def __init__(self) -> None:
-        self._help: dict[tuple[str, ...], str] = {}
+        self._root = command_tree()
+        sources = sorted((ROOT / "exo_kimi" / "bench").rglob("*.py"))
+        self._of_benches = set(OPTION.findall(" ".join(path.read_text(encoding="utf-8") for path in sources)))
 
-    def help(self, *words: str) -> str:
-        """The help of a command, or an empty text when there is none."""
-        if words not in self._help:
-            self._help[words] = self._ask(words)
-        return self._help[words]
+    def parse(self, words: Sequence[str]) -> None:
+        """Read the words after `exo-kimi` as the command would, without running it; raises what is wrong with them."""
+        command, name, rest = self._root, "exo-kimi", list(words)
+        while rest and rest[0] in getattr(command, "commands", {}):
+            name, *rest = rest
+            command = command.commands[name]
+        command.make_context(name, rest)
 
-    @staticmethod
-    def _ask(words: tuple[str, ...]) -> str:
-        shown = io.StringIO()
-        with contextlib.redirect_stdout(shown), contextlib.redirect_stderr(io.StringIO()):
-            try:
-                status = cli.main([*words, "--help"])
-            except SystemExit as leaving:
-                status = int(leaving.code or 0)
-        return "" if status else shown.getvalue()
-
-    def mistakes(self, arguments: Sequence[str]) -> list[str]:
-        """What is wrong with the words after `exo-kimi`: a command or an option that does not exist."""
-        count = 2 if arguments[:1] and arguments[0] in GROUPS and len(arguments) > 1 else 1
-        words, rest = arguments[:count], list(arguments[count:])
-        if words[0].startswith("-"):
-            words, rest = [], list(arguments)
-        wrong = []
-        for names in self._spelled_out(words):
-            text = self.help(*names)
-            known = set(OPTION.findall(text))
+    def mistakes(self, words: Sequence[str]) -> list[str]:
+        """Commands and options that do not exist, in a line that may have placeholders and `a|b` for two commands."""
+        wrong: list[str] = []
+        for spelled in product(*(word.split("|") if not word.startswith(("-", "[")) else [word] for word in words[:2])):
+            command, path, rest = self._root, [], [*spelled, *words[2:]]
+            while rest and rest[0] in getattr(command, "commands", {}):
+                command, path = command.commands[rest[0]], [*path, rest.pop(0)]
+            if rest and hasattr(command, "commands") and not rest[0].startswith("-"):
+                wrong.append(f"no command {' '.join([*path, rest[0]])}")
+            known = {"--help", *(name for parameter in command.params for name in parameter.opts)}
             own = rest[: rest.index("--")] if "--" in rest else rest
-            if names[:1] == ["bench"]:  # a bench reads its own options
-                sources = (ROOT / "exo_kimi" / "bench").rglob("*.py")
-                known |= set(OPTION.findall(" ".join(path.read_text(encoding="utf-8") for path in sources)))
-            options = [
-                found
-                for part in own
-                for found in OPTION.findall(part.partition("=")[0])
-                if part.lstrip("[").startswith("-")
-            ]
-            wrong += [f"no command {' '.join(names)}"] * (not text)
-            wrong += [f"{' '.join(names)} has no {option}" for option in options if text and option not in known]
+            options = [name for part in own if part.lstrip("[").startswith("-") for name in OPTION.findall(part)]
+            known |= self._of_benches if path == ["bench"] else set()  # a bench reads its own options
+            wrong += [f"{' '.join(path)} has no {name}" for name in options if name not in known]
         return wrong
-
-    @staticmethod
-    def _spelled_out(words: Sequence[str]) -> list[list[str]]:
-        """`exo status|plan` as `exo status` and `exo plan`; group itself for its bare name."""
-        spelled: list[list[str]] = [[]]
-        for word in words:
-            spelled = [[*names, choice] for names in spelled for choice in word.split("|")]
-        return spelled
 
 
 @pytest.fixture(scope="session")
-def command_line() -> Iterator[CommandLine]:
-    """See the class; help is wide, so that no option is cut."""
-    with pytest.MonkeyPatch.context() as patch:
-        for name in ("COLUMNS", "TERMINAL_WIDTH"):
-            patch.setenv(name, "250")
-        patch.setenv("NO_COLOR", "1")
-        yield CommandLine()
+def command_line() -> CommandLine:
+    """See the class."""
+    return CommandLine()
 
 
 @pytest.fixture(scope="session")
