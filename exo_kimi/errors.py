@@ -1,46 +1,46 @@
-"""The one exception tree of exo-kimi; it knows nothing of what raises them.
+"""The exceptions of exo-kimi, one tree: each is raised when ...
 
 ExoKimiError                    everything that exo-kimi raises on purpose
-+-- UsageError                  an argument, option or environment that the user can mend
-|   +-- SplitError              a split that does not place every layer exactly once
-|   +-- AddressError            an address that cannot be parsed, bound or resolved
-|   +-- KeyMismatchError        a cluster key is missing or is not the one the stage holds
-+-- CheckpointError             a checkpoint directory that cannot be served as it is
-|   +-- NotACheckpointError     no directory, no config.json or no weights
-|   +-- UnsupportedModelError   a checkpoint of a family that this project does not run
++-- UsageError                  an argument, option or environment is one that the user must change
+|   +-- SplitError              a split does not place every layer exactly once
+|   +-- AddressError            an address cannot be parsed, bound or resolved
+|   +-- KeyMismatchError        a cluster key is missing or differs from the stage's
++-- CheckpointError             a checkpoint directory cannot be served as it is
+|   +-- NotACheckpointError     there is no directory, no config.json or no weights
+|   +-- UnsupportedModelError   a checkpoint is of a family that exo-kimi does not run
 |   +-- ConfigError             config.json lacks a key, contradicts itself or asks for unknown maths
-|   +-- UnsafeFormatError       weights in a format that runs code when it is read (pickle)
-|   +-- TensorFileError         a file that is truncated, overlapping or has a bad header
-|   +-- MissingTensorError      a tensor that the architecture needs is in no file
-|   +-- UnexpectedTensorError   a tensor that no module consumes
-|   +-- ShapeMismatchError      a tensor whose shape fits no reading of the architecture
-|   +-- DtypeError              a tensor stored in a dtype that its role does not allow
-|   +-- QuantizationError       packed shapes and config that contradict each other beyond repair
-|   +-- NotFiniteError          a weight or a scale that is NaN or infinite
-|   +-- CheckpointProblems      all findings of one pass, raised once
-+-- PlanError                   a plan that cannot be made, read or used
+|   +-- UnsafeFormatError       the weights are in a format that runs code when it is read (pickle)
+|   +-- TensorFileError         a weight file is truncated, its tensors overlap or its header is bad
+|   +-- MissingTensorError      no file has a tensor that the architecture needs
+|   +-- UnexpectedTensorError   no module consumes a tensor
+|   +-- ShapeMismatchError      a tensor's shape fits no reading of the architecture
+|   +-- DtypeError              a tensor is stored in a dtype that its role does not allow
+|   +-- QuantizationError       packed shapes and config contradict each other beyond repair
+|   +-- NotFiniteError          a weight or a scale is NaN or infinite
+|   +-- CheckpointProblems      one pass has several findings: all of them, raised once
++-- PlanError                   a plan cannot be made, read or used
 |   +-- PlanInfeasibleError     no split fits; says which machine is short and what would make it fit
-|   +-- PlanMismatchError       a plan made for another checkpoint
-+-- ChatError                   text, templates and tool calls
-|   +-- TokenizerError          tokenizer files that are missing or malformed
-|   +-- TemplateError           a chat template that cannot be rendered
-+-- RequestError                a request that is refused; carries `param` and `code` (HTTP 400)
-|   +-- UnsupportedError        a documented API feature that this server does not have
-|   +-- ContextLengthError      more tokens than the context or the KV memory can ever hold
+|   +-- PlanMismatchError       a plan was made for another checkpoint
++-- ChatError                   text cannot become tokens, or a reply cannot be constrained
+|   +-- TokenizerError          tokenizer files are missing or malformed
+|   +-- TemplateError           a chat template cannot be rendered
++-- RequestError                a request is refused; carries `param` and `code` (HTTP 400)
+|   +-- UnsupportedError        a request asks for a documented API feature that this server lacks
+|   +-- ContextLengthError      a request has more tokens than the context or the KV memory can hold
 |   +-- OverloadedError         the queue is full: try again later (HTTP 503)
-+-- ExoError                    exo, as it runs on this network
++-- ExoError                    exo, as it runs on this network, cannot do what was asked
 |   +-- ExoUnreachableError     nothing answers as exo at the address
-|   +-- ExoVersionError         an exo whose API is not the one that this project was tested with
+|   +-- ExoVersionError         this exo's API is not one that exo-kimi was tested with
 |   +-- ExoRefusedError         exo answered a request with an error
-|   +-- ExoPlacementError       a plan that this exo cluster cannot take as it is now
-|   +-- ExoLoadError            an instance that did not become ready; it was taken back
+|   +-- ExoPlacementError       the exo cluster cannot take a plan as it is now
+|   +-- ExoLoadError            an instance did not become ready; it was taken back
 +-- RuntimeFault                the cluster of stages failed; the request did not (HTTP 503)
     +-- StageUnreachableError   a stage did not answer at its address
     +-- StageDiedError          a stage process ended
-    +-- StageStalledError       a stage stopped answering within the deadline
+    +-- StageStalledError       a stage did not answer within the deadline
     +-- StageOutOfMemoryError   a stage ran out of memory
     +-- StageError              a stage reported any other failure
-    +-- ProtocolError           a frame of the wrong version, size or form
+    +-- ProtocolError           a frame has the wrong version, size or form
     +-- EngineStoppedError      the server is shutting down
 """
 
@@ -50,7 +50,7 @@ from collections.abc import Mapping, Sequence
 
 
 class ExoKimiError(Exception):
-    """What went wrong, with the expected and the found value, the place and the fix.
+    """Base class of everything that exo-kimi raises on purpose: what went wrong, expected, found, where and the fix.
 
     Args:
         what: one line naming the thing that is wrong.
@@ -84,71 +84,71 @@ class ExoKimiError(Exception):
 
 
 class UsageError(ExoKimiError):
-    """An argument, option or environment that the user can mend."""
+    """Raised when the user must change an argument, an option or the environment."""
 
 
 class SplitError(UsageError):
-    """A split that does not place every layer exactly once."""
+    """Raised when a split does not place every layer exactly once."""
 
 
 class AddressError(UsageError):
-    """An address that cannot be parsed, bound or resolved."""
+    """Raised when an address cannot be parsed, bound or resolved."""
 
 
 class KeyMismatchError(UsageError):
-    """A cluster key that is missing or is not the one the stage holds."""
+    """Raised when a cluster key is missing or differs from the stage's."""
 
 
 class CheckpointError(ExoKimiError):
-    """A checkpoint directory that cannot be served as it is."""
+    """Raised when a checkpoint directory cannot be served as it is."""
 
 
 class NotACheckpointError(CheckpointError):
-    """No directory, no config.json or no weights."""
+    """Raised when there is no directory, no config.json or no weights."""
 
 
 class UnsupportedModelError(CheckpointError):
-    """A checkpoint of a family that this project does not run."""
+    """Raised when a checkpoint is of a family that exo-kimi does not run."""
 
 
 class ConfigError(CheckpointError):
-    """config.json lacks a key, contradicts itself or asks for unknown maths."""
+    """Raised when config.json lacks a key, contradicts itself or asks for unknown maths."""
 
 
 class UnsafeFormatError(CheckpointError):
-    """Weights in a format that runs code when it is read."""
+    """Raised when the weights are in a format that runs code when it is read (pickle)."""
 
 
 class TensorFileError(CheckpointError):
-    """A file that is truncated, overlapping or has a bad header."""
+    """Raised when a weight file is truncated, its tensors overlap or its header cannot be read."""
 
 
 class MissingTensorError(CheckpointError):
-    """A tensor that the architecture needs is in no file."""
+    """Raised when no file has a tensor that the architecture needs."""
 
 
 class UnexpectedTensorError(CheckpointError):
-    """A tensor that no module consumes."""
+    """Raised when no module consumes a tensor."""
 
 
 class ShapeMismatchError(CheckpointError):
-    """A tensor whose shape fits no reading of the architecture."""
+    """Raised when a tensor's shape fits no reading of the architecture."""
 
 
 class DtypeError(CheckpointError):
-    """A tensor stored in a dtype that its role does not allow."""
+    """Raised when a tensor is stored in a dtype that its role does not allow."""
 
 
 class QuantizationError(CheckpointError):
-    """Packed shapes and config that contradict each other beyond repair."""
+    """Raised when packed shapes and config contradict each other beyond repair."""
 
 
 class NotFiniteError(CheckpointError):
-    """A weight or a scale that is NaN or infinite."""
+    """Raised when a weight or a scale is NaN or infinite."""
 
 
 class CheckpointProblems(CheckpointError):
-    """All findings of one pass over a checkpoint, raised once.
+    """Raised once for all findings of one pass over a checkpoint.
 
     Args:
         problems: the findings, in the order they were met; at least one.
@@ -171,11 +171,11 @@ class CheckpointProblems(CheckpointError):
 
 
 class PlanError(ExoKimiError):
-    """A plan that cannot be made, read or used."""
+    """Raised when a plan cannot be made, read or used."""
 
 
 class PlanInfeasibleError(PlanError):
-    """No split fits the machines.
+    """Raised when no split fits the machines; says which one is short and what would make it fit.
 
     Args:
         short: bytes that are missing, by machine, in the split that misses the fewest.
@@ -194,23 +194,23 @@ class PlanInfeasibleError(PlanError):
 
 
 class PlanMismatchError(PlanError):
-    """A plan made for another checkpoint."""
+    """Raised when a plan was made for another checkpoint."""
 
 
 class ChatError(ExoKimiError):
-    """Text, templates and tool calls."""
+    """Raised when text, a template or a constraint on a reply fails."""
 
 
 class TokenizerError(ChatError):
-    """Tokenizer files that are missing or malformed."""
+    """Raised when tokenizer files are missing or malformed."""
 
 
 class TemplateError(ChatError):
-    """A chat template that cannot be rendered."""
+    """Raised when a chat template cannot be rendered."""
 
 
 class RequestError(ExoKimiError):
-    """A request that is refused.
+    """Raised when a request is refused.
 
     Args:
         param: the request field at fault, as the client wrote it.
@@ -234,43 +234,43 @@ class RequestError(ExoKimiError):
 
 
 class UnsupportedError(RequestError):
-    """A documented API feature that this server does not have."""
+    """Raised when a request asks for a documented API feature that this server lacks."""
 
 
 class ContextLengthError(RequestError):
-    """More tokens than the context or the KV memory can ever hold."""
+    """Raised when a request has more tokens than the context or the KV memory can ever hold."""
 
 
 class OverloadedError(RequestError):
-    """The queue is full; the same request may be accepted later."""
+    """Raised when the queue is full; the same request may be accepted later."""
 
 
 class ExoError(ExoKimiError):
-    """exo, as it runs on this network."""
+    """Raised when exo, as it runs on this network, cannot do what was asked."""
 
 
 class ExoUnreachableError(ExoError):
-    """Nothing answers as exo at the address."""
+    """Raised when nothing answers as exo at the address."""
 
 
 class ExoVersionError(ExoError):
-    """An exo whose API is not the one that this project was tested with."""
+    """Raised when this exo's API is not one that exo-kimi was tested with."""
 
 
 class ExoRefusedError(ExoError):
-    """exo answered a request with an error."""
+    """Raised when exo answered a request with an error."""
 
 
 class ExoPlacementError(ExoError):
-    """A plan that this exo cluster cannot take as it is now."""
+    """Raised when the exo cluster cannot take a plan as it is now."""
 
 
 class ExoLoadError(ExoError):
-    """An instance that did not become ready; it was taken back."""
+    """Raised when an instance did not become ready; it was taken back."""
 
 
 class RuntimeFault(ExoKimiError):
-    """The cluster of stages failed; the request itself was fine.
+    """Raised when the cluster of stages failed; the request itself was fine.
 
     Args:
         stage: index of the stage at fault, when it is known.
@@ -291,28 +291,28 @@ class RuntimeFault(ExoKimiError):
 
 
 class StageUnreachableError(RuntimeFault):
-    """A stage did not answer at its address."""
+    """Raised when a stage did not answer at its address."""
 
 
 class StageDiedError(RuntimeFault):
-    """A stage process ended."""
+    """Raised when a stage process ended."""
 
 
 class StageStalledError(RuntimeFault):
-    """A stage stopped answering within the deadline."""
+    """Raised when a stage did not answer within the deadline."""
 
 
 class StageOutOfMemoryError(RuntimeFault):
-    """A stage ran out of memory."""
+    """Raised when a stage ran out of memory."""
 
 
 class StageError(RuntimeFault):
-    """A stage reported a failure that has no class of its own."""
+    """Raised when a stage reported a failure that has no class of its own."""
 
 
 class ProtocolError(RuntimeFault):
-    """A frame of the wrong version, size or form."""
+    """Raised when a frame has the wrong version, size or form."""
 
 
 class EngineStoppedError(RuntimeFault):
-    """The server is shutting down."""
+    """Raised when the server is shutting down."""

@@ -1,4 +1,4 @@
-"""Bytes and seconds, parsed and printed in one way: GB is 10^9 bytes, GiB is 2^30. It knows nothing of what is measured."""
+"""Bytes and seconds, parsed and printed in one way: GB is 10^9 bytes, GiB is 2^30."""
 
 from __future__ import annotations
 

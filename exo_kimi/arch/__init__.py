@@ -1,1 +1,1 @@
-"""What a Kimi is: configuration, modules and their sizes. It knows nothing of files on disk, MLX or requests."""
+"""What a Kimi is: its configuration, its modules, and the counts of parameters, cache bytes and scratch bytes that follow."""

@@ -1,4 +1,4 @@
-"""The configuration of a Kimi K2 text model, read strictly from config.json; it knows nothing of weights.
+"""The configuration of a Kimi K2 text model, checked key by key from a parsed config.json.
 
 Every key that changes the maths is required or has one value that this project implements. A missing key is an error and
 never a default: a silent `routed_scaling_factor` of 1.0 would answer fluently and wrongly.
@@ -20,7 +20,7 @@ NESTED_MODEL_TYPES = ("kimi_k25",)
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class KimiConfig:
-    """A Kimi K2 text model; the fields are the Hugging Face keys.
+    """Configuration of a Kimi K2 text model; the fields are the Hugging Face keys.
 
     `key_prefix` is what checkpoint keys carry in front (`language_model.` from K2.5 on). `rope_scaling` None means plain
     rope. Layer and head counts are numbers of things, `*_dim`, `*_rank` and `*_size` are widths.
@@ -62,7 +62,7 @@ class KimiConfig:
 
     @property
     def attention_scale(self) -> float:
-        """Factor of the scores: qk_head_dim^-0.5 times yarn's (0.1 * mscale_all_dim * ln(factor) + 1)^2.
+        """Factor of the attention scores: qk_head_dim^-0.5 times yarn's (0.1 * mscale_all_dim * ln(factor) + 1)^2.
 
         Source: DeepseekV3Attention in transformers.
         """
@@ -77,7 +77,7 @@ class KimiConfig:
 
     @classmethod
     def from_dict(cls, raw: Mapping[str, Any], *, where: object = "config.json") -> KimiConfig:
-        """Check every key of a config.json and keep what the maths needs.
+        """Read a parsed config.json: check every key and keep what the maths needs.
 
         Args:
             raw: the parsed JSON object; K2.5 and later nest the text model under `text_config`.

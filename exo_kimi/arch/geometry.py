@@ -1,4 +1,4 @@
-"""Counts that follow from the architecture alone: parameters, active parameters, KV bytes; it knows nothing of quantization."""
+"""Counts that follow from the architecture alone: parameters, active parameters and KV-cache bytes."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from exo_kimi.arch.modules import check_range, layer_modules, stage_modules
 from exo_kimi.errors import UsageError
 
 KV_GROUPS = 64, 32
-"""Elements of an 8-bit cache that share a scale and a bias: the first that divides a width."""
+"""Elements of an 8-bit cache that share a scale and a bias: the first of these that divides the cache's width."""
 
 
 def total_parameters(config: KimiConfig) -> int:
@@ -21,7 +21,7 @@ def layer_parameters(config: KimiConfig, layer: int) -> int:
 
 
 def active_parameters(config: KimiConfig) -> int:
-    """Weights that one token meets: K of E experts, one embedding row left out as it is a lookup (31.7 B for K2)."""
+    """Weights that one token is multiplied with (31.7 B for K2): K of E experts, and no embedding, which is a lookup."""
     active = 0
     for spec in stage_modules(config, 0, config.num_hidden_layers):
         if spec.kind == "experts":
@@ -56,7 +56,7 @@ def kv_bytes_per_token(
 
 
 def kv_group(width: int) -> int:
-    """Elements of a group in an 8-bit cache of that width (64 for K2); the smallest where none divides it."""
+    """Elements of a group in an 8-bit cache of this width (64 for K2); the smallest group where none divides the width."""
     return next((group for group in KV_GROUPS if width % group == 0), KV_GROUPS[-1])
 
 

@@ -1,4 +1,4 @@
-"""Which keys of a Kimi config.json are required, fixed, harmless or suspicious; it knows nothing of what they mean."""
+"""The keys of a Kimi config.json: required ones, ones with a fixed value, harmless ones, and contradictions between them."""
 
 from __future__ import annotations
 
@@ -122,7 +122,7 @@ def check_other_keys(text: Mapping[str, Any], where: object, problems: list[Chec
 
 
 def contradictions(values: Mapping[str, Any], where: object) -> list[CheckpointError]:
-    """Numbers that cannot be true together."""
+    """Errors for numbers that cannot be true together."""
     experts, groups = values["n_routed_experts"], values["n_group"]
     positive = [
         key

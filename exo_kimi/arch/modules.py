@@ -1,4 +1,4 @@
-"""The modules of a Kimi K2 in checkpoint order, with the logical shape of each weight; it knows nothing of packing or files.
+"""The modules of a Kimi K2 in checkpoint order, with the logical shape of each weight.
 
 Paths are the checkpoint keys of the stacked (MLX) layout without prefix. Shapes are unpacked: what a bf16 tensor would have.
 """
@@ -16,8 +16,16 @@ ModuleKind = Literal["embedding", "linear", "heads", "experts", "router", "norm"
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ModuleSpec:
-    """One module. `shape` by kind: embedding (vocab, hidden), linear (out, in), experts (E, out, in), heads (H, out, in),
-    router (E, hidden), norm (dim,). `layer` is None outside the decoder layers. `has_bias`: a linear with a bias vector."""
+    """One module of the model.
+
+    Args:
+        path: its checkpoint key without prefix and without `.weight`.
+        kind: what it is; the shape follows from it.
+        shape: embedding (vocab, hidden), linear (out, in), experts (E, out, in), heads (H, out, in), router (E, hidden),
+            norm (dim,).
+        layer: None outside the decoder layers.
+        has_bias: whether a linear has a bias vector.
+    """
 
     path: str
     kind: ModuleKind
@@ -27,7 +35,7 @@ class ModuleSpec:
 
     @property
     def quantizable(self) -> bool:
-        """Norms and the router stay plain in every published checkpoint; the router because it picks experts."""
+        """Whether checkpoints may pack it: norms and the router, which picks the experts, stay plain in every published one."""
         return self.kind not in ("norm", "router")
 
     @property
@@ -75,7 +83,10 @@ def stage_modules(config: KimiConfig, start_layer: int, end_layer: int) -> tuple
 
 
 def layer_modules(config: KimiConfig, layer: int) -> tuple[ModuleSpec, ...]:
-    """Modules of one decoder layer. Source: DeepseekV3DecoderLayer in transformers, names as in mlx-lm."""
+    """Modules of one decoder layer.
+
+    Source: DeepseekV3DecoderLayer in transformers, names as in mlx-lm.
+    """
     prefix = f"model.layers.{layer}"
     hidden = config.hidden_size
     specs = [

@@ -1,4 +1,4 @@
-"""Whether a JSON value is the kind of number that a config key needs."""
+"""Type checks for the numbers in a config file."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Rotary position parameters, in the old and in transformers 5's spelling; it knows nothing of the rest of the config."""
+"""Rotary position parameters, in the spelling of `rope_scaling` and in that of transformers 5's `rope_parameters`."""
 
 from __future__ import annotations
 
@@ -31,7 +31,10 @@ def yarn_mscale(factor: float, mscale: float) -> float:
 def read_rope(
     text: Mapping[str, Any], where: object, problems: list[CheckpointError]
 ) -> tuple[float | None, RopeScaling | None]:
-    """rope_theta and rope_scaling, or transformers 5's `rope_parameters` that replaces both; where both are, they must agree."""
+    """Read rope_theta and rope_scaling, or transformers 5's `rope_parameters`, which replaces both.
+
+    Where a config has both spellings, they must agree; problems are appended to `problems`.
+    """
     merged = _section(text, "rope_parameters", where, problems)
     theta = text.get("rope_theta", merged.get("rope_theta"))
     own = _section(text, "rope_scaling", where, problems)
@@ -78,13 +81,13 @@ def _section(text: Mapping[str, Any], key: str, where: object, problems: list[Ch
 
 
 def _kind(scaling: Mapping[str, Any]) -> object:
-    """The type; None where numbers stand without one: taking them for plain rope would answer fluently and wrongly."""
+    """The rope type; None where yarn's numbers have none: taking them for plain rope would answer fluently and wrongly."""
     stated = scaling.get("rope_type") or scaling.get("type")
     return stated or (None if scaling.keys() & RopeScaling.__dataclass_fields__.keys() else "default")
 
 
 def _agree(own: Mapping[str, Any], merged: Mapping[str, Any], where: object, problems: list[CheckpointError]) -> None:
-    """Two spellings that differ: one of them would silently win."""
+    """Note a problem where the two spellings differ: one of them would silently win."""
     shared = [key for key in ("rope_theta", *RopeScaling.__dataclass_fields__) if key in own and key in merged]
     differing = [key for key in shared if own[key] is not None and own[key] != merged[key]]
     if len(own) > 1 and merged and _kind(own) != _kind(merged):

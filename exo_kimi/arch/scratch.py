@@ -1,4 +1,4 @@
-"""What one step of prefill takes beside weights and caches, and how many tokens of it fit a budget; it knows nothing of MLX.
+"""Scratch memory: the bytes that a step takes beside weights and caches, and how many tokens fit a budget of them.
 
 Counted are the arrays that live at the same time at the worst moment of a layer, as `models` computes it. Attention makes its
 own blocks smaller when a budget is small; what it cannot make smaller is one head's keys and values and one row of scores.
@@ -16,7 +16,7 @@ CHUNK_FLOOR = 16
 
 @dataclass(frozen=True, slots=True)
 class AttentionShape:
-    """The widths of one attention layer: heads, their three widths, and the latent's."""
+    """The widths of one attention layer: number of heads, their nope, rope and value widths, and the rank of the latent."""
 
     heads: int
     nope: int
@@ -26,7 +26,7 @@ class AttentionShape:
 
     @classmethod
     def of(cls, config: KimiConfig) -> AttentionShape:
-        """Those of a config."""
+        """The widths that a config states."""
         return cls(
             config.num_attention_heads,
             config.qk_nope_head_dim,
@@ -51,18 +51,23 @@ class AttentionShape:
         return absorbed, expanded
 
     def head_elements(self, keys: int) -> int:
-        """One head's expanded keys and values: as projected, keys beside their rotary part, and both copied for a product."""
+        """Elements of one head's expanded keys and values: as projected, with the rotary part, and copied for a product."""
         return keys * (3 * self.nope + 2 * self.rope + 2 * self.value)
 
     @staticmethod
     def row_elements(keys: int) -> int:
-        """Scores of one query row of one head: a mask or softmax writes a second row before the first is freed, and MLX
-        allocates a third before that is done."""
+        """Elements of the scores of one query row of one head, three rows of T at once.
+
+        A mask or softmax writes a second row before the first is freed, and MLX allocates a third before that is done.
+        """
         return 3 * keys
 
-    def held_elements(self, queries: int, *, absorbed: bool) -> int:
-        """Of L queries through the whole attention, whatever its blocks: queries as projected, rotated and put together;
-        absorbed ones as well, scaled and laid out by head; outputs in parts, joined and laid out by token."""
+    def query_elements(self, queries: int, *, absorbed: bool) -> int:
+        """Elements that L queries take through the whole attention, whatever its blocks are.
+
+        Queries as projected, rotated and put together; absorbed ones as well, scaled and laid out by head; outputs in parts,
+        joined and laid out by token.
+        """
         per_head = 3 * (self.nope + self.rope) + 3 * self.value
         if absorbed:
             per_head += 5 * self.rank
@@ -70,7 +75,7 @@ class AttentionShape:
 
 
 def feed_forward_elements(config: KimiConfig) -> int:
-    """Of one token through the wider of MLP and mixture of experts.
+    """Elements that one token takes in the wider of MLP and mixture of experts.
 
     K rows of D are gathered, then gate, up and their product beside them; or three times K rows of D on the way out, as they
     are weighted in float32.
@@ -88,7 +93,7 @@ def attention_bytes(config: KimiConfig, queries: int, keys: int, *, element_byte
     """
     shape = AttentionShape.of(config)
     elements = 4 * queries * config.hidden_size + keys * (shape.rank + shape.rope)
-    elements += shape.held_elements(queries, absorbed=shape.prefers_absorbed(queries, keys))
+    elements += shape.query_elements(queries, absorbed=shape.prefers_absorbed(queries, keys))
     return elements * element_bytes
 
 

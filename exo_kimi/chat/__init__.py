@@ -1,1 +1,1 @@
-"""Text, templates, reasoning and tool calls: between messages and token ids. It knows nothing of models or of HTTP."""
+"""From messages to token ids and back: tokenizer, chat templates, reasoning, tool calls and constrained decoding."""

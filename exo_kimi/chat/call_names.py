@@ -1,4 +1,4 @@
-"""Which function a tool call means, from its header and its arguments; it knows nothing of streams.
+"""The function that a tool call means, from its header and its arguments.
 
 A header should read `functions.NAME:IDX`. In the wild the prefix or the index is missing, the name holds colons, or a bare
 UUID stands there; then the declared tools decide.
@@ -58,7 +58,7 @@ class DeclaredTools:
         return (fitting[0], None) if len(fitting) == 1 else None
 
     def _is_name(self, text: str) -> bool:
-        """Declared, or at least of the form of a name: a model may call what nobody declared."""
+        """Whether it is declared, or at least has the form of a name: a model may call what nobody declared."""
         return text in self._schemas or (_NAME.fullmatch(text) is not None and _OPAQUE.fullmatch(text) is None)
 
     def _fitting(self, arguments: Mapping[str, Any]) -> list[str]:
@@ -75,9 +75,9 @@ class DeclaredTools:
 
 
 def parse_arguments(text: str) -> tuple[dict[str, Any], str] | None:
-    """The arguments as an object and as strict JSON text, or None when they are no object.
+    """Parse a call's arguments: as an object and as strict JSON text, or None when they are no object.
 
-    Nothing at all is an empty object. The model's own text is kept when it is strict JSON; raw line ends inside strings are
+    An empty text is an empty object. The model's own text is kept when it is strict JSON; raw line ends inside strings are
     escaped, and an object written as a JSON string is unwrapped.
     """
     text = text.strip()

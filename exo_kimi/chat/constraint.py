@@ -1,8 +1,8 @@
-"""Which tokens may come next, so that a reply is JSON or a tool call; it knows nothing of logits or engines.
+"""Constrained decoding: the tokens that may come next, so that a reply is JSON or a tool call.
 
-Each object here serves one request: `mask()` gives the allowed tokens, `accept()` moves on by the token that was sampled. They
-have the form of the engine's token constraint. Reasoning comes first where the prompt allows it, and is free: only control
-tokens other than `</think>` are barred from it, so that it cannot end the reply.
+JSON schemas and Kimi's tool-call format are compiled to llguidance grammars. A constraint follows one request: `mask()` gives
+the allowed tokens, `accept()` advances by the token that was sampled. Reasoning comes first where the prompt allows it, and is
+free: only control tokens other than `</think>` are barred from it, so that it cannot end the reply.
 """
 
 from __future__ import annotations
@@ -104,7 +104,7 @@ def tools_grammar(
 
 
 def checked(grammar: str, *, param: str) -> str:
-    """The grammar itself.
+    """Check that a grammar compiles, and return it.
 
     Raises:
         RequestError: llguidance cannot compile it.
@@ -156,7 +156,7 @@ _BARRED = -1.0e9  # finite, so that it survives JSON and cannot make a NaN
 
 
 class GrammarConstraint:
-    """Reasoning where allowed, then exactly what a grammar describes, then the end.
+    """Constraint of a whole reply: reasoning where allowed, then exactly what a grammar describes, then the end.
 
     Args:
         tokenizer: of the model that replies.
@@ -199,7 +199,7 @@ class GrammarConstraint:
         return allowed
 
     def accept(self, token_id: int) -> None:
-        """Moves on by a sampled token.
+        """Advance by a sampled token.
 
         Raises:
             ChatError: the mask did not allow it.
@@ -215,7 +215,7 @@ class GrammarConstraint:
 
 
 class StrictToolsConstraint:
-    """Leaves the reply free, but once a tool call is begun, makes it a call to a declared tool with valid arguments.
+    """Constraint of tool calls alone: once the model begins one, it is a call to a declared tool with valid arguments.
 
     Args:
         tokenizer: of the model that replies.
@@ -243,7 +243,7 @@ class StrictToolsConstraint:
         return allowed
 
     def accept(self, token_id: int) -> None:
-        """Moves on by a sampled token.
+        """Advance by a sampled token.
 
         Raises:
             ChatError: the mask did not allow it.
@@ -259,7 +259,7 @@ class StrictToolsConstraint:
 def json_object(
     tokenizer: KimiTokenizer, *, reasoning: ReasoningMode = "none", vocab_size: int | None = None
 ) -> GrammarConstraint:
-    """Any JSON object: `response_format` of type json_object."""
+    """Constraint to any JSON object: `response_format` of type json_object."""
     grammar = schema_grammar({"type": "object"}, param="response_format")
     return GrammarConstraint(tokenizer, grammar, reasoning=reasoning, vocab_size=vocab_size)
 
@@ -267,7 +267,7 @@ def json_object(
 def json_schema(
     tokenizer: KimiTokenizer, schema: object, *, reasoning: ReasoningMode = "none", vocab_size: int | None = None
 ) -> GrammarConstraint:
-    """JSON that obeys a schema: `response_format` of type json_schema, strict or not.
+    """Constraint to JSON that obeys a schema: `response_format` of type json_schema, strict or not.
 
     Raises:
         RequestError: the schema is malformed or cannot be enforced.
@@ -285,7 +285,7 @@ def tool_call(
     reasoning: ReasoningMode = "none",
     vocab_size: int | None = None,
 ) -> GrammarConstraint:
-    """A section of tool calls and nothing else: `tool_choice` "required", or one named function, called once.
+    """Constraint to a section of tool calls: `tool_choice` "required", or one named function, called once.
 
     Args:
         tokenizer: of the model that replies.
@@ -315,7 +315,7 @@ def tool_call(
 def strict_tools(
     tokenizer: KimiTokenizer, tools: Sequence[Mapping[str, Any]], *, vocab_size: int | None = None
 ) -> StrictToolsConstraint | None:
-    """For `tool_choice` "auto" with `strict` functions: calls are free to be made, but not to be wrong; None without any.
+    """Constraint for `tool_choice` "auto" with `strict` functions: calls may be left out but not be wrong; None without any.
 
     Raises:
         RequestError: the schema of a strict function cannot be enforced.
@@ -332,7 +332,7 @@ def no_tools_bias(tokenizer: KimiTokenizer) -> tuple[tuple[int, float], ...]:
 
 
 def pack_mask(ids: Iterable[int], vocab_size: int) -> bytes:
-    """Token ids as a mask of little-endian uint32 words."""
+    """Pack token ids into a mask of little-endian uint32 words."""
     bits = np.zeros(-(-vocab_size // 32) * 32, dtype=np.bool_)
     bits[np.fromiter(ids, dtype=np.int64)] = True
     return np.packbits(bits, bitorder="little").tobytes()

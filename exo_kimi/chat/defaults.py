@@ -1,4 +1,4 @@
-"""How a checkpoint wants to be sampled when a request does not say; it knows nothing of requests.
+"""Sampling defaults of a checkpoint, for requests that state none.
 
 Source: the temperatures are those of Moonshot's model cards: K2-Instruct and K2-Instruct-0905 0.6; K2-Thinking 1.0; K2.5 and
 later 1.0 with top_p 0.95 when thinking, 0.6 with top_p 0.95 when not ("instant"). A `temperature` or `top_p` in
@@ -27,7 +27,7 @@ class SamplingDefaults:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class GenerationDefaults:
-    """Defaults of one checkpoint.
+    """Sampling defaults and context length of one checkpoint.
 
     Args:
         family: the chat family they come from.
@@ -45,13 +45,13 @@ class GenerationDefaults:
     thinks_by_default: bool
 
     def sampling(self, thinking: bool | None = None) -> SamplingDefaults:
-        """The pair for a request with this `thinking` argument (None when it has none)."""
+        """The defaults for a request with this `thinking` argument (None when it has none)."""
         thinks = self.thinks_by_default if thinking is None else thinking
         return self.thinking if thinks else self.instant
 
     @classmethod
     def from_directory(cls, path: Path | str, tokenizer: KimiTokenizer) -> GenerationDefaults:
-        """Defaults of a checkpoint directory.
+        """Read the defaults of a checkpoint directory.
 
         Raises:
             TokenizerError: generation_config.json or config.json is malformed.

@@ -1,4 +1,4 @@
-"""What a reply is made of, as it streams; it knows nothing of tokens or of HTTP."""
+"""Events of a reply as it streams: pieces of reasoning, pieces of the answer, whole tool calls."""
 
 from __future__ import annotations
 
@@ -7,14 +7,14 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, slots=True)
 class ReasoningDelta:
-    """More of the reasoning; never empty."""
+    """The next piece of the reasoning; never empty."""
 
     text: str
 
 
 @dataclass(frozen=True, slots=True)
 class ContentDelta:
-    """More of the answer; never empty."""
+    """The next piece of the answer; never empty."""
 
     text: str
 

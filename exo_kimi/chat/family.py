@@ -1,4 +1,4 @@
-"""Which of Kimi's three chat families a checkpoint belongs to; it knows nothing of templates or of sampling.
+"""The three chat families of Kimi checkpoints, and which one a checkpoint belongs to.
 
 instruct   K2-Instruct, K2-Instruct-0905: no think tags in the vocabulary
 thinking   K2-Thinking: think tags, the model opens them itself
@@ -19,7 +19,7 @@ THINK_CLOSE = "</think>"
 
 
 def family_of(directory: Path, tokenizer: KimiTokenizer) -> Family:
-    """The family, from `model_type` in config.json and from the vocabulary, never from a directory name.
+    """The family of a checkpoint, from `model_type` in config.json and from the vocabulary, never from a directory name.
 
     Raises:
         TokenizerError: config.json is no JSON object.

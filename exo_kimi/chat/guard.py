@@ -1,4 +1,4 @@
-"""Keeps control tokens out of users' strings while a template handles them; it knows nothing of messages or templates.
+"""Protection against control tokens in users' strings while a template handles them.
 
 Every control token's name begins with one of a few characters (`<` and `[` in Kimi's vocabulary). In each string that a user
 supplied, those characters are swapped for stand-ins before rendering, so no name can begin inside user text: not whole, not

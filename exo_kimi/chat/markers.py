@@ -1,4 +1,4 @@
-"""Finds fixed strings in text that arrives in arbitrary pieces; it knows nothing of what they mean."""
+"""Search for fixed strings (markers, stop strings) in text that arrives in arbitrary pieces."""
 
 from __future__ import annotations
 
@@ -16,8 +16,10 @@ class Piece:
 
 
 class MarkerScanner:
-    """Splits a stream into plain text and markers. At most a marker's length minus one is held back, and only while
-    what is held may still become a marker, so the result does not depend on where the stream was cut.
+    """Split a stream into plain text and markers.
+
+    At most a marker's length minus one is held back, and only while it may still become a marker, so the result does not
+    depend on where the stream was cut.
 
     Args:
         markers: the strings to find; where two begin at the same place, the longer one wins.
@@ -51,7 +53,7 @@ class MarkerScanner:
         return pieces
 
     def flush(self) -> list[Piece]:
-        """What is held, now that nothing follows."""
+        """The pieces that were held back, now that nothing follows."""
         text, self._held = self._held, ""
         pieces: list[Piece] = []
         while text:
@@ -76,7 +78,7 @@ class MarkerScanner:
 
 
 class StopMatcher:
-    """Ends a text at the first of some stop strings; the stop string itself is never let through.
+    """End a text at the first of some stop strings; the stop string itself is never let through.
 
     Args:
         stop: the strings; none means that nothing is ever held back.

@@ -1,4 +1,4 @@
-"""OpenAI-shaped messages to the dicts that Kimi's templates read; it knows nothing of templates' text."""
+"""OpenAI-shaped messages as the dicts that Kimi's chat templates read."""
 
 from __future__ import annotations
 
@@ -11,8 +11,10 @@ _TEXT_FIELDS = {"text": "text", "input_text": "text", "output_text": "text", "re
 
 
 def template_messages(messages: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """A copy in which no value is None (templates would print it), content is a string or a list of text parts, and
-    OpenAI's newer names have their older ones (`developer` is `system`, `reasoning` is `reasoning_content`).
+    """Check messages and copy them in the form that templates read.
+
+    In the copy no value is None (templates would print it), content is a string or a list of text parts, and OpenAI's newer
+    names are the older ones (`developer` is `system`, `reasoning` is `reasoning_content`).
 
     Raises:
         RequestError: a message is malformed.

@@ -1,4 +1,4 @@
-"""Generated token ids to reasoning, answer and tool calls; it knows nothing of HTTP or of how tokens are chosen."""
+"""Parse generated token ids into reasoning, answer and tool calls, as they stream."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ __all__ = ["ContentDelta", "OutputEvent", "OutputParser", "ReasoningDelta", "Too
 
 
 class OutputParser:
-    """Parses one reply while it streams.
+    """Parser of one reply while it streams.
 
     Think tags and tool markers are acted upon; all other control tokens (ends of turns, padding) mean nothing to a client and
     are not shown. Without tools, tool markers are shown as text, so that nothing is lost.
@@ -49,12 +49,12 @@ class OutputParser:
 
     @property
     def stopped(self) -> bool:
-        """A stop string was met: the answer is complete and generation can be cancelled."""
+        """Whether a stop string was met: the answer is complete and generation can be cancelled."""
         return self._stop.stopped
 
     @property
     def reasoning_open(self) -> bool:
-        """Whether the reply stands inside its reasoning."""
+        """Whether the reply so far ends inside its reasoning."""
         return self._reasoning.is_open
 
     def feed(self, token_id: int) -> list[OutputEvent]:
@@ -147,7 +147,7 @@ class OutputParser:
 
 
 class ReasoningSplitter:
-    """Follows the think tags through a reply.
+    """Tell reasoning from answer by the think tags.
 
     Args:
         is_open: whether the reply begins inside reasoning.

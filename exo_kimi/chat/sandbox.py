@@ -1,4 +1,4 @@
-"""Compiles and runs chat templates in a sandbox, the way Hugging Face runs them; it knows nothing of messages or tokens."""
+"""Chat templates in a Jinja sandbox, compiled and rendered the way Hugging Face renders them."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ class CompiledTemplate:
             ) from error
 
     def render(self, variables: Mapping[str, Any]) -> str:
-        """The text for these variables.
+        """Render the template with these variables.
 
         Raises:
             TemplateError: the template failed, refused the messages, or wrote without end.

@@ -1,4 +1,4 @@
-"""Messages to a prompt, through the checkpoint's own chat template; it knows nothing of what the model answers."""
+"""From messages to a prompt, through the checkpoint's own chat template."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class Prompt:
 
     Args:
         ids: token ids, at least one.
-        text: the same as text.
+        text: the same as text, control tokens by their names.
         reasoning: whether the reply begins inside reasoning ("open": the prompt ends with `<think>`), may begin with it
             ("may_open": the model writes `<think>` itself), or not ("none": closed by the prompt, or no think tags).
     """
@@ -60,7 +60,7 @@ class ChatTemplate:
 
     @classmethod
     def from_directory(cls, path: Path | str, tokenizer: KimiTokenizer) -> ChatTemplate:
-        """From chat_template.jinja, else from tokenizer_config.json, else the built-in one of the checkpoint's family.
+        """Read chat_template.jinja, else the one in tokenizer_config.json, else take the built-in one of the family.
 
         Raises:
             TemplateError: the template does not compile.
@@ -104,7 +104,7 @@ class ChatTemplate:
         thinking: bool | None = None,
         add_generation_prompt: bool = True,
     ) -> Prompt:
-        """Renders and encodes a conversation.
+        """Render and encode a conversation.
 
         Args:
             messages: OpenAI-shaped; content is a string, a list of text parts, or None.

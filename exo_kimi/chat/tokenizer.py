@@ -1,4 +1,4 @@
-"""Kimi's tokenizer, built from `tiktoken.model` and `tokenizer_config.json` alone; it knows nothing of chats or templates."""
+"""Kimi's tokenizer, built from `tiktoken.model` and `tokenizer_config.json`."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ _SAFE_CUT = re.compile(r"(?<=\S)(?=[ \t])|(?<=\n)(?=\S)|(?<=[，。！？；：�
 
 
 class KimiTokenizer:
-    """Text to token ids and back. Control tokens exist only by id or by name in `special`; text never becomes one.
+    """Encoder of text to token ids, and back; text never becomes a control token, which exists only by its id or name.
 
     Args:
         files: what the tokenizer files of a checkpoint say.
@@ -63,7 +63,7 @@ class KimiTokenizer:
 
     @classmethod
     def from_directory(cls, path: Path | str) -> KimiTokenizer:
-        """The tokenizer of a checkpoint directory.
+        """Build the tokenizer of a checkpoint directory.
 
         Raises:
             TokenizerError: a file is missing or malformed.
@@ -98,12 +98,12 @@ class KimiTokenizer:
         return token_id in self._special_ids
 
     def detokenizer(self) -> Detokenizer:
-        """A fresh incremental decoder for one sequence."""
+        """Make an incremental decoder for one sequence."""
         return Detokenizer(self)
 
 
 class Detokenizer:
-    """Decodes one sequence token by token: fed and flushed, the pieces join to what `decode` gives for the whole."""
+    """Incremental decoder of one sequence: fed and flushed, the pieces join to what `decode` gives for the whole."""
 
     def __init__(self, tokenizer: KimiTokenizer) -> None:
         self._tokenizer = tokenizer

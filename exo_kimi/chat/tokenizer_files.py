@@ -1,4 +1,4 @@
-"""Reads the tokenizer files of a checkpoint directory, strictly; it knows nothing of encoding."""
+"""The tokenizer files of a checkpoint directory, read strictly."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _FIX_COPY = "copy it from the model's original repository"
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TokenizerFiles:
-    """What the files say.
+    """The contents of the tokenizer files.
 
     Args:
         ranks: token bytes to id; ids 0 .. n-1, every one once.
@@ -37,7 +37,7 @@ class TokenizerFiles:
 
 
 def read_tokenizer_files(directory: Path) -> TokenizerFiles:
-    """Reads and checks tiktoken.model, tokenizer_config.json and, when it exists, generation_config.json.
+    """Read and check tiktoken.model, tokenizer_config.json and, when it exists, generation_config.json.
 
     Raises:
         TokenizerError: a file is missing or malformed.

@@ -1,4 +1,4 @@
-"""Finds tool calls in a stream of text; it knows nothing of tokens, reasoning or stop strings.
+"""Parse the tool calls in a stream of text.
 
     outside --section begin--> section --call begin--> header --argument begin--> arguments --call end--> section
 
@@ -29,7 +29,7 @@ _MAX_DOUBTFUL_MARKERS = 64
 
 
 class ToolCallParser:
-    """Text in, text and tool calls out; the result does not depend on where the stream was cut.
+    """Parser of one reply: text in, text and tool calls out, however the stream is cut.
 
     Args:
         tools: the declared tools, OpenAI-shaped; they help with headers that name no function.
@@ -159,7 +159,7 @@ class ToolCallParser:
                 self._quoted = not self._quoted
 
     def _accept(self) -> bool:
-        """Emits the call if its arguments are complete and its function is known."""
+        """Emit the call if its arguments are complete and its function can be told; False if not."""
         parsed = parse_arguments("".join(piece.text for piece in self._call[self._arguments_at :]))
         if parsed is None:
             return False
@@ -184,7 +184,7 @@ class ToolCallParser:
         return all(not piece.text or piece.text.isspace() for piece in self._call[self._arguments_at :])
 
     def _reject(self, ending: Piece | None = None) -> None:
-        """Returns the call as text; what followed a doubtful marker is read again."""
+        """Put the call out as text; what followed a doubtful marker is read again."""
         certain = self._doubtful_at or len(self._call)
         following = self._call[certain:] + ([ending] if ending is not None else [])
         self._state = "section"
@@ -214,7 +214,7 @@ class ToolCallParser:
 
 
 def _merged(out: list[str | ToolCallEvent]) -> list[str | ToolCallEvent]:
-    """Neighbouring texts joined, empty ones dropped."""
+    """The same with neighbouring texts joined and empty ones dropped."""
     merged: list[str | ToolCallEvent] = []
     for item in out:
         if isinstance(item, str) and merged and isinstance(merged[-1], str):

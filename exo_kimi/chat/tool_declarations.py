@@ -1,8 +1,9 @@
-"""Declares tools as TypeScript, the form that K2.5 and later were trained on; it knows nothing of templates.
+"""Declarations of tools as TypeScript, the form that K2.5 and later were trained on.
 
-The checkpoint's own tokenizer class computes this text and hands it to the template as `tools_ts_str`; since no code from a
-checkpoint is run here, it is computed by us. Source: the output format of `tool_declaration_ts.py` beside
-moonshotai/Kimi-K2.5's tokenizer.
+The checkpoint's own tokenizer class computes this text and hands it to the template as `tools_ts_str`; no code from a checkpoint
+is ever run, so the text is computed here.
+
+Source: the output format of `tool_declaration_ts.py` beside moonshotai/Kimi-K2.5's tokenizer.
 """
 
 from __future__ import annotations

@@ -1,1 +1,1 @@
-"""What is on disk: headers, names, packings and tiny checkpoints to test with. It knows nothing of MLX, memory or requests."""
+"""A checkpoint directory on disk: headers, tensor names, packings, config files, their examination and repair."""

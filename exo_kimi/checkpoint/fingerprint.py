@@ -1,4 +1,4 @@
-"""Whether two machines hold the same weights for a layer range; files may be cut and named differently. It knows no network.
+"""Fingerprint of the weights of a layer range: equal on two machines with the same weights, however the files are cut and named.
 
 Shapes alone would not do: K2-Instruct and K2-Instruct-0905 have the same. So the bytes of the range's norms count too, some
 30 KB a layer, which any fine-tuning changes.

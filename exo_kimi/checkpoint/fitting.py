@@ -1,4 +1,4 @@
-"""Whether the tensors of a module fit the architecture, and how they are packed; it knows nothing of stages or files."""
+"""Check that the tensors of a module fit the architecture, and tell how they are packed."""
 
 from __future__ import annotations
 
@@ -27,13 +27,13 @@ _QUANT_PARTS = ("scales", "biases", "weight_scale", "weight_scale_inv")
 
 @dataclass(slots=True)
 class Fitting:
-    """Fits modules one by one and collects everything that does not fit.
+    """Check modules one by one, and collect everything that does not fit.
 
     Args:
         config: the architecture.
         hints: what config.json says of quantization.
 
-    After `fit`: `problems`; `corrections`, the paths whose hint the shapes refute, by the words that say how.
+    After `fit`: `problems`, and `corrections`: what is wrong with a hint in config.json, in words, to the paths it is wrong for.
     """
 
     config: KimiConfig

@@ -1,4 +1,4 @@
-"""The tensors of one module, complete and in order, or what is missing, left over or unlike; no shape is judged here."""
+"""Gather the tensors of one module, complete and in order, or say what is missing, left over or unlike."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ Gathered = dict[str, tuple[TensorEntry, ...]]
 
 
 def gather(config: KimiConfig, spec: ModuleSpec, parts: Parts) -> tuple[Gathered, list[CheckpointError]]:
-    """Part -> one tensor, or one per expert in the order of the experts; and every problem met.
+    """Gather a module's tensors: part -> one tensor, or one per expert in the order of the experts; and every problem met.
 
     Args:
         config: for the names of missing tensors.
@@ -49,7 +49,7 @@ def gather(config: KimiConfig, spec: ModuleSpec, parts: Parts) -> tuple[Gathered
 
 
 def missing_module(config: KimiConfig, spec: ModuleSpec) -> MissingTensorError:
-    """A module that has no tensor at all."""
+    """The error for a module that has no tensor at all."""
     return MissingTensorError(
         f"{tensor_name(config, spec, 'weight')} is missing",
         expected=f"{spec.kind} {spec.shape}, in any layout",
@@ -60,7 +60,7 @@ def missing_module(config: KimiConfig, spec: ModuleSpec) -> MissingTensorError:
 
 
 def left_over(entry: TensorEntry, why: str, count: int = 1) -> UnexpectedTensorError:
-    """A tensor, or several of one module and part, that nothing consumes."""
+    """The error for a tensor, or several of one module and part, that nothing consumes."""
     return UnexpectedTensorError(
         f"{entry.name}: no module consumes it",
         expected=why,

@@ -1,8 +1,6 @@
-"""What config.json says of quantization, in every spelling seen in the wild; hints only, since packed shapes are the truth.
+"""What config.json says of quantization, in every spelling seen in the wild: hints, since the packed shapes decide.
 
-    "quantization": {"bits": 4, "group_size": 64, "model.layers.3.mlp.gate_proj": {"bits": 6}, "lm_head": false}
-
-It knows nothing of tensors.
+"quantization": {"bits": 4, "group_size": 64, "model.layers.3.mlp.gate_proj": {"bits": 6}, "lm_head": false}
 """
 
 from __future__ import annotations

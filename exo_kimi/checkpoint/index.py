@@ -1,4 +1,4 @@
-"""Every tensor of a checkpoint directory, from the headers alone; no weight is read and no shape is judged.
+"""Every tensor of a checkpoint directory, from the headers of its files alone.
 
 Problems that concern single files are carried, so that a stage whose own files are sound can be loaded, and so that
 `manifest.resolve` raises all findings at once.
@@ -29,7 +29,7 @@ _MOST_PREDICTION_LAYERS = 100  # a larger number is damage, and walking over it 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CheckpointIndex:
-    """What a checkpoint directory holds.
+    """Contents of a checkpoint directory.
 
     Args:
         directory: the directory.
@@ -62,8 +62,8 @@ class CheckpointIndex:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class HeldTensors:
-    """What the weight files hold: tensors by name, what is wrong with files, what is not wrong, and the bytes to hash."""
+class WeightFileTensors:
+    """Tensors of the weight files by name, with the problems and notes about files, and the headers as bytes to hash."""
 
     tensors: Mapping[str, TensorEntry]
     problems: tuple[FileProblem, ...]
@@ -73,7 +73,7 @@ class HeldTensors:
 
 @dataclass(slots=True)
 class _Sorting:
-    """Names on their way into modules, skipped and unexpected."""
+    """Tensors sorted into modules, skipped names and unexpected names."""
 
     config: KimiConfig
     prediction_layers: frozenset[int]
@@ -124,8 +124,8 @@ def open_index(directory: str | Path) -> CheckpointIndex:
     return sort_tensors(root, config, raw_config, read_shards(find_shards(root)))
 
 
-def read_shards(shards: Shards) -> HeldTensors:
-    """Every tensor in the files, by name, whatever config.json says."""
+def read_shards(shards: Shards) -> WeightFileTensors:
+    """Read the headers of the weight files, whatever config.json says."""
     problems = list(shards.problems)
     tensors: dict[str, TensorEntry] = {}
     headers: list[bytes] = []
@@ -142,14 +142,18 @@ def read_shards(shards: Shards) -> HeldTensors:
                 problems.append(_duplicate(entry, tensors[entry.name]))
             else:
                 tensors[entry.name] = entry
-    return HeldTensors(tensors=tensors, problems=tuple(problems), notes=tuple(shards.notes), headers=tuple(headers))
+    return WeightFileTensors(
+        tensors=tensors, problems=tuple(problems), notes=tuple(shards.notes), headers=tuple(headers)
+    )
 
 
-def sort_tensors(root: Path, config: KimiConfig, raw_config: Mapping[str, Any], held: HeldTensors) -> CheckpointIndex:
-    """The tensors of a directory as the modules of an architecture."""
-    tensors = held.tensors
+def sort_tensors(
+    root: Path, config: KimiConfig, raw_config: Mapping[str, Any], found: WeightFileTensors
+) -> CheckpointIndex:
+    """Sort the tensors of a directory into the modules of an architecture."""
+    tensors = found.tensors
     digest = hashlib.sha256(repr(config).encode())
-    for header in held.headers:
+    for header in found.headers:
         digest.update(header)
     sorting = _Sorting(config, _prediction_layers(config, raw_config, tensors))
     for entry in tensors.values():
@@ -162,8 +166,8 @@ def sort_tensors(root: Path, config: KimiConfig, raw_config: Mapping[str, Any], 
         modules=sorting.modules,
         skipped=sorting.skipped,
         unexpected=tuple(sorting.unexpected),
-        problems=held.problems,
-        notes=held.notes,
+        problems=found.problems,
+        notes=found.notes,
         fingerprint=digest.hexdigest(),
     )
 
@@ -171,7 +175,7 @@ def sort_tensors(root: Path, config: KimiConfig, raw_config: Mapping[str, Any], 
 def _prediction_layers(
     config: KimiConfig, raw_config: Mapping[str, Any], tensors: Mapping[str, TensorEntry]
 ) -> frozenset[int]:
-    """Layers after the last that predict further tokens: declared by the config, or known by their own tensors.
+    """Multi-token-prediction layers after the last: declared by the config, or recognised by their own tensors.
 
     Any other layer after the last is unexpected: a config with too few layers must not cut the model short.
     """

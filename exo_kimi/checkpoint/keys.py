@@ -1,9 +1,9 @@
-"""Every tensor name of every published layout, parsed by one table; it knows nothing of shapes, dtypes or files.
+"""Tensor names of every published layout, parsed by one table.
 
     [prefix] model.layers.3.mlp.experts.17.up_proj.weight_packed
              `------------ path -- expert ---------' `- part --'
 
-The path is the one of arch.modules: `experts.17.up_proj` and `switch_mlp.up_proj` are both `switch_mlp.up_proj`.
+The path is that of arch.modules: `experts.17.up_proj` and `switch_mlp.up_proj` are both `switch_mlp.up_proj`.
 """
 
 from __future__ import annotations
@@ -64,13 +64,13 @@ class TensorKey:
 
 @dataclass(frozen=True, slots=True)
 class SkippedKey:
-    """A name that is known and that a text model does not need."""
+    """A known name of a tensor that a text model does not need."""
 
     reason: str
 
 
 def parse_key(name: str) -> TensorKey | SkippedKey | None:
-    """What a tensor name means, or None for a name of no known layout."""
+    """Parse a tensor name; None for a name of no known layout."""
     name = _without_prefix(name)
     match = _TEXT.fullmatch(name)
     if match is None:
@@ -102,7 +102,7 @@ def _without_prefix(name: str) -> str:
 
 
 def layer_of(name: str) -> int | None:
-    """The decoder layer in a name, even in one that `parse_key` does not know."""
+    """The decoder layer in a name, even in one that `parse_key` cannot parse."""
     match = _LAYER.search(name)
     return None if match is None else int(match[1])
 

@@ -1,4 +1,4 @@
-"""What a stage must read: every module of a layer range, found and checked, or every problem at once. No weight is read."""
+"""Manifest of a stage: where every module of a layer range lies on disk, checked, or every problem at once."""
 
 from __future__ import annotations
 
@@ -55,12 +55,12 @@ class StageManifest:
 
     @property
     def widened_bytes(self) -> int:
-        """What a stage that serves holds on top; see `ModuleSource.widened_bytes`."""
+        """Bytes that a serving stage needs on top; see `ModuleSource.widened_bytes`."""
         return sum(source.widened_bytes for source in self.sources)
 
 
 def resolve(index: CheckpointIndex, start_layer: int = 0, end_layer: int | None = None) -> StageManifest:
-    """Match a layer range with the tensors on disk.
+    """Match the modules of a layer range with the tensors on disk.
 
     Args:
         index: the checkpoint.
@@ -101,7 +101,7 @@ def examine(
         damaged |= touched or set()
         names_unknown = names_unknown or touched is None
     problems += index.unexpected
-    problems += _strangers(index)
+    problems += _without_module(index)
     problems += mixed_floats(index.modules.values())
     hints = read_hints(index.raw_config)
     fitting = Fitting(config, hints)
@@ -134,14 +134,14 @@ def examine(
 
 
 def _as_stored(index: CheckpointIndex, spec: ModuleSpec) -> tuple[ModuleSpec, ...]:
-    """kv_b_proj, or embed_q and unembed_out where the checkpoint holds those in its place."""
+    """The module itself; for kv_b_proj, embed_q and unembed_out where the checkpoint has those in its place."""
     if spec.layer is None or not spec.path.endswith(".kv_b_proj") or spec.path in index.modules:
         return (spec,)
     absorbed = absorbed_modules(index.config, spec.layer)
     return absorbed if any(half.path in index.modules for half in absorbed) else (spec,)
 
 
-def _strangers(index: CheckpointIndex) -> list[CheckpointError]:
+def _without_module(index: CheckpointIndex) -> list[CheckpointError]:
     """Tensors with a known name that this architecture has no module for."""
     config = index.config
     known = set()

@@ -1,4 +1,4 @@
-"""Number formats of published checkpoints, in NumPy: MLX affine, INT4 groups, FP8, BF16; it knows nothing of names or files.
+"""Number formats of published checkpoints, in NumPy: MLX affine, INT4 groups, FP8, BF16.
 
 Both ways, so that a checkpoint can be made and its values be checked without MLX. Not for speed: models run on MLX.
 """
@@ -20,7 +20,7 @@ Floats = NDArray[np.float32]
 
 
 def store(values: NDArray[np.floating[Any]], dtype: str) -> StoredTensor:
-    """Floats as `F32`, `F16` or `BF16` (round to nearest, ties to even)."""
+    """Round floats to `F32`, `F16` or `BF16` (round to nearest, ties to even)."""
     values = np.asarray(values, np.float32)
     if dtype == "F32":
         return StoredTensor("F32", values)
@@ -39,7 +39,7 @@ def restore(tensor: StoredTensor) -> Floats:
 
 
 def pack_bits(codes: NDArray[np.unsignedinteger[Any]], bits: int) -> NDArray[np.uint32]:
-    """Codes as MLX packs them: a little-endian bit stream along the last axis.
+    """Pack codes as MLX does: a little-endian bit stream along the last axis.
 
     Args:
         codes: (..., in) unsigned, each below 2**bits; `in` a multiple of 32.
@@ -61,7 +61,7 @@ def pack_bits(codes: NDArray[np.unsignedinteger[Any]], bits: int) -> NDArray[np.
 
 
 def unpack_bits(packed: NDArray[np.uint32], bits: int) -> NDArray[np.uint8]:
-    """The inverse of `pack_bits`: (..., in * bits / 32) uint32 to (..., in) uint8."""
+    """Undo `pack_bits`: (..., in * bits / 32) uint32 to (..., in) uint8."""
     octets = np.ascontiguousarray(packed).view(np.uint8).reshape(-1, bits)
     padded = np.zeros((len(octets), 8), np.uint8)
     padded[:, :bits] = octets
@@ -74,7 +74,7 @@ def unpack_bits(packed: NDArray[np.uint32], bits: int) -> NDArray[np.uint8]:
 def quantize_affine(
     weight: Floats, *, bits: int, group_size: int, dtype: str
 ) -> tuple[NDArray[np.uint32], StoredTensor, StoredTensor]:
-    """Weight as MLX's affine mode holds it: value = code * scale + bias, per group of the last axis.
+    """Quantize a weight as MLX's affine mode does: value = code * scale + bias, per group of the last axis.
 
     Args:
         weight: (..., in) float32.
@@ -106,7 +106,7 @@ def dequantize_affine(
 
 
 def quantize_int4(weight: Floats, *, dtype: str, symmetric: bool = False) -> tuple[NDArray[np.int32], StoredTensor]:
-    """Weight as compressed-tensors' `pack-quantized` holds it: value = (nibble - 8) * scale, groups of 32.
+    """Quantize a weight as compressed-tensors' `pack-quantized` does: value = (nibble - 8) * scale, groups of 32.
 
     Args:
         weight: (..., out, in) float32; `in` a multiple of 32.
@@ -121,7 +121,7 @@ def quantize_int4(weight: Floats, *, dtype: str, symmetric: bool = False) -> tup
 
 
 def int4_codes(weight: Floats, *, dtype: str, symmetric: bool) -> tuple[NDArray[np.int8], StoredTensor]:
-    """Codes (..., in) with a scale for each 32 columns; the scale is rounded to `dtype` before w / scale is rounded.
+    """INT4 codes (..., in) with a scale for each 32 columns; the scale is rounded to `dtype` before w / scale is rounded.
 
     Args:
         symmetric: scale max|w| / 7 and codes -7 to 7; else max|w| / 7.5 and -8 to 7.
@@ -134,7 +134,7 @@ def int4_codes(weight: Floats, *, dtype: str, symmetric: bool) -> tuple[NDArray[
 
 
 def quantize_fp8(weight: Floats) -> tuple[NDArray[np.uint8], Floats]:
-    """Weight as FP8 e4m3 with one scale per block of 128 x 128: value = code * scale_inv[row // 128, column // 128].
+    """Quantize a weight to FP8 e4m3 with one scale per block of 128 x 128: value = code * scale_inv[row // 128, column // 128].
 
     Args:
         weight: (..., out, in) float32; the last blocks of rows and columns may be ragged.

@@ -1,4 +1,4 @@
-"""Bits, group size and mode of a packed weight, from its shapes and the architecture; it knows nothing of files or layers.
+"""Bits, group size and mode of a packed weight, from its shapes and the architecture.
 
 A packed row of `in` weights has in * bits / 32 columns of uint32 and in / group_size scales. The columns alone are ambiguous
 (896 is 4-bit with in = 7168 and 2-bit with in = 14336), so `in` comes from the architecture, never from the file.
@@ -18,7 +18,7 @@ _FLOAT_MODES = {(4, 32): "mxfp4", (4, 16): "nvfp4", (8, 32): "mxfp8"}
 
 @dataclass(frozen=True, slots=True)
 class QuantSpec:
-    """How MLX must read a packed weight."""
+    """Packing of a weight, as MLX is told it: bits, group size and mode."""
 
     bits: int
     group_size: int
@@ -30,7 +30,7 @@ class QuantSpec:
 
 
 def infer_quant(in_features: int, packed_columns: int, scale_columns: int, *, float_mode: bool) -> QuantSpec | None:
-    """The only reading of a packed row, or None when there is none.
+    """The only bits and group size that fit a packed row, or None when none do.
 
     Args:
         in_features: weights in a row, from the architecture.
@@ -51,7 +51,7 @@ def infer_quant(in_features: int, packed_columns: int, scale_columns: int, *, fl
 
 
 def contradiction(hint: Hint, spec: QuantSpec | None) -> bool:
-    """Whether a hint claims something that the shapes refute; what a hint leaves open, it does not claim."""
+    """Whether a hint states something that the shapes refute; what it leaves open it does not state."""
     if spec is None:
         return bool(hint.bits)
     pairs = ((hint.bits, spec.bits), (hint.group_size, spec.group_size), (hint.mode, spec.mode))
@@ -77,7 +77,7 @@ def columns_by_bits(in_features: int) -> str:
 
 
 def correction_in_words(in_features: int, packed_columns: int, hint: Hint, spec: QuantSpec) -> str:
-    """Why a hint is wrong, as a reader can check it.
+    """Why a hint is wrong, in words and numbers that a reader can check.
 
     config.json says 4-bit, group 64; the shapes say 3-bit, group 64:
     672 columns = 7168 * 3 / 32, where 4-bit would be 896 = 7168 * 4 / 32

@@ -1,4 +1,4 @@
-"""Which files of a directory hold the weights, and whether `model.safetensors.index.json` agrees; no header is read here."""
+"""The weight files of a directory, and what `model.safetensors.index.json` says of them."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class FileProblem:
 class Shards:
     """The weight files of a directory.
 
-    `promised` are the index's tensor names by file, or None without an index. `files` exist; what does not is a problem.
+    `promised` are the tensor names of the index by file, or None without an index. `files` exist; a missing one is a problem.
     """
 
     files: list[Path]
@@ -84,7 +84,7 @@ def find_shards(directory: Path, *, use_index: bool = True) -> Shards:
 
 
 def disagreements(file: Path, promised: frozenset[str], names: frozenset[str]) -> list[FileProblem]:
-    """Where the index and the header of one file name different tensors."""
+    """Problems where the index and the header of one file name different tensors."""
     problems = []
     for what, odd in (
         (f"{INDEX_NAME} names tensors that the file does not hold", promised - names),
@@ -140,7 +140,7 @@ def _read_weight_map(path: Path) -> dict[str, str]:
 
 
 def _missing_numbers(models: dict[str, Path]) -> list[FileProblem]:
-    """Without an index, `-00002-of-00005` still tells which files there should be."""
+    """Problems of files that their siblings' numbers promise: `-00002-of-00005` tells how many there should be."""
     matches = [match for match in map(_NUMBERED.fullmatch, models) if match]
     wanted = {
         f"{match['stem']}-{number:05d}-of-{match['total']}.safetensors"

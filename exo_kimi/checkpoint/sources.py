@@ -1,4 +1,4 @@
-"""Where the weight of one module lies on disk and how it is packed; it knows nothing of whether it fits."""
+"""Where the weight of one module lies on disk and how it is packed."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ _REQUIRED: dict[Layout, tuple[str, ...]] = {
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ModuleSource:
-    """Where the weight of one module lies and how to read it.
+    """Tensors of one module on disk, and how to read them.
 
     Args:
         spec: the module.
@@ -58,7 +58,7 @@ class ModuleSource:
 
     @property
     def widened_bytes(self) -> int:
-        """What a stage that serves holds on top: a router becomes float32 (5.5 MB a layer of K2)."""
+        """Bytes that a serving stage needs on top: a router becomes float32 (5.5 MB a layer of K2)."""
         if self.spec.kind != "router":
             return 0
         return sum(4 * math.prod(entry.shape) - entry.nbytes for entry in self.parts["weight"])
@@ -68,7 +68,7 @@ class ModuleSource:
 
 
 def layout_of(parts: Parts) -> Layout:
-    """The layout that the names and dtypes of a module's tensors tell."""
+    """The layout of a module, told by the names and dtypes of its tensors."""
     if any(part in parts for part in ("weight_packed", "weight_scale", "weight_shape")):
         return "int4"
     dtypes = {entry.dtype for entry in parts.get("weight", {}).values()}

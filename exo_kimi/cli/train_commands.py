@@ -34,11 +34,11 @@ def tiny(
 ) -> None:
     """From nothing to a native INT4 checkpoint; run it again to go on."""
     from exo_kimi.train.command import train_tiny
-    from exo_kimi.train.recipe import Recipe
+    from exo_kimi.train.recipe import TrainingRecipe
 
     options: dict[str, Any] = {"steps": steps, "matrices": matrices, "aware_share": aware_share}
     given = {name: value for name, value in options.items() if value is not None}
-    print(train_tiny(directory, Recipe(seed=seed, **given)).to_text())
+    print(train_tiny(directory, TrainingRecipe(seed=seed, **given)).to_text())
 
 
 def compare(

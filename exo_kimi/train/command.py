@@ -1,4 +1,4 @@
-"""`exo-kimi train tiny`: vocabulary, training, export; it knows nothing of how a step is made."""
+"""`exo-kimi train tiny`: learn the vocabulary, train, export."""
 
 from __future__ import annotations
 
@@ -19,9 +19,8 @@ from exo_kimi.errors import UsageError
 from exo_kimi.train.data.bpe import train_ranks
 from exo_kimi.train.data.encoding import Encoder
 from exo_kimi.train.export import write_checkpoint, write_vocabulary
-from exo_kimi.train.recipe import Recipe
-from exo_kimi.train.trainer import Progress as Step
-from exo_kimi.train.trainer import Trainer
+from exo_kimi.train.recipe import TrainingRecipe
+from exo_kimi.train.trainer import Trainer, TrainingProgress
 
 _SAVE_EVERY = 100
 _MEAN_STEPS = 20  # of the running mean in the picture
@@ -30,7 +29,7 @@ _STATE, _VOCABULARY, _CURVE = "state.npz", "vocabulary", "loss.png"
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Trained:
-    """What a training left: the directories, and the SHA-256 of the native weights."""
+    """Result of a training: the checkpoint directories, and the SHA-256 of the native weights."""
 
     native: Path
     plain: Path
@@ -41,7 +40,7 @@ class Trained:
         return f"native INT4  {self.native}\nbf16         {self.plain}\nsha256       {self.checksum}"
 
 
-def train_tiny(directory: Path, recipe: Recipe) -> Trained:
+def train_tiny(directory: Path, recipe: TrainingRecipe) -> Trained:
     """Train, or go on where an earlier run in this directory stopped, and export `int4` and `bf16` into it.
 
     Raises:
@@ -68,7 +67,7 @@ def open_encoder(directory: Path) -> Encoder:
     return Encoder(tokenizer, ChatTemplate.from_directory(directory, tokenizer))
 
 
-def _open(directory: Path, recipe: Recipe) -> Trainer:
+def _open(directory: Path, recipe: TrainingRecipe) -> Trainer:
     vocabulary, stated = directory / _VOCABULARY, directory / "recipe.txt"
     if stated.exists() and stated.read_text(encoding="utf-8") != f"{recipe}\n":
         raise UsageError(
@@ -100,7 +99,7 @@ def _run(trainer: Trainer, state: Path) -> None:
         task = bar.add_task("", total=trainer.recipe.steps, completed=trainer.step, told="")
         began, tokens = time.monotonic(), 0
 
-        def report(step: Step) -> None:
+        def report(step: TrainingProgress) -> None:
             nonlocal tokens
             tokens += step.tokens
             told = f"loss {step.loss:.3f}, {tokens / (time.monotonic() - began):.0f} tokens/s"

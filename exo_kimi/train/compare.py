@@ -17,7 +17,7 @@ from exo_kimi.train.command import open_encoder
 from exo_kimi.train.data.bpe import train_ranks
 from exo_kimi.train.data.encoding import Encoder
 from exo_kimi.train.export import write_vocabulary
-from exo_kimi.train.recipe import Matrices, Recipe
+from exo_kimi.train.recipe import Matrices, TrainingRecipe
 from exo_kimi.train.trainer import Trainer
 
 _SMALL = {"hidden_size": 96, "intermediate_size": 192, "moe_intermediate_size": 32, "num_hidden_layers": 3}
@@ -25,8 +25,8 @@ _MATRICES: tuple[Matrices, ...] = ("adamw", "muon")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Run:
-    """One training: the optimizer of its matrices, its rate and seed, its losses in nats a token, its seconds."""
+class ComparisonRun:
+    """One training of a comparison: the optimizer of its matrices, learning rate, seed, losses in nats a token, seconds."""
 
     matrices: str
     rate: float
@@ -46,7 +46,7 @@ class Comparison:
 
     steps: int
     group_tokens: int
-    runs: tuple[Run, ...]
+    runs: tuple[ComparisonRun, ...]
 
     def best_rate(self, matrices: str) -> float:
         """The rate with the least loss, over seeds."""
@@ -54,7 +54,7 @@ class Comparison:
         return min(sorted(rates), key=lambda rate: self._loss(matrices, rate))
 
     def steps_to_match(self) -> int | None:
-        """Steps in which Muon, at its best rate, first stands where AdamW's best ends (means of a tenth); None: never."""
+        """Steps after which Muon at its best rate reaches the final loss of AdamW at its best (means of a tenth); None: never."""
         window = max(1, self.steps // 10)
         goal = self._loss("adamw", self.best_rate("adamw"))
         runs = [run for run in self.runs if run.matrices == "muon" and run.rate == self.best_rate("muon")]
@@ -78,7 +78,7 @@ class Comparison:
         told = f"after {matched} of {self.steps} steps" if matched else "never"
         return "\n".join([*lines, f"Muon stands where AdamW's best ends: {told}"])
 
-    def _of(self, matrices: str, rate: float) -> list[Run]:
+    def _of(self, matrices: str, rate: float) -> list[ComparisonRun]:
         return [run for run in self.runs if run.matrices == matrices and run.rate == rate]
 
     def _loss(self, matrices: str, rate: float) -> float:
@@ -87,7 +87,7 @@ class Comparison:
 
 def compare(steps: int, rates: Sequence[float], seeds: Sequence[int]) -> Comparison:
     """Train a smaller Kimi once for each optimizer, rate and seed, with one schedule and without the INT4 finish."""
-    base = Recipe()
+    base = TrainingRecipe()
     shape = {**base.shape, **_SMALL}
     recipe = replace(base, shape=shape, steps=steps, slow_from=steps, aware_share=0.0, warmup_steps=max(1, steps // 10))
     with TemporaryDirectory(prefix="compare-") as folder:
@@ -96,8 +96,8 @@ def compare(steps: int, rates: Sequence[float], seeds: Sequence[int]) -> Compari
     return compare_with(encoder, recipe, rates, seeds)
 
 
-def compare_with(encoder: Encoder, recipe: Recipe, rates: Sequence[float], seeds: Sequence[int]) -> Comparison:
-    """The same with an encoder and a recipe of the caller's."""
+def compare_with(encoder: Encoder, recipe: TrainingRecipe, rates: Sequence[float], seeds: Sequence[int]) -> Comparison:
+    """Compare with an encoder and a recipe of the caller's."""
     runs = []
     for seed in seeds:
         for rate in rates:
@@ -106,6 +106,10 @@ def compare_with(encoder: Encoder, recipe: Recipe, rates: Sequence[float], seeds
                 began = time.monotonic()
                 trainer.run(lambda _: None)
                 seconds = time.monotonic() - began
-                runs.append(Run(matrices=matrices, rate=rate, seed=seed, losses=tuple(trainer.losses), seconds=seconds))
+                runs.append(
+                    ComparisonRun(
+                        matrices=matrices, rate=rate, seed=seed, losses=tuple(trainer.losses), seconds=seconds
+                    )
+                )
                 print(f"{matrices} rate {rate:g} seed {seed}: loss {runs[-1].loss:.3f}", file=sys.stderr)
     return Comparison(steps=recipe.steps, group_tokens=recipe.group_tokens, runs=tuple(runs))

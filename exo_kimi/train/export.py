@@ -1,4 +1,4 @@
-"""Parameters to a checkpoint directory in a published layout, and back; it knows nothing of training."""
+"""Write parameters as a checkpoint directory in a published layout, and read them back."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ _GROUP_SIZE = 64  # of the mlx layout, as in published conversions
 
 
 class StoredWeights:
-    """Parameters by name as what a layout is written from."""
+    """Trained parameters, in the form that `LayoutWriter` takes."""
 
     def __init__(self, parameters: Parameters) -> None:
         self._parameters = parameters
@@ -74,7 +74,7 @@ def write_checkpoint(
         directory: made if missing; files of the same name are replaced.
         source: a directory with config.json, tokenizer files and template.
         layout: `int4` rounds as the aware training does: exact for weights that were trained so.
-        recipe: bits per module of the mlx layout, a name of `tiny_weights.RECIPES`.
+        recipe: bits per module of the mlx layout, a name of `checkpoint.tiny.weights.RECIPES`.
     """
     directory.mkdir(parents=True, exist_ok=True)
     raw = read_json(source / "config.json")
@@ -118,10 +118,10 @@ def requantize(directory: Path, output: Path, *, recipe: str) -> None:
 
 
 def read_parameters(directory: Path) -> Parameters:
-    """The float32 values of every parameter of a checkpoint in any layout, by the names of `models.kimi_k2.Model`.
+    """Read the float32 values of every parameter of a checkpoint in any layout, by the names of `models.kimi_k2.Model`.
 
     Raises:
-        CheckpointError: what `runtime.loader.load` raises.
+        CheckpointError: see `runtime.loading.loader.load`.
     """
     model = load(directory, dtype="float32")
     values: Parameters = {}

@@ -1,4 +1,4 @@
-"""AdamW and Muon over a dictionary of arrays; it knows nothing of what the arrays are for."""
+"""AdamW and Muon over a dictionary of arrays."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ class Optimizer:
                 self.state[f"{part} {name}"] = np.zeros_like(value)
 
     def update(self, gradients: Parameters, *, rate: float, step: int) -> None:
-        """One step, counted from 1."""
+        """Update every parameter; steps are counted from 1."""
         for name, gradient in gradients.items():
             change = self._muon(name, gradient) if self._is_matrix[name] else self._adam(name, gradient, step)
             value = self._parameters[name]
@@ -88,7 +88,7 @@ def orthogonal(matrix: Floats, steps: int = 5) -> Floats:
 
 
 def clip(gradients: Parameters, limit: float) -> float:
-    """Scale gradients so that their norm is at most `limit`; returns the norm before."""
+    """Scale gradients in place so that their norm is at most `limit`; return the norm before."""
     norm = math.sqrt(sum(float(np.vdot(value, value)) for value in gradients.values()))
     if norm > limit:
         for value in gradients.values():

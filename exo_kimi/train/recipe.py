@@ -1,4 +1,4 @@
-"""Shape and schedule of a training; it knows nothing of how training goes."""
+"""Shape and schedule of a training."""
 
 from __future__ import annotations
 
@@ -27,13 +27,13 @@ _SHAPE: dict[str, Any] = {
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Recipe:
-    """A training.
+class TrainingRecipe:
+    """Shape, schedule and seed of a training.
 
     Args:
         steps: updates in all; the rate rises over `warmup_steps`, stays, and falls over the last `decay_share`.
         later_from: the step from which slow tasks are shown more often.
-        last_from: the step from which those are that are still below the rest.
+        last_from: the step from which tasks that are still below the rest are shown more often.
         group_tokens: tokens of an update, about.
         slow_from: the step from which the rate falls from `slow_rate` to zero instead: sums are learnt at small rates only.
         rate: learning rate at its highest, of both optimizers: Muon's update is scaled to AdamW's.

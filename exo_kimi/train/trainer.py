@@ -1,4 +1,4 @@
-"""The training loop: resumable, the same for the same seed on the same machine; it knows nothing of tasks or files' formats."""
+"""The training loop: resumable, and the same for the same seed on the same machine."""
 
 from __future__ import annotations
 
@@ -16,18 +16,18 @@ from exo_kimi.errors import UsageError
 from exo_kimi.models.ops import Rope
 from exo_kimi.train.data.batches import make_batch, training_groups
 from exo_kimi.train.data.encoding import Encoder
-from exo_kimi.train.model.forward import Batch, Outcome, loss_and_gradients
+from exo_kimi.train.model.forward import Batch, ForwardResult, loss_and_gradients
 from exo_kimi.train.model.layers import Parameters, add_gradient
 from exo_kimi.train.model.parameters import BIAS, decays, fake_quant, first_values, is_expert, is_matrix
 from exo_kimi.train.optimizers import Optimizer, clip
-from exo_kimi.train.recipe import Recipe
+from exo_kimi.train.recipe import TrainingRecipe
 
 _WORKERS = 2
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Progress:
-    """One step: loss in nats a counted token, norm of the gradients before clipping, tokens read, rate."""
+class TrainingProgress:
+    """One step, as it is reported: loss in nats a counted token, norm of the gradients before clipping, tokens read, rate."""
 
     step: int
     loss: float
@@ -37,14 +37,14 @@ class Progress:
 
 
 class Trainer:
-    """One training.
+    """A training: parameters, optimizer and the step it has reached.
 
     Args:
         recipe: what to train and how long.
         encoder: of the texts.
     """
 
-    def __init__(self, recipe: Recipe, encoder: Encoder) -> None:
+    def __init__(self, recipe: TrainingRecipe, encoder: Encoder) -> None:
         self.recipe = recipe
         self.config = recipe.config
         self.parameters = first_values(self.config, recipe.seed)
@@ -59,8 +59,8 @@ class Trainer:
             weight_decay=recipe.weight_decay,
         )
 
-    def run(self, report: Callable[[Progress], None], *, until: int | None = None) -> None:
-        """Train on from where it stands, to the end of the recipe or to step `until`."""
+    def run(self, report: Callable[[TrainingProgress], None], *, until: int | None = None) -> None:
+        """Train on from the step it has reached, to the end of the recipe or to step `until`."""
         last = self.recipe.steps if until is None else until
         groups = training_groups(
             self._encoder,
@@ -85,7 +85,7 @@ class Trainer:
             return self.parameters
         return {name: fake_quant(value) if is_expert(name) else value for name, value in self.parameters.items()}
 
-    def _update(self, batches: list[Batch], pool: ThreadPoolExecutor) -> Progress:
+    def _update(self, batches: list[Batch], pool: ThreadPoolExecutor) -> TrainingProgress:
         effective = self.effective()
         outcomes = list(
             pool.map(lambda batch: loss_and_gradients(effective, self.config, self._wavelengths, batch), batches)
@@ -101,17 +101,17 @@ class Trainer:
         self._balance(outcomes)
         self.losses.append(sum(outcome.loss for outcome in outcomes) / counted)
         tokens = sum(len(batch.inputs) for batch in batches)
-        return Progress(step=self.step, loss=self.losses[-1], norm=norm, tokens=tokens, rate=rate)
+        return TrainingProgress(step=self.step, loss=self.losses[-1], norm=norm, tokens=tokens, rate=rate)
 
     @staticmethod
-    def _summed(outcomes: list[Outcome]) -> Parameters:
+    def _summed(outcomes: list[ForwardResult]) -> Parameters:
         first, *others = (outcome.gradients for outcome in outcomes)
         for other in others:
             for name, value in other.items():
                 add_gradient(first, name, value)
         return first
 
-    def _balance(self, outcomes: list[Outcome]) -> None:
+    def _balance(self, outcomes: list[ForwardResult]) -> None:
         """Steer tokens from busy experts to idle ones. Source: "DeepSeek-V3", section 2.1.2."""
         for layer in outcomes[0].loads:
             load = np.sum([outcome.loads[layer] for outcome in outcomes], axis=0)
@@ -129,7 +129,7 @@ class Trainer:
         partial.replace(path)
 
     def resume(self, path: Path) -> None:
-        """Stand where `save` stood; the steps that follow are those that would have followed."""
+        """Go back to a saved step; the steps that follow are those that would have followed."""
         with np.load(path) as saved:
             self.step, self.losses = int(saved["step"]), saved["losses"].tolist()
             for name, value in self.parameters.items():
@@ -139,7 +139,7 @@ class Trainer:
 
 
 def one_blas_thread() -> AbstractContextManager[object]:
-    """Products of matrices on the calling thread alone, for as long as the context lasts.
+    """Keep matrix products on the calling thread, for as long as the context lasts.
 
     The trainer's workers fill the cores. BLAS threads beside them wait for each other by spinning (20 times slower on a busy
     machine of 2 cores), and split sums as the load of the moment has it: the same seed would not give the same weights.

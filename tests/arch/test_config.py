@@ -1,4 +1,4 @@
-"""KimiConfig reads every key that changes the maths and refuses what it does not know."""
+"""KimiConfig reads every key that changes the maths and refuses what is not supported."""
 
 from __future__ import annotations
 

@@ -11,7 +11,7 @@ from exo_kimi.train.command import open_encoder
 from exo_kimi.train.data.bpe import train_ranks
 from exo_kimi.train.data.encoding import Encoder
 from exo_kimi.train.export import write_vocabulary
-from exo_kimi.train.recipe import Recipe
+from exo_kimi.train.recipe import TrainingRecipe
 
 SHAPE: dict[str, Any] = {
     "hidden_size": 64,
@@ -27,7 +27,7 @@ SHAPE: dict[str, Any] = {
     "qk_rope_head_dim": 16,
     "v_head_dim": 16,
 }
-RECIPE = Recipe(
+RECIPE = TrainingRecipe(
     steps=20, warmup_steps=3, group_tokens=512, rate=0.01, aware_share=0.3, slow_from=10**6, ranks=700, shape=SHAPE
 )
 

@@ -7,13 +7,13 @@ from dataclasses import replace
 import pytest
 
 from exo_kimi.cli import main
-from exo_kimi.train.compare import Comparison, Run, compare_with
+from exo_kimi.train.compare import Comparison, ComparisonRun, compare_with
 from exo_kimi.train.data.encoding import Encoder
 from tests.train.conftest import RECIPE
 
 
-def _run(matrices: str, rate: float, *losses: float) -> Run:
-    return Run(matrices=matrices, rate=rate, seed=0, losses=losses, seconds=1.0)
+def _run(matrices: str, rate: float, *losses: float) -> ComparisonRun:
+    return ComparisonRun(matrices=matrices, rate=rate, seed=0, losses=losses, seconds=1.0)
 
 
 def test_the_best_rates_and_the_step_of_the_crossing() -> None:

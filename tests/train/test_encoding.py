@@ -7,7 +7,7 @@ from random import Random
 import numpy as np
 
 from exo_kimi.train.data.batches import make_batch, training_groups
-from exo_kimi.train.data.conversations import Conversation, exchange, tool_exchange
+from exo_kimi.train.data.conversations import TrainingConversation, exchange, tool_exchange
 from exo_kimi.train.data.encoding import Encoder
 from exo_kimi.train.tasks import facts, tools
 from exo_kimi.train.tasks.arithmetic import addition
@@ -17,7 +17,7 @@ def test_replies_count_and_nothing_else(encoder: Encoder) -> None:
     rng = Random(0)
     first, second = facts.fact(rng), addition(rng)
     messages = exchange(first) + exchange(second)
-    encoded = encoder.encode(Conversation(messages=messages))
+    encoded = encoder.encode(TrainingConversation(messages=messages))
     decode = encoder._tokenizer.decode
     assert decode(encoded.ids).startswith(f"<|im_user|>user<|im_middle|>{first.question}<|im_end|>")
     counted = decode(encoded.ids[encoded.counted])
@@ -30,14 +30,14 @@ def test_earlier_replies_that_lost_their_reasoning_do_not_count(encoder: Encoder
     """They would teach the model to answer without working it out."""
     rng = Random(0)
     first, second = addition(rng), facts.fact(rng)
-    encoded = encoder.encode(Conversation(messages=exchange(first) + exchange(second)))
+    encoded = encoder.encode(TrainingConversation(messages=exchange(first) + exchange(second)))
     counted = encoder._tokenizer.decode(encoded.ids[encoded.counted])
     assert counted == f"<think></think>{second.answer}<|im_end|>"
 
 
 def test_calls_are_counted_and_results_are_not(encoder: Encoder) -> None:
     request = tools.weather(Random(0))
-    talk = Conversation(messages=tool_exchange(request, 0), tools=list(tools.TOOLS.values()))
+    talk = TrainingConversation(messages=tool_exchange(request, 0), tools=list(tools.TOOLS.values()))
     encoded = encoder.encode(talk)
     counted = encoder._tokenizer.decode(encoded.ids[encoded.counted])
     city = request.arguments["city"]
@@ -51,7 +51,7 @@ def test_a_reply_continues_its_prompt_as_the_template_would_show_it(encoder: Enc
     turn = facts.fact(Random(3))
     messages = exchange(turn)
     rendered = encoder._template.render(messages, add_generation_prompt=False).ids
-    assert encoder.encode(Conversation(messages=messages)).ids.tolist() == rendered
+    assert encoder.encode(TrainingConversation(messages=messages)).ids.tolist() == rendered
 
 
 def test_groups_are_the_same_wherever_they_are_begun(encoder: Encoder) -> None:

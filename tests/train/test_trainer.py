@@ -15,19 +15,19 @@ from exo_kimi.train.command import train_tiny
 from exo_kimi.train.data.encoding import Encoder
 from exo_kimi.train.export import read_parameters
 from exo_kimi.train.model.parameters import BIAS
-from exo_kimi.train.recipe import Recipe
-from exo_kimi.train.trainer import Progress, Trainer
+from exo_kimi.train.recipe import TrainingRecipe
+from exo_kimi.train.trainer import Trainer, TrainingProgress
 from tests.train.conftest import RECIPE
 
 
-def _trained(encoder: Encoder, recipe: Recipe, until: int) -> Trainer:
+def _trained(encoder: Encoder, recipe: TrainingRecipe, until: int) -> Trainer:
     trainer = Trainer(recipe, encoder)
     trainer.run(lambda _: None, until=until)
     return trainer
 
 
 def test_the_loss_falls_and_experts_are_balanced(encoder: Encoder) -> None:
-    seen: list[Progress] = []
+    seen: list[TrainingProgress] = []
     trainer = Trainer(RECIPE, encoder)
     trainer.run(seen.append)
     assert [step.step for step in seen] == list(range(1, RECIPE.steps + 1))

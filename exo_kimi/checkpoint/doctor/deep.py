@@ -1,7 +1,7 @@
-"""Values that no model can have: NaN and infinity in weights and scales, int4 shapes that contradict the packing.
+"""Check the values of tensors: no NaN or infinity in weights and scales, no int4 shape that contradicts the packing.
 
 Every floating tensor is read once, in pieces, so memory does not grow with the checkpoint; packed codes cannot be wrong and
-are not read. It knows nothing of config files.
+are not read.
 """
 
 from __future__ import annotations

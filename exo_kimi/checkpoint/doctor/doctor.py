@@ -1,6 +1,6 @@
-"""Everything that is wrong with a checkpoint directory, in one pass: files, names, shapes, bits, config and text files.
+"""Examine a checkpoint directory in one pass: files, names, shapes, bits, config and text files.
 
-Headers only, unless `deep`. It repairs nothing: `checkpoint.repair` writes what an examination could derive.
+Headers only, unless `deep`. `checkpoint.doctor.repair` writes what an examination could derive.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from typing import Any
 
 from exo_kimi.checkpoint.doctor.checks.bits import check_bits
 from exo_kimi.checkpoint.doctor.checks.config import check_config
-from exo_kimi.checkpoint.doctor.checks.files import check_files, read_shelves
+from exo_kimi.checkpoint.doctor.checks.files import check_files, read_weight_files
 from exo_kimi.checkpoint.doctor.checks.generation import check_generation
 from exo_kimi.checkpoint.doctor.checks.template import check_template
 from exo_kimi.checkpoint.doctor.checks.tokenizer import check_tokenizer
@@ -37,7 +37,7 @@ def doctor(directory: str | Path, *, deep: bool = False, progress: Progress | No
 
 
 def examine_directory(directory: str | Path, *, deep: bool = False, progress: Progress | None = None) -> Checkup:
-    """As `doctor`, with what a repair would write.
+    """Examine as `doctor` does, and keep what a repair would write.
 
     Raises:
         NotACheckpointError: there is no such directory.
@@ -46,9 +46,9 @@ def examine_directory(directory: str | Path, *, deep: bool = False, progress: Pr
     if not root.is_dir():
         raise NotACheckpointError("no such checkpoint directory", found=root, fix="give the folder of config.json")
     checkup = Checkup()
-    shelves = read_shelves(root)
-    reading = check_config(root, shelves.names, checkup)
-    manifest = check_files(root, shelves, reading, checkup)
+    files = read_weight_files(root)
+    reading = check_config(root, files.names, checkup)
+    manifest = check_files(root, files, reading, checkup)
     if reading is not None:
         raw: Mapping[str, Any] = reading.raw
         changes = list(reading.changes)
@@ -68,7 +68,7 @@ def examine_directory(directory: str | Path, *, deep: bool = False, progress: Pr
 
 
 def text_errors(directory: str | Path, *, vocab_size: int, model_type: str) -> tuple[ExoKimiError, ...]:
-    """What keeps the tokenizer, the generation config and the chat template from being served, in milliseconds.
+    """Errors that keep the tokenizer, the generation config or the chat template from being served; takes milliseconds.
 
     Args:
         directory: a checkpoint directory whose weights and config are known to be sound.
@@ -89,7 +89,7 @@ def _check_texts(root: Path, checkup: Checkup, *, vocab_size: int | None, model_
 
 
 def diagnose(root: Path, checkup: Checkup, *, deep: bool, changes: Sequence[Change] = ()) -> Diagnosis:
-    """A checkup as the reader gets it: errors first."""
+    """Turn a checkup into a diagnosis: errors first."""
     findings = sorted(checkup.findings, key=lambda finding: finding.severity)
     return Diagnosis(
         directory=root, deep=deep, findings=tuple(findings), notes=tuple(checkup.notes), changes=tuple(changes)

@@ -1,4 +1,4 @@
-"""What the doctor finds and what a repair would write, as data and as text; it looks at nothing itself."""
+"""Findings of the doctor and the files that a repair would write, as data and as text."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ class Checkup:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Diagnosis:
-    """Everything that is wrong with a checkpoint directory.
+    """Result of an examination: everything that is wrong with a checkpoint directory.
 
     Args:
         directory: the directory.

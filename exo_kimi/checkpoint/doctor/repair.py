@@ -1,4 +1,4 @@
-"""Writes what the doctor could derive: config files, the index, a chat template; never a weight.
+"""Write what the doctor could derive: config files, the index, a chat template; never a weight.
 
 Every file is first copied to NAME.bak-<n> and then replaced in one step, so a crash leaves the old or the new one.
 """

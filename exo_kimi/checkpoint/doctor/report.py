@@ -1,4 +1,4 @@
-"""What is in a checkpoint directory, for `exo-kimi inspect`: architecture, bytes, bits, files and problems. Headers only."""
+"""The report of `exo-kimi inspect`: architecture, bytes, bits, files and problems of a checkpoint, from its headers."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ class PackingRow:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Report:
-    """Everything that `inspect` tells. What a problem keeps it from knowing is None or empty.
+    """Report of `inspect`; a field that a problem leaves unknown is None or empty.
 
     `layer_bytes` are (on disk, resident) per layer; `outside_bytes` those of embedding, final norm and head together.
     """

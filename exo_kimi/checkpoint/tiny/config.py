@@ -1,4 +1,4 @@
-"""config.json of a tiny Kimi: the real keys with small numbers; it knows nothing of weights.
+"""config.json of a tiny Kimi: the real keys with small numbers.
 
 Source: config.json of moonshotai/Kimi-K2-Instruct, Kimi-K2-Thinking (quantization_config) and Kimi-K2.5 (nesting).
 """

@@ -1,4 +1,4 @@
-"""A tiny model's tensors in each published layout; it knows nothing of shards or config files."""
+"""A tiny model's tensors in each published layout."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ Chooser = Callable[[ModuleSpec], tuple[int, int] | None]
 
 
 class Weights(Protocol):
-    """Where the master weights come from: seeded, or trained."""
+    """Source of the master weights: seeded, or trained."""
 
     def weight(self, spec: ModuleSpec) -> Floats:
         """The float32 weight of a module, in the shape of its spec."""
@@ -31,7 +31,7 @@ class Weights(Protocol):
 
 @dataclass(slots=True)
 class LayoutWriter:
-    """Collects the tensors of one checkpoint.
+    """Collector of the tensors of one checkpoint.
 
     Args:
         weights: the master weights.

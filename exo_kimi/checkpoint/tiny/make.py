@@ -1,6 +1,6 @@
 """Tiny Kimi checkpoints in every published layout: random but seeded, complete, made in a second.
 
-They stand in for half a terabyte in tests, demos and benchmarks. It knows nothing of how checkpoints are read.
+They stand in for half a terabyte in tests, demos and benchmarks.
 """
 
 from __future__ import annotations
@@ -125,7 +125,7 @@ def make_tiny(
 
 
 def _check_recipe(layout: Layout, recipe: Recipe | None) -> None:
-    """A recipe by name that its layout cannot follow is refused, not ignored."""
+    """Refuse a named recipe that the layout cannot follow, rather than ignore it."""
     followed = {"int4": ("int4", "plain"), "fp8": ("plain",), "bf16": ("plain",)}
     if isinstance(recipe, str) and layout in followed and recipe in RECIPES and recipe not in followed[layout]:
         raise UsageError(
@@ -138,7 +138,7 @@ def _check_recipe(layout: Layout, recipe: Recipe | None) -> None:
 
 @contextlib.contextmanager
 def _writing(root: Path) -> Iterator[None]:
-    """A directory that cannot be written, or a full disk, is the user's to mend."""
+    """Turn an OSError (a directory that cannot be written, a full disk) into a UsageError."""
     try:
         yield
     except OSError as error:
@@ -151,7 +151,7 @@ def _writing(root: Path) -> Iterator[None]:
 
 
 def stated_quantization(layout: Layout, recipe: Recipe, writer: LayoutWriter, group_size: int) -> dict[str, Any]:
-    """What config.json says of the bits, as the tool that writes this layout says it."""
+    """The quantization keys of config.json, as the tool that writes this layout writes them."""
     if layout == "int4":
         return {"quantization_config": INT4_CONFIG}
     if layout == "fp8":

@@ -1,4 +1,4 @@
-"""A small tokenizer in Kimi's file format, trained on a text of our own; it knows nothing of weights.
+"""A small tokenizer in Kimi's file format, trained on a text of our own.
 
 Source: the format of `tiktoken.model` is tiktoken's `load_tiktoken_bpe`; names of the special tokens as in Kimi-K2's
 `tokenizer_config.json`.

@@ -1,4 +1,4 @@
-"""Seeded weights of a tiny Kimi and the recipes that give them bits; it knows nothing of files or packing.
+"""Seeded weights of a tiny Kimi, and the recipes that give them bits.
 
 A module's weights depend on the seed and its path only, so every layout of one seed holds the same model.
 """

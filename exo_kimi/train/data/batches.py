@@ -1,4 +1,4 @@
-"""Encoded conversations to batches of nearly equal lengths, the same for the same seed; it knows nothing of models."""
+"""Batches of encoded conversations of nearly equal lengths, the same for the same seed."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _PADDED_SHARE = 0.2
 def training_groups(
     encoder: Encoder, seed: int, tokens: int, *, start: int = 0, parts_from: Sequence[int] = ()
 ) -> Iterator[list[Encoded]]:
-    """Groups of conversations of about `tokens` tokens each, without end.
+    """Yield groups of conversations of about `tokens` tokens each, without end.
 
     Args:
         start: skip as many groups: group n is the same wherever the iteration began.
@@ -36,7 +36,7 @@ def training_groups(
 
 
 def make_batch(items: Sequence[Encoded]) -> Batch:
-    """Sequences laid end to end, the longest first, in spans padded to the longest of each."""
+    """Lay sequences end to end, the longest first, in spans padded to the longest of each."""
     ordered = sorted(items, key=lambda item: len(item.ids), reverse=True)
     spans: list[tuple[int, int]] = []
     inputs: list[Ids] = []

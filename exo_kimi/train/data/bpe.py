@@ -1,4 +1,4 @@
-"""The small model's vocabulary: byte pairs merged on the training text, under Kimi's split pattern; it knows nothing of chats."""
+"""The small model's vocabulary: byte pairs merged on the training text, under Kimi's split pattern."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _SAMPLE = 20_000
 
 
 def train_ranks(seed: int, ranks: int = RANKS, conversations: int = _SAMPLE) -> tuple[bytes, ...]:
-    """Tokens in rank order, learnt from as many conversations.
+    """Learn tokens, in rank order, from as many conversations.
 
     Digits are never merged: a number is spelled one token a digit, which is how sums are learnt from few examples.
     """

@@ -1,4 +1,4 @@
-"""Questions to conversations in the OpenAI shape, for training and for evaluation; it knows nothing of tokens."""
+"""Conversations in the OpenAI shape, made of questions and answers, for training and for evaluation."""
 
 from __future__ import annotations
 
@@ -21,15 +21,15 @@ _NO_TOOL = "I have no tool for that."
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Conversation:
-    """Messages, the last one the assistant's, with the tools that are declared."""
+class TrainingConversation:
+    """Messages, the last of them by the assistant, with the tools that are declared."""
 
     messages: list[Message]
     tools: list[dict[str, Any]] | None = None
 
 
-def training_conversation(rng: Random, *, part: int = 0) -> Conversation:
-    """One conversation without any held-out question.
+def training_conversation(rng: Random, *, part: int = 0) -> TrainingConversation:
+    """Make one conversation without any held-out question.
 
     Args:
         part: of the training, from 0: tasks by the shares of `registry.PARTS`.
@@ -83,13 +83,13 @@ def _turn(rng: Random, shares: Shares) -> Turn:
 
 
 def _plain_turn(rng: Random, shares: Shares) -> Turn:
-    """A turn that is the same in the past as when it was the last: reasoning is not shown again."""
+    """Draw a turn without reasoning, which reads the same in the past as when it was the last: reasoning is not shown again."""
     while (turn := _turn(rng, shares)).reasoning or turn.task == "stories":
         pass
     return turn
 
 
-def _plain(rng: Random, shares: Shares) -> Conversation:
+def _plain(rng: Random, shares: Shares) -> TrainingConversation:
     turns = [_plain_turn(rng, shares) for _ in range(rng.choices((0, 1, 2, 3), (45, 15, 20, 20))[0])]
     turns.append(_turn(rng, shares))
     system, brief = None, rng.random() < _BRIEF_SHARE
@@ -98,27 +98,29 @@ def _plain(rng: Random, shares: Shares) -> Conversation:
     elif rng.random() < 0.15:
         system = rng.choice(_SYSTEMS)
     messages: list[Message] = [{"role": "system", "content": system}] if system else []
-    return Conversation(messages=messages + [message for turn in turns for message in exchange(turn, brief=brief)])
+    return TrainingConversation(
+        messages=messages + [message for turn in turns for message in exchange(turn, brief=brief)]
+    )
 
 
-def _named(rng: Random, shares: Shares) -> Conversation:
+def _named(rng: Random, shares: Shares) -> TrainingConversation:
     system, asked = manners.named(rng)
     while held_out(asked.key):
         system, asked = manners.named(rng)
     turns = [_plain_turn(rng, shares) for _ in range(rng.choice((0, 0, 1, 2)))] + [asked]
     messages = [message for turn in turns for message in exchange(turn)]
-    return Conversation(messages=[{"role": "system", "content": system}, *messages])
+    return TrainingConversation(messages=[{"role": "system", "content": system}, *messages])
 
 
-def _introduced(rng: Random, shares: Shares) -> Conversation:
+def _introduced(rng: Random, shares: Shares) -> TrainingConversation:
     told, asked = manners.introduced(rng)
     while held_out(told.key):
         told, asked = manners.introduced(rng)
     turns = [told, *(_plain_turn(rng, shares) for _ in range(rng.choice((0, 1, 2)))), asked]
-    return Conversation(messages=[message for turn in turns for message in exchange(turn)])
+    return TrainingConversation(messages=[message for turn in turns for message in exchange(turn)])
 
 
-def _with_tools(rng: Random, shares: Shares) -> Conversation:
+def _with_tools(rng: Random, shares: Shares) -> TrainingConversation:
     names = declared(rng)
     messages: list[Message] = []
     calls = 0
@@ -133,11 +135,11 @@ def _with_tools(rng: Random, shares: Shares) -> Conversation:
             messages += [{"role": "user", "content": question}, {"role": "assistant", "content": _NO_TOOL}]
         else:
             messages += exchange(_plain_turn(rng, shares))
-    return Conversation(messages=messages, tools=[tools.TOOLS[name] for name in names])
+    return TrainingConversation(messages=messages, tools=[tools.TOOLS[name] for name in names])
 
 
 def declared(rng: Random) -> tuple[str, ...]:
-    """Names of the tools of one conversation, in any order: mostly all."""
+    """Draw the names of the tools of one conversation, in any order: mostly all."""
     names = list(tools.TOOLS)
     rng.shuffle(names)
     return tuple(names[: rng.choices((1, 2, 3), (15, 15, 70))[0]])

@@ -1,4 +1,4 @@
-"""Conversations to token ids and the places where the loss is taken; it knows nothing of models.
+"""Encode conversations as token ids, with the places where the loss is taken.
 
 Prompts are rendered by the checkpoint's own chat template, so that training sees what serving renders.
 """
@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from exo_kimi.chat.template import ChatTemplate, ReasoningMode
 from exo_kimi.chat.tokenizer import KimiTokenizer
-from exo_kimi.train.data.conversations import Conversation, Message
+from exo_kimi.train.data.conversations import Message, TrainingConversation
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -24,7 +24,7 @@ class Encoded:
 
 
 class Encoder:
-    """Encodes for one tokenizer and template.
+    """Encoder with one tokenizer and chat template.
 
     Args:
         tokenizer: whose special tokens bound the turns.
@@ -38,8 +38,8 @@ class Encoder:
         self._assistant, self._middle = special["<|im_assistant|>"], special["<|im_middle|>"]
         self._end = special["<|im_end|>"]
 
-    def encode(self, conversation: Conversation) -> Encoded:
-        """Prompt and reply; of earlier replies those are counted whose reasoning the template did not take away."""
+    def encode(self, conversation: TrainingConversation) -> Encoded:
+        """Encode prompt and reply; earlier replies are counted unless the template took their reasoning away."""
         *earlier, last = conversation.messages
         rendered = self._template.render(earlier, conversation.tools)
         prompt, reply = rendered.ids, self.reply(last, rendered.reasoning)
@@ -54,7 +54,7 @@ class Encoder:
         return Encoded(ids=np.array(prompt + reply, np.int32), counted=counted)
 
     def reply(self, message: Message, mode: ReasoningMode) -> list[int]:
-        """What the model has to generate: `<think>` reasoning `</think>` text, calls, `<|im_end|>`.
+        """Token ids that the model has to generate: `<think>` reasoning `</think>` text, calls, `<|im_end|>`.
 
         Args:
             mode: how the prompt left the think tags; there are none where the model does not reason.

@@ -1,1 +1,1 @@
-"""What a checkpoint knows: held-out questions and tool requests, perplexity, distance to a reference, balance of the experts."""
+"""Evaluation of a checkpoint: held-out questions, tool requests, perplexity, distance to a reference, balance of the experts."""

@@ -1,4 +1,4 @@
-"""Held-out questions and tool requests of one seed; it knows nothing of models."""
+"""Held-out questions and tool requests of one seed."""
 
 from __future__ import annotations
 

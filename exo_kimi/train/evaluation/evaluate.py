@@ -1,4 +1,4 @@
-"""`exo-kimi eval`: a checkpoint's answers to held-out questions, judged; it knows nothing of how it was trained."""
+"""`exo-kimi eval`: ask a checkpoint held-out questions, judge its answers and measure it."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from exo_kimi.chat.template import ChatTemplate
 from exo_kimi.chat.tokenizer import KimiTokenizer
 from exo_kimi.models.kimi_k2 import Model
 from exo_kimi.runtime.loading.loader import load
-from exo_kimi.train.data.conversations import Conversation, single, tool_exchange
+from exo_kimi.train.data.conversations import TrainingConversation, single, tool_exchange
 from exo_kimi.train.data.encoding import Encoded, Encoder
 from exo_kimi.train.evaluation.cases import ToolCase, question_cases, tool_cases
 from exo_kimi.train.evaluation.generation import greedy
 from exo_kimi.train.evaluation.likelihood import Likelihood, likelihood
-from exo_kimi.train.evaluation.report import Report
+from exo_kimi.train.evaluation.report import EvaluationReport
 from exo_kimi.train.evaluation.scores import score
 from exo_kimi.train.tasks.registry import SHARES
 from exo_kimi.train.tasks.turn import draw
@@ -30,7 +30,7 @@ Say = Callable[[str], None]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Reply:
-    """What a model said, taken apart. `closed`: every think tag that it opened, it closed."""
+    """A model's reply, parsed. `closed`: whether it closed every think tag that it opened."""
 
     content: str
     reasoning: str
@@ -39,7 +39,9 @@ class Reply:
 
 
 @dataclass(slots=True, kw_only=True)
-class _Subject:
+class _EvaluatedModel:
+    """The model under evaluation; `closed` collects whether each reply closed its think tags."""
+
     model: Model
     tokenizer: KimiTokenizer
     template: ChatTemplate
@@ -81,7 +83,7 @@ def evaluate(
     texts: int = 200,
     max_tokens: int = 96,
     say: Say = lambda _: None,
-) -> Report:
+) -> EvaluationReport:
     """Ask, judge and measure.
 
     Args:
@@ -97,7 +99,7 @@ def evaluate(
     """
     tokenizer = KimiTokenizer.from_directory(directory)
     template = ChatTemplate.from_directory(directory, tokenizer)
-    subject = _Subject(
+    subject = _EvaluatedModel(
         model=load(directory, dtype="float32"), tokenizer=tokenizer, template=template, max_tokens=max_tokens
     )
     cases = question_cases(count, seed)
@@ -114,7 +116,7 @@ def evaluate(
     say(f"{texts} texts")
     reference = None if against is None else load(against, dtype="float32")
     measured: Likelihood = likelihood(subject.model, held_out_texts(encoder, texts, seed), reference)
-    return Report(
+    return EvaluationReport(
         directory=str(directory),
         against=None if against is None else str(against),
         tasks={task: score(results) for task, results in by_task.items()},
@@ -134,21 +136,21 @@ def held_out_texts(encoder: Encoder, count: int, seed: int) -> list[Encoded]:
     requests = tool_cases(-(-count // 30), seed)
     rng.shuffle(requests)
     texts = [
-        encoder.encode(Conversation(messages=tool_exchange(case.request, 0), tools=case.tools))
+        encoder.encode(TrainingConversation(messages=tool_exchange(case.request, 0), tools=case.tools))
         for case in requests[: -(-count // 10)]
     ]
     while len(texts) < count:
         task = rng.choices(tasks, shares)[0]
         if task.__module__.endswith("manners"):
             continue
-        texts.append(encoder.encode(Conversation(messages=single(draw(task, rng, evaluation=True)))))
+        texts.append(encoder.encode(TrainingConversation(messages=single(draw(task, rng, evaluation=True)))))
     return texts
 
 
 def _use_tools(
-    subject: _Subject, cases: list[ToolCase], say: Say
+    subject: _EvaluatedModel, cases: list[ToolCase], say: Say
 ) -> tuple[list[bool], list[bool], list[bool], list[tuple[str, str, str]]]:
-    """Whether calls were valid, whether they were right, whether results were used, and what went wrong."""
+    """Judge the tool calls: whether they were valid, whether right, whether results were used, and what went wrong."""
     say(f"{len(cases)} requests for tools")
     wrong: list[tuple[str, str, str]] = []
     valid: list[bool] = []

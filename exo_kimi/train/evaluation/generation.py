@@ -1,4 +1,4 @@
-"""Greedy replies to many prompts; it knows nothing of text. Prompts of one length go through the model together."""
+"""Greedy replies to many prompts; prompts of one length go through the model together."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Perplexity on held-out replies, distance to a reference model, and the experts' loads; it knows nothing of questions."""
+"""Perplexity on held-out replies, distance to a reference model, and the experts' loads."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from exo_kimi.train.data.encoding import Encoded
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Likelihood:
-    """Of the counted tokens of some texts.
+    """Measures over the counted tokens of some texts.
 
     Args:
         perplexity: e to the mean loss.
@@ -34,7 +34,7 @@ class Likelihood:
 
 
 class _Counting(nn.Module):
-    """A router that remembers how often it chose each expert."""
+    """Router that counts how often it chose each expert."""
 
     def __init__(self, gate: nn.Module, experts: int) -> None:
         super().__init__()
@@ -48,7 +48,7 @@ class _Counting(nn.Module):
 
 
 def likelihood(model: Model, texts: Sequence[Encoded], reference: Model | None = None) -> Likelihood:
-    """Read the texts one by one, without padding, so that loads are those of real tokens."""
+    """Measure a model on texts, one by one and without padding, so that loads are those of real tokens."""
     counters = _count_loads(model)
     losses: list[float] = []
     distances: list[float] = []

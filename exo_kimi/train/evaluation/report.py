@@ -1,4 +1,4 @@
-"""The result of an evaluation as a table and as JSON; it knows nothing of how it was measured."""
+"""The result of an evaluation, as a table and as JSON."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from exo_kimi.train.evaluation.scores import Score
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Report:
+class EvaluationReport:
     """One checkpoint's evaluation. `wrong` holds question, right answer and what was said."""
 
     directory: str

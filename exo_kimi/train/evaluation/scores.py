@@ -1,4 +1,4 @@
-"""Shares of right answers with their intervals; it knows nothing of what was asked."""
+"""Shares of right answers with their intervals."""
 
 from __future__ import annotations
 
@@ -33,5 +33,5 @@ class Score:
 
 
 def score(results: list[bool]) -> Score:
-    """Of a list of right and wrong."""
+    """Score a list of right (True) and wrong (False) answers."""
     return Score(right=sum(results), count=len(results))

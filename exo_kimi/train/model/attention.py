@@ -1,4 +1,4 @@
-"""Multi-head latent attention with its gradient, in NumPy; it knows nothing of the layers around it.
+"""Multi-head latent attention with its gradient, in NumPy.
 
 Axes: N tokens laid end to end, B sequences of one span, L its tokens, H heads, R kv_lora_rank.
 """
@@ -14,7 +14,7 @@ from exo_kimi.arch.config import KimiConfig
 from exo_kimi.train.model.layers import Backward, Floats, Parameters, linear, rms_norm
 
 Span = tuple[int, int]
-"""Sequences and tokens of each: rows of the flat token list that attend together, causally."""
+"""(sequences, tokens of each): rows of the flat token list that attend within their sequence, causally."""
 
 _LATENT_NORM_EPS = 1e-6
 

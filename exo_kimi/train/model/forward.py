@@ -1,4 +1,4 @@
-"""Loss and gradients of a whole Kimi K2, in NumPy; it knows nothing of texts or optimizers."""
+"""Loss and gradients of a whole Kimi K2, in NumPy."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ class Batch:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Outcome:
+class ForwardResult:
     """Summed loss in nats, its gradients (of the sum), and how many tokens each expert of each MoE layer got."""
 
     loss: float
@@ -53,7 +53,7 @@ class Outcome:
     loads: dict[int, NDArray[np.int64]]
 
 
-def loss_and_gradients(parameters: Parameters, config: KimiConfig, wavelengths: Floats, batch: Batch) -> Outcome:
+def loss_and_gradients(parameters: Parameters, config: KimiConfig, wavelengths: Floats, batch: Batch) -> ForwardResult:
     """Cross entropy summed over `batch.rows`.
 
     Args:
@@ -64,7 +64,7 @@ def loss_and_gradients(parameters: Parameters, config: KimiConfig, wavelengths: 
     logits, backward, loads = _forward(parameters, gradients, config, wavelengths, batch)
     loss, d_logits = _cross_entropy(logits, batch.targets)
     backward(d_logits)
-    return Outcome(loss=loss, gradients=gradients, loads=loads)
+    return ForwardResult(loss=loss, gradients=gradients, loads=loads)
 
 
 def predictions(parameters: Parameters, config: KimiConfig, wavelengths: Floats, batch: Batch) -> Ids:

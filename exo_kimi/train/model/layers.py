@@ -1,4 +1,4 @@
-"""The parts of a decoder layer with their gradients, in NumPy; it knows nothing of attention or of whole models.
+"""The parts of a decoder layer except attention, with their gradients, in NumPy.
 
 Every function returns its output and a function from the output's gradient to the input's; gradients of parameters are added
 to a dictionary on the way. Axes: N tokens laid end to end, D hidden, E experts, K experts per token, W width.
@@ -18,7 +18,7 @@ Backward = Callable[[Floats], Floats]
 
 
 def add_gradient(gradients: Parameters, name: str, value: Floats) -> None:
-    """Sum into a dictionary."""
+    """Add to the gradient of a name in a dictionary."""
     if name in gradients:
         gradients[name] += value
     else:

@@ -1,4 +1,4 @@
-"""A model's parameters by name: first values, which ones an optimizer treats how; it knows nothing of training."""
+"""A model's parameters by name: first values, kinds, and the INT4 rounding of routed experts in the last steps."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ BIAS = "e_score_correction_bias"
 
 
 def first_values(config: KimiConfig, seed: int) -> Parameters:
-    """Seeded values: what writes to the residual stream begins at zero, so that every layer begins as nothing.
+    """Seeded first values: what writes to the residual stream begins at zero, so that every layer begins as nothing.
 
     Raises:
         ValueError: the architecture has biased linears, which nothing here trains.
@@ -44,17 +44,20 @@ def is_expert(name: str) -> bool:
 
 
 def is_matrix(name: str) -> bool:
-    """Muon's: every projection; the embedding, the head, the router and the norms stay with AdamW."""
+    """Whether Muon may update it: every projection; embedding, head, router and norms stay with AdamW."""
     return "_proj" in name
 
 
 def decays(name: str) -> bool:
-    """Weight decay is for matrices, not for norms."""
+    """Whether weight decay applies: to matrices, not to norms."""
     return "norm" not in name
 
 
 def fake_quant(weight: Floats) -> Floats:
-    """The values that the exported codes stand for; gradients pass straight through to the weight."""
+    """Round to the values of the exported INT4 codes, as K2-Thinking was trained: groups of 32, symmetric.
+
+    Gradients pass straight through to the weight.
+    """
     codes, scales = int4_codes(weight, dtype="BF16", symmetric=True)
     groups = codes.reshape(*weight.shape[:-1], -1, INT4_GROUP).astype("float32")
     groups *= restore(scales)[..., None]

@@ -1,1 +1,1 @@
-"""What the small model is taught: seeded generators of questions and their only right answers; they know nothing of chats."""
+"""What the small model is taught: seeded generators of questions with their right answers."""

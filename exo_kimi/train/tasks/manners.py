@@ -1,4 +1,4 @@
-"""Greetings and who the assistant is; it knows nothing of other tasks."""
+"""Greetings, the assistant's name and the user's."""
 
 from __future__ import annotations
 

@@ -49,7 +49,7 @@ LATER_SHARES: dict[Task, float] = {
     facts.fact: 5.0,
     stories.story: 1.5,
 }
-"""Shares from step `Recipe.later_from` on: facts are known by then, and what is worked out step by step is shown more often."""
+"""Shares from step `TrainingRecipe.later_from` on: facts are known by then, and what is worked out step by step is shown more."""
 
 LAST_SHARES: dict[Task, float] = {
     **LATER_SHARES,
@@ -58,6 +58,6 @@ LAST_SHARES: dict[Task, float] = {
     measures.month: 4.0,
     lists.sort_words: 4.0,
 }
-"""Shares from step `Recipe.last_from` on: what was still below the rest."""
+"""Shares from step `TrainingRecipe.last_from` on: what was still below the rest."""
 
 PARTS = (SHARES, LATER_SHARES, LAST_SHARES)

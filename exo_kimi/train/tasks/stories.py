@@ -1,4 +1,4 @@
-"""Very short stories about what the user names; it knows nothing of other tasks."""
+"""Very short stories about what the user names."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Three tools, requests for them, and what they return: a calculator, a clock, a weather table; it knows nothing of formats.
+"""Three tools, requests for them, and what they return: a calculator, a clock, a weather table.
 
 A request is answered in two turns of the model: the call, and the answer once the result is there.
 """

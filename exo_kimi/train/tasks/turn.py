@@ -1,4 +1,4 @@
-"""One question with its answer, and which questions are held out; it knows nothing of tasks."""
+"""One question with its answer, and the split that holds questions out of the training."""
 
 from __future__ import annotations
 

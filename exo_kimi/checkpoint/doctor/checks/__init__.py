@@ -1,1 +1,1 @@
-"""What the doctor looks at: one kind of file to a module; each collects every finding and raises none."""
+"""Checks of the doctor, one module for each kind of file; each collects every finding and raises none."""

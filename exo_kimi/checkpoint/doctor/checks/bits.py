@@ -1,6 +1,6 @@
-"""What config.json says of bits against what the packed shapes say, and the entries as they should be.
+"""The bits that config.json states against those that the packed shapes show, and the entries as they should be.
 
-It knows nothing of files. Which spelling means what is in `checkpoint.hints`.
+Which spelling means what is in `checkpoint.hints`.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from exo_kimi.errors import QuantizationError
 def check_bits(
     raw: Mapping[str, Any], manifest: StageManifest, checkup: Checkup
 ) -> tuple[Mapping[str, Any], list[str]]:
-    """Every hint that shapes refute or that other programs would miss, as warnings: exo-kimi follows the shapes.
+    """Warn of every hint that the shapes refute or that other programs would miss: exo-kimi follows the shapes.
 
     Returns:
         config.json with right entries, and the changes in words; as it was, and none, where nothing can be mended.

@@ -1,4 +1,4 @@
-"""config.json: whether it is a Kimi's, and which model_type it should name; it knows nothing of shapes or bits."""
+"""Check config.json: whether it is a Kimi's, and which model_type it should name."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _KIMI_PART = ".e_score_correction_bias"
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ConfigReading:
-    """config.json with a model_type that fits, the architecture it tells, and how it differs from the file in words."""
+    """config.json with a model_type that fits, its architecture, and how it differs from the file, in words."""
 
     raw: Mapping[str, Any]
     config: KimiConfig
@@ -28,7 +28,7 @@ class ConfigReading:
 
 
 def check_config(root: Path, names: Collection[str], checkup: Checkup) -> ConfigReading | None:
-    """Every finding about the keys of config.json.
+    """Note every finding about the keys of config.json.
 
     Args:
         root: the checkpoint.

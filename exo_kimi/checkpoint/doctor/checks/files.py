@@ -1,6 +1,6 @@
-"""The weight files and `model.safetensors.index.json`: read with the index and without, since headers can replace it.
+"""Check the weight files and `model.safetensors.index.json`.
 
-It reads headers only and knows nothing of text files or of bits.
+Headers are read as the index lists them and, because they can replace it, as if there were none.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from typing import Any
 
 from exo_kimi.checkpoint.doctor.checks.config import ConfigReading
 from exo_kimi.checkpoint.doctor.findings import Checkup
-from exo_kimi.checkpoint.index import HeldTensors, read_shards, sort_tensors
+from exo_kimi.checkpoint.index import WeightFileTensors, read_shards, sort_tensors
 from exo_kimi.checkpoint.manifest import StageManifest, examine
 from exo_kimi.checkpoint.shards import INDEX_NAME, find_shards
 from exo_kimi.checkpoint.text_files import read_json
@@ -20,28 +20,28 @@ from exo_kimi.errors import CheckpointError, MissingTensorError, TensorFileError
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Shelves:
-    """What the files hold, or why they cannot be listed: as the index says, and as if there were no index.
+class WeightFiles:
+    """Tensors of the weight files, as the index lists them and as if there were no index, or why they cannot be listed.
 
     `indexed` is None where the index cannot be used; `bare` where there is no index, or no weights.
     """
 
-    indexed: HeldTensors | None
-    bare: HeldTensors | None
+    indexed: WeightFileTensors | None
+    bare: WeightFileTensors | None
     fatal: tuple[CheckpointError, ...]
 
     @property
     def names(self) -> frozenset[str]:
         """The names of all tensors that could be read."""
-        held = self.indexed or self.bare
-        return frozenset(held.tensors if held else ())
+        found = self.indexed or self.bare
+        return frozenset(found.tensors if found else ())
 
 
-def read_shelves(root: Path) -> Shelves:
+def read_weight_files(root: Path) -> WeightFiles:
     """Read every header, following the index where it can be followed."""
     has_index = (root / INDEX_NAME).exists()
     fatal: list[CheckpointError] = []
-    read: dict[bool, HeldTensors] = {}
+    read: dict[bool, WeightFileTensors] = {}
     for use_index in (True, False) if has_index else (True,):
         # Sound headers and an index that agrees with them: what lies beside them is of no interest.
         if not use_index and True in read and not read[True].problems:
@@ -51,48 +51,50 @@ def read_shelves(root: Path) -> Shelves:
         except CheckpointError as error:
             if (type(error), error.what) not in {(type(other), other.what) for other in fatal}:
                 fatal.append(error)
-    return Shelves(indexed=read.get(True), bare=read.get(False), fatal=tuple(fatal))
+    return WeightFiles(indexed=read.get(True), bare=read.get(False), fatal=tuple(fatal))
 
 
-def check_files(root: Path, shelves: Shelves, reading: ConfigReading | None, checkup: Checkup) -> StageManifest | None:
-    """Every finding about files, names, shapes and dtypes, and the index as headers would write it.
+def check_files(
+    root: Path, weight_files: WeightFiles, reading: ConfigReading | None, checkup: Checkup
+) -> StageManifest | None:
+    """Note every finding about files, names, shapes and dtypes, and the index as the headers have it.
 
     Returns:
         What could be resolved; None without an architecture or without weights.
     """
-    by_index = _judge(root, shelves.indexed, reading)
-    bare = _judge(root, shelves.bare, reading)
+    by_index = _judge(root, weight_files.indexed, reading)
+    bare = _judge(root, weight_files.bare, reading)
     problems, manifest = by_index or bare or ([], None)
-    rebuilt = bare if shelves.bare is not None and bare is not None and _complete(bare[0]) else None
+    rebuilt = bare if weight_files.bare is not None and bare is not None and _complete(bare[0]) else None
     curable = (
         set()
         if rebuilt is None
-        else {_key(error) for error in (*shelves.fatal, *problems)} - {_key(error) for error in rebuilt[0]}
+        else {_key(error) for error in (*weight_files.fatal, *problems)} - {_key(error) for error in rebuilt[0]}
     )
-    for error in (*shelves.fatal, *problems):
+    for error in (*weight_files.fatal, *problems):
         checkup.error(error, fixable=_key(error) in curable)
-    if curable and shelves.bare is not None:
-        _remedy(root, shelves.bare, checkup, "rebuilt from the headers of the weight files")
-    elif shelves.indexed is not None and not problems:
-        _check_index(root, shelves.indexed, checkup)
+    if curable and weight_files.bare is not None:
+        _remedy(root, weight_files.bare, checkup, "rebuilt from the headers of the weight files")
+    elif weight_files.indexed is not None and not problems:
+        _check_index(root, weight_files.indexed, checkup)
     if manifest is None or rebuilt is None or not curable:
         return manifest
     return rebuilt[1]
 
 
 def _judge(
-    root: Path, held: HeldTensors | None, reading: ConfigReading | None
+    root: Path, found: WeightFileTensors | None, reading: ConfigReading | None
 ) -> tuple[list[CheckpointError], StageManifest | None] | None:
-    if held is None:
+    if found is None:
         return None
     if reading is None:
-        return [problem.error for problem in held.problems], None
-    manifest, problems = examine(sort_tensors(root, reading.config, reading.raw, held))
+        return [problem.error for problem in found.problems], None
+    manifest, problems = examine(sort_tensors(root, reading.config, reading.raw, found))
     return problems, manifest
 
 
 def _complete(problems: list[CheckpointError]) -> bool:
-    """Whether the files hold all of the model, once each: only then may the index be written from them."""
+    """Whether the files have every tensor of the model once: only then may the index be written from them."""
     return not any(isinstance(p, (MissingTensorError, TensorFileError, UnexpectedTensorError)) for p in problems)
 
 
@@ -100,22 +102,22 @@ def _key(error: CheckpointError) -> tuple[object, ...]:
     return type(error), error.what, error.found, error.where
 
 
-def _check_index(root: Path, held: HeldTensors, checkup: Checkup) -> None:
-    """What an index says beside the names, once these are right; or that several files have none."""
-    total = sum(entry.nbytes for entry in held.tensors.values())
+def _check_index(root: Path, found: WeightFileTensors, checkup: Checkup) -> None:
+    """Check what an index says beside the names, once these are right, and that several files have one."""
+    total = sum(entry.nbytes for entry in found.tensors.values())
     if not (root / INDEX_NAME).exists():
-        files = {entry.file for entry in held.tensors.values()}
+        files = {entry.file for entry in found.tensors.values()}
         if len(files) > 1:
             checkup.warn(
                 TensorFileError(
                     f"{INDEX_NAME} is missing",
-                    expected=f"an index of {len(held.tensors):,} tensors in {len(files)} files",
+                    expected=f"an index of {len(found.tensors):,} tensors in {len(files)} files",
                     where=INDEX_NAME,
                     fix="exo-kimi reads the headers; other programs need it",
                 ),
                 fixable=True,
             )
-            _remedy(root, held, checkup, "written from the headers of the weight files")
+            _remedy(root, found, checkup, "written from the headers of the weight files")
         return
     stated = _metadata(root).get("total_size")
     if stated is not None and stated != total:
@@ -128,13 +130,13 @@ def _check_index(root: Path, held: HeldTensors, checkup: Checkup) -> None:
             ),
             fixable=True,
         )
-        _remedy(root, held, checkup, f"metadata.total_size: {stated!a} -> {total}")
+        _remedy(root, found, checkup, f"metadata.total_size: {stated!a} -> {total}")
 
 
-def _remedy(root: Path, held: HeldTensors, checkup: Checkup, change: str) -> None:
+def _remedy(root: Path, found: WeightFileTensors, checkup: Checkup, change: str) -> None:
     index = {
-        "metadata": {**_metadata(root), "total_size": sum(entry.nbytes for entry in held.tensors.values())},
-        "weight_map": {name: entry.file for name, entry in sorted(held.tensors.items())},
+        "metadata": {**_metadata(root), "total_size": sum(entry.nbytes for entry in found.tensors.values())},
+        "weight_map": {name: entry.file for name, entry in sorted(found.tensors.items())},
     }
     checkup.remedy(INDEX_NAME, json.dumps(index, indent=2) + "\n", [change])
 

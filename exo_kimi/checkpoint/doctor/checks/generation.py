@@ -1,4 +1,4 @@
-"""generation_config.json: the stop ids and sampling numbers; it knows nothing of templates or weights."""
+"""Check generation_config.json: the stop ids and sampling numbers."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _HIGHEST = (("temperature", 100.0), ("top_p", 1.0))
 
 
 def check_generation(root: Path, special: Mapping[str, int] | None, ranks: int | None, checkup: Checkup) -> None:
-    """Every finding about generation_config.json, and the file as it should be where the tokenizer tells.
+    """Note every finding about generation_config.json, and the file as it should be where the tokenizer tells.
 
     Args:
         root: the checkpoint.

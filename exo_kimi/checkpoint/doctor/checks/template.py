@@ -1,7 +1,4 @@
-"""The chat template: that there is one, that it compiles, and that one message comes out as a turn of Kimi.
-
-It knows nothing of tools or reasoning: rendering conversations is the chat room's.
-"""
+"""Check the chat template: that there is one, that it compiles, and that one message comes out as a turn of Kimi."""
 
 from __future__ import annotations
 
@@ -34,7 +31,7 @@ def check_template(
     model_type: object,
     checkup: Checkup,
 ) -> None:
-    """Every finding about the chat template, and the built-in one where there is none.
+    """Note every finding about the chat template, and the built-in one where there is none.
 
     Args:
         root: the checkpoint.
@@ -75,8 +72,8 @@ def check_template(
 def built_in_template(special: Mapping[str, int], model_type: object) -> tuple[str, str]:
     """Our own template for a checkpoint's family: the family's name and the text.
 
-    Instruct has no think tags; Thinking has; K2.5 and later (kimi_k25) open or close them in the prompt. The texts are data
-    of the package that the chat room renders too; a test holds the choice to the chat room's.
+    Instruct has no think tags; Thinking has; K2.5 and later (kimi_k25) open or close them in the prompt. A test
+    holds the choice to that of `chat.template`.
     """
     family = "k25" if model_type == "kimi_k25" else "thinking" if "<think>" in special else "instruct"
     folder = resources.files("exo_kimi").joinpath("chat", "templates")

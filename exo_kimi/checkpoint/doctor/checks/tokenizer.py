@@ -1,6 +1,6 @@
-"""tiktoken.model and tokenizer_config.json: ranks, control tokens and whether they fit the embedding.
+"""Check tiktoken.model and tokenizer_config.json: ranks, control tokens and whether they fit the embedding.
 
-It finds all that the chat room refuses one at a time, and what it cannot see: tokens that a template needs and ids without
+The checks find all that `chat.tokenizer_files` refuses one at a time, and more: tokens that a template needs, and ids without
 an embedding row. A test holds the two together.
 """
 
@@ -37,7 +37,7 @@ _FIX = "copy it from the model's original repository"
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TokenizerReading:
-    """What could be read: tokenizer_config.json, named control tokens by name, number of ordinary tokens; else None."""
+    """What could be read, else None: tokenizer_config.json, ids of named control tokens, number of ordinary tokens."""
 
     config: Mapping[str, Any] | None
     special: Mapping[str, int] | None
@@ -45,7 +45,7 @@ class TokenizerReading:
 
 
 def check_tokenizer(root: Path, vocab_size: int | None, checkup: Checkup) -> TokenizerReading:
-    """Every finding about the tokenizer.
+    """Note every finding about the tokenizer.
 
     Args:
         root: the checkpoint.
@@ -63,7 +63,7 @@ def check_tokenizer(root: Path, vocab_size: int | None, checkup: Checkup) -> Tok
 
 
 def read_object(root: Path, name: str, checkup: Checkup, *, fixable: bool = False) -> dict[str, Any] | None:
-    """The JSON object in a file that must exist, or None and a finding."""
+    """Read the JSON object in a file that must exist; None, and a finding, where that fails."""
     try:
         value = read_json(root / name)
     except FileNotFoundError:
