@@ -21,7 +21,7 @@ from exo_kimi.planner.matching import check_matches
 from exo_kimi.planner.plan import read_plan
 from exo_kimi.planner.weights.bytes import bytes_of_manifest
 from exo_kimi.runtime.cluster.cluster_plan import make_plan
-from exo_kimi.runtime.cluster.supervisor import Cluster, ClusterOptions
+from exo_kimi.runtime.cluster.supervisor import ClusterOptions, StageCluster
 from exo_kimi.runtime.engine.engine import Engine
 from exo_kimi.runtime.engine.prefix_cache import PrefixOptions
 from exo_kimi.runtime.engine.speculation import Drafter, Speculate
@@ -104,7 +104,7 @@ def serve(options: ServeOptions, *, announce: Callable[[str], None] | None = Non
     given: dict[str, Any] = _given(options, "prefill_chunk", "queue_limit")
 
     async def factory() -> Served:
-        cluster = Cluster(plan, cluster_options)
+        cluster = StageCluster(plan, cluster_options)
         engine = Engine(cluster, context=context, drafter=drafter, prefixes=prefixes, **given)
         app = create_app(engine, tokenizer, template, defaults, model_id=model_id, api_key=options.api_key)
         await cluster.start()

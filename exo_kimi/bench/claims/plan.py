@@ -30,7 +30,7 @@ from exo_kimi.planner.machines.hardware import Machine, machine_of_profile
 from exo_kimi.planner.search.cost import Placed, Prediction, predict
 from exo_kimi.planner.workload import Workload, make_workload
 from exo_kimi.runtime.cluster.cluster_plan import make_plan
-from exo_kimi.runtime.cluster.supervisor import Cluster, ClusterOptions
+from exo_kimi.runtime.cluster.supervisor import ClusterOptions, StageCluster
 from exo_kimi.runtime.engine.engine import Engine
 from exo_kimi.runtime.requests import GenerationRequest, SamplingParams
 
@@ -85,7 +85,7 @@ async def decode_s(directory: Path, counts: Sequence[int]) -> float:
     """Seconds between two tokens of one sequence (lower quartile), over stage processes of this machine."""
     dtype = None if mx.metal.is_available() else "float32"
     plan = make_plan(directory, split=",".join(map(str, counts)), dtype=dtype)
-    cluster = Cluster(plan, ClusterOptions(context=256))
+    cluster = StageCluster(plan, ClusterOptions(context=256))
     engine = Engine(cluster, context=256)
     await cluster.start()
     async with engine:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from exo_kimi.bench.setups.traffic import Seen, Traffic
 from exo_kimi.runtime.cluster.cluster_plan import make_plan
-from exo_kimi.runtime.cluster.supervisor import Cluster, ClusterOptions
+from exo_kimi.runtime.cluster.supervisor import ClusterOptions, StageCluster
 from exo_kimi.runtime.engine.engine import Engine
 from exo_kimi.runtime.requests import GenerationRequest, SamplingParams
 
@@ -74,7 +74,7 @@ class OurStages:
 
 
 async def _start(checkpoint: Path, stages: int, context: int) -> Engine:
-    cluster = Cluster(make_plan(checkpoint, stages=stages, dtype="float32"), ClusterOptions(context=context))
+    cluster = StageCluster(make_plan(checkpoint, stages=stages, dtype="float32"), ClusterOptions(context=context))
     engine = Engine(cluster, context=context)
     await cluster.start()
     await engine.start()

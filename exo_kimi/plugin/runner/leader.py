@@ -27,7 +27,7 @@ from exo_kimi.plugin.runner.rank_messages import LedgerListener
 from exo_kimi.plugin.runner.task import Speaker, prepare_task
 from exo_kimi.runtime.cluster.cluster_plan import ClusterPlan, StagePlan
 from exo_kimi.runtime.cluster.options import ClusterOptions
-from exo_kimi.runtime.cluster.supervisor import Cluster
+from exo_kimi.runtime.cluster.supervisor import StageCluster
 from exo_kimi.runtime.engine.engine import Engine
 from exo_kimi.runtime.engine.prefix_cache import PrefixOptions
 from exo_kimi.runtime.protocol.messages import Load
@@ -151,7 +151,7 @@ class Leader:
         self._speaker = speaker
         limit, wanted = plan.config.max_position_embeddings, self._options.context
         context = limit if wanted is None else min(wanted, limit)
-        cluster = Cluster(plan, ClusterOptions(context=context, kv_bytes=self._options.kv_bytes))
+        cluster = StageCluster(plan, ClusterOptions(context=context, kv_bytes=self._options.kv_bytes))
         prefixes = PrefixOptions(memory_bytes=self._options.prefix_cache_bytes)
         self.engine = Engine(cluster, context=context, prefixes=prefixes)
         await cluster.start()

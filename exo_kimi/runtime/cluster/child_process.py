@@ -30,7 +30,7 @@ _CHUNK_BYTES = 1 << 16
 _MAX_DIRECTORY_CHARACTERS = 80
 
 
-class Child:
+class ChildProcess:
     """A running stage process; made by `start`.
 
     Args:
@@ -49,7 +49,7 @@ class Child:
     @classmethod
     async def start(
         cls, listen: str, *, key: ClusterKey | None, name: str, command: Sequence[str] = STAGE_COMMAND
-    ) -> tuple[Child, Address]:
+    ) -> tuple[ChildProcess, Address]:
         """Start a stage process and wait until it listens.
 
         Args:

@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 Answer = TypeVar("Answer")
 
 
-async def all_or_none(work: Iterable[Coroutine[Any, Any, Answer]], *, unless: asyncio.Future[Any]) -> list[Answer]:
+async def gather_or_cancel(work: Iterable[Coroutine[Any, Any, Answer]], *, unless: asyncio.Future[Any]) -> list[Answer]:
     """Run coroutines at once; the first error ends the others, and so does an error in `unless`.
 
     Args:

@@ -42,7 +42,7 @@ class ClusterOptions:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Terms:
+class RunSettings:
     """Of one run of a leader, which `session` names. Local stages, if there are any, listen in `socket_directory`."""
 
     session: str

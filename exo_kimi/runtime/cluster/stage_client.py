@@ -29,7 +29,7 @@ Answer = TypeVar("Answer", HelloAck, Loaded, Joined)
 RETRY_S = 0.5
 
 
-class Conversation:
+class StageClient:
     """Runs from the link's handshake to its loss.
 
     Args:

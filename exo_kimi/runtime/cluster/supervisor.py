@@ -28,10 +28,10 @@ from exo_kimi.errors import (
 from exo_kimi.runtime.cluster.capacity import check_weights_fit, kv_capacity_tokens
 from exo_kimi.runtime.cluster.child_process import socket_directory
 from exo_kimi.runtime.cluster.cluster_plan import ClusterPlan
-from exo_kimi.runtime.cluster.gather import all_or_none
-from exo_kimi.runtime.cluster.member import Member
-from exo_kimi.runtime.cluster.options import ClusterOptions, Terms
+from exo_kimi.runtime.cluster.gather import gather_or_cancel
+from exo_kimi.runtime.cluster.options import ClusterOptions, RunSettings
 from exo_kimi.runtime.cluster.restarts import Restarts
+from exo_kimi.runtime.cluster.stage_handle import StageHandle
 from exo_kimi.runtime.pipeline import DiskBlocks, Failed, PipelineEvent, PipelineInfo, Ready
 from exo_kimi.runtime.prefix_key import unpack_keys
 from exo_kimi.runtime.protocol.faults import LinkBroken
@@ -39,13 +39,13 @@ from exo_kimi.runtime.protocol.versions import Versions
 from exo_kimi.runtime.requests import StageHealth
 from exo_kimi.runtime.steps import Step, StepResult
 
-__all__ = ["Cluster", "ClusterOptions"]
+__all__ = ["ClusterOptions", "StageCluster"]
 logger = logging.getLogger(__name__)
 CAUSE_WAIT_S = 0.5
 _TRANSIENT = (StageDiedError, StageStalledError)
 
 
-class Cluster:
+class StageCluster:
     """Stages in processes of their own, on this machine or others.
 
     Args:
@@ -69,7 +69,7 @@ class Cluster:
                 where="--context",
             )
         self._events: asyncio.Queue[PipelineEvent | None] = asyncio.Queue()
-        self._members: list[Member] = []
+        self._members: list[StageHandle] = []
         self._info: PipelineInfo | None = None
         self._epoch = 0
         self._ready = False
@@ -99,7 +99,7 @@ class Cluster:
         self._zmq = zmq.asyncio.Context()
         self._first: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._fault: asyncio.Future[RuntimeFault] = asyncio.get_running_loop().create_future()
-        terms = Terms(
+        terms = RunSettings(
             session=uuid.uuid4().hex,
             options=self.options,
             key=self.plan.key,
@@ -107,7 +107,7 @@ class Cluster:
             socket_directory=self._directory,
         )
         self._members = [
-            Member(
+            StageHandle(
                 stage,
                 terms,
                 self._zmq,
@@ -217,15 +217,15 @@ class Cluster:
     async def _bring_up(self) -> None:
         started_s = time.monotonic()
         await asyncio.gather(*(member.drop() for member in self._members if member.broken))
-        await all_or_none([member.connect() for member in self._members], unless=self._fault)
+        await gather_or_cancel([member.connect() for member in self._members], unless=self._fault)
         check_weights_fit([member.memory() for member in self._members if member.loaded is None])
-        await all_or_none([member.load() for member in self._members], unless=self._fault)
+        await gather_or_cancel([member.load() for member in self._members], unless=self._fault)
         self._epoch += 1
         following = [member.from_previous for member in self._members[1:]]
         joins = zip(self._members, [*following, None], strict=True)
         loaded = [member.loaded for member in self._members if member.loaded is not None]
         cache_step = max(one.cache_step for one in loaded)
-        joined = await all_or_none(
+        joined = await gather_or_cancel(
             [member.join(self._epoch, address, block_tokens=cache_step) for member, address in joins],
             unless=self._fault,
         )

@@ -17,7 +17,7 @@ EVENTS_KEPT = 64
 
 
 @dataclass(slots=True)
-class Tally:
+class Counters:
     """Totals since the start, and the last events.
 
     Args:

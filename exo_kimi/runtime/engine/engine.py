@@ -13,11 +13,11 @@ from typing import Any, Self
 from exo_kimi.errors import EngineStoppedError, ExoKimiError, OverloadedError, RequestError, RuntimeFault, StageError
 from exo_kimi.runtime.engine.admission import Limits, check_request
 from exo_kimi.runtime.engine.constraint_steps import next_mask
-from exo_kimi.runtime.engine.counters import Tally
-from exo_kimi.runtime.engine.pacing import Pace
+from exo_kimi.runtime.engine.counters import Counters
+from exo_kimi.runtime.engine.pacing import PrefillPacer
 from exo_kimi.runtime.engine.prefix_cache import PrefixOptions
 from exo_kimi.runtime.engine.scheduler import Scheduler
-from exo_kimi.runtime.engine.sequence import Outcome, Sequence
+from exo_kimi.runtime.engine.sequence import Sequence, StepOutcome
 from exo_kimi.runtime.engine.speculation import Drafter
 from exo_kimi.runtime.pipeline import DiskBlocks, Failed, Pipeline, Ready
 from exo_kimi.runtime.requests import EngineSnapshot, GenerationRequest, TokenEvent
@@ -63,7 +63,7 @@ class Engine:
             drafter=drafter,
             prefixes=prefixes,
         )
-        self._pace = Pace(stages=pipeline.stages, prefill_chunk=prefill_chunk)
+        self._pacer = PrefillPacer(stages=pipeline.stages, prefill_chunk=prefill_chunk)
         self._limits: Limits | None = None
         self._down: RuntimeFault | None = None
         self._closed = False
@@ -72,7 +72,7 @@ class Engine:
         self._wake = asyncio.Event()
         self._ready = asyncio.Event()
         self._refused_epoch: int | None = None
-        self._tally = Tally()
+        self._counters = Counters()
 
     async def __aenter__(self) -> Self:
         await self.start()
@@ -126,7 +126,7 @@ class Engine:
 
     def snapshot(self) -> EngineSnapshot:
         """The engine's state now."""
-        return self._tally.snapshot(
+        return self._counters.snapshot(
             self._scheduler,
             self._limits,
             closed=self._closed,
@@ -139,7 +139,7 @@ class Engine:
         """Fail what is in flight with EngineStoppedError and stop every stage; idempotent."""
         if not self._closed:
             self._closed = True
-            self._tally.note("the server is shutting down")
+            self._counters.note("the server is shutting down")
             self._stop(EngineStoppedError("the server is shutting down"))
         for task in self._tasks:
             task.cancel()
@@ -150,12 +150,12 @@ class Engine:
         seed = secrets.randbits(63) if request.sampling.seed is None else request.sampling.seed % 2**64
         request = replace(request, sampling=replace(request.sampling, seed=seed))
         room = check_request(request, self._limits) if self._limits else 0  # 0: set when the stages are ready
-        sequence = Sequence(request=request, order=self._tally.requests, max_new_tokens=room)
-        self._tally.requests += 1
+        sequence = Sequence(request=request, order=self._counters.requests, max_new_tokens=room)
+        self._counters.requests += 1
         try:
             self._update_mask(sequence)
         except ExoKimiError:
-            self._tally.failed += 1
+            self._counters.failed += 1
             raise
         self._streams[sequence] = stream
         self._scheduler.add(sequence)
@@ -166,7 +166,7 @@ class Engine:
         """The reader is gone; a sequence that did not end by itself is cancelled."""
         self._streams.pop(sequence, None)
         if sequence.state != "ended":
-            self._tally.cancelled += 1
+            self._counters.cancelled += 1
             self._scheduler.end(sequence)
             self._wake.set()
 
@@ -176,16 +176,16 @@ class Engine:
             self._wake.clear()
             while self._refused_epoch != self._scheduler.epoch and (step := self._next_step()) is not None:
                 try:
-                    self._pace.sent(step)
+                    self._pacer.sent(step)
                     await self.pipeline.send(step)
-                    self._tally.steps += 1
+                    self._counters.steps += 1
                 except RuntimeFault as fault:
                     # A Failed event tells why, before or after this; its cause says more than the refusal does.
                     self._refused_epoch = step.epoch
                     asyncio.get_running_loop().call_later(FAILED_GRACE_S, self._fail_epoch, step.epoch, fault)
 
     def _next_step(self) -> Step | None:
-        return self._scheduler.next_step(self._pace.chunk)
+        return self._scheduler.next_step(self._pacer.chunk)
 
     async def _receive_loop(self) -> None:
         while True:
@@ -193,7 +193,7 @@ class Engine:
             if isinstance(event, Ready):
                 self._on_ready(event)
             elif isinstance(event, Failed):
-                self._tally.note(f"{type(event.error).__name__}: {event.error.what}")
+                self._counters.note(f"{type(event.error).__name__}: {event.error.what}")
                 self._fail(event.error)
                 if not event.recovering:
                     self._stop(event.error)
@@ -212,7 +212,7 @@ class Engine:
             self._stop(stopped)
         except Exception as error:
             logger.exception("the engine stopped")
-            self._tally.note(f"the engine stopped: {type(error).__name__}: {error}")
+            self._counters.note(f"the engine stopped: {type(error).__name__}: {error}")
             fault = error if isinstance(error, RuntimeFault) else StageError(f"the engine stopped: {error!r}")
             self._stop(fault)
 
@@ -220,11 +220,11 @@ class Engine:
         self._fail(StageError("the stages started again"))  # only what a Failed should have ended already
         self._limits = Limits.of(event.info, context=self._context)
         self._scheduler.open(event.epoch, self._limits, event)
-        self._pace.forget()
-        self._tally.epochs += 1
+        self._pacer.forget()
+        self._counters.epochs += 1
         self._down = None
         self._ready.set()
-        self._tally.note(
+        self._counters.note(
             f"ready: {self.pipeline.stages} stages, KV memory for {self._limits.kv_capacity_tokens} tokens"
         )
         for sequence in list(self._scheduler.waiting):
@@ -234,12 +234,12 @@ class Engine:
                 self._end_with(sequence, refusal)
 
     def _on_result(self, result: StepResult) -> None:
-        self._pace.answered(result.step_id)
+        self._pacer.answered(result.step_id)
         for outcome in self._scheduler.complete(result):
-            self._tally.generated += 1
+            self._counters.generated += 1
             self._deliver(outcome)
 
-    def _deliver(self, outcome: Outcome) -> None:
+    def _deliver(self, outcome: StepOutcome) -> None:
         sequence, sampled = outcome.sequence, outcome.sampled
         reason = sequence.finish_reason()
         if reason is not None:
@@ -248,7 +248,7 @@ class Engine:
             try:
                 self._update_mask(sequence, accept=sampled.token_id)
             except ExoKimiError as error:
-                self._tally.failed += 1
+                self._counters.failed += 1
                 self._end_with(sequence, error)
                 return
         event = TokenEvent(
@@ -268,7 +268,7 @@ class Engine:
     def _fail(self, fault: RuntimeFault) -> None:
         """The stages lost their sequences: end those that had touched them."""
         for sequence in self._scheduler.fail():
-            self._tally.failed += 1
+            self._counters.failed += 1
             self._end_with(sequence, copy.copy(fault))
 
     def _fail_epoch(self, epoch: int, fault: RuntimeFault) -> None:
@@ -280,7 +280,7 @@ class Engine:
         self._down = fault
         self._fail(fault)
         for sequence in list(self._scheduler.waiting):
-            self._tally.failed += 1
+            self._counters.failed += 1
             self._end_with(sequence, copy.copy(fault))
         self._ready.set()
 

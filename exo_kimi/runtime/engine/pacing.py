@@ -27,7 +27,7 @@ CHUNKS_PER_STAGE = 4  # filling and draining S stages costs S - 1 chunks: at mos
 _FORGET = 0.8  # weight that a step keeps when the next one comes
 
 
-class Pace:
+class PrefillPacer:
     """Fits `seconds = fixed + per_token * tokens` to the steps of late and chooses chunks by it.
 
     Args:

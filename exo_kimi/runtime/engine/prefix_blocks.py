@@ -14,7 +14,7 @@ from exo_kimi.runtime.steps import Blocks
 WINDOW_BLOCKS = 16  # on their way at a time: fewer than a stage queues, so that none is refused
 
 
-class BlockIndex:
+class DiskBlockIndex:
     """Blocks of all stages.
 
     Args:

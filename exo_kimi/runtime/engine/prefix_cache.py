@@ -11,9 +11,9 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from exo_kimi.runtime.engine.admission import KvLedger
-from exo_kimi.runtime.engine.prefix_blocks import BlockIndex
-from exo_kimi.runtime.engine.prefix_index import Kept, PrefixIndex, Tokens, as_tokens, common_tokens
-from exo_kimi.runtime.engine.sequence import Restoring, Sequence, Source
+from exo_kimi.runtime.engine.prefix_blocks import DiskBlockIndex
+from exo_kimi.runtime.engine.prefix_index import CachedPrefix, PrefixIndex, Tokens, as_tokens, common_tokens
+from exo_kimi.runtime.engine.sequence import DiskRestore, PrefixSource, Sequence
 from exo_kimi.runtime.pipeline import DiskBlocks, Ready
 from exo_kimi.runtime.prefix_key import block_keys
 from exo_kimi.runtime.steps import Blocks
@@ -43,7 +43,7 @@ class PrefixCache:
         self.options = options
         self.hit_tokens = 0
         self.evictions = 0
-        self.blocks = BlockIndex()
+        self.blocks = DiskBlockIndex()
         self._index = PrefixIndex()
         self._ledger: KvLedger | None = None
         self._frees: list[int] = []
@@ -68,16 +68,16 @@ class PrefixCache:
         budget_bytes = self.options.memory_bytes if self.options is not None else 0
         per_token = info.kv_bytes_per_token if info is not None else 0
         self._budget_tokens = budget_bytes // per_token if budget_bytes is not None and per_token else budget_bytes
-        self.blocks = BlockIndex(block_tokens=ledger.limits.cache_step)
+        self.blocks = DiskBlockIndex(block_tokens=ledger.limits.cache_step)
         if info is not None and ready is not None and self.options is not None and info.disk_blocks:
-            self.blocks = BlockIndex(
+            self.blocks = DiskBlockIndex(
                 block_tokens=info.cache_step, capacity_blocks=info.disk_blocks, stages=ready.blocks
             )
 
     def close(self) -> None:
         """The stages lost everything."""
         self._ledger, self._index = None, PrefixIndex()
-        self.blocks = BlockIndex()
+        self.blocks = DiskBlockIndex()
 
     def on_disk(self, event: DiskBlocks) -> None:
         """A stage's disk changed."""
@@ -98,7 +98,7 @@ class PrefixCache:
         # A sequence may end within an answer: the caches hold all of it but its newest token.
         known = len(sequence.tokens) - 1 if sequence.decoding and not sequence.sampling else sequence.sent
         sequence.sent = known
-        kept = Kept(sequence.seq_id, as_tokens(sequence.tokens[:known]))
+        kept = CachedPrefix(sequence.seq_id, as_tokens(sequence.tokens[:known]))
         covered = self._index.add(kept)
         if kept not in covered:
             self._want(sequence)
@@ -141,7 +141,7 @@ class PrefixCache:
             self.blocks.forget(kept.seq_id)
             self._index.remove(kept)
             self._ledger.transfer(kept.seq_id, sequence.seq_id)
-            sequence.begin_from(Source(seq_id=kept.seq_id, tokens=count, move=True))
+            sequence.begin_from(PrefixSource(seq_id=kept.seq_id, tokens=count, move=True))
         sequence.takes = None
 
     def chosen(self, sequence: Sequence, running: Iterable[Sequence]) -> bool:
@@ -154,7 +154,7 @@ class PrefixCache:
         sequence.begin_from(None)  # what was chosen before may be gone
         tokens = as_tokens(sequence.tokens[:-1])
         best = self._best(tokens)
-        source = Source(seq_id=best[0].seq_id, tokens=best[1]) if best is not None else None
+        source = PrefixSource(seq_id=best[0].seq_id, tokens=best[1]) if best is not None else None
         to_come = 0
         for other in running:
             if other is sequence or not (other.begun or other.order < sequence.order):
@@ -162,7 +162,7 @@ class PrefixCache:
             shared = common_tokens(tokens, other.prompt_ids)
             there = min(shared, other.sent) if other.begun and other.restoring is None else 0
             if there > (source.tokens if source is not None else 0):
-                source = Source(seq_id=other.seq_id, tokens=there)
+                source = PrefixSource(seq_id=other.seq_id, tokens=there)
             if not other.decoding:
                 to_come = max(to_come, shared)
         count = source.tokens if source is not None else 0
@@ -227,7 +227,7 @@ class PrefixCache:
         if known * self._block_tokens < count + self._block_tokens:
             return False
         self.blocks.touch(keys[:known])
-        sequence.restoring = Restoring(keys=keys[:known])
+        sequence.restoring = DiskRestore(keys=keys[:known])
         return True
 
     def _hit(self, sequence: Sequence, tokens: int) -> None:
@@ -235,11 +235,11 @@ class PrefixCache:
             sequence.cached_tokens = min(tokens, sequence.prompt_tokens)
             self.hit_tokens += sequence.cached_tokens
 
-    def _best(self, tokens: Tokens) -> tuple[Kept, int] | None:
+    def _best(self, tokens: Tokens) -> tuple[CachedPrefix, int] | None:
         best = self._index.best(tokens)
         return best if best is not None and self._worthwhile(best[1]) else None
 
-    def _held(self, takes: tuple[Kept, int] | None) -> int:
+    def _held(self, takes: tuple[CachedPrefix, int] | None) -> int:
         return self._ledger.held(takes[0].seq_id) if takes is not None and self._ledger is not None else 0
 
     def _worthwhile(self, count: int) -> bool:
@@ -250,12 +250,12 @@ class PrefixCache:
             keys = block_keys(sequence.tokens[: sequence.sent], self._block_tokens)
             self.blocks.want(sequence.seq_id, keys)
 
-    def _evict(self, kept: Kept) -> None:
+    def _evict(self, kept: CachedPrefix) -> None:
         self.evictions += 1
         self._index.remove(kept)
         self._drop(kept)
 
-    def _drop(self, kept: Kept) -> None:
+    def _drop(self, kept: CachedPrefix) -> None:
         assert self._ledger is not None
         self.blocks.forget(kept.seq_id)
         self._ledger.release(kept.seq_id)

@@ -15,7 +15,7 @@ Tokens = npt.NDArray[np.int32]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Kept:
+class CachedPrefix:
     """Caches that every stage holds under `seq_id`: exactly `tokens`."""
 
     seq_id: int
@@ -36,18 +36,18 @@ def common_tokens(one: Tokens, other: Tokens) -> int:
 
 
 class PrefixIndex:
-    """Kept caches, the one that was not used for longest first."""
+    """CachedPrefix caches, the one that was not used for longest first."""
 
     def __init__(self) -> None:
-        self._kept: dict[int, Kept] = {}
+        self._kept: dict[int, CachedPrefix] = {}
 
     def __len__(self) -> int:
         return len(self._kept)
 
-    def __iter__(self) -> Iterator[Kept]:
+    def __iter__(self) -> Iterator[CachedPrefix]:
         return iter(tuple(self._kept.values()))
 
-    def add(self, kept: Kept) -> list[Kept]:
+    def add(self, kept: CachedPrefix) -> list[CachedPrefix]:
         """Note caches; returns those, noted before or these themselves, that others hold entirely, and forgets them."""
         for other in self:
             if common_tokens(kept.tokens, other.tokens) == len(kept.tokens):
@@ -59,15 +59,15 @@ class PrefixIndex:
         self._kept[kept.seq_id] = kept
         return covered
 
-    def remove(self, kept: Kept) -> None:
+    def remove(self, kept: CachedPrefix) -> None:
         """Forget caches."""
         del self._kept[kept.seq_id]
 
-    def touch(self, kept: Kept) -> None:
+    def touch(self, kept: CachedPrefix) -> None:
         """These caches were used now."""
         self._kept[kept.seq_id] = self._kept.pop(kept.seq_id)
 
-    def best(self, tokens: Tokens) -> tuple[Kept, int] | None:
+    def best(self, tokens: Tokens) -> tuple[CachedPrefix, int] | None:
         """The caches that share the most first tokens, and how many; the shortest of equal ones, which loses least."""
         found = [(common_tokens(kept.tokens, tokens), -len(kept.tokens), kept) for kept in self]
         if not found:

@@ -17,7 +17,7 @@ import numpy as np
 from exo_kimi.errors import ProtocolError
 from exo_kimi.runtime.engine.admission import KvLedger, Limits
 from exo_kimi.runtime.engine.prefix_cache import PrefixCache, PrefixOptions
-from exo_kimi.runtime.engine.sequence import InFlight, Outcome, Part, Sequence
+from exo_kimi.runtime.engine.sequence import InFlight, ScheduledChunk, Sequence, StepOutcome
 from exo_kimi.runtime.engine.speculation import Drafter
 from exo_kimi.runtime.pipeline import Ready
 from exo_kimi.runtime.steps import Blocks, Sampled, Step, StepResult
@@ -125,7 +125,7 @@ class Scheduler:
             return None
         return self._send(shares, restores)
 
-    def complete(self, result: StepResult) -> Iterator[Outcome]:
+    def complete(self, result: StepResult) -> Iterator[StepOutcome]:
         """Take the answer of the oldest step in flight.
 
         Returns:
@@ -168,7 +168,7 @@ class Scheduler:
             self.drafter.count(step, kept=len(result.sampled))
         return self._outcomes(asked, runs)
 
-    def _outcomes(self, asked: list[Part], runs: list[list[Sampled]]) -> Iterator[Outcome]:
+    def _outcomes(self, asked: list[ScheduledChunk], runs: list[list[Sampled]]) -> Iterator[StepOutcome]:
         for part, run in zip(asked, runs, strict=True):
             sequence = part.sequence
             sequence.sampling = False
@@ -176,7 +176,7 @@ class Scheduler:
                 continue
             # A sequence that was preempted meanwhile keeps the tokens: they are the same that it would draw again.
             for sampled in sequence.accept(run):
-                yield Outcome(sequence=sequence, sampled=sampled)
+                yield StepOutcome(sequence=sequence, sampled=sampled)
             if sequence.state == "running":
                 self._decode_turns.append(sequence)
 

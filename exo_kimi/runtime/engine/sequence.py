@@ -7,13 +7,13 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from exo_kimi.runtime.engine.lookup import Lookup
-from exo_kimi.runtime.engine.prefix_index import Kept, Tokens, as_tokens
+from exo_kimi.runtime.engine.prefix_index import CachedPrefix, Tokens, as_tokens
 from exo_kimi.runtime.requests import FinishReason, GenerationRequest, RequestProgress
 from exo_kimi.runtime.steps import Sampled, Segment, SequenceStart
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Source:
+class PrefixSource:
     """Caches on the stages whose first `tokens` tokens a sequence begins with; with `move` it takes them over."""
 
     seq_id: int
@@ -22,7 +22,7 @@ class Source:
 
 
 @dataclass(slots=True, kw_only=True)
-class Restoring:
+class DiskRestore:
     """Blocks that a sequence begins with from disk: how many were ordered, and where each unanswered order is to end."""
 
     keys: tuple[str, ...]
@@ -70,10 +70,10 @@ class Sequence:
     """Guesses of what follows its newest token, to be sent after it."""
     lookup: Lookup | None = field(default=None, init=False)
     """Where its drafts come from, made with the first ones."""
-    takes: tuple[Kept, int] | None = field(default=None, init=False)
+    takes: tuple[CachedPrefix, int] | None = field(default=None, init=False)
     """Caches that it takes over when it is admitted, and how many of their tokens."""
-    source: Source | None = field(default=None, init=False)
-    restoring: Restoring | None = field(default=None, init=False)
+    source: PrefixSource | None = field(default=None, init=False)
+    restoring: DiskRestore | None = field(default=None, init=False)
     cached_tokens: int | None = field(default=None, init=False)
     """Prompt tokens that it began with when it was first sent; None before."""
     prompt_ids: Tokens = field(init=False)
@@ -107,7 +107,7 @@ class Sequence:
         found = self.tokens[self.sent : self.sent + length]
         return [*found, *self.drafts] if self.sent + length == len(self.tokens) else found
 
-    def begin_from(self, source: Source | None) -> None:
+    def begin_from(self, source: PrefixSource | None) -> None:
         """Begin with what is cached, or with nothing."""
         self.source = source
         self.sent = source.tokens if source is not None else 0
@@ -132,7 +132,7 @@ class Sequence:
         skips = self.source is not None or self.restoring is not None
         return tuple(sorted(set(self.tokens))) if skips and self.request.sampling.repetition_penalty != 1 else ()
 
-    def take(self, length: int) -> tuple[Segment, Part]:
+    def take(self, length: int) -> tuple[Segment, ScheduledChunk]:
         """Its next segment, which counts as sent; the one that reaches its newest token takes the drafts and samples."""
         offset, end = self.sent, self.sent + length
         sample = end == len(self.tokens)
@@ -144,7 +144,7 @@ class Sequence:
         segment = Segment(
             seq_id=self.seq_id, offset=offset, length=length + drafts, sample=sample, mask=mask, drafts=drafts
         )
-        return segment, Part(sequence=self, seq_id=self.seq_id, end=end, sample=sample, drafts=drafts)
+        return segment, ScheduledChunk(sequence=self, seq_id=self.seq_id, end=end, sample=sample, drafts=drafts)
 
     def accept(self, run: Iterable[Sampled]) -> Iterator[Sampled]:
         """Append the tokens of one answer, giving each to the caller, who may end the sequence or set its mask: what comes
@@ -192,7 +192,7 @@ class Sequence:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Part:
+class ScheduledChunk:
     """One sequence's share of a step in flight; `seq_id` tells whether it was preempted since."""
 
     sequence: Sequence
@@ -207,7 +207,7 @@ class InFlight:
     """A step that was sent and not yet answered, with how many tokens it has and how many its sequences cache."""
 
     step_id: int
-    parts: tuple[Part, ...]
+    parts: tuple[ScheduledChunk, ...]
     tokens: int
     cached_tokens: int
     restores: tuple[tuple[Sequence, int], ...] = ()
@@ -215,7 +215,7 @@ class InFlight:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Outcome:
+class StepOutcome:
     """A token that came back for a sequence that still wants it."""
 
     sequence: Sequence

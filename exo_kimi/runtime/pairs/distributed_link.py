@@ -4,7 +4,7 @@ A frame is announced on the link below before its last part is sent, so nobody w
 pair does not spin, and a part that was announced and does not come is a stuck peer.
 
     link below   [mark and size] [part] ... [last part but one]
-    courier      [last part]
+    link helper  [last part]
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import contextlib
 from collections.abc import Awaitable, Callable, Sequence
 
 from exo_kimi.errors import RuntimeFault, StageUnreachableError
-from exo_kimi.runtime.pairs.courier_client import Carriage
+from exo_kimi.runtime.pairs.link_helper_client import LinkHelper
 from exo_kimi.runtime.transport.link import Link, Part
 
 _MARK = b"\0"  # no JSON header begins with it
@@ -37,14 +37,14 @@ class DistributedLink:
 
     Args:
         below: carries announcements, and what is said beside.
-        carriage: carries last parts; rank 0.
+        helper: carries last parts; rank 0.
         deadline_s: for each part.
     """
 
-    def __init__(self, below: Link, carriage: Carriage, *, deadline_s: float) -> None:
+    def __init__(self, below: Link, helper: LinkHelper, *, deadline_s: float) -> None:
         self.address = below.address
         self._below = below
-        self._carriage = carriage
+        self._helper = helper
         self._deadline_s = deadline_s
         self._parts: asyncio.Queue[Part] = asyncio.Queue()
         self._pump = asyncio.create_task(self._carry())
@@ -71,14 +71,14 @@ class DistributedLink:
     def close(self) -> None:
         """Drop both ways; idempotent."""
         self._pump.cancel()
-        self._carriage.close()
+        self._helper.close()
         self._below.close()
 
     async def _carry(self) -> None:
         while True:
             part = await self._parts.get()
             if memoryview(part).nbytes:
-                await self._carriage.send(part, deadline_s=self._deadline_s)
+                await self._helper.send(part, deadline_s=self._deadline_s)
 
     def _lost(self) -> StageUnreachableError:
         if not self._pump.cancelled() and isinstance(error := self._pump.exception(), StageUnreachableError):
@@ -86,11 +86,11 @@ class DistributedLink:
         return StageUnreachableError("the connection was lost", where=self.address)
 
 
-class Arrivals:
+class PartCollector:
     """The receiving end: puts announced frames together again, in order.
 
     Args:
-        making: the carriage, being made; rank 1.
+        making: the helper, being made; rank 1.
         deadline_s: for each part.
         take: takes every whole frame.
         lose: takes the reason when the way is lost.
@@ -98,7 +98,7 @@ class Arrivals:
 
     def __init__(
         self,
-        making: Awaitable[Carriage],
+        making: Awaitable[LinkHelper],
         *,
         deadline_s: float,
         take: Callable[[list[Part]], None],
@@ -109,7 +109,7 @@ class Arrivals:
         self._take = take
         self._lose = lose
         self._frames: asyncio.Queue[tuple[list[Part], int]] = asyncio.Queue()
-        self._carriage: Carriage | None = None
+        self._helper: LinkHelper | None = None
         self._work = asyncio.create_task(self._collect())
 
     def put(self, parts: list[Part], size_bytes: int) -> None:
@@ -117,18 +117,18 @@ class Arrivals:
         self._frames.put_nowait((parts[1:], size_bytes))
 
     def close(self) -> None:
-        """End the courier; idempotent."""
+        """End the link helper; idempotent."""
         self._work.cancel()
-        if self._carriage is not None:
-            self._carriage.close()
+        if self._helper is not None:
+            self._helper.close()
 
     async def _collect(self) -> None:
         with contextlib.suppress(asyncio.CancelledError):
             try:
-                self._carriage = await self._making
+                self._helper = await self._making
                 while True:
                     parts, size = await self._frames.get()
-                    last = await self._carriage.receive(size, deadline_s=self._deadline_s) if size else b""
+                    last = await self._helper.receive(size, deadline_s=self._deadline_s) if size else b""
                     self._take([*parts, last])
             except RuntimeFault as fault:
                 self._lose(fault)

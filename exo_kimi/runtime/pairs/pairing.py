@@ -19,11 +19,11 @@ from pathlib import Path
 from exo_kimi.errors import StageUnreachableError
 from exo_kimi.runtime.protocol.messages import Backend
 
-LENGTH_BYTES = 8  # of the size before bytes that are handed to a courier
+LENGTH_BYTES = 8  # of the size before bytes that are handed to a link helper
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Coupling:
+class Pair:
     """A pair.
 
     Args:

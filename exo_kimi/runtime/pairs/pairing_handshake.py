@@ -1,6 +1,6 @@
 """How two neighbouring stages make their pair on `mx.distributed`: who listens where, and by which device.
 
-The proposal goes over the encrypted link that they have already; see `coupling` for what they agree on.
+The proposal goes over the encrypted link that they have already; see `pairing.Pair` for what they agree on.
 """
 
 from __future__ import annotations
@@ -12,20 +12,20 @@ from collections.abc import Callable
 from functools import partial
 
 from exo_kimi.errors import ProtocolError, RuntimeFault, StageUnreachableError
-from exo_kimi.runtime.pairs.courier_client import Carriage
-from exo_kimi.runtime.pairs.distributed_link import Arrivals, DistributedLink, announced_bytes
-from exo_kimi.runtime.pairs.pairing import Coupling, rdma_device
+from exo_kimi.runtime.pairs.distributed_link import DistributedLink, PartCollector, announced_bytes
+from exo_kimi.runtime.pairs.link_helper_client import LinkHelper
+from exo_kimi.runtime.pairs.pairing import Pair, rdma_device
 from exo_kimi.runtime.protocol.frames import decode, encode
-from exo_kimi.runtime.protocol.messages import Backend, Couple, Coupled
+from exo_kimi.runtime.protocol.messages import Backend, PairAnswer, PairOffer
 from exo_kimi.runtime.steps import Step
 from exo_kimi.runtime.transport.address import Address
 from exo_kimi.runtime.transport.link import Link, Part
 
-COUPLE_DEADLINE_S = 15.0
-"""For both couriers to start and meet; the ring tries to connect five times, a second apart and more."""
+PAIR_DEADLINE_S = 15.0
+"""For both link helpers to start and meet; the ring tries to connect five times, a second apart and more."""
 
 
-async def couple(link: Link, backend: Backend, *, epoch: int, deadline_s: float) -> Link:
+async def connect_pair(link: Link, backend: Backend, *, epoch: int, deadline_s: float) -> Link:
     """Make a pair with the stage at the other end of a link, as the side that sends.
 
     Args:
@@ -41,19 +41,19 @@ async def couple(link: Link, backend: Backend, *, epoch: int, deadline_s: float)
     host = await _number(link.address)
     mine = _towards(host)
     device = await _device(backend, mine)
-    proposal = Couple(
+    proposal = PairOffer(
         epoch=epoch, backend=backend, sender=f"{mine}:{_free_port(mine)}", sender_device=device, host=host
     )
     link.send(encode(proposal))
-    async with asyncio.timeout(COUPLE_DEADLINE_S):
+    async with asyncio.timeout(PAIR_DEADLINE_S):
         answer = decode(await link.receive())
-    if not isinstance(answer, Coupled) or answer.epoch != epoch:
+    if not isinstance(answer, PairAnswer) or answer.epoch != epoch:
         raise ProtocolError("the next stage refused", found=getattr(answer, "message", answer), where=link.address)
-    carriage = await Carriage.start(_pair(proposal, answer), 0, deadline_s=COUPLE_DEADLINE_S)
-    return DistributedLink(link, carriage, deadline_s=deadline_s)
+    helper = await LinkHelper.start(_pair(proposal, answer), 0, deadline_s=PAIR_DEADLINE_S)
+    return DistributedLink(link, helper, deadline_s=deadline_s)
 
 
-class Incoming:
+class IncomingPair:
     """The pair that the stage before has made, if it has: the side that receives.
 
     Args:
@@ -64,9 +64,9 @@ class Incoming:
     def __init__(self, *, take: Callable[[Step], None], lose: Callable[[int, RuntimeFault], None]) -> None:
         self._take = take
         self._lose = lose
-        self._current: tuple[int, Arrivals] | None = None
+        self._current: tuple[int, PartCollector] | None = None
 
-    async def couple(self, proposal: Couple, *, deadline_s: float) -> Coupled:
+    async def answer(self, proposal: PairOffer, *, deadline_s: float) -> PairAnswer:
         """Begin to make a pair, in place of the one before.
 
         Raises:
@@ -75,10 +75,10 @@ class Incoming:
         self.end()
         device = await _device(proposal.backend, proposal.host)
         receiver = f"{proposal.host}:{_free_port(proposal.host)}"
-        answer = Coupled(epoch=proposal.epoch, receiver=receiver, receiver_device=device)
-        making = Carriage.start(_pair(proposal, answer), 1, deadline_s=COUPLE_DEADLINE_S)
+        answer = PairAnswer(epoch=proposal.epoch, receiver=receiver, receiver_device=device)
+        making = LinkHelper.start(_pair(proposal, answer), 1, deadline_s=PAIR_DEADLINE_S)
         lose = partial(self._lose, proposal.epoch)
-        self._current = proposal.epoch, Arrivals(making, deadline_s=deadline_s, take=self._decode, lose=lose)
+        self._current = proposal.epoch, PartCollector(making, deadline_s=deadline_s, take=self._decode, lose=lose)
         return answer
 
     def takes(self, parts: list[Part]) -> bool:
@@ -102,8 +102,8 @@ class Incoming:
         self._take(step)
 
 
-def _pair(proposal: Couple, answer: Coupled) -> Coupling:
-    return Coupling(
+def _pair(proposal: PairOffer, answer: PairAnswer) -> Pair:
+    return Pair(
         backend=proposal.backend,
         sender=proposal.sender,
         receiver=answer.receiver,

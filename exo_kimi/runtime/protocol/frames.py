@@ -19,7 +19,7 @@ from exo_kimi.runtime.steps import Step, StepResult
 from exo_kimi.runtime.transport.link import MAX_PART_BYTES
 from exo_kimi.runtime.transport.link import Part as Part
 
-PROTOCOL_VERSION = 3
+PROTOCOL_VERSION = 4
 MAX_HEADER_BYTES = 8 << 20  # 64 sequences with a logit bias of 1,000 tokens each take 1 MB
 MAX_PARTS = 16_384
 

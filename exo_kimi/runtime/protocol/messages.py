@@ -9,7 +9,7 @@
                        <-                 Joined, or StageFault
       Ping             ->                 each heartbeat
                        <-                 Progress, each heartbeat
-      (Couple, Coupled between a stage and the next, when a Join asks for it)
+      (PairOffer, PairAnswer between a stage and the next, when a Join asks for it)
       Step             -> first stage ... last stage -> StepResult
                        <-                 BlocksChanged, when its disk has written or lost prefixes
       Goodbye          ->                 frees the weights; a local child ends
@@ -157,8 +157,8 @@ class BlocksChanged:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Couple:
-    """From a stage to the next: hidden states of an epoch shall go over `mx.distributed` (see `coupling`). `sender` is where
+class PairOffer:
+    """From a stage to the next: hidden states of an epoch shall go over `mx.distributed` (see `pairing`). `sender` is where
     this side listens meanwhile, `host` the address of the next stage as seen from here."""
 
     epoch: int
@@ -169,8 +169,8 @@ class Couple:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Coupled:
-    """The answer to Couple: a process that receives is being started, and listens at `receiver` meanwhile."""
+class PairAnswer:
+    """The answer to PairOffer: a process that receives is being started, and listens at `receiver` meanwhile."""
 
     epoch: int
     receiver: str
@@ -207,8 +207,8 @@ Control = (
     | Join
     | Joined
     | BlocksChanged
-    | Couple
-    | Coupled
+    | PairOffer
+    | PairAnswer
     | StageFault
     | Goodbye
 )
@@ -223,8 +223,8 @@ CONTROL_KINDS: dict[str, type[Control]] = {
     "join": Join,
     "joined": Joined,
     "blocks_changed": BlocksChanged,
-    "couple": Couple,
-    "coupled": Coupled,
+    "pair_offer": PairOffer,
+    "pair_answer": PairAnswer,
     "stage_fault": StageFault,
     "goodbye": Goodbye,
 }

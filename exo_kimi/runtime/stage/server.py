@@ -18,10 +18,10 @@ from typing import Any
 import zmq.asyncio
 
 from exo_kimi.errors import ExoKimiError, ProtocolError, RuntimeFault, StageUnreachableError
-from exo_kimi.runtime.pairs.pairing_handshake import COUPLE_DEADLINE_S, Incoming, couple
+from exo_kimi.runtime.pairs.pairing_handshake import PAIR_DEADLINE_S, IncomingPair, connect_pair
 from exo_kimi.runtime.protocol.faults import to_message
 from exo_kimi.runtime.protocol.frames import Message, decode, encode
-from exo_kimi.runtime.protocol.messages import Couple, Goodbye, Hello, HelloAck, Join, Joined, Load, Ping, Refused
+from exo_kimi.runtime.protocol.messages import Goodbye, Hello, HelloAck, Join, Joined, Load, PairOffer, Ping, Refused
 from exo_kimi.runtime.protocol.versions import Versions
 from exo_kimi.runtime.stage.compute_thread import DropSequences, Order, StageStatus, Unload
 from exo_kimi.runtime.steps import NO_EPOCH, Step
@@ -80,10 +80,10 @@ class StageServer:
         self._lost_s: float | None = None
         self._next: Link | None = None
         self._joining: asyncio.Task[None] | None = None
-        self._coupling: asyncio.Task[None] | None = None
+        self._pairing: asyncio.Task[None] | None = None
         self._reset: asyncio.Future[Joined] | None = None
         self._is_first = False
-        self._incoming = Incoming(take=self._take, lose=self._send_fault)
+        self._incoming = IncomingPair(take=self._take, lose=self._send_fault)
 
     def run(self) -> None:
         """Serve until `stop`; the body of the IO thread. `bound` gets the address, or why there is none."""
@@ -155,11 +155,11 @@ class StageServer:
             self._on_order(message, self._leader.hello)
         elif isinstance(message, Step) and peer == self._upstream:
             self._take(message)
-        elif isinstance(message, Couple) and peer == self._upstream:
-            if self._coupling is not None:
-                self._coupling.cancel()
-            self._coupling = asyncio.create_task(self._couple(peer, message))
-            self._coupling.add_done_callback(self._coupled)
+        elif isinstance(message, PairOffer) and peer == self._upstream:
+            if self._pairing is not None:
+                self._pairing.cancel()
+            self._pairing = asyncio.create_task(self._answer_pair_offer(peer, message))
+            self._pairing.add_done_callback(self._pairing_done)
         else:
             self._send(peer, Refused(message="say hello first", retry=True))
 
@@ -182,15 +182,15 @@ class StageServer:
             self._lost_s = None
         self._send(peer, self._status.hello_ack(self._versions))
 
-    async def _couple(self, peer: bytes, proposal: Couple) -> None:
+    async def _answer_pair_offer(self, peer: bytes, proposal: PairOffer) -> None:
         """The stage before wants a link of its own for hidden states."""
-        deadline_s = self._leader.hello.silence_s if self._leader is not None else COUPLE_DEADLINE_S
+        deadline_s = self._leader.hello.silence_s if self._leader is not None else PAIR_DEADLINE_S
         try:
-            self._send(peer, await self._incoming.couple(proposal, deadline_s=deadline_s))
+            self._send(peer, await self._incoming.answer(proposal, deadline_s=deadline_s))
         except StageUnreachableError as error:
             self._send(peer, Refused(message=str(error), retry=False))
 
-    def _coupled(self, task: asyncio.Task[None]) -> None:
+    def _pairing_done(self, task: asyncio.Task[None]) -> None:
         if not task.cancelled():
             self._guard(task.result)
 
@@ -329,7 +329,7 @@ async def open_next(
         if not isinstance(answer, HelloAck):
             raise ProtocolError("the next stage refused", found=getattr(answer, "message", answer), where=address)
         if join.link != "zmq":
-            link = await couple(link, join.link, epoch=join.epoch, deadline_s=leader.silence_s)
+            link = await connect_pair(link, join.link, epoch=join.epoch, deadline_s=leader.silence_s)
         return link
     except BaseException as error:
         if link is not None:

@@ -9,7 +9,7 @@ import pytest
 from exo_kimi.checkpoint.tiny.make import make_tiny
 from exo_kimi.errors import KeyMismatchError, SplitError, UsageError
 from exo_kimi.runtime.cluster.cluster_plan import make_plan
-from exo_kimi.runtime.cluster.supervisor import Cluster, ClusterOptions
+from exo_kimi.runtime.cluster.supervisor import ClusterOptions, StageCluster
 from exo_kimi.runtime.transport.keys import ClusterKey
 
 
@@ -32,7 +32,7 @@ def test_a_plan_that_cannot_be_is_refused_before_anything_starts(tiny: Path) -> 
     with pytest.raises(KeyMismatchError, match="needs the cluster key"):
         make_plan(tiny, remotes=["10.0.0.9:5001"])
     with pytest.raises(UsageError, match="no such context"):
-        Cluster(make_plan(tiny), ClusterOptions(context=10**9))
+        StageCluster(make_plan(tiny), ClusterOptions(context=10**9))
 
 
 def test_a_plan_counts_remote_stages_and_puts_them_last(tiny: Path) -> None:

@@ -31,7 +31,7 @@ from exo_kimi.errors import (
 )
 from exo_kimi.runtime.cluster import restarts
 from exo_kimi.runtime.cluster.cluster_plan import ClusterPlan, StagePlan, make_plan
-from exo_kimi.runtime.cluster.supervisor import Cluster, ClusterOptions
+from exo_kimi.runtime.cluster.supervisor import ClusterOptions, StageCluster
 from exo_kimi.runtime.loading.loader import load_stage
 from exo_kimi.runtime.pipeline import Failed, PipelineEvent
 from exo_kimi.runtime.requests import SamplingParams
@@ -66,9 +66,9 @@ def expected(tiny: Path) -> list[int]:
 
 
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
-async def shared(tiny: Path) -> AsyncIterator[Cluster]:
+async def shared(tiny: Path) -> AsyncIterator[StageCluster]:
     """One cluster for many tests: it is its job to be as new after each."""
-    cluster = Cluster(make_plan(tiny, stages=2, dtype="float32"), QUICK)
+    cluster = StageCluster(make_plan(tiny, stages=2, dtype="float32"), QUICK)
     await cluster.start()
     try:
         await cluster.wait_ready()
@@ -78,16 +78,16 @@ async def shared(tiny: Path) -> AsyncIterator[Cluster]:
 
 
 @pytest_asyncio.fixture(loop_scope="module")
-async def cluster(shared: Cluster) -> Cluster:
+async def cluster(shared: StageCluster) -> StageCluster:
     """The shared cluster, ready, with no event pending."""
     await ready(shared)
     return shared
 
 
 @pytest_asyncio.fixture(loop_scope="module")
-async def clusters() -> AsyncIterator[list[Cluster]]:
+async def clusters() -> AsyncIterator[list[StageCluster]]:
     """Clusters of a single test, closed after it."""
-    made: list[Cluster] = []
+    made: list[StageCluster] = []
     yield made
     for one in made:
         await one.close()
@@ -113,18 +113,18 @@ def do(epoch: int, what: int) -> Step:
     return Step(epoch=epoch, step_id=next(step_ids), segments=(segment,), tokens=np.array([what], np.int32))
 
 
-async def event(one: Cluster, deadline_s: float = 90.0) -> PipelineEvent:
+async def event(one: StageCluster, deadline_s: float = 90.0) -> PipelineEvent:
     return await asyncio.wait_for(one.receive(), deadline_s)
 
 
-async def ready(one: Cluster) -> int:
+async def ready(one: StageCluster) -> int:
     """The epoch in which the cluster is ready, after all that was pending."""
     while not one._events.empty() or not one._ready:
         await event(one)
     return one._epoch
 
 
-async def generate(one: Cluster, count: int = 12) -> list[int]:
+async def generate(one: StageCluster, count: int = 12) -> list[int]:
     epoch, tokens, seq_id = await ready(one), list[int](), next(step_ids)
     while len(tokens) < count:
         await one.send(next_step(epoch, tokens, seq_id))
@@ -136,13 +136,13 @@ async def generate(one: Cluster, count: int = 12) -> list[int]:
     return tokens
 
 
-async def start(made: list[Cluster], plan: ClusterPlan, options: ClusterOptions) -> Cluster:
-    made.append(Cluster(plan, options))
+async def start(made: list[StageCluster], plan: ClusterPlan, options: ClusterOptions) -> StageCluster:
+    made.append(StageCluster(plan, options))
     await made[-1].start()
     return made[-1]
 
 
-def pids(one: Cluster) -> list[int]:
+def pids(one: StageCluster) -> list[int]:
     found = [stage.pid for stage in one.health()]
     assert all(found)
     return [pid for pid in found if pid is not None]
@@ -156,7 +156,7 @@ def lives(pid: int) -> bool:
     return True
 
 
-async def failure(one: Cluster, deadline_s: float) -> RuntimeFault:
+async def failure(one: StageCluster, deadline_s: float) -> RuntimeFault:
     """The next Failed; results that were on their way do not count."""
     async with asyncio.timeout(deadline_s):
         while not isinstance(found := await one.receive(), Failed):
@@ -165,18 +165,18 @@ async def failure(one: Cluster, deadline_s: float) -> RuntimeFault:
     return found.error
 
 
-async def test_two_stages_generate_what_one_model_does(cluster: Cluster, expected: list[int]) -> None:
+async def test_two_stages_generate_what_one_model_does(cluster: StageCluster, expected: list[int]) -> None:
     assert await generate(cluster) == expected
     assert await generate(cluster) == expected
 
 
-async def test_another_split_generates_the_same(tiny: Path, clusters: list[Cluster], expected: list[int]) -> None:
+async def test_another_split_generates_the_same(tiny: Path, clusters: list[StageCluster], expected: list[int]) -> None:
     one = await start(clusters, make_plan(tiny, split="1,5,1", dtype="float32"), QUICK)
     await one.wait_ready()
     assert await generate(one) == expected
 
 
-async def test_health_tells_who_holds_what(cluster: Cluster, tiny: Path) -> None:
+async def test_health_tells_who_holds_what(cluster: StageCluster, tiny: Path) -> None:
     await generate(cluster, 2)
     async with asyncio.timeout(20):  # the first heartbeat may take a second
         while not all(stage.peak_bytes and not stage.sequences for stage in cluster.health()):
@@ -200,7 +200,7 @@ def _range(plan: StagePlan) -> tuple[int, int]:
 
 @pytest.mark.parametrize("victim", [0, 1])
 async def test_a_killed_stage_is_told_at_once_and_the_next_steps_are_served(
-    cluster: Cluster, expected: list[int], victim: int
+    cluster: StageCluster, expected: list[int], victim: int
 ) -> None:
     before, earlier = pids(cluster), cluster._last_fault
     generating = asyncio.create_task(generate(cluster, 1000))
@@ -227,7 +227,7 @@ async def test_a_killed_stage_is_told_at_once_and_the_next_steps_are_served(
     assert health.last_error is not None and "SIGKILL" in health.last_error
 
 
-async def test_a_stopped_stage_is_a_stall_within_the_deadline(cluster: Cluster, expected: list[int]) -> None:
+async def test_a_stopped_stage_is_a_stall_within_the_deadline(cluster: StageCluster, expected: list[int]) -> None:
     epoch, before = await ready(cluster), pids(cluster)
     os.kill(before[1], signal.SIGSTOP)
     started_s = time.monotonic()
@@ -240,7 +240,7 @@ async def test_a_stopped_stage_is_a_stall_within_the_deadline(cluster: Cluster, 
     assert not lives(before[1])
 
 
-async def test_a_refused_step_ends_the_epoch_but_no_process(cluster: Cluster, expected: list[int]) -> None:
+async def test_a_refused_step_ends_the_epoch_but_no_process(cluster: StageCluster, expected: list[int]) -> None:
     epoch, before = await ready(cluster), pids(cluster)
     wrong = next_step(epoch, [5])
     await cluster.send(wrong)
@@ -254,7 +254,7 @@ async def test_a_refused_step_ends_the_epoch_but_no_process(cluster: Cluster, ex
     assert await generate(cluster) == expected
 
 
-async def test_steps_in_flight_are_answered_in_order(cluster: Cluster) -> None:
+async def test_steps_in_flight_are_answered_in_order(cluster: StageCluster) -> None:
     epoch = await ready(cluster)
     seq_ids = [next(step_ids) for _ in range(20)]
     steps = [next_step(epoch, [], seq_id) for seq_id in seq_ids]
@@ -266,7 +266,7 @@ async def test_steps_in_flight_are_answered_in_order(cluster: Cluster) -> None:
     await event(cluster)
 
 
-async def test_an_idle_cluster_uses_next_to_no_processor(cluster: Cluster) -> None:
+async def test_an_idle_cluster_uses_next_to_no_processor(cluster: StageCluster) -> None:
     await ready(cluster)
 
     def used_s() -> float:
@@ -283,7 +283,7 @@ async def test_an_idle_cluster_uses_next_to_no_processor(cluster: Cluster) -> No
     assert used_s() - before_s < 0.2
 
 
-async def test_closing_leaves_no_process_no_file_and_no_waiter(tiny: Path, clusters: list[Cluster]) -> None:
+async def test_closing_leaves_no_process_no_file_and_no_waiter(tiny: Path, clusters: list[StageCluster]) -> None:
     one = await start(clusters, make_plan(tiny, stages=2), replace(QUICK, child_command=FAKE))
     await one.wait_ready()
     await event(one)
@@ -307,7 +307,7 @@ async def test_closing_leaves_no_process_no_file_and_no_waiter(tiny: Path, clust
     [(OUT_OF_MEMORY, StageOutOfMemoryError), (MLX_OUT_OF_MEMORY, StageOutOfMemoryError), (BUG, StageError)],
 )
 async def test_a_failing_step_is_told_by_its_kind_and_the_stages_go_on(
-    fakes: Cluster, what: int, error: type[RuntimeFault]
+    fakes: StageCluster, what: int, error: type[RuntimeFault]
 ) -> None:
     epoch, before = await ready(fakes), pids(fakes)
     await fakes.send(do(epoch, what))
@@ -318,7 +318,7 @@ async def test_a_failing_step_is_told_by_its_kind_and_the_stages_go_on(
     assert pids(fakes) == before
 
 
-async def test_the_last_words_of_a_process_are_told(fakes: Cluster) -> None:
+async def test_the_last_words_of_a_process_are_told(fakes: StageCluster) -> None:
     await fakes.send(do(await ready(fakes), EXIT))
     fault = await failure(fakes, 30)
     assert isinstance(fault, StageDiedError)
@@ -327,7 +327,7 @@ async def test_the_last_words_of_a_process_are_told(fakes: Cluster) -> None:
     await serves(fakes)
 
 
-async def test_a_step_that_never_ends_is_a_stall(fakes: Cluster) -> None:
+async def test_a_step_that_never_ends_is_a_stall(fakes: StageCluster) -> None:
     epoch = await ready(fakes)
     await fakes.send(do(epoch, SLEEP))
     fault = await failure(fakes, 40)
@@ -336,7 +336,7 @@ async def test_a_step_that_never_ends_is_a_stall(fakes: Cluster) -> None:
     await serves(fakes)
 
 
-async def test_a_long_mlx_computation_does_not_silence_the_heartbeats(fakes: Cluster) -> None:
+async def test_a_long_mlx_computation_does_not_silence_the_heartbeats(fakes: StageCluster) -> None:
     await fakes.send(do(await ready(fakes), COMPUTE))
     silences = []
     result = asyncio.create_task(event(fakes))
@@ -348,20 +348,20 @@ async def test_a_long_mlx_computation_does_not_silence_the_heartbeats(fakes: Clu
     assert max(silences) < 1.0, "MLX lets go of the interpreter while it computes"
 
 
-async def test_a_line_without_end_in_the_log_blocks_nobody(fakes: Cluster) -> None:
+async def test_a_line_without_end_in_the_log_blocks_nobody(fakes: StageCluster) -> None:
     await fakes.send(do(await ready(fakes), LONG_LINE))
     assert isinstance(await event(fakes), StepResult)
 
 
-async def serves(one: Cluster) -> None:
+async def serves(one: StageCluster) -> None:
     await one.send(do(await ready(one), HARMLESS))
     assert isinstance(await event(one), StepResult)
 
 
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
-async def shared_fakes(tiny: Path) -> AsyncIterator[Cluster]:
+async def shared_fakes(tiny: Path) -> AsyncIterator[StageCluster]:
     options = ClusterOptions(stall_s=1.5, heartbeat_s=0.2, child_command=FAKE)
-    one = Cluster(make_plan(tiny, stages=2), options)
+    one = StageCluster(make_plan(tiny, stages=2), options)
     await one.start()
     try:
         await one.wait_ready()
@@ -371,13 +371,13 @@ async def shared_fakes(tiny: Path) -> AsyncIterator[Cluster]:
 
 
 @pytest_asyncio.fixture(loop_scope="module")
-async def fakes(shared_fakes: Cluster) -> Cluster:
+async def fakes(shared_fakes: StageCluster) -> StageCluster:
     await ready(shared_fakes)
     return shared_fakes
 
 
 async def test_progress_of_loading_is_visible(
-    tiny: Path, clusters: list[Cluster], monkeypatch: pytest.MonkeyPatch
+    tiny: Path, clusters: list[StageCluster], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("FAKE_LOAD_S", "1.5")
     options = ClusterOptions(stall_s=3, heartbeat_s=0.1, child_command=FAKE)
@@ -395,7 +395,7 @@ async def test_progress_of_loading_is_visible(
 
 
 async def test_stages_that_never_start_are_told_with_their_last_words(
-    tiny: Path, clusters: list[Cluster], monkeypatch: pytest.MonkeyPatch
+    tiny: Path, clusters: list[StageCluster], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(restarts, "FIRST_BACKOFF_S", 0.01)
     options = replace(QUICK, child_command=(sys.executable, "-c", "import sys; sys.exit('no luck today')"))
@@ -407,7 +407,7 @@ async def test_stages_that_never_start_are_told_with_their_last_words(
 
 
 async def test_stages_that_keep_failing_are_refused_but_tried_again(
-    clusters: list[Cluster], tmp_path: Path, expected: list[int], monkeypatch: pytest.MonkeyPatch
+    clusters: list[StageCluster], tmp_path: Path, expected: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(restarts, "FIRST_BACKOFF_S", 0.01)
     monkeypatch.setattr(restarts, "SLOW_RETRY_S", 0.2)
@@ -426,7 +426,7 @@ async def test_stages_that_keep_failing_are_refused_but_tried_again(
 
 
 async def test_weights_that_do_not_fit_are_refused_before_loading(
-    tiny: Path, clusters: list[Cluster], monkeypatch: pytest.MonkeyPatch
+    tiny: Path, clusters: list[StageCluster], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("FAKE_FREE_BYTES", "1000")
     one = await start(clusters, make_plan(tiny, stages=1), replace(QUICK, child_command=FAKE))
@@ -434,7 +434,9 @@ async def test_weights_that_do_not_fit_are_refused_before_loading(
         await asyncio.wait_for(one.wait_ready(), 10)
 
 
-async def test_a_checkpoint_that_changed_since_the_plan_is_refused(tmp_path: Path, clusters: list[Cluster]) -> None:
+async def test_a_checkpoint_that_changed_since_the_plan_is_refused(
+    tmp_path: Path, clusters: list[StageCluster]
+) -> None:
     directory = make_tiny(tmp_path / "tiny", seed=1)
     plan = make_plan(directory, stages=1)
     directory.rename(tmp_path / "first")

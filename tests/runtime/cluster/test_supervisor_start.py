@@ -11,7 +11,7 @@ import pytest
 from exo_kimi.checkpoint.tiny.make import make_tiny
 from exo_kimi.errors import StageError
 from exo_kimi.runtime.cluster.cluster_plan import make_plan
-from exo_kimi.runtime.cluster.supervisor import Cluster, ClusterOptions
+from exo_kimi.runtime.cluster.supervisor import ClusterOptions, StageCluster
 from exo_kimi.runtime.pipeline import Failed
 
 SILENT = (sys.executable, "-c", "import time; time.sleep(60)")
@@ -21,11 +21,11 @@ SILENT = (sys.executable, "-c", "import time; time.sleep(60)")
 async def test_a_bug_in_a_loop_is_told_to_the_engine(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, loop: str
 ) -> None:
-    async def broken(_: Cluster) -> None:
+    async def broken(_: StageCluster) -> None:
         raise ZeroDivisionError("a bug")
 
-    monkeypatch.setattr(Cluster, loop, broken)
-    cluster = Cluster(make_plan(make_tiny(tmp_path / "tiny")), ClusterOptions(child_command=SILENT))
+    monkeypatch.setattr(StageCluster, loop, broken)
+    cluster = StageCluster(make_plan(make_tiny(tmp_path / "tiny")), ClusterOptions(child_command=SILENT))
     await cluster.start()
     try:
         async with asyncio.timeout(30):
@@ -40,7 +40,7 @@ async def test_a_bug_in_a_loop_is_told_to_the_engine(
 
 
 async def test_a_stage_whose_process_is_being_started_is_not_called_dead(tmp_path: Path) -> None:
-    cluster = Cluster(make_plan(make_tiny(tmp_path / "tiny")), ClusterOptions(child_command=SILENT))
+    cluster = StageCluster(make_plan(make_tiny(tmp_path / "tiny")), ClusterOptions(child_command=SILENT))
     await cluster.start()
     try:
         for _ in range(20):

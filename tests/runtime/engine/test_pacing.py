@@ -6,7 +6,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from exo_kimi.runtime.engine.pacing import CHUNKS_PER_STAGE, LEAST_WHILE_DECODING, Pace
+from exo_kimi.runtime.engine.pacing import CHUNKS_PER_STAGE, LEAST_WHILE_DECODING, PrefillPacer
 from exo_kimi.runtime.steps import Step
 
 
@@ -18,7 +18,7 @@ class Machine:
     per_token_s: float
     now_s: float = 0.0
 
-    def run(self, pace: Pace, step_id: int, tokens: int) -> float:
+    def run(self, pace: PrefillPacer, step_id: int, tokens: int) -> float:
         pace.sent(Step(epoch=1, step_id=step_id, segments=(), tokens=np.zeros(tokens, np.int32)))
         took_s = self.fixed_s + self.per_token_s * tokens
         self.now_s += took_s
@@ -33,7 +33,7 @@ def running(*pending: int, decoding: int = 0) -> list[SimpleNamespace]:
 
 def settled(machine: Machine, *, gap_s: float, first: tuple[int, ...] = (512, 300)) -> tuple[int, float]:
     """The chunk, and how long it takes, once some steps were seen."""
-    pace = Pace(stages=2, prefill_chunk=512, gap_s=gap_s, clock=lambda: machine.now_s)
+    pace = PrefillPacer(stages=2, prefill_chunk=512, gap_s=gap_s, clock=lambda: machine.now_s)
     for step_id, tokens in enumerate(first):
         machine.run(pace, step_id, tokens)
     took_s, tokens = 0.0, 0
@@ -65,26 +65,26 @@ def test_one_length_only_is_taken_as_all_per_token_and_mends_itself():
 
 def test_steps_of_decoding_do_not_count():
     machine = Machine(fixed_s=5.0, per_token_s=0.0)
-    pace = Pace(stages=2, prefill_chunk=512, clock=lambda: machine.now_s)
+    pace = PrefillPacer(stages=2, prefill_chunk=512, clock=lambda: machine.now_s)
     for step_id in range(5):
         machine.run(pace, step_id, 4)
     assert pace.per_token_s is None
 
 
 def test_a_prompt_alone_is_cut_so_that_all_stages_work():
-    pace = Pace(stages=2, prefill_chunk=512)
+    pace = PrefillPacer(stages=2, prefill_chunk=512)
     assert pace.chunk(running(20_000)) == 512
     assert pace.chunk(running(3000)) == 3000 / (2 * CHUNKS_PER_STAGE)
     assert pace.chunk(running(100)) == 256
     assert pace.chunk(running(40)) == pace.chunk(running(20)) == 20
     assert pace.chunk(running(decoding=3)) == 512
-    assert Pace(stages=1, prefill_chunk=512).chunk(running(2000)) == 512
-    assert Pace(stages=2, prefill_chunk=64).chunk(running(2000)) == 64
+    assert PrefillPacer(stages=1, prefill_chunk=512).chunk(running(2000)) == 512
+    assert PrefillPacer(stages=2, prefill_chunk=64).chunk(running(2000)) == 64
 
 
 def test_what_was_on_its_way_when_the_stages_failed_is_not_learnt_from():
     machine = Machine(fixed_s=0.0, per_token_s=0.1)
-    pace = Pace(stages=2, prefill_chunk=512, clock=lambda: machine.now_s)
+    pace = PrefillPacer(stages=2, prefill_chunk=512, clock=lambda: machine.now_s)
     pace.sent(Step(epoch=1, step_id=7, segments=(), tokens=np.zeros(64, np.int32)))
     pace.forget()
     pace.answered(7)

@@ -19,11 +19,11 @@ import exo_kimi
 from exo_kimi.checkpoint.tiny.make import make_tiny
 from exo_kimi.errors import StageUnreachableError
 from exo_kimi.runtime.cluster.cluster_plan import make_plan
-from exo_kimi.runtime.cluster.supervisor import Cluster, ClusterOptions
+from exo_kimi.runtime.cluster.supervisor import ClusterOptions, StageCluster
 from exo_kimi.runtime.engine.engine import Engine
-from exo_kimi.runtime.pairs.courier_client import Carriage
 from exo_kimi.runtime.pairs.distributed_link import announce, announced_bytes
-from exo_kimi.runtime.pairs.pairing import Coupling, rdma_device
+from exo_kimi.runtime.pairs.link_helper_client import LinkHelper
+from exo_kimi.runtime.pairs.pairing import Pair, rdma_device
 from exo_kimi.runtime.requests import GenerationRequest, SamplingParams
 from exo_kimi.runtime.stage.inline import InlinePipeline
 
@@ -47,39 +47,39 @@ def free_port() -> int:
         return int(probe.getsockname()[1])
 
 
-def ring() -> Coupling:
-    return Coupling(backend="ring", sender=f"127.0.0.1:{free_port()}", receiver=f"127.0.0.1:{free_port()}")
+def ring() -> Pair:
+    return Pair(backend="ring", sender=f"127.0.0.1:{free_port()}", receiver=f"127.0.0.1:{free_port()}")
 
 
 @pytest.fixture
-async def pair() -> AsyncIterator[tuple[Carriage, Carriage]]:
-    coupling = ring()
-    carriages = await asyncio.gather(*(Carriage.start(coupling, rank, deadline_s=20) for rank in (0, 1)))
-    yield carriages[0], carriages[1]
-    for carriage in carriages:
-        carriage.close()
+async def pair() -> AsyncIterator[tuple[LinkHelper, LinkHelper]]:
+    pair = ring()
+    helpers = await asyncio.gather(*(LinkHelper.start(pair, rank, deadline_s=20) for rank in (0, 1)))
+    yield helpers[0], helpers[1]
+    for helper in helpers:
+        helper.close()
 
 
 def test_a_ring_s_environment_names_both_sides(tmp_path: Path) -> None:
-    coupling = Coupling(backend="ring", sender="10.0.0.1:7000", receiver="10.0.0.2:7001")
-    assert coupling.environment(1, tmp_path) == {"MLX_RANK": "1", "MLX_HOSTFILE": str(tmp_path / "hosts.json")}
-    assert coupling.files() == {"hosts.json": '[["10.0.0.1:7000"], ["10.0.0.2:7001"]]'}
+    pair = Pair(backend="ring", sender="10.0.0.1:7000", receiver="10.0.0.2:7001")
+    assert pair.environment(1, tmp_path) == {"MLX_RANK": "1", "MLX_HOSTFILE": str(tmp_path / "hosts.json")}
+    assert pair.files() == {"hosts.json": '[["10.0.0.1:7000"], ["10.0.0.2:7001"]]'}
 
 
 def test_jaccl_s_environment_names_the_device_of_each_to_the_other(tmp_path: Path) -> None:
-    coupling = Coupling(
+    pair = Pair(
         backend="jaccl",
         sender="10.0.5.1:7000",
         receiver="10.0.5.2:7001",
         sender_device="rdma_en5",
         receiver_device="rdma_en3",
     )
-    assert coupling.environment(0, tmp_path) == {
+    assert pair.environment(0, tmp_path) == {
         "MLX_RANK": "0",
         "MLX_IBV_DEVICES": str(tmp_path / "devices.json"),
         "MLX_JACCL_COORDINATOR": "10.0.5.1:7000",
     }
-    assert coupling.files() == {"devices.json": '[[null, "rdma_en5"], ["rdma_en3", null]]'}
+    assert pair.files() == {"devices.json": '[[null, "rdma_en5"], ["rdma_en3", null]]'}
 
 
 def test_an_rdma_device_is_that_of_the_interface_with_the_address() -> None:
@@ -97,7 +97,7 @@ def test_a_frame_is_announced_with_the_size_of_what_is_still_to_come() -> None:
     assert announced_bytes([]) is None
 
 
-async def test_bytes_arrive_as_they_were_sent_and_in_order(pair: tuple[Carriage, Carriage]) -> None:
+async def test_bytes_arrive_as_they_were_sent_and_in_order(pair: tuple[LinkHelper, LinkHelper]) -> None:
     sender, receiver = pair
     frames = [os.urandom(size) for size in (1, 14_336, 7_340_032, 3)]
     sending = asyncio.create_task(send_all(sender, frames))
@@ -106,14 +106,14 @@ async def test_bytes_arrive_as_they_were_sent_and_in_order(pair: tuple[Carriage,
     await sending
 
 
-async def send_all(sender: Carriage, frames: list[bytes]) -> None:
+async def send_all(sender: LinkHelper, frames: list[bytes]) -> None:
     for frame in frames:
         await sender.send(frame, deadline_s=20)
 
 
 @pytest.mark.parametrize("stop", [signal.SIGKILL, signal.SIGSTOP])
 async def test_a_peer_that_dies_or_hangs_is_an_error_within_the_deadline(
-    pair: tuple[Carriage, Carriage], stop: signal.Signals
+    pair: tuple[LinkHelper, LinkHelper], stop: signal.Signals
 ) -> None:
     sender, receiver = pair
     os.kill(receiver.pid, stop)
@@ -128,17 +128,17 @@ async def test_a_peer_that_dies_or_hangs_is_an_error_within_the_deadline(
 
 async def test_a_peer_that_never_comes_is_an_error_and_leaves_no_process() -> None:
     with pytest.raises(StageUnreachableError, match="stuck"):
-        await Carriage.start(ring(), 0, deadline_s=1.5)
+        await LinkHelper.start(ring(), 0, deadline_s=1.5)
 
 
-def test_a_courier_ends_with_its_stage_also_while_it_waits_in_mlx() -> None:
+def test_a_link_helper_ends_with_its_stage_also_while_it_waits_in_mlx() -> None:
     code = (
         "import asyncio, sys; sys.path[:] = " + repr(sys.path) + "\n"
-        "from exo_kimi.runtime.pairs.courier_client import Carriage\n"
-        "from exo_kimi.runtime.pairs.pairing import Coupling\n"
-        f"pair = Coupling(backend='ring', sender='127.0.0.1:{free_port()}', receiver='127.0.0.1:{free_port()}')\n"
+        "from exo_kimi.runtime.pairs.link_helper_client import LinkHelper\n"
+        "from exo_kimi.runtime.pairs.pairing import Pair\n"
+        f"pair = Pair(backend='ring', sender='127.0.0.1:{free_port()}', receiver='127.0.0.1:{free_port()}')\n"
         "async def main():\n"
-        "    both = await asyncio.gather(*(Carriage.start(pair, rank, deadline_s=20) for rank in (0, 1)))\n"
+        "    both = await asyncio.gather(*(LinkHelper.start(pair, rank, deadline_s=20) for rank in (0, 1)))\n"
         "    print(*(one.pid for one in both), flush=True)\n"
         "    await both[1].receive(5, deadline_s=60)\n"
         "asyncio.run(main())\n"
@@ -193,11 +193,11 @@ async def answer(engine: Engine) -> list[int]:
     return [event.token_id async for event in engine.generate(request)]
 
 
-def couriers_of(pid: int) -> list[int]:
+def link_helpers_of(pid: int) -> list[int]:
     """Children of a stage, from the process table."""
     listed = subprocess.run(["ps", "-eww", "-o", "pid=,ppid=,args="], capture_output=True, text=True, check=True).stdout
     rows = [line.split(None, 2) for line in listed.splitlines()]
-    return [int(row[0]) for row in rows if int(row[1]) == pid and "exo_kimi.runtime.pairs.courier" in row[2]]
+    return [int(row[0]) for row in rows if int(row[1]) == pid and "exo_kimi.runtime.pairs.link_helper" in row[2]]
 
 
 async def test_stages_on_a_ring_give_the_same_tokens_and_survive_what_happens_to_it(
@@ -205,7 +205,7 @@ async def test_stages_on_a_ring_give_the_same_tokens_and_survive_what_happens_to
 ) -> None:
     plan = make_plan(checkpoint, split="4,3", dtype="float32")
     options = ClusterOptions(context=512, kv_bytes=1 << 26, link="ring", stall_s=4, heartbeat_s=0.5)
-    cluster = Cluster(plan, options)
+    cluster = StageCluster(plan, options)
     engine = Engine(cluster, prefill_chunk=16)
     await cluster.start()
     async with engine:
@@ -214,7 +214,7 @@ async def test_stages_on_a_ring_give_the_same_tokens_and_survive_what_happens_to
         first, last = (stage.pid for stage in engine.snapshot().stages)
         assert first is not None and last is not None
         troubles: list[tuple[Callable[[], int], signal.Signals]] = [
-            (lambda: couriers_of(first)[0], signal.SIGSTOP),  # type: ignore[arg-type]
+            (lambda: link_helpers_of(first)[0], signal.SIGSTOP),  # type: ignore[arg-type]
             (lambda: last, signal.SIGKILL),  # type: ignore[arg-type, return-value]
         ]
         for whom, what in troubles:
@@ -227,7 +227,7 @@ async def test_stages_on_a_ring_give_the_same_tokens_and_survive_what_happens_to
             while engine.snapshot().restarts_total == restarts:
                 await asyncio.sleep(0.05)
             assert await answer(engine) == expected
-            # A courier's end costs no weights: the stages are the same processes.
+            # A link helper's end costs no weights: the stages are the same processes.
             assert engine.snapshot().stages[0].pid == first
         assert engine.snapshot().stages[1].pid != last
-    assert couriers_of(first) == []
+    assert link_helpers_of(first) == []

@@ -30,7 +30,7 @@ from exo_kimi.errors import (
     StageUnreachableError,
 )
 from exo_kimi.runtime.cluster.cluster_plan import make_plan
-from exo_kimi.runtime.cluster.supervisor import Cluster, ClusterOptions
+from exo_kimi.runtime.cluster.supervisor import ClusterOptions, StageCluster
 from exo_kimi.runtime.loading.loader import load_stage
 from exo_kimi.runtime.pipeline import Failed, Ready
 from exo_kimi.runtime.requests import SamplingParams
@@ -49,7 +49,7 @@ SERVE = NO_TORCH + (
 )
 REAL = (sys.executable, "-c", NO_TORCH + "from exo_kimi.runtime.stage.process import main; sys.exit(main())")
 OPTIONS = ClusterOptions(stall_s=5, heartbeat_s=0.25, connect_s=3, child_command=REAL)
-OpenCluster = Callable[..., Coroutine[Any, Any, Cluster]]
+OpenCluster = Callable[..., Coroutine[Any, Any, StageCluster]]
 
 
 class RemoteStage:
@@ -124,13 +124,13 @@ async def stages() -> AsyncIterator[list[RemoteStage]]:
 
 @pytest.fixture
 async def open_cluster(tiny: Path) -> AsyncIterator[OpenCluster]:
-    made: list[Cluster] = []
+    made: list[StageCluster] = []
 
     async def start(
         *remotes: str, key: ClusterKey | None = None, directory: Path = tiny, stages: int | None = None
-    ) -> Cluster:
+    ) -> StageCluster:
         plan = make_plan(directory, stages=stages, remotes=remotes, key=key, dtype="float32")
-        made.append(Cluster(plan, OPTIONS))
+        made.append(StageCluster(plan, OPTIONS))
         await made[-1].start()
         return made[-1]
 
@@ -149,7 +149,7 @@ def first_step(epoch: int) -> Step:
     )
 
 
-async def first_token(cluster: Cluster) -> int:
+async def first_token(cluster: StageCluster) -> int:
     """A greedy token after a fixed prompt, in the epoch that comes next."""
     async with asyncio.timeout(90):
         while not isinstance(event := await cluster.receive(), Ready):
@@ -254,9 +254,9 @@ LEADER = (
     + """
 import asyncio
 from exo_kimi.runtime.cluster.cluster_plan import make_plan
-from exo_kimi.runtime.cluster.supervisor import Cluster, ClusterOptions
+from exo_kimi.runtime.cluster.supervisor import ClusterOptions, StageCluster
 async def lead():
-    cluster = Cluster(make_plan(sys.argv[1], remotes=sys.argv[2:]), ClusterOptions(child_command=(sys.executable, "-c",
+    cluster = StageCluster(make_plan(sys.argv[1], remotes=sys.argv[2:]), ClusterOptions(child_command=(sys.executable, "-c",
         "import sys; sys.modules['torch'] = None; from exo_kimi.runtime.stage.process import main; sys.exit(main())")))
     await cluster.start()
     await cluster.wait_ready()
@@ -297,10 +297,10 @@ SUSPENDED_LEADER = (
     + """
 import asyncio
 from exo_kimi.runtime.cluster.cluster_plan import make_plan
-from exo_kimi.runtime.cluster.supervisor import Cluster, ClusterOptions
+from exo_kimi.runtime.cluster.supervisor import ClusterOptions, StageCluster
 async def lead():
     plan = make_plan(sys.argv[1], stages=1, remotes=sys.argv[2:])
-    cluster = Cluster(plan, ClusterOptions(stall_s=1.0, heartbeat_s=0.2))
+    cluster = StageCluster(plan, ClusterOptions(stall_s=1.0, heartbeat_s=0.2))
     await cluster.start()
     while True:
         print(type(await cluster.receive()).__name__, flush=True)

@@ -1,4 +1,4 @@
-"""A stage's end of a courier (see `courier`): every operation has a deadline, and a courier that misses it is killed."""
+"""A stage's end of its link helper process (see `link_helper`): a helper that misses a deadline is killed."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ import sys
 from collections.abc import Awaitable
 
 from exo_kimi.errors import StageUnreachableError
-from exo_kimi.runtime.pairs.pairing import LENGTH_BYTES, Coupling
+from exo_kimi.runtime.pairs.pairing import LENGTH_BYTES, Pair
 from exo_kimi.runtime.transport.link import Part
 
-COURIER_COMMAND = (sys.executable, "-m", "exo_kimi.runtime.pairs.courier")
+LINK_HELPER_COMMAND = (sys.executable, "-m", "exo_kimi.runtime.pairs.link_helper")
 _BUFFER_BYTES = 8 << 20  # a prefill chunk of K2 takes 7 MB
 
 
-class Carriage:
-    """A running courier; made by `start`."""
+class LinkHelper:
+    """A running link helper process; made by `start`."""
 
     def __init__(
         self,
@@ -36,12 +36,12 @@ class Carriage:
 
     @property
     def pid(self) -> int:
-        """Of the courier."""
+        """Of the link helper."""
         return self._process.pid
 
     @classmethod
-    async def start(cls, coupling: Coupling, rank: int, *, deadline_s: float) -> Carriage:
-        """Start a courier and wait until its group is made.
+    async def start(cls, pair: Pair, rank: int, *, deadline_s: float) -> LinkHelper:
+        """Start a link helper and wait until its group is made.
 
         Raises:
             StageUnreachableError: it is not made before the deadline, or cannot be.
@@ -50,9 +50,9 @@ class Carriage:
         with theirs:
             process = subprocess.Popen(
                 [
-                    *COURIER_COMMAND,
-                    "--coupling",
-                    coupling.to_json(),
+                    *LINK_HELPER_COMMAND,
+                    "--pair",
+                    pair.to_json(),
                     "--rank",
                     str(rank),
                     "--fd",
@@ -66,22 +66,22 @@ class Carriage:
                 process_group=0,
             )
         reader, writer = await asyncio.open_connection(sock=tie, limit=_BUFFER_BYTES)
-        carriage = cls(process, reader, writer, f"{coupling.backend} link {coupling.sender} > {coupling.receiver}")
+        helper = cls(process, reader, writer, f"{pair.backend} link {pair.sender} > {pair.receiver}")
         try:
-            line = await carriage._within(deadline_s, reader.readuntil(b"\n"))
+            line = await helper._within(deadline_s, reader.readuntil(b"\n"))
             error = json.loads(line)["error"]
             if error is not None:
-                raise StageUnreachableError(f"the {carriage._name} cannot be made", found=error)
+                raise StageUnreachableError(f"the {helper._name} cannot be made", found=error)
         except BaseException:
-            carriage.close()
+            helper.close()
             raise
-        return carriage
+        return helper
 
     async def send(self, data: Part, *, deadline_s: float) -> None:
         """Hand bytes over and wait until they are sent.
 
         Raises:
-            StageUnreachableError: not before the deadline, or never; the courier is gone.
+            StageUnreachableError: not before the deadline, or never; the link helper is gone.
         """
         self._writer.write(memoryview(data).nbytes.to_bytes(LENGTH_BYTES, "little"))
         self._writer.write(data)
@@ -91,13 +91,13 @@ class Carriage:
         """Bytes that the other side was told to send.
 
         Raises:
-            StageUnreachableError: not before the deadline, or never; the courier is gone.
+            StageUnreachableError: not before the deadline, or never; the link helper is gone.
         """
         self._writer.write(size_bytes.to_bytes(LENGTH_BYTES, "little"))
         return await self._within(deadline_s, self._reader.readexactly(size_bytes))
 
     def close(self) -> None:
-        """End the courier, whatever it is doing; idempotent."""
+        """End the link helper, whatever it is doing; idempotent."""
         self._writer.close()
         if self._process.returncode is None:
             with contextlib.suppress(ProcessLookupError):

@@ -23,10 +23,10 @@ from exo_kimi.errors import (
     StageUnreachableError,
 )
 from exo_kimi.runtime.cluster.capacity import StageMemory
-from exo_kimi.runtime.cluster.child_process import Child
+from exo_kimi.runtime.cluster.child_process import ChildProcess
 from exo_kimi.runtime.cluster.cluster_plan import StagePlan
-from exo_kimi.runtime.cluster.options import Terms
-from exo_kimi.runtime.cluster.stage_client import Conversation
+from exo_kimi.runtime.cluster.options import RunSettings
+from exo_kimi.runtime.cluster.stage_client import StageClient
 from exo_kimi.runtime.pipeline import DiskBlocks
 from exo_kimi.runtime.prefix_key import unpack_keys
 from exo_kimi.runtime.protocol.messages import BlocksChanged, Goodbye, HelloAck, Join, Joined, Loaded, Ping
@@ -42,7 +42,7 @@ GOODBYE_S = 3.0
 EXIT_WAIT_S = 1.0
 
 
-class Member:
+class StageHandle:
     """One stage.
 
     Args:
@@ -57,7 +57,7 @@ class Member:
     def __init__(
         self,
         plan: StagePlan,
-        terms: Terms,
+        terms: RunSettings,
         context: zmq.asyncio.Context,
         *,
         on_result: Callable[[StepResult], None],
@@ -76,8 +76,8 @@ class Member:
         self._on_blocks = on_blocks
         self._on_fault = on_fault
         self._last_error: ExoKimiError | None = None
-        self._conversation: Conversation | None = None
-        self._child: Child | None = None
+        self._conversation: StageClient | None = None
+        self._child: ChildProcess | None = None
         self._watching: asyncio.Task[None] | None = None
         self._address: Address | None = plan.remote
         self._starts = 0
@@ -252,7 +252,7 @@ class Member:
         if self.plan.remote is None:
             assert terms.socket_directory is not None
             path = terms.socket_directory / f"{self.stage}-{self._starts}"
-            self._child, self._address = await Child.start(
+            self._child, self._address = await ChildProcess.start(
                 f"ipc://{path}", key=terms.key, name=f"stage {self.stage}", command=terms.options.child_command
             )
             self._watching = asyncio.create_task(self._watch_child(self._child))
@@ -261,7 +261,7 @@ class Member:
         lost = self.plan.remote is not None and self._starts > 1
         deadline_s = terms.options.reconnect_s if lost else terms.options.connect_s
         link = await connect(self._context, self._address, key=key, deadline_s=deadline_s)
-        talk = Conversation(
+        talk = StageClient(
             link, self.stage, on_result=self._hear_result, on_fault=self._hear_fault, on_lost=self._hear_loss
         )
         self._conversation = talk
@@ -270,7 +270,7 @@ class Member:
         if theirs != terms.versions:
             logger.warning("stage %d at %s runs %s, this side %s", self.stage, self.address, theirs, terms.versions)
 
-    def _talk(self) -> Conversation:
+    def _talk(self) -> StageClient:
         if self._conversation is None:
             raise StageUnreachableError(f"stage {self.stage} is not connected", stage=self.stage, where=self.address)
         return self._conversation
@@ -294,11 +294,11 @@ class Member:
         else:
             self._break(error)
 
-    def _break_with(self, child: Child, error: RuntimeFault) -> None:
+    def _break_with(self, child: ChildProcess, error: RuntimeFault) -> None:
         if self._child is child:
             self._break(error)
 
-    async def _watch_child(self, child: Child) -> None:
+    async def _watch_child(self, child: ChildProcess) -> None:
         self._break(await child.died())
 
     def _break(self, error: RuntimeFault) -> None:
