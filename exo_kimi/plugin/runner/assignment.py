@@ -1,4 +1,4 @@
-"""What one exo runner is to hold and whom it talks to, read from exo's instance; it knows nothing of MLX or of sockets.
+"""What one exo runner is to hold and whom it talks to, read from exo's instance.
 
 `rank` is exo's word for our stage: rank order is layer order, and rank 0 leads.
 """
@@ -22,8 +22,8 @@ _NOBODY = ipaddress.ip_network("198.51.100.0/24")  # exo's filler for a node tha
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Part:
-    """One runner's share.
+class NodeLayers:
+    """The layers of one runner, and where it reaches the others.
 
     Args:
         instance_id: exo's, equal on all ranks.
@@ -84,7 +84,7 @@ def not_ours(bound_instance: Any, directory: Path | None) -> str | None:
     return None
 
 
-def part_of(bound_instance: Any) -> Part:
+def node_layers_of(bound_instance: Any) -> NodeLayers:
     """Read an instance that is ours.
 
     Raises:
@@ -106,25 +106,25 @@ def part_of(bound_instance: Any) -> Part:
             fix="delete the instance and place it with `exo-kimi exo apply`",
         )
     stage = bound_instance.bound_shard.device_rank
-    part = Part(
+    own = NodeLayers(
         instance_id=str(instance.instance_id),
         model_id=str(bound_instance.bound_shard.model_card.model_id),
         stage=stage,
         ranges=ranges,
     )
-    if part.stages == 1:
-        return part
+    if own.stages == 1:
+        return own
     hosts = _hosts_by_rank(instance)
     return replace(
-        part,
+        own,
         listen=_listen_address(hosts, stage),
         leader=_address(hosts, stage, 0) if stage else None,
-        seen=() if stage else tuple(_address(hosts, 0, other) for other in range(1, part.stages)),
-        from_previous=() if stage else tuple(_address(hosts, other - 1, other) for other in range(1, part.stages)),
+        seen=() if stage else tuple(_address(hosts, 0, other) for other in range(1, own.stages)),
+        from_previous=() if stage else tuple(_address(hosts, other - 1, other) for other in range(1, own.stages)),
     )
 
 
-def key_of(part: Part, *, environment_text: str | None) -> ClusterKey:
+def key_of(own: NodeLayers, *, environment_text: str | None) -> ClusterKey:
     """The cluster's key: the user's own, else one that follows from the instance.
 
     exo shows its instances to everybody who reaches its API, so the second keeps out strangers' accidents and nothing more,
@@ -133,8 +133,8 @@ def key_of(part: Part, *, environment_text: str | None) -> ClusterKey:
     given = find_key(key_file=None, environment_text=environment_text)
     if given is not None:
         return replace(given, explicit=True)
-    secret = hashlib.sha256(f"exo-kimi {part.instance_id}".encode()).digest()
-    return ClusterKey.from_text(z85.encode(secret).decode("ascii"), where=f"instance {part.instance_id}")
+    secret = hashlib.sha256(f"exo-kimi {own.instance_id}".encode()).digest()
+    return ClusterKey.from_text(z85.encode(secret).decode("ascii"), where=f"instance {own.instance_id}")
 
 
 def _hosts_by_rank(instance: Any) -> list[list[tuple[str, int]]]:

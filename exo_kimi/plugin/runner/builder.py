@@ -1,6 +1,6 @@
 """exo's Builder on our runtime: checks this rank's share, loads it strictly with progress, and makes the engine.
 
-It fits exo's abstract class by its methods (`exo_launch` registers it there); exo is asked for one thing, where a model's
+It fits exo's abstract class by its methods (`launch` registers it there); exo is asked for one thing, where a model's
 files are.
 """
 
@@ -11,24 +11,36 @@ import logging
 import os
 import tempfile
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from exo_kimi.checkpoint.index import open_index
 from exo_kimi.checkpoint.manifest import StageManifest, resolve
 from exo_kimi.errors import ExoLoadError
-from exo_kimi.plugin.runner.assignment import Part, key_of, part_of
+from exo_kimi.plugin.runner.assignment import NodeLayers, key_of, node_layers_of
 from exo_kimi.plugin.runner.chunks import ExoTypes
 from exo_kimi.plugin.runner.engine import CancelReceiver, Follower, KimiEngine, Leading
 from exo_kimi.plugin.runner.leader import READY_S, Leader, cluster_plan, config_hash
 from exo_kimi.plugin.runner.options import EngineOptions
-from exo_kimi.plugin.runner.rank_messages import LedgerReader
+from exo_kimi.plugin.runner.rank_messages import RankMessagesReader
 from exo_kimi.plugin.runner.stage import StageHost
 from exo_kimi.plugin.runner.task import Speaker
 from exo_kimi.runtime.transport.address import Address
 from exo_kimi.runtime.transport.keys import ENVIRONMENT_NAME, ClusterKey
 
 logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class _Connected:
+    """What a rank has once exo has connected it: on rank 0 `others` leads them, elsewhere it hears rank 0."""
+
+    own: NodeLayers
+    key: ClusterKey
+    host: StageHost
+    others: Leader | RankMessagesReader
 
 
 class KimiBuilder:
@@ -55,13 +67,9 @@ class KimiBuilder:
         self._cancel_receiver = cancel_receiver
         self._types = types or ExoTypes.installed()
         self._find_directory = find_directory or model_directory
-        self._part: Part | None = None
-        self._key: ClusterKey | None = None
-        self._host: StageHost | None = None
-        self._leader: Leader | None = None
-        self._reader: LedgerReader | None = None
+        self._connected: _Connected | None = None
         self._manifest: StageManifest | None = None
-        self._socket: tempfile.TemporaryDirectory[str] | None = None
+        self._exits = ExitStack()
 
     def connect(self, bound_instance: Any) -> None:
         """Check this rank's share and listen for the others; no weight is read.
@@ -71,24 +79,7 @@ class KimiBuilder:
             ExoPlacementError, AddressError: the instance or its addresses cannot be used.
             StageUnreachableError, StageStalledError: a rank did not come in time.
         """
-        part = self._part = part_of(bound_instance)
-        if (directory := self._find_directory(self._model_id)) is not None:
-            self._manifest = _resolve(directory, part)
-        key = self._key = key_of(part, environment_text=os.environ.get(ENVIRONMENT_NAME))
-        listen = part.listen
-        if part.stage == 0:
-            self._leader = Leader(part, key=key, types=self._types, options=EngineOptions.from_environment())
-            self._socket = tempfile.TemporaryDirectory(prefix="exo-kimi-")
-            listen = Address("", 0, f"{self._socket.name}/0")
-        assert listen is not None
-        self._host = StageHost(listen, key=key)
-        logger.info("rank %d of %d: layers %d:%d", part.stage, part.stages, part.start_layer, part.end_layer)
-        # exo has the last rank connect when it sees all others connecting: none may be done before.
-        if self._leader is not None:
-            self._leader.wait_connected()
-        elif part.leader is not None:
-            self._reader = LedgerReader(part.leader, part.stage, key=key, connect_s=READY_S)
-            self._reader.wait_connected(READY_S)
+        self._connect(bound_instance)
 
     def load(self, bound_instance: Any) -> Iterator[Any]:
         """Load this rank's layers, with progress.
@@ -97,18 +88,14 @@ class KimiBuilder:
             CheckpointError: see `connect`.
             StageOutOfMemoryError: they do not fit.
         """
-        if self._host is None:
-            self.connect(bound_instance)  # an instance of one node has no group to connect
-        assert self._part is not None and self._host is not None
-        if self._manifest is None:
-            directory = self._find_directory(self._model_id)
-            if directory is None:
-                raise ExoLoadError("exo did not find the model's files", found="none", where=self._model_id)
-            self._manifest = _resolve(directory, self._part)
-        layers = self._part.end_layer - self._part.start_layer
-        config = config_hash(self._manifest.config)
+        connected = self._connected or self._connect(bound_instance)  # an instance of one node has no group to connect
+        own = connected.own
+        manifest = self._manifest = self._manifest or self._resolve(own)
+        if manifest is None:
+            raise ExoLoadError("exo did not find the model's files", found="none", where=self._model_id)
+        layers = own.end_layer - own.start_layer
         told = -1
-        for fraction in self._host.load(self._manifest, stage=self._part.stage, config_hash=config):
+        for fraction in connected.host.load(manifest, stage=own.stage, config_hash=config_hash(manifest.config)):
             loaded = min(int(fraction * layers), layers)
             if loaded != told:
                 told = loaded
@@ -116,42 +103,66 @@ class KimiBuilder:
         yield self._types.ModelLoadingResponse(layers_loaded=layers, total=layers)
 
     def build(self) -> KimiEngine:
-        """The engine of this rank."""
-        assert self._part is not None and self._host is not None and self._manifest is not None
-        assert self._key is not None
-        part, key, host, manifest = self._part, self._key, self._host, self._manifest
-        if self._leader is None:
-            assert self._reader is not None
-            return Follower(self._reader, host, types=self._types, cancelled=self._cancel_receiver)
-        leader = self._leader
+        """The engine of this rank.
+
+        Raises:
+            ExoLoadError: exo did not load before.
+        """
+        connected, manifest = self._connected, self._manifest
+        if connected is None or manifest is None:
+            raise ExoLoadError("an engine is built of what was loaded", found="nothing", where=self._model_id)
+        host, others = connected.host, connected.others
+        if isinstance(others, RankMessagesReader):
+            return Follower(others, host, types=self._types, cancelled=self._cancel_receiver)
         speaker = Speaker.from_directory(manifest.directory)
-        plan = cluster_plan(part, manifest.directory, manifest.config, host.address, key)
-
-        def warm_up() -> None:
-            leader.start(speaker, plan)
-
-        return Leading(leader, host, warm_up, types=self._types, cancelled=self._cancel_receiver)
+        plan = cluster_plan(connected.own, manifest.directory, manifest.config, host.address, connected.key)
+        return Leading(
+            others, host, lambda: others.start(speaker, plan), types=self._types, cancelled=self._cancel_receiver
+        )
 
     def close(self) -> None:
         """Give everything back; exo calls it when a runner is shut down before `build`."""
-        if self._leader is not None:
-            self._leader.close()
-        if self._reader is not None:
-            self._reader.close()
-        if self._host is not None:
-            self._host.stop()
-        if self._socket is not None:
-            self._socket.cleanup()
+        self._exits.close()
+
+    def _connect(self, bound_instance: Any) -> _Connected:
+        own = node_layers_of(bound_instance)
+        self._manifest = self._resolve(own)
+        key = key_of(own, environment_text=os.environ.get(ENVIRONMENT_NAME))
+        logger.info("rank %d of %d: layers %d:%d", own.stage, own.stages, own.start_layer, own.end_layer)
+        # exo has the last rank connect when it sees all others connecting: none may be done before.
+        if own.leader is not None and own.listen is not None:
+            host = self._open_host(own.listen, key)
+            reader = RankMessagesReader(own.leader, own.stage, key=key, connect_s=READY_S)
+            self._exits.callback(reader.close)
+            reader.wait_connected(READY_S)
+            self._connected = _Connected(own, key, host, reader)
+        else:
+            # Its own stage listens where this process alone can reach it: the instance's address is the leader's.
+            folder = self._exits.enter_context(tempfile.TemporaryDirectory(prefix="exo-kimi-"))
+            host = self._open_host(Address("", 0, f"{folder}/0"), key)
+            leader = Leader(own, key=key, types=self._types, options=EngineOptions.from_environment())
+            self._exits.callback(leader.close)
+            leader.wait_connected()
+            self._connected = _Connected(own, key, host, leader)
+        return self._connected
+
+    def _open_host(self, listen: Address, key: ClusterKey) -> StageHost:
+        host = StageHost(listen, key=key)
+        self._exits.callback(host.stop)
+        return host
+
+    def _resolve(self, own: NodeLayers) -> StageManifest | None:
+        """This rank's layers, from the headers; None while exo does not have the model's files."""
+        directory = self._find_directory(self._model_id)
+        if directory is None:
+            return None
+        manifest = resolve(open_index(directory), own.start_layer, own.end_layer)
+        for note in manifest.notes:
+            logger.info("%s: %s", directory, note)
+        return manifest
 
 
 def model_directory(model_id: Any) -> Path | None:
     """Where exo has a model's files, once they are complete."""
     found = importlib.import_module("exo.download.download_utils").resolve_existing_model(model_id)
     return None if found is None else Path(found)
-
-
-def _resolve(directory: Path, part: Part) -> StageManifest:
-    manifest = resolve(open_index(directory), part.start_layer, part.end_layer)
-    for note in manifest.notes:
-        logger.info("%s: %s", directory, note)
-    return manifest

@@ -1,6 +1,6 @@
 """exo's Engine on our runtime: our scheduler on rank 0, our stages on all ranks.
 
-It fits exo's abstract class by its methods (`exo_launch` registers it there), so nothing of exo is imported here. exo gives
+It fits exo's abstract class by its methods (`launch` registers it there), so nothing of exo is imported here. exo gives
 every task to every rank; chunks come from rank 0, and the others say that a task ended when rank 0 says so.
 """
 
@@ -14,7 +14,7 @@ from typing import Any, Protocol
 from exo_kimi.errors import ExoError, StageDiedError
 from exo_kimi.plugin.runner.chunks import ExoTypes
 from exo_kimi.plugin.runner.leader import ENDED, READY_S, Leader
-from exo_kimi.plugin.runner.rank_messages import LedgerReader
+from exo_kimi.plugin.runner.rank_messages import RankMessagesReader
 from exo_kimi.plugin.runner.stage import StageHost
 
 _WAIT_S = 0.02  # a step that has nothing to tell gives exo's runner a chance to take the next task
@@ -153,7 +153,9 @@ class Follower(KimiEngine):
         cancelled: exo's pipe.
     """
 
-    def __init__(self, reader: LedgerReader, host: StageHost, *, types: ExoTypes, cancelled: CancelReceiver) -> None:
+    def __init__(
+        self, reader: RankMessagesReader, host: StageHost, *, types: ExoTypes, cancelled: CancelReceiver
+    ) -> None:
         super().__init__(host, types=types, cancelled=cancelled)
         self._reader = reader
         self._lost_s: float | None = None

@@ -1,6 +1,6 @@
 """Rank 0's scheduler: our cluster of stages and our engine on an event loop in a thread of exo's runner.
 
-Replies come out of a queue as exo's chunks, in order, each reply ended by `ENDED`. It knows nothing of exo's runner.
+Replies come out of a queue as exo's chunks, in order, each reply ended by `ENDED`.
 """
 
 from __future__ import annotations
@@ -11,7 +11,8 @@ import logging
 import threading
 from collections.abc import Coroutine
 from concurrent.futures import Future
-from contextlib import aclosing
+from contextlib import AsyncExitStack, aclosing
+from dataclasses import dataclass
 from pathlib import Path
 from queue import SimpleQueue
 from typing import Any, TypeVar
@@ -20,10 +21,10 @@ import zmq.asyncio
 
 from exo_kimi.arch.config import KimiConfig
 from exo_kimi.errors import ExoKimiError, RuntimeFault, StageError
-from exo_kimi.plugin.runner.assignment import Part
+from exo_kimi.plugin.runner.assignment import NodeLayers
 from exo_kimi.plugin.runner.chunks import ChunkWriter, ExoTypes
 from exo_kimi.plugin.runner.options import EngineOptions
-from exo_kimi.plugin.runner.rank_messages import LedgerListener
+from exo_kimi.plugin.runner.rank_messages import RankMessagesListener
 from exo_kimi.plugin.runner.task import Speaker, prepare_task
 from exo_kimi.runtime.cluster.cluster_plan import ClusterPlan, StagePlan
 from exo_kimi.runtime.cluster.options import ClusterOptions
@@ -49,12 +50,20 @@ def config_hash(config: KimiConfig) -> str:
     return hashlib.sha256(repr(config).encode()).hexdigest()
 
 
-def cluster_plan(part: Part, directory: Path, config: KimiConfig, own: Address, key: ClusterKey) -> ClusterPlan:
-    """The stages as the runtime wants them. All of them have loaded already."""
+def cluster_plan(own: NodeLayers, directory: Path, config: KimiConfig, stage: Address, key: ClusterKey) -> ClusterPlan:
+    """The stages as the runtime wants them. All of them have loaded already.
+
+    Args:
+        own: rank 0's layers, and where it reaches the others.
+        directory: the checkpoint on its node.
+        config: of the checkpoint.
+        stage: where its own stage listens.
+        key: the cluster's.
+    """
     stages = tuple(
         StagePlan(
             load=Load(
-                stage=stage,
+                stage=rank,
                 directory=str(directory),
                 start_layer=start,
                 end_layer=end,
@@ -65,41 +74,60 @@ def cluster_plan(part: Part, directory: Path, config: KimiConfig, own: Address, 
             resident_bytes=0,
             from_previous=previous,
         )
-        for stage, ((start, end), remote, previous) in enumerate(
-            zip(part.ranges, (own, *part.seen), (None, *part.from_previous), strict=True)
+        for rank, ((start, end), remote, previous) in enumerate(
+            zip(own.ranges, (stage, *own.seen), (None, *own.from_previous), strict=True)
         )
     )
     return ClusterPlan(directory=directory, config=config, stages=stages, key=key)
+
+
+@dataclass(frozen=True, slots=True)
+class _Serving:
+    """What replies need, once the stages work together."""
+
+    engine: Engine
+    speaker: Speaker
 
 
 class Leader:
     """Runs replies.
 
     Args:
-        part: rank 0's.
+        own: rank 0's layers, and where the others reach it.
         key: the cluster's.
         types: exo's.
         options: limits of sequences and of caches.
     """
 
-    def __init__(self, part: Part, *, key: ClusterKey, types: ExoTypes, options: EngineOptions | None = None) -> None:
+    def __init__(
+        self, own: NodeLayers, *, key: ClusterKey, types: ExoTypes, options: EngineOptions | None = None
+    ) -> None:
         self.outputs: SimpleQueue[tuple[str, Any]] = SimpleQueue()
         self.fatal: RuntimeFault | None = None
-        self.engine: Engine | None = None
-        self._part = part
+        self._own = own
         self._key = key
         self._types = types
         self._options = options or EngineOptions()
-        self._speaker: Speaker | None = None
-        self._ledger: LedgerListener | None = None
+        self._serving: _Serving | None = None
         self._tasks: dict[str, asyncio.Task[None]] = {}
-        self._watching: asyncio.Task[None] | None = None
         self._closed = False
         self._loop = asyncio.new_event_loop()
         self._context = zmq.asyncio.Context()
+        self._exits = AsyncExitStack()
+        self._exits.callback(self._context.destroy, linger=0)
         threading.Thread(target=self._loop.run_forever, name="exo-kimi-leader", daemon=True).start()
-        if part.listen is not None:
-            self._wait(self._open_ledger(part.listen), timeout_s=None)
+        self._ranks: RankMessagesListener | None = None  # alone, there is nobody to tell
+        if own.listen is not None:
+            self._ranks = self._wait(self._listen(own.listen), timeout_s=None)
+
+    @property
+    def engine(self) -> Engine:
+        """Ours.
+
+        Raises:
+            StageError: the stages do not work together yet.
+        """
+        return self._require().engine
 
     def wait_connected(self, timeout_s: float = READY_S) -> None:
         """Wait until every other rank is there.
@@ -107,8 +135,8 @@ class Leader:
         Raises:
             StageUnreachableError: some did not come in time.
         """
-        if self._ledger is not None:
-            self._wait(self._ledger.wait_complete(timeout_s), timeout_s=None)
+        if self._ranks is not None:
+            self._wait(self._ranks.wait_complete(timeout_s), timeout_s=None)
 
     def start(self, speaker: Speaker, plan: ClusterPlan, *, timeout_s: float = READY_S) -> None:
         """Bring the stages together and run a few tokens through them.
@@ -135,7 +163,7 @@ class Leader:
             return
         self._closed = True
         try:
-            self._wait(self._close(), timeout_s=_CLOSE_S)
+            self._wait(self._exits.aclose(), timeout_s=_CLOSE_S)
         except (TimeoutError, ExoKimiError) as error:
             logger.warning("the stages did not end in time: %s", error)
         self._loop.call_soon_threadsafe(self._loop.stop)
@@ -144,32 +172,40 @@ class Leader:
         future: Future[Result] = asyncio.run_coroutine_threadsafe(work, self._loop)
         return future.result(timeout_s)
 
-    async def _open_ledger(self, listen: Address) -> None:
-        self._ledger = await LedgerListener.open(self._context, listen, ranks=self._part.stages, key=self._key)
+    def _require(self) -> _Serving:
+        if self._serving is None:
+            raise StageError("the stages do not work together yet: exo warms an engine up before its first task")
+        return self._serving
+
+    async def _listen(self, listen: Address) -> RankMessagesListener:
+        ranks = await RankMessagesListener.open(self._context, listen, ranks=self._own.stages, key=self._key)
+        self._exits.callback(ranks.close)
+        return ranks
 
     async def _start(self, speaker: Speaker, plan: ClusterPlan) -> None:
-        self._speaker = speaker
         limit, wanted = plan.config.max_position_embeddings, self._options.context
         context = limit if wanted is None else min(wanted, limit)
         cluster = StageCluster(plan, ClusterOptions(context=context, kv_bytes=self._options.kv_bytes))
         prefixes = PrefixOptions(memory_bytes=self._options.prefix_cache_bytes)
-        self.engine = Engine(cluster, context=context, prefixes=prefixes)
+        engine = Engine(cluster, context=context, prefixes=prefixes)
+        self._exits.push_async_callback(engine.close)
         await cluster.start()
-        await self.engine.start()
+        await engine.start()
         await cluster.wait_ready()
-        await self.engine.wait_ready()
+        await engine.wait_ready()
         request = GenerationRequest(
             request_id="warm-up",
             prompt_ids=tuple(speaker.tokenizer.encode("warm-up")) * 4,
             max_tokens=2,
             sampling=SamplingParams(temperature=0.0),
         )
-        async with aclosing(self.engine.generate(request)) as events:
+        async with aclosing(engine.generate(request)) as events:
             async for _ in events:
                 pass
-        if self._ledger is not None:
-            await self._ledger.ready()
-        self._watching = asyncio.create_task(self._watch(self.engine))
+        self._serving = _Serving(engine, speaker)
+        if self._ranks is not None:
+            self._ranks.send_ready()
+        self._exits.callback(asyncio.create_task(self._watch(engine)).cancel)
 
     def _begin(self, task_id: str, params: Any) -> None:
         self._tasks[task_id] = asyncio.create_task(self._run(task_id, params))
@@ -192,31 +228,32 @@ class Leader:
         finally:
             del self._tasks[task_id]
             self.outputs.put((task_id, ENDED))
-            if self._ledger is not None:
-                await self._ledger.done([task_id])
+            if self._ranks is not None:
+                self._ranks.send_done([task_id])
 
     async def _reply(self, task_id: str, params: Any) -> None:
-        assert self.engine is not None and self._speaker is not None
-        prepared = await asyncio.to_thread(prepare_task, task_id, params, self._speaker)
+        serving = self._require()
+        engine, speaker = serving.engine, serving.speaker
+        prepared = await asyncio.to_thread(prepare_task, task_id, params, speaker)
         writer = ChunkWriter(
             self._types,
-            self._part.model_id,
+            self._own.model_id,
             prepared.parser,
-            self._speaker.tokenizer,
+            speaker.tokenizer,
             prompt_tokens=len(prepared.request.prompt_ids),
         )
-        async with aclosing(self.engine.generate(prepared.request)) as events:
+        async with aclosing(engine.generate(prepared.request)) as events:
             async for event in events:
                 for chunk in writer.feed(event):
                     self.outputs.put((task_id, chunk))
                 if writer.satisfied:
                     break
-        health = self.engine.pipeline.health()
+        health = engine.pipeline.health()
         for chunk in writer.finish(peak_bytes=health[0].peak_bytes):
             self.outputs.put((task_id, chunk))
 
     def _fail(self, task_id: str, message: str) -> None:
-        chunk = self._types.ErrorChunk(model=self._part.model_id, error_message=message)
+        chunk = self._types.ErrorChunk(model=self._own.model_id, error_message=message)
         self.outputs.put((task_id, chunk))
 
     async def _watch(self, engine: Engine) -> None:
@@ -239,18 +276,9 @@ class Leader:
             for task_id, each in prompts.items():
                 if told.get(task_id) != each.prompt_done:
                     chunk = self._types.PrefillProgressChunk(
-                        model=self._part.model_id,
+                        model=self._own.model_id,
                         processed_tokens=each.prompt_done,
                         total_tokens=each.prompt_tokens,
                     )
                     self.outputs.put((task_id, chunk))
             told = {task_id: each.prompt_done for task_id, each in prompts.items()}
-
-    async def _close(self) -> None:
-        if self._watching is not None:
-            self._watching.cancel()
-        if self.engine is not None:
-            await self.engine.close()
-        if self._ledger is not None:
-            self._ledger.close()
-        self._context.destroy(linger=0)

@@ -1,7 +1,4 @@
-"""Options of our engine inside exo's runners, which a node hands on to them by its environment.
-
-It knows nothing of exo.
-"""
+"""Options of our engine inside exo's runners, which a node hands on to them by its environment."""
 
 from __future__ import annotations
 

@@ -10,6 +10,7 @@ import importlib
 from collections.abc import Generator
 from typing import Any, ClassVar
 
+from exo_kimi.errors import ExoLoadError
 from exo_kimi.plugin.bindings import V71_BUILDER, V71_CONNECT, V71_ENGINE, V71_LOAD
 from exo_kimi.plugin.runner.builder import KimiBuilder
 from exo_kimi.plugin.runner.engine import KimiEngine
@@ -28,6 +29,17 @@ class FilledBuilder(KimiBuilder):
         self.vision_processor: Any = None
         FilledBuilder.latest = self
 
+    @classmethod
+    def of_this_runner(cls) -> FilledBuilder:
+        """The one that exo made.
+
+        Raises:
+            ExoLoadError: it has made none.
+        """
+        if cls.latest is None:
+            raise ExoLoadError("exo connects and loads with a builder", found="none was made")
+        return cls.latest
+
 
 def connect(bound_instance: Any) -> object:
     """In place of exo's `initialize_mlx`: what `KimiBuilder.connect` does.
@@ -35,9 +47,9 @@ def connect(bound_instance: Any) -> object:
     Raises:
         ExoKimiError: see there.
     """
-    assert FilledBuilder.latest is not None
-    FilledBuilder.latest.connect(bound_instance)
-    return FilledBuilder.latest
+    builder = FilledBuilder.of_this_runner()
+    builder.connect(bound_instance)
+    return builder
 
 
 def load(bound_instance: Any, group: object) -> Generator[Any, None, tuple[None, None, None]]:
@@ -46,8 +58,7 @@ def load(bound_instance: Any, group: object) -> Generator[Any, None, tuple[None,
     Raises:
         ExoKimiError: see there.
     """
-    assert FilledBuilder.latest is not None
-    yield from FilledBuilder.latest.load(bound_instance)
+    yield from FilledBuilder.of_this_runner().load(bound_instance)
     return None, None, None
 
 

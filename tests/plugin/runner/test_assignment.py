@@ -10,14 +10,14 @@ import pytest
 
 from exo_kimi.checkpoint.text_files import read_kimi_config
 from exo_kimi.errors import ExoPlacementError, KeyMismatchError, UsageError
-from exo_kimi.plugin.runner.assignment import key_of, not_ours, part_of
+from exo_kimi.plugin.runner.assignment import key_of, node_layers_of, not_ours
 from exo_kimi.plugin.runner.leader import cluster_plan
 from exo_kimi.runtime.transport.address import Address
 from exo_kimi.runtime.transport.keys import ClusterKey
 
 
 def test_every_rank_knows_its_layers_and_where_to_meet(exo_shapes: ModuleType) -> None:
-    first, second = (part_of(exo_shapes.bound_instance((5, 2), rank)) for rank in (0, 1))
+    first, second = (node_layers_of(exo_shapes.bound_instance((5, 2), rank)) for rank in (0, 1))
     assert (first.start_layer, first.end_layer, second.start_layer, second.end_layer) == (0, 5, 5, 7)
     assert [str(address) for address in first.seen] == ["127.0.0.2:50000"]
     assert str(second.listen) == "127.0.0.2:50000"
@@ -27,9 +27,9 @@ def test_every_rank_knows_its_layers_and_where_to_meet(exo_shapes: ModuleType) -
 
 def test_a_rank_listens_only_where_others_see_it_unless_they_differ(exo_shapes: ModuleType) -> None:
     bound = exo_shapes.bound_instance((3, 2, 2), 1)
-    assert str(part_of(bound).listen) == "127.0.0.2:50000"
+    assert str(node_layers_of(bound).listen) == "127.0.0.2:50000"
     bound.instance.hosts_by_node["node2"][1].ip = "10.0.0.7"
-    assert str(part_of(bound).listen) == "0.0.0.0:50000"
+    assert str(node_layers_of(bound).listen) == "0.0.0.0:50000"
 
 
 def test_a_rank_is_reached_by_the_one_before_over_their_own_cable(
@@ -38,22 +38,22 @@ def test_a_rank_is_reached_by_the_one_before_over_their_own_cable(
     monkeypatch.setenv("HOME", str(tmp_path))
     bound = exo_shapes.bound_instance((3, 2, 2), 0)
     bound.instance.hosts_by_node["node1"][2].ip = "10.0.0.7"
-    part = part_of(bound)
-    key = key_of(part, environment_text=None)
-    plan = cluster_plan(part, tiny, read_kimi_config(tiny), Address("", 0, "/own"), key)
+    own_layers = node_layers_of(bound)
+    key = key_of(own_layers, environment_text=None)
+    plan = cluster_plan(own_layers, tiny, read_kimi_config(tiny), Address("", 0, "/own"), key)
     assert [str(stage.remote) for stage in plan.stages] == ["ipc:///own", "127.0.0.2:50000", "127.0.0.3:50000"]
     assert [str(stage.from_previous) for stage in plan.stages[1:]] == ["127.0.0.2:50000", "10.0.0.7:50000"]
     assert [(stage.load.start_layer, stage.load.end_layer) for stage in plan.stages] == [(0, 3), (3, 5), (5, 7)]
 
 
 def test_a_rank_that_is_no_neighbour_is_found_through_one_that_is(exo_shapes: ModuleType) -> None:
-    part = part_of(exo_shapes.bound_instance((2, 2, 2, 1), 0))
-    assert [str(address) for address in part.seen] == ["127.0.0.2:50000", "127.0.0.3:50000", "127.0.0.4:50000"]
+    own_layers = node_layers_of(exo_shapes.bound_instance((2, 2, 2, 1), 0))
+    assert [str(address) for address in own_layers.seen] == ["127.0.0.2:50000", "127.0.0.3:50000", "127.0.0.4:50000"]
 
 
 def test_an_instance_alone_needs_no_address(exo_shapes: ModuleType) -> None:
-    part = part_of(exo_shapes.bound_instance((7,), 0))
-    assert (part.stages, part.listen, part.seen) == (1, None, ())
+    own_layers = node_layers_of(exo_shapes.bound_instance((7,), 0))
+    assert (own_layers.stages, own_layers.listen, own_layers.seen) == (1, None, ())
 
 
 @pytest.mark.parametrize(
@@ -61,12 +61,12 @@ def test_an_instance_alone_needs_no_address(exo_shapes: ModuleType) -> None:
 )
 def test_layers_that_are_not_each_on_one_rank_in_order_are_refused(exo_shapes: ModuleType, ranges: Any) -> None:
     with pytest.raises(ExoPlacementError, match="every layer exactly once"):
-        part_of(exo_shapes.bound_instance((5, 2), 0, ranges=ranges))
+        node_layers_of(exo_shapes.bound_instance((5, 2), 0, ranges=ranges))
 
 
 def test_a_rank_that_nobody_sees_is_refused(exo_shapes: ModuleType) -> None:
     with pytest.raises(ExoPlacementError, match="no address of rank 1"):
-        part_of(exo_shapes.bound_instance((5, 2), 0, ips=("127.0.0.1", "198.51.100.9")))
+        node_layers_of(exo_shapes.bound_instance((5, 2), 0, ips=("127.0.0.1", "198.51.100.9")))
 
 
 def test_all_ranks_of_an_instance_have_one_key_and_other_instances_another(
@@ -74,7 +74,7 @@ def test_all_ranks_of_an_instance_have_one_key_and_other_instances_another(
 ) -> None:
     monkeypatch.setenv("HOME", str(tmp_path))
     keys = [
-        key_of(part_of(exo_shapes.bound_instance((5, 2), rank, instance_id=instance)), environment_text=None)
+        key_of(node_layers_of(exo_shapes.bound_instance((5, 2), rank, instance_id=instance)), environment_text=None)
         for rank, instance in ((0, "one"), (1, "one"), (1, "two"))
     ]
     assert keys[0] == keys[1] != keys[2]
@@ -82,11 +82,11 @@ def test_all_ranks_of_an_instance_have_one_key_and_other_instances_another(
 
 
 def test_a_key_of_the_users_own_goes_first(exo_shapes: ModuleType) -> None:
-    part = part_of(exo_shapes.bound_instance((5, 2), 1))
+    own_layers = node_layers_of(exo_shapes.bound_instance((5, 2), 1))
     own = ClusterKey.generate()
-    assert key_of(part, environment_text=own.secret.decode()) == own
+    assert key_of(own_layers, environment_text=own.secret.decode()) == own
     with pytest.raises((UsageError, KeyMismatchError)):
-        key_of(part, environment_text="too short")
+        key_of(own_layers, environment_text="too short")
 
 
 def test_what_is_not_a_kimi_over_tcp_by_layers_is_left_to_exo(

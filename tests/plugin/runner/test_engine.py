@@ -74,7 +74,7 @@ class Ranks:
         return found
 
     def stages(self) -> list[Any]:
-        return [builder._host.status for builder in self.builders]  # type: ignore[union-attr]
+        return [builder._connected.host.status for builder in self.builders]  # type: ignore[union-attr]
 
     def close(self) -> None:
         for each in self.engines or self.builders:
@@ -320,7 +320,7 @@ def test_the_context_and_the_cache_budget_of_the_environment_are_the_limits(
         ranks.submit("long", "hello", max_output_tokens=100)
         ranks.submit("short", "hello", max_output_tokens=4)
         found = ranks.run(0, ended("long", "short"))
-        options = ranks.builders[0]._leader.engine.pipeline.options  # type: ignore[union-attr]
+        options = ranks.builders[0]._connected.others.engine.pipeline.options  # type: ignore[union-attr]
     finally:
         ranks.close()
     (error,) = [each.error_message for task, each in found if each.kind == "ErrorChunk"]
