@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import io
 import re
 import shlex
@@ -101,6 +102,29 @@ def test_every_class_of_the_architecture_exists() -> None:
     defined = set(re.findall(r"^(?:class )?([A-Z]\w+)(?:[(:]| = | ?\[)", code, re.MULTILINE))
     named = {name for span in SPAN.findall(text_of(ROOT / "docs" / "architecture.md")) for name in CLASS.findall(span)}
     assert named - defined == set()
+
+
+@pytest.mark.parametrize("name", ["FLOORS", "RUNTIME_FLOORS"])
+def test_the_floors_of_the_architecture_are_those_that_the_import_test_holds(name: str) -> None:
+    page = text_of(ROOT / "docs" / "architecture.md")
+    pictures = [text for text in FENCE.findall(page) if re.match(r" *\d+  \w", text[1])]
+    drawn = [
+        {room: int(floor) for line in text.splitlines() for floor, *rooms in [line.split()] for room in rooms}
+        for _, text in pictures
+    ]
+    tree = ast.parse((ROOT / "tests" / "test_imports.py").read_text(encoding="utf-8"))
+    held = next(ast.literal_eval(node.value) for node in tree.body if isinstance(node, ast.Assign) and node.targets[0].id == name)  # type: ignore[attr-defined]
+    assert {room: floor for room, floor in held.items() if room != "__main__"} == drawn[name == "RUNTIME_FLOORS"]
+
+
+def test_every_make_target_that_is_named_exists() -> None:
+    targets = set(re.findall(r"^([\w-]+):", text_of(ROOT / "Makefile"), re.MULTILINE))
+    workflow = ROOT / ".github" / "workflows" / "test.yml"
+    scripts = [text_of(workflow), text_of(ROOT / ".ci" / "run"), *(text for _, text in blocks("sh"))]
+    spans = [span for page in PAGES for span in SPAN.findall(FENCE.sub("", text_of(page)))]
+    named = re.findall(r"(?:^|- run: )make ([a-z][\w-]+)", "\n".join([*scripts, *spans]), re.MULTILINE)
+    assert len(named) > 15
+    assert set(named) <= targets
 
 
 def test_every_command_line_is_one_that_exo_kimi_takes(command_line: CommandLine) -> None:
