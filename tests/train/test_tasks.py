@@ -8,7 +8,7 @@ from random import Random
 
 import pytest
 
-from exo_kimi.train import conversations
+from exo_kimi.train.data import conversations
 from exo_kimi.train.data.conversations import training_conversation
 from exo_kimi.train.data.encoding import Encoder
 from exo_kimi.train.evaluation.cases import question_cases, tool_cases
