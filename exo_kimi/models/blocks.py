@@ -1,4 +1,4 @@
-"""How attention is cut so that what it holds at a time stays under a budget; it knows nothing of weights.
+"""How attention is cut so that what it holds at a time stays under a budget.
 
 Axes: B batch, L new tokens, T cached tokens.
 """
@@ -13,7 +13,7 @@ import mlx.core as mx
 
 from exo_kimi.arch.scratch import AttentionShape
 from exo_kimi.models import ops
-from exo_kimi.models.seen import Seen
+from exo_kimi.models.latent_cache import Latents
 
 Caches = TypeVar("Caches")
 
@@ -50,7 +50,7 @@ class Work:
 
     span: Span
     rows: slice
-    seen: Seen
+    seen: Latents
     absorbed: bool
     block_bytes: int
     element_bytes: int

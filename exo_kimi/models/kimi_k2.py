@@ -1,4 +1,4 @@
-"""Kimi K2 (and the text model of K2.5-2.7) for any range of layers, on mlx-lm's contract; it knows nothing of files.
+"""Kimi K2 (and the text model of K2.5-2.7) for any range of layers, on mlx-lm's contract.
 
 mlx-lm's names: `ModelArgs`, `Model(args)`, `__call__(inputs, cache)`, `layers`, `make_cache`, `sanitize`; attribute names
 are the checkpoint keys, and layers keep their number in a stage. On top: `forward_ragged` and `logits` for the engine.
@@ -6,6 +6,7 @@ are the checkpoint keys, and layers keep their number in a stage. On top: `forwa
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -18,18 +19,25 @@ from exo_kimi.arch.geometry import check_quantizable
 from exo_kimi.arch.modules import check_range
 from exo_kimi.arch.scratch import fitting_chunk
 from exo_kimi.errors import UsageError
-from exo_kimi.models import fused, ops
+from exo_kimi.models import ops, projection
 from exo_kimi.models.blocks import pieces_of
-from exo_kimi.models.decode import Decoder
+from exo_kimi.models.decode import DecodeStep, RMSNorm
 from exo_kimi.models.latent_cache import LatentCache8
 from exo_kimi.models.mla import Attention, Span
 from exo_kimi.models.moe import MLP, MoE
-from exo_kimi.models.ops import CACHE_STEP, KVCache, Rope
+from exo_kimi.models.ops import CACHE_STEP, KVCache
+from exo_kimi.models.rope import Rope
 from exo_kimi.models.sanitize import sanitize
 
 __all__ = ["CACHE_STEP", "Model", "ModelArgs"]
 
 ModelArgs = KimiConfig
+
+PIECE_LAYERS = 2
+"""How many layers' graph is handed over at a time when decoding. Measured with the least of whole steps on 61 thin layers (CPU):
+1 to 4 all take off what building the graph takes; on Metal each piece is a command buffer at least."""
+
+_LAYER = re.compile(r"model\.layers\.(\d+)\.")
 
 
 class DecoderLayer(nn.Module):
@@ -39,13 +47,18 @@ class DecoderLayer(nn.Module):
         super().__init__()
         self.self_attn = Attention(config, rope)
         self.mlp = MoE(config) if config.is_moe(layer) else MLP(config.hidden_size, config.intermediate_size)
-        self.input_layernorm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
-        self.post_attention_layernorm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.input_layernorm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
 
     def __call__(self, x: mx.array, positions: mx.array, spans: Sequence[Span], caches: Sequence[Any]) -> mx.array:
         """(N, D) to (N, D); arguments as in `Attention`."""
         h = x + self.self_attn(self.input_layernorm(x), positions, spans, caches)
         return h + self.mlp(self.post_attention_layernorm(h))
+
+    def decode(self, x: mx.array, step: DecodeStep, caches: Sequence[Any]) -> mx.array:
+        """The same of single tokens, (N, 1, 1, D) to (N, 1, 1, D); arguments as in `Attention.decode`."""
+        h = x + self["self_attn"].decode(self["input_layernorm"].decode(x), step, caches)
+        return h + self["mlp"].decode(self["post_attention_layernorm"].decode(h), step)
 
 
 class KimiK2Model(nn.Module):
@@ -71,6 +84,11 @@ class Model(nn.Module):
         end_layer: None for the last; a stage that ends there owns the final norm and head and gives logits.
         layers_only: own nothing but the layers, wherever they are.
 
+    Attributes:
+        decodes: whether `forward_ragged` takes single tokens through `decode`; `fuse` sets it.
+        piece_layers: how many layers' graph `decode` hands over at a time; 0 leaves everything to whoever evaluates the result,
+            which is the oracle and what counts a whole graph.
+
     Raises:
         SplitError: the range is empty or outside the model.
     """
@@ -89,7 +107,7 @@ class Model(nn.Module):
         self.model = KimiK2Model(args, start_layer, end_layer, embeds=self.is_first, norms=self.is_last)
         if self.is_last:
             self.lm_head = nn.Linear(args.hidden_size, args.vocab_size, bias=False)
-        self.decoder: Decoder | None = None
+        self.decodes, self.piece_layers = False, PIECE_LAYERS
         self.set_scratch_bytes(ops.SCRATCH_BYTES)
         self.kv_bits: int | None = None
 
@@ -163,8 +181,8 @@ class Model(nn.Module):
         Returns:
             (N, D) hidden states, before the final norm on the last stage.
         """
-        if self.decoder is not None and self.decoder.takes(segments):
-            return self.decoder(self.model.embed_tokens(x) if self.is_first else x, [caches for _, caches in segments])
+        if self.takes_decode(segments):
+            return self.decode(x, [caches for _, caches in segments])
         total = sum(length for length, _ in segments)
         longest = max(caches[0].offset + length for length, caches in segments)
         element_bytes = self.layers[0].input_layernorm.weight.dtype.size
@@ -178,6 +196,36 @@ class Model(nn.Module):
             # Or the graph of the next piece would hold this one's arrays.
             mx.eval(outputs[-1], [cache.state for _, caches in pieces for cache in caches])
         return mx.concatenate(outputs)
+
+    def takes_decode(self, segments: Sequence[tuple[int, Sequence[Any]]]) -> bool:
+        """Whether `forward_ragged` goes through `decode`: every sequence has one new token and a cache of ours."""
+        return self.decodes and all(
+            length == 1 and type(caches[0]) in (KVCache, LatentCache8) for length, caches in segments
+        )
+
+    def decode(self, x: mx.array, caches: Sequence[Sequence[Any]]) -> mx.array:
+        """One new token of each of N sequences, in as few MLX primitives as possible; the layers' calls are its oracle.
+
+        What a step can share is made once and not in each layer, and MLX begins with the first layers while Python builds the
+        graph of those after them.
+
+        Args:
+            x: (N,) int32 token ids on the first stage, else (N, D) hidden states.
+            caches: of each sequence, one per layer, which grow by its token.
+
+        Returns:
+            (N, D) hidden states, before the final norm on the last stage.
+        """
+        h = self.model.embed_tokens(x) if self.is_first else x
+        layers, tokens = self.layers, h.shape[0]
+        offsets = [own[0].offset for own in caches]
+        step = DecodeStep(layers[0].self_attn.rope, offsets, h.dtype, chosen=self.args.num_experts_per_tok)
+        h = h.reshape(tokens, 1, 1, -1)
+        for number, (layer, own) in enumerate(zip(layers, zip(*caches, strict=True), strict=True), start=1):
+            h = layer.decode(h, step, own)
+            if self.piece_layers and number % self.piece_layers == 0:
+                mx.async_eval(h)  # type: ignore[no-untyped-call]
+        return h.reshape(tokens, -1)
 
     def _pass(self, x: mx.array, segments: Sequence[tuple[int, Sequence[KVCache]]], asked: Sequence[int]) -> mx.array:
         positions = mx.concatenate(
@@ -198,35 +246,60 @@ class Model(nn.Module):
         return self.lm_head(self.model.norm(hidden)).astype(mx.float32)
 
     def groups(self) -> Iterator[tuple[str, Any, tuple[str, ...]]]:
-        """Modules with projections that can lie in one array and do not yet: path, module, names of the projections."""
+        """Modules with projections that can lie in one array and do not: path, module, names of the projections."""
         for path, module in self.named_modules():
-            for names in getattr(module, "together", ()):
-                parts = [module[name] for name in names if name in module]
-                if module.fused is None and len(parts) == len(names) and fused.agree(parts):
-                    yield path, module, names
+            names = getattr(module, "together", ())
+            parts = [module[name] for name in names if name in module]
+            if names and len(parts) == len(names) and projection.agree(parts) and not _are_one(module, parts):
+                yield path, module, names
 
     def fuse(self) -> None:
-        """Make decoding fast, once every weight is in place; call it again after changing one.
+        """Make decoding fast, once every weight is in place: `forward_ragged` takes single tokens through `decode`.
 
-        Projections of one input share an array wherever their bits agree (one module at a time is held twice meanwhile),
-        router weights become float32, and `forward_ragged` takes single tokens through `decode.Decoder`.
+        Projections of one input share an array wherever their bits agree (one module at a time is held twice meanwhile), and
+        router weights become float32. Call it again after replacing any of them; whatever else `decode` makes of weights once is
+        made again when they are replaced.
         """
+        for module in self.modules():
+            parts = [module[name] for name in getattr(module, "together", ()) if name in module]
+            if parts and not _are_one(module, parts):
+                module.fused = None
         for _, module, names in list(self.groups()):
-            module.fused = fused.fuse([module[name] for name in names])
+            module.fused = projection.fuse([module[name] for name in names])
         for layer in self.layers:
             if isinstance(layer.mlp, MoE):
                 layer.mlp.gate.weight = layer.mlp.gate.weight.astype(mx.float32)
                 mx.eval(layer.mlp.gate.weight)
-        self.decoder = Decoder(self.layers)
+        self.decodes = True
 
     def sanitize(self, weights: dict[str, mx.array]) -> dict[str, mx.array]:
-        """Checkpoint tensors under this model's names, for mlx-lm's loaders; see `models.sanitize`."""
-        return sanitize(self, weights)
+        """Checkpoint tensors under this model's names, for mlx-lm's loaders; see `models.sanitize`.
+
+        Where the checkpoint holds `embed_q` and `unembed_out`, the model's attention is changed to hold them too.
+        """
+        named = sanitize(weights, prefix=self.args.key_prefix, owns=self._owns)
+        for index, layer in enumerate(self.layers, start=self.start_layer):
+            if f"model.layers.{index}.self_attn.embed_q.weight" in named:
+                layer.self_attn.use_absorbed_modules()
+        return named
+
+    def _owns(self, name: str) -> bool:
+        layer = _LAYER.match(name)
+        if layer:
+            return self.start_layer <= int(layer[1]) < self.end_layer and not name.endswith("rotary_emb.inv_freq")
+        if name.startswith("model.embed_tokens."):
+            return self.is_first
+        return self.is_last and name.startswith(("model.norm.", "lm_head."))
 
     @property
     def cast_predicate(self) -> Any:
         """mlx-lm's question which parameters follow a change of dtype."""
         return lambda path: "e_score_correction_bias" not in path
+
+
+def _are_one(module: Any, parts: Sequence[nn.Module]) -> bool:
+    """Whether projections lie in the array that their module has for them."""
+    return module.fused is not None and module.fused.is_shared_by(parts)
 
 
 def _span(length: int) -> Span:

@@ -1,21 +1,31 @@
-"""A cache of latents and rotary keys in 8 bits, in groups of 64 (32 where 64 does not divide a width); it knows no layers.
+"""A sequence's cached latents and rotary keys as attention in latent space sees them, plain or in 8 bits; and the 8-bit cache.
 
-mlx-lm's contract of a cache as far as this model and the runtime use it. Bytes of one token and layer of K2: 512 + 64 codes and
-9 scales and biases of 2 bytes each, 612 in all against 1,152 in bf16.
+Both forms answer the same two products. That of 8 bits, in groups of 64 (32 where 64 does not divide a width), multiplies with
+the codes as they lie in the cache and unpacks nothing; its oracle is the plain form over what `LatentCache8.update_and_fetch`
+unpacks.
+
+The 8-bit cache keeps mlx-lm's contract of a cache as far as this model and the runtime use it. Bytes of one token and layer of
+K2: 512 + 64 codes and 9 scales and biases of 2 bytes each, 612 in all against 1,152 in bf16.
 
 Error: of a value in a group with range r = max - min at most 1.01 r / 255, one step: half of one for rounding, and as much at
 the far end of the range, for MLX stretches the steps until the end that is larger in magnitude lies on one. On top, 3 eps times
 the group's largest magnitude for scale and bias in the cache's dtype (eps 2^-8 for bf16), and 1e-6 for MLX's least step.
+
+Axes: B batch, L new tokens, T cached tokens, M rows (heads times new tokens), R kv_lora_rank.
 """
 
 from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
 
 import mlx.core as mx
 
 from exo_kimi.arch.geometry import kv_group
 from exo_kimi.errors import UsageError
+from exo_kimi.models import ops
 
-__all__ = ["BITS", "STEP", "LatentCache8", "Parts", "group_of", "unpacked"]
+__all__ = ["LatentCache8", "Latents", "PackedLatents", "PlainLatents", "extend"]
 
 BITS = 8
 STEP = 256
@@ -44,7 +54,7 @@ class LatentCache8:
     def update_and_fetch(self, latent: mx.array, k_pe: mx.array) -> tuple[mx.array, mx.array]:
         """The same; all of them as they come back from 8 bits, in the same dtype: a copy of the whole cache."""
         keys, values = self.append(latent, k_pe)
-        return unpacked(keys, self.offset), unpacked(values, self.offset)
+        return _unpacked(keys, self.offset), _unpacked(values, self.offset)
 
     @property
     def state(self) -> tuple[Parts | None, Parts | None]:
@@ -90,12 +100,85 @@ class LatentCache8:
         return grown[0], grown[1], grown[2]
 
 
-def group_of(parts: Parts) -> int:
+@dataclass(frozen=True, slots=True)
+class PlainLatents:
+    """latent (B, 1, T, R) and k_pe (B, 1, T, rope)."""
+
+    latent: mx.array
+    k_pe: mx.array
+
+    @property
+    def keys(self) -> int:
+        """T."""
+        return self.latent.shape[2]
+
+    def first(self, count: int) -> PlainLatents:
+        """The first tokens."""
+        return PlainLatents(self.latent[:, :, :count], self.k_pe[:, :, :count])
+
+    def scores(self, q: mx.array, q_pe: mx.array, *, scale: float = 1.0) -> mx.array:
+        """(B, 1, M, T) of queries (B, 1, M, R) and (B, 1, M, rope)."""
+        rotary = q_pe @ self.k_pe.swapaxes(-1, -2)
+        return mx.addmm(rotary, q, ops.turned(self.latent, rows=q.shape[2]), alpha=scale, beta=scale)
+
+    def mixed(self, weights: mx.array) -> mx.array:
+        """(B, 1, M, R) latents of weights (B, 1, M, T)."""
+        return weights @ self.latent
+
+    def whole(self) -> PlainLatents:
+        """Itself."""
+        return self
+
+
+@dataclass(frozen=True, slots=True)
+class PackedLatents:
+    """The same as an 8-bit cache holds them: codes, scales and biases with room behind their first `keys` tokens."""
+
+    latent: Parts
+    k_pe: Parts
+    keys: int
+
+    def first(self, count: int) -> PackedLatents:
+        """The first tokens."""
+        return PackedLatents(self.latent, self.k_pe, count)
+
+    def scores(self, q: mx.array, q_pe: mx.array, *, scale: float = 1.0) -> mx.array:
+        """As of `PlainLatents`."""
+        if scale != 1.0:
+            q, q_pe = q * scale, q_pe * scale
+        return self._product(q_pe, self.k_pe, transpose=True) + self._product(q, self.latent, transpose=True)
+
+    def mixed(self, weights: mx.array) -> mx.array:
+        """As of `PlainLatents`."""
+        return self._product(weights, self.latent, transpose=False)
+
+    def whole(self) -> PlainLatents:
+        """Unpacked: one copy of all."""
+        return PlainLatents(_unpacked(self.latent, self.keys), _unpacked(self.k_pe, self.keys))
+
+    def _product(self, x: mx.array, parts: Parts, *, transpose: bool) -> mx.array:
+        codes, scales, biases = (part[..., : self.keys, :] for part in parts)
+        return mx.quantized_matmul(
+            x, codes, scales, biases, transpose=transpose, group_size=_group_of(parts), bits=BITS
+        )
+
+
+Latents = PlainLatents | PackedLatents
+
+
+def extend(cache: Any, latent: mx.array, k_pe: mx.array) -> Latents:
+    """Add (B, 1, L, R) latents and (B, 1, L, rope) keys to a cache; all that it holds then."""
+    if isinstance(cache, LatentCache8):
+        return PackedLatents(*cache.append(latent, k_pe), cache.offset)
+    return PlainLatents(*ops.append_to_cache(cache, latent, k_pe))
+
+
+def _group_of(parts: Parts) -> int:
     """Elements of a group."""
     return 4 * parts[0].shape[-1] // parts[1].shape[-1]
 
 
-def unpacked(parts: Parts, count: int) -> mx.array:
+def _unpacked(parts: Parts, count: int) -> mx.array:
     """The first tokens as arrays in the dtype of scales."""
     codes, scales, biases = (part[..., :count, :] for part in parts)
-    return mx.dequantize(codes, scales, biases, group_of(parts), BITS)
+    return mx.dequantize(codes, scales, biases, _group_of(parts), BITS)

@@ -1,11 +1,12 @@
-"""Multi-head latent attention over ragged spans; it knows nothing of layers around it nor of files.
+"""Multi-head latent attention over ragged spans, and of single tokens.
 
 Axes: N tokens laid end to end, B batch, L new tokens, T cached tokens, H heads, R kv_lora_rank.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, ClassVar
 
 import mlx.core as mx
@@ -15,11 +16,14 @@ from exo_kimi.arch.config import KimiConfig
 from exo_kimi.arch.scratch import AttentionShape, attention_bytes
 from exo_kimi.models import ops
 from exo_kimi.models.blocks import Span, Work, finish, head_groups, joined, query_blocks
-from exo_kimi.models.fused import Fused
-from exo_kimi.models.ops import Rope
-from exo_kimi.models.seen import Plain, extend
+from exo_kimi.models.decode import DecodeStep, Derived, RMSNorm
+from exo_kimi.models.latent_cache import Latents, PlainLatents, extend
+from exo_kimi.models.projection import Projection
+from exo_kimi.models.rope import Rope
 
 __all__ = ["Attention", "Span"]
+
+PerHead = Callable[[mx.array], mx.array]
 
 LATENT_NORM_EPS = 1e-6
 """Kimi's q_a and kv_a norms use this whatever rms_norm_eps says. Source: DeepseekV3RMSNorm's default."""
@@ -34,15 +38,16 @@ class Attention(nn.Module):
     Source: "DeepSeek-V2", section 2.1; DeepseekV3Attention in transformers.
     """
 
-    together: ClassVar = (("q_a_proj", "kv_a_proj_with_mqa"),)
+    together: ClassVar = ("q_a_proj", "kv_a_proj_with_mqa")
 
     def __init__(self, config: KimiConfig, rope: Rope) -> None:
         super().__init__()
-        self.fused: Fused | None = None
+        self.fused: Projection | None = None
+        self._halves = Derived(partial(_halves, config.num_attention_heads, config.qk_nope_head_dim))
         self.config, self.shape = config, AttentionShape.of(config)
         self.heads = config.num_attention_heads
         self.nope, self.pe, self.v = config.qk_nope_head_dim, config.qk_rope_head_dim, config.v_head_dim
-        self.rank = config.kv_lora_rank
+        self.rank, self.q_rank = config.kv_lora_rank, config.q_lora_rank or 0
         self.scale = config.attention_scale
         self.scratch_bytes = ops.SCRATCH_BYTES
         self.rope = rope
@@ -51,10 +56,10 @@ class Attention(nn.Module):
             self.q_proj = nn.Linear(hidden, self.heads * config.qk_head_dim, bias=False)
         else:
             self.q_a_proj = nn.Linear(hidden, config.q_lora_rank, bias=bias)
-            self.q_a_layernorm = nn.RMSNorm(config.q_lora_rank, eps=LATENT_NORM_EPS)
+            self.q_a_layernorm = RMSNorm(config.q_lora_rank, eps=LATENT_NORM_EPS)
             self.q_b_proj = nn.Linear(config.q_lora_rank, self.heads * config.qk_head_dim, bias=False)
         self.kv_a_proj_with_mqa = nn.Linear(hidden, self.rank + self.pe, bias=bias)
-        self.kv_a_layernorm = nn.RMSNorm(self.rank, eps=LATENT_NORM_EPS)
+        self.kv_a_layernorm = RMSNorm(self.rank, eps=LATENT_NORM_EPS)
         self.kv_b_proj = nn.Linear(self.rank, self.heads * (self.nope + self.v), bias=False)
         self.o_proj = nn.Linear(self.heads * self.v, hidden, bias=bias)
 
@@ -103,6 +108,46 @@ class Attention(nn.Module):
         out = joined([outputs[item.rows.start] for item in work])
         return self.o_proj(out.reshape(x.shape[0], self.heads * self.v))
 
+    def decode(self, x: mx.array, step: DecodeStep, caches: Sequence[Any]) -> mx.array:
+        """Attend from one new token of each of N sequences, in latent space and in as few MLX primitives as possible.
+
+        Its oracle is a call with a span for each sequence.
+
+        Args:
+            x: (N, 1, 1, D).
+            step: what all layers share.
+            caches: one per sequence, of ours, which grows by its token.
+
+        Returns:
+            (N, 1, 1, D).
+        """
+        tokens, heads = x.shape[0], self.heads
+        if self.fused is not None:
+            q, latent, k_pe = mx.split(self.fused(x), [self.q_rank, self.q_rank + self.rank], axis=-1)
+        else:
+            latent, k_pe = mx.split(self["kv_a_proj_with_mqa"](x), [self.rank], axis=-1)
+            q = self["q_proj"](x) if "q_proj" in self else self["q_a_proj"](x)
+        if "q_proj" not in self:
+            q = self["q_b_proj"](self["q_a_layernorm"].decode(q))
+        q_nope, q_pe = mx.split(q.reshape(tokens, 1, heads, -1), [self.nope], axis=-1)
+        q_pe, k_pe = step.turned(q_pe), step.turned(k_pe)
+        latent = self["kv_a_layernorm"].decode(latent)
+        absorb, unembed = self._per_head()
+        q = _by_token(absorb(_by_head(q_nope)))
+        if tokens == 1:
+            attended = self._attend_one(q, q_pe, extend(caches[0], latent, k_pe))
+        else:
+            rows = [slice(row, row + 1) for row in range(tokens)]
+            attended = mx.concatenate(
+                [
+                    self._attend_one(q[row], q_pe[row], extend(cache, latent[row], k_pe[row]))
+                    for row, cache in zip(rows, caches, strict=True)
+                ]
+            )
+        values = unembed(_by_head(attended))
+        out = values if tokens == 1 else values.swapaxes(0, 1)
+        return self["o_proj"](out.reshape(tokens, 1, 1, -1))
+
     def remember(self, x: mx.array, positions: mx.array, spans: Sequence[Span], caches: Sequence[Any]) -> None:
         """Let the caches grow by these tokens as attending would, and attend to nothing; arguments as of a call."""
         _, _, latent, k_pe = self.project(x, positions)  # lazily: the queries are never computed
@@ -140,6 +185,13 @@ class Attention(nn.Module):
             out = self.unembed_out(out)
         return out.swapaxes(0, 1)
 
+    def _per_head(self) -> tuple[PerHead, PerHead]:
+        """For `decode`: into latent space, (H, n, nope) to (H, n, R), and out of it, (H, n, R) to (H, n, v)."""
+        if "kv_b_proj" not in self:
+            return self["embed_q"], self["unembed_out"]
+        kv_b = self["kv_b_proj"]
+        return self._halves(kv_b, kv_b["weight"], kv_b.get("scales"), kv_b.get("biases"))
+
     def expand(self, latent: mx.array, heads: slice) -> tuple[mx.array, mx.array]:
         """k_nope (B, h, T, nope) and v (B, h, T, v) of latents (B, 1, T, R), for h of the heads."""
         if "kv_b_proj" in self:
@@ -159,7 +211,7 @@ class Attention(nn.Module):
             row = rows.stop
             new = latent[rows].reshape(span.batch, 1, span.length, self.rank)
             new_pe = k_pe[rows].reshape(span.batch, 1, span.length, self.pe)
-            seen = Plain(new, new_pe) if cache is None else extend(cache, new, new_pe)
+            seen = PlainLatents(new, new_pe) if cache is None else extend(cache, new, new_pe)
             absorbed = self.prefers_absorbed(span.length, seen.keys)
             block_bytes = self._block_bytes(latent, seen.keys)
             work.append(Work(span, rows, seen, absorbed, block_bytes, latent.dtype.size))
@@ -215,6 +267,27 @@ class Attention(nn.Module):
                 mx.eval(groups[-1])  # before the next group's keys are expanded
         return joined(groups, axis=1).swapaxes(1, 2).reshape(-1, self.heads, self.v)
 
+    def _attend_one(self, q: mx.array, q_pe: mx.array, seen: Latents) -> mx.array:
+        """(1, 1, H, R) attended latents of one token: its heads share the keys, so they are rows of one product."""
+        return seen.mixed(mx.softmax(seen.scores(q, q_pe, scale=self.scale), axis=-1, precise=True))
+
     def _by_sequence(self, rows: mx.array, span: Span) -> mx.array:
         """(B, H, L, width) of (B * L, H, width)."""
         return rows.reshape(span.batch, span.length, self.heads, -1).swapaxes(1, 2)
+
+
+def _halves(heads: int, nope: int, kv_b: nn.Module, *_: mx.array | None) -> tuple[PerHead, PerHead]:
+    """Products with each head's rows of k_nope and of v in kv_b_proj, which holds the arrays that follow."""
+    whole = Projection.of(kv_b)
+    k_nope, v = (whole.rows_of_heads(heads, rows) for rows in (slice(nope), slice(nope, None)))
+    return partial(k_nope, transpose=False), v
+
+
+def _by_head(x: mx.array) -> mx.array:
+    """(H, N, width) of single tokens (N, 1, H, width)."""
+    return x.reshape(x.shape[2], 1, -1) if x.shape[0] == 1 else x[:, 0].swapaxes(0, 1)
+
+
+def _by_token(x: mx.array) -> mx.array:
+    """(N, 1, H, width) of (H, N, width)."""
+    return x.reshape(1, 1, x.shape[0], -1) if x.shape[1] == 1 else x.swapaxes(0, 1)[:, None]

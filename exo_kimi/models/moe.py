@@ -1,4 +1,4 @@
-"""Feed-forward layers: the dense MLP, the router and the mixture of experts; it knows nothing of attention or files."""
+"""Feed-forward layers: the dense MLP, the router, the routed experts and the mixture of them."""
 
 from __future__ import annotations
 
@@ -9,32 +9,42 @@ from typing import ClassVar
 
 import mlx.core as mx
 import mlx.nn as nn
+from mlx_lm.models.switch_layers import SwitchGLU, SwitchLinear
 
 from exo_kimi.arch.config import KimiConfig
 from exo_kimi.models import ops
-from exo_kimi.models.experts import ExpertGLU
-from exo_kimi.models.fused import Fused
+from exo_kimi.models.decode import DecodeStep, Derived
+from exo_kimi.models.projection import Projection
+
+SORTED_FROM = 64
+"""Choices from which tokens are sorted by expert, so that each expert's weights are read in one go."""
 
 
 class MLP(nn.Module):
     """down(silu(gate(x)) * up(x))."""
 
-    together: ClassVar = (("gate_proj", "up_proj"),)
+    together: ClassVar = ("gate_proj", "up_proj")
 
     def __init__(self, hidden: int, width: int) -> None:
         super().__init__()
-        self.fused: Fused | None = None
+        self.fused: Projection | None = None
         self.gate_proj = nn.Linear(hidden, width, bias=False)
         self.up_proj = nn.Linear(hidden, width, bias=False)
         self.down_proj = nn.Linear(width, hidden, bias=False)
 
     def __call__(self, x: mx.array) -> mx.array:
-        gate, up = (self.gate_proj(x), self.up_proj(x)) if self.fused is None else mx.split(self.fused(x), 2, axis=-1)
-        return self.down_proj(ops.swiglu(gate, up))
+        gate, up = (
+            (self["gate_proj"](x), self["up_proj"](x)) if self.fused is None else mx.split(self.fused(x), 2, axis=-1)
+        )
+        return self["down_proj"](ops.swiglu(gate, up))
+
+    def decode(self, x: mx.array, step: DecodeStep) -> mx.array:
+        """The same, whatever the axes before the last."""
+        return self(x)
 
 
 @dataclass(frozen=True)
-class Choice:
+class ExpertChoice:
     """K experts by their logits: those that rank best within the best `kept_groups` of `groups`."""
 
     groups: int
@@ -76,7 +86,7 @@ class Choice:
 
 
 @lru_cache
-def compiled(choice: Choice) -> Callable[[mx.array, mx.array], tuple[mx.array, mx.array]]:
+def compiled(choice: ExpertChoice) -> Callable[[mx.array, mx.array], tuple[mx.array, mx.array]]:
     """The same with what comes before the weights in one compiled call on a GPU, shared by all layers; for decoding, as every
     number of tokens is traced anew. The weights stay outside: scores that are gathered in the same trace would be a kernel of
     their own."""
@@ -97,18 +107,93 @@ class Router(nn.Module):
     def __init__(self, config: KimiConfig) -> None:
         super().__init__()
         self.chosen = config.num_experts_per_tok
-        self.choose = Choice(
+        self.choose = ExpertChoice(
             config.n_group, config.topk_group, self.chosen, normalised=config.norm_topk_prob and self.chosen > 1
         )
         self.factor = config.routed_scaling_factor
         self.weight = mx.zeros((config.n_routed_experts, config.hidden_size))
         self.e_score_correction_bias = mx.zeros((config.n_routed_experts,))
+        self._operands, self._choose = Derived(_in_float32), compiled(self.choose)
 
     def __call__(self, x: mx.array) -> tuple[mx.array, mx.array]:
         """Experts (N, K) uint32 and weights (N, K) float32 of tokens (N, D)."""
         logits = x.astype(mx.float32) @ self.weight.astype(mx.float32).T
         indices, weights = self.choose(logits, self.e_score_correction_bias.astype(mx.float32))
         return indices, weights * self.factor
+
+    def decode(self, x: mx.array) -> tuple[mx.array, mx.array]:
+        """Experts (N, 1, 1, K) and their weights, not yet times the factor, of single tokens (N, 1, 1, D)."""
+        matrix, row, bias = self._operands(self["weight"], self["e_score_correction_bias"])
+        # A matrix of two axes would make MLX flatten a single token and unflatten the product.
+        logits = x.astype(mx.float32) @ (row if x.shape[0] == 1 else matrix)
+        return self._choose(logits, bias)
+
+
+def _in_float32(weight: mx.array, bias: mx.array) -> tuple[mx.array, mx.array, mx.array]:
+    """W^T as a matrix of two axes and of four, and the bias of four."""
+    matrix = weight.astype(mx.float32).T
+    operands = matrix, matrix[None, None], bias.astype(mx.float32)[None, None, None]
+    mx.eval(operands)
+    return operands
+
+
+class _Activation(nn.Module):
+    def __call__(self, up: mx.array, gate: mx.array) -> mx.array:
+        return ops.swiglu(gate, up)
+
+
+class _ExpertLinear(SwitchLinear):
+    def __call__(self, x: mx.array, indices: mx.array, sorted_indices: bool = False) -> mx.array:
+        return Projection.of(self).of_experts(x, indices, in_order=sorted_indices)
+
+
+class ExpertGLU(SwitchGLU):
+    """down_e(silu(gate_e(x)) * up_e(x)) for the experts e of each token; each projection has its own quantization.
+
+    Args:
+        x: (N, D) tokens.
+        indices: (N, K) experts of each token.
+
+    Returns:
+        (N, K, D).
+    """
+
+    together: ClassVar = ("gate_proj", "up_proj")
+
+    def __init__(self, input_dims: int, hidden_dims: int, experts: int) -> None:
+        super().__init__(input_dims, hidden_dims, experts, activation=_Activation())
+        self.gate_proj = _ExpertLinear(input_dims, hidden_dims, experts, bias=False)
+        self.up_proj = _ExpertLinear(input_dims, hidden_dims, experts, bias=False)
+        self.down_proj = _ExpertLinear(hidden_dims, input_dims, experts, bias=False)
+        self.fused: Projection | None = None
+
+    def __call__(self, x: mx.array, indices: mx.array) -> mx.array:
+        if self.fused is None:
+            return super().__call__(x, indices)
+        tokens, chosen = indices.shape
+        experts, rows = indices.reshape(-1), None
+        in_order = experts.size >= SORTED_FROM
+        if in_order:
+            order = mx.argsort(experts)
+            experts, rows = experts[order], order // chosen
+            both = self.fused.of_experts(x[rows][:, None], experts, in_order=True)
+        else:
+            both = self.fused.of_experts(x[:, None, None], indices)
+        gate, up = mx.split(both, 2, axis=-1)
+        y = self.down_proj(ops.swiglu(gate, up), experts if in_order else indices, sorted_indices=in_order)
+        if in_order:
+            y = y[mx.argsort(order)]
+        return y.reshape(tokens, chosen, -1)
+
+    def decode(self, x: mx.array, experts: mx.array, step: DecodeStep) -> mx.array:
+        """(N, 1, K, D) of single tokens (N, 1, 1, D) and their experts (N, 1, 1, K)."""
+        if self.fused is not None:
+            gate, up = mx.split(self.fused.of_experts(x, experts, rows=step.rows), 2, axis=-1)
+        else:
+            both = map(Projection.of, (self["gate_proj"], self["up_proj"]))
+            gate, up = (one.of_experts(x, experts, rows=step.rows) for one in both)
+        y = Projection.of(self["down_proj"]).of_experts(ops.swiglu(gate, up), experts, rows=step.choices)
+        return y.reshape(x.shape[0], 1, experts.shape[-1], -1)
 
 
 class MoE(nn.Module):
@@ -127,3 +212,13 @@ class MoE(nn.Module):
         y = self.switch_mlp(x, indices)
         y = (y * weights[..., None]).sum(axis=-2).astype(y.dtype)
         return y + self.shared_experts(x) if "shared_experts" in self else y
+
+    def decode(self, x: mx.array, step: DecodeStep) -> mx.array:
+        """The same of single tokens, (N, 1, 1, D) to (N, 1, 1, D)."""
+        experts, weights = self["gate"].decode(x)
+        y = self["switch_mlp"].decode(x, experts, step)
+        shared = self["shared_experts"].decode(x, step) if "shared_experts" in self else None
+        if shared is not None and y.dtype == mx.float32:
+            return mx.addmm(shared, weights, y, alpha=self["gate"].factor)
+        y = ((weights * self["gate"].factor) @ y.astype(mx.float32)).astype(x.dtype)
+        return y if shared is None else y + shared

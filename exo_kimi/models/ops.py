@@ -1,13 +1,11 @@
-"""The seam to mlx and mlx-lm: the operations that differ between versions or devices; it knows nothing of layers.
+"""The seam to mlx and mlx-lm: the operations that differ between versions or devices.
 
 Holds for mlx 0.31.2 with mlx-lm 0.31.3 (exo's) up to mlx 0.32.x with mlx-lm 0.32.x.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
-from dataclasses import dataclass
 from functools import lru_cache, wraps
 from typing import Any, ParamSpec
 
@@ -17,15 +15,11 @@ from mlx_lm.models.base import create_attention_mask
 from mlx_lm.models.cache import KVCache
 from mlx_lm.models.mla import MultiLinear
 
-from exo_kimi.arch.config import KimiConfig
-from exo_kimi.arch.rope import yarn_mscale
-
 __all__ = [
     "CACHE_STEP",
     "SCRATCH_BYTES",
     "KVCache",
     "MultiLinear",
-    "Rope",
     "append_to_cache",
     "attention_mask",
     "causal_mask",
@@ -82,52 +76,6 @@ def scores_and_ranking(logits: mx.array, bias: mx.array) -> tuple[mx.array, mx.a
 def shares(weights: mx.array, total: mx.array) -> mx.array:
     """weights / total, and 0 where every weight is."""
     return weights / (total + 1e-20)
-
-
-@dataclass(frozen=True, slots=True)
-class Rope:
-    """Rotary positions of one model, plain or yarn, on interleaved pairs.
-
-    Source: DeepseekV3YarnRotaryEmbedding of Kimi K2's modelling code; "YaRN", Peng et al. 2023, eq. 23.
-    """
-
-    dims: int
-    wavelengths: mx.array
-    amplitude: float
-
-    @classmethod
-    def of(cls, config: KimiConfig) -> Rope:
-        """The rotary embedding that a config asks for."""
-        dims, theta, yarn = config.qk_rope_head_dim, config.rope_theta, config.rope_scaling
-        plain = [theta ** (pair / dims) for pair in range(0, dims, 2)]
-        if yarn is None:
-            return cls(dims, mx.array(plain, dtype=mx.float32), 1.0)
-
-        def dimension_that_turns(rotations: float) -> float:
-            length = yarn.original_max_position_embeddings
-            return dims * math.log(length / (rotations * 2 * math.pi)) / (2 * math.log(theta))
-
-        low = max(math.floor(dimension_that_turns(yarn.beta_fast)), 0)
-        high = min(math.ceil(dimension_that_turns(yarn.beta_slow)), dims - 1)
-        width = high - low or 0.001  # the published code's guard against a ramp of no width
-        stretched = []
-        for pair, wavelength in enumerate(plain):
-            ramp = min(max((pair - low) / width, 0.0), 1.0)
-            stretched.append(1.0 / (ramp / (yarn.factor * wavelength) + (1.0 - ramp) / wavelength))
-        amplitude = yarn_mscale(yarn.factor, yarn.mscale) / yarn_mscale(yarn.factor, yarn.mscale_all_dim)
-        return cls(dims, mx.array(stretched, dtype=mx.float32), amplitude)
-
-    def __call__(self, x: mx.array, positions: mx.array) -> mx.array:
-        """Rotate x (N, heads, dims) by positions (N,) int32: the tokens go on the batch axis, where offsets may differ."""
-        return self.turn(x[:, :, None, :], positions)[:, :, 0, :]
-
-    def turn(self, x: mx.array, positions: mx.array) -> mx.array:
-        """The same of (N, heads, 1, dims)."""
-        if self.amplitude != 1.0:
-            x = x * self.amplitude
-        return mx.fast.rope(
-            x, self.dims, traditional=True, base=None, scale=1.0, offset=positions, freqs=self.wavelengths
-        )
 
 
 def head_rows_matmul(x: mx.array, linear: nn.Module, rows: slice, *, heads: int, transpose: bool) -> mx.array:

@@ -6,12 +6,9 @@ The project's loader does not come here: it fills the model tensor by tensor fro
 from __future__ import annotations
 
 import re
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Mapping
 
 import mlx.core as mx
-
-if TYPE_CHECKING:
-    from exo_kimi.models.kimi_k2 import Model
 
 FP8_BLOCK = 128
 """Side of the square blocks that share one scale. Source: quantization_config.weight_block_size of Kimi K2."""
@@ -19,7 +16,6 @@ FP8_BLOCK = 128
 INT4_ZERO = 8
 """Code of zero in compressed-tensors INT4: value = (code - 8) * scale."""
 
-_LAYER = re.compile(r"model\.layers\.(\d+)\.")
 _EXPERT = re.compile(r"(.*\.mlp)\.experts\.(\d+)\.(gate_proj|up_proj|down_proj)\.(\w+)")
 
 
@@ -38,28 +34,17 @@ def int4_biases(scales: mx.array) -> mx.array:
     return scales * -INT4_ZERO
 
 
-def sanitize(model: Model, weights: dict[str, mx.array]) -> dict[str, mx.array]:
-    """Rename, stack and unpack the tensors of this model's layers and drop the rest.
+def sanitize(weights: Mapping[str, mx.array], *, prefix: str, owns: Callable[[str], bool]) -> dict[str, mx.array]:
+    """Rename, stack and unpack tensors.
 
-    Where the checkpoint holds `embed_q` and `unembed_out`, the model's attention is changed to hold them too.
+    Args:
+        weights: a checkpoint's tensors, or some of its.
+        prefix: what its names have before the model's; tensors without are dropped.
+        owns: whether a tensor of this name, without prefix, is wanted.
     """
-    prefix = model.args.key_prefix
     named = {name[len(prefix) :]: value for name, value in weights.items() if name.startswith(prefix)}
-    named = {name: value for name, value in named.items() if _is_owned(model, name)}
-    named = _stack_experts({name: value for path in _modules(named) for name, value in _unpack(path, named)})
-    for index, layer in enumerate(model.layers, start=model.start_layer):
-        if f"model.layers.{index}.self_attn.embed_q.weight" in named:
-            layer.self_attn.use_absorbed_modules()
-    return named
-
-
-def _is_owned(model: Model, name: str) -> bool:
-    layer = _LAYER.match(name)
-    if layer:
-        return model.start_layer <= int(layer[1]) < model.end_layer and not name.endswith("rotary_emb.inv_freq")
-    if name.startswith("model.embed_tokens."):
-        return model.is_first
-    return model.is_last and name.startswith(("model.norm.", "lm_head."))
+    named = {name: value for name, value in named.items() if owns(name)}
+    return _stack_experts({name: value for path in _modules(named) for name, value in _unpack(path, named)})
 
 
 def _modules(named: dict[str, mx.array]) -> list[str]:

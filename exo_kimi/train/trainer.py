@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from exo_kimi.errors import UsageError
-from exo_kimi.models.ops import Rope
+from exo_kimi.models.rope import Rope
 from exo_kimi.train.data.batches import make_batch, training_groups
 from exo_kimi.train.data.encoding import Encoder
 from exo_kimi.train.model.forward import Batch, ForwardResult, loss_and_gradients

@@ -13,7 +13,8 @@ from exo_kimi.arch.scratch import attention_bytes, scratch_needed
 from exo_kimi.models.blocks import pieces_of
 from exo_kimi.models.kimi_k2 import Model
 from exo_kimi.models.mla import Attention, Span
-from exo_kimi.models.ops import KVCache, Rope
+from exo_kimi.models.ops import KVCache
+from exo_kimi.models.rope import Rope
 
 
 @given(st.lists(st.tuples(st.integers(1, 9), st.integers(0, 9)), min_size=1, max_size=5), st.integers(1, 12))

@@ -1,4 +1,4 @@
-"""Single tokens through the decoder agree with the layers, and fused projections with those apart."""
+"""Single tokens through `decode` agree with the layers' calls, and fused projections with those apart."""
 
 from __future__ import annotations
 
@@ -12,9 +12,8 @@ import pytest
 from mlx.utils import tree_flatten
 
 from exo_kimi.arch.config import KimiConfig
-from exo_kimi.models.decode import rotations
 from exo_kimi.models.kimi_k2 import Model
-from exo_kimi.models.ops import Rope
+from exo_kimi.models.rope import Rope
 
 PROMPTS = ([3, 1, 4, 1, 5], [9, 2], [6, 5, 3, 5, 8, 9, 7, 9])
 
@@ -70,7 +69,7 @@ def test_the_decoder_agrees_with_the_layers(
     expected = decode(build(raw_config, **changes), sequences)
     model = build(raw_config, **changes)
     model.fuse()
-    assert model.decoder is not None
+    assert model.decodes
     for slow, fast in zip(expected, decode(model, sequences), strict=True):
         assert np.abs(np.array(slow - fast)).max() < 1e-4 * np.abs(np.array(slow)).max()
 
@@ -79,10 +78,10 @@ def test_the_decoder_agrees_with_the_layers(
 def test_layers_begun_early_give_what_the_whole_graph_gives(raw_config: dict[str, Any], piece_layers: int) -> None:
     model = build(raw_config)
     model.fuse()
-    assert model.decoder is not None and model.decoder.piece_layers > 0
-    model.decoder.piece_layers = 0
+    assert model.decodes and model.piece_layers > 0
+    model.piece_layers = 0
     whole = decode(model, 3)
-    model.decoder.piece_layers = piece_layers
+    model.piece_layers = piece_layers
     for expected, found in zip(whole, decode(model, 3), strict=True):
         np.testing.assert_array_equal(np.array(found), np.array(expected))
 
@@ -132,11 +131,52 @@ def test_bf16_weights_decode_as_the_layers_do(raw_config: dict[str, Any]) -> Non
         assert np.abs(np.array(slow - fast)).max() < 0.05 * np.abs(np.array(slow)).max()
 
 
+def replaced(model: Model) -> None:
+    """Other weights in the same modules: of norms, router, experts and, where they are, of both halves of kv_b_proj."""
+    mx.random.seed(9)
+    for path, value in tree_flatten(model.parameters()):
+        module: Any = model
+        *names, leaf = path.split(".")
+        for name in names:
+            module = module[int(name)] if name.isdigit() else module[name]
+        if mx.issubdtype(value.dtype, mx.floating):
+            module[leaf] = value * (1 + 0.1 * mx.random.normal(value.shape).astype(value.dtype))
+
+
+@pytest.mark.parametrize("changes", [{}, {"bits": None}, {"absorbed": True}], ids=["kv_b", "plain", "absorbed"])
+def test_replaced_weights_are_decoded_with_once_they_are_fused_again(
+    raw_config: dict[str, Any], changes: dict[str, Any]
+) -> None:
+    slow, model = build(raw_config, **changes), build(raw_config, **changes)
+    model.fuse()
+    before = decode(model, 2)
+    for each in (slow, model):
+        replaced(each)
+    model.fuse()
+    expected = decode(slow, 2)
+    assert not np.allclose(np.array(before[0]), np.array(expected[0]), atol=1e-3)
+    for one, other in zip(expected, decode(model, 2), strict=True):
+        np.testing.assert_allclose(np.array(other), np.array(one), rtol=1e-4, atol=1e-4)
+
+
+def test_what_decoding_derives_of_weights_is_no_parameter_and_follows_them(raw_config: dict[str, Any]) -> None:
+    model = build(raw_config)
+    names = {path for path, _ in tree_flatten(model.parameters())}
+    model.fuse()
+    decode(model, 2)
+    assert {path for path, _ in tree_flatten(model.parameters())} == names
+    norm = model.layers[0].input_layernorm
+    x = mx.random.normal((2, 1, 1, model.args.hidden_size))
+    for scale in (1.0, 3.0):
+        norm.weight = mx.full(norm.weight.shape, scale)
+        np.testing.assert_allclose(np.array(norm.decode(x)), np.array(norm(x)), rtol=1e-5)
+
+
 def test_rotations_turn_as_the_oracle_does(config: KimiConfig, rotate: Callable[..., Any]) -> None:
     rope = Rope.of(config)
     positions = np.array([0, 1, 777, 4096])
     x = np.random.default_rng(0).standard_normal((4, 3, config.qk_rope_head_dim))
-    found = x @ rotations(positions, 1.0 / np.array(rope.wavelengths), rope.amplitude)
+    found = x @ rope.matrices(positions)
     np.testing.assert_allclose(found, rotate(x, positions, config), atol=1e-3)
 
 

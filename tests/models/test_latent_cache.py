@@ -109,7 +109,7 @@ def test_decoding_multiplies_with_the_codes_as_with_what_they_unpack_to(
     slow = [model.forward_ragged(tokens, [(1, caches) for caches in expected]) for tokens in steps]
     if fused:
         model.fuse()
-        assert model.decoder is not None and model.decoder.takes([(1, caches) for caches in found])
+        assert model.takes_decode([(1, caches) for caches in found])
     for tokens, hidden in zip(steps, slow, strict=True):
         fast = model.forward_ragged(tokens, [(1, caches) for caches in found])
         np.testing.assert_allclose(np.array(fast), np.array(hidden), atol=1e-5)

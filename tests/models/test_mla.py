@@ -13,7 +13,8 @@ import pytest
 from exo_kimi.arch.config import KimiConfig
 from exo_kimi.models import blocks
 from exo_kimi.models.mla import Attention, Span
-from exo_kimi.models.ops import KVCache, Rope
+from exo_kimi.models.ops import KVCache
+from exo_kimi.models.rope import Rope
 
 WAYS = ("absorbed", "expanded")
 FORMS = ("plain", "3-bit", "4-bit", "6-bit", "8-bit", "mxfp4", "on-disk absorbed", "on-disk absorbed 3-bit")

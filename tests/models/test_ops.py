@@ -13,8 +13,9 @@ import pytest
 
 from exo_kimi.arch.config import KimiConfig
 from exo_kimi.models import ops
-from exo_kimi.models.experts import ExpertGLU
-from exo_kimi.models.ops import CACHE_STEP, KVCache, Rope
+from exo_kimi.models.moe import ExpertGLU
+from exo_kimi.models.ops import CACHE_STEP, KVCache
+from exo_kimi.models.rope import Rope
 
 
 def test_rope_turns_every_token_by_its_own_position(config: KimiConfig, rotate: Callable[..., Any]) -> None:

@@ -13,7 +13,7 @@ from mlx.utils import tree_flatten, tree_unflatten
 
 from exo_kimi.models.kimi_k2 import Model
 from exo_kimi.models.mla import Span
-from exo_kimi.models.ops import Rope
+from exo_kimi.models.rope import Rope
 from exo_kimi.train.model.forward import Batch, loss_and_gradients, predictions
 from exo_kimi.train.model.layers import Parameters
 from exo_kimi.train.model.parameters import BIAS, first_values

@@ -27,9 +27,8 @@ from exo_kimi.bench.setups.layers import layer_config, relative_gap
 from exo_kimi.bench.setups.tiny_answers import TinyAnswers
 from exo_kimi.checkpoint.tiny.make import make_tiny
 from exo_kimi.models.kimi_k2 import Model
-from exo_kimi.models.latent_cache import LatentCache8
+from exo_kimi.models.latent_cache import LatentCache8, extend
 from exo_kimi.models.ops import KVCache
-from exo_kimi.models.seen import extend
 from exo_kimi.runtime.loading.loader import load
 
 BYTES_BAR = 1.85

@@ -8,22 +8,20 @@ of whole loops: ours answers steps as a stage does, theirs is `generate_step`, w
 from __future__ import annotations
 
 import argparse
-import contextlib
 import itertools
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from importlib.metadata import version
 from typing import Any
-from unittest import mock
 
 import mlx.core as mx
 import numpy as np
 
 from exo_kimi.bench.frame import Result, Row, finish, seconds, taken_in_turn
-from exo_kimi.bench.setups.primitives import VIEWS, primitives
+from exo_kimi.bench.setups.primitives import dispatches, one_kernel_each, primitives
 from exo_kimi.bench.setups.thin import Thin, thin_models
-from exo_kimi.models.decode import PIECE_LAYERS
+from exo_kimi.models.kimi_k2 import PIECE_LAYERS
 from exo_kimi.runtime.requests import SamplingParams
 from exo_kimi.runtime.stage.worker import StageWorker
 from exo_kimi.runtime.steps import Segment, SequenceStart, Step
@@ -149,8 +147,7 @@ def step_of(models: Thin, *, ours: bool, piece_layers: int = 0) -> Callable[[], 
     """Builds the graph of one more token, up to its logits, after a prompt. Ours begins with `piece_layers` layers while it
     builds those after them; 0: nothing of it runs yet."""
     if ours:
-        assert models.ours.decoder is not None
-        models.ours.decoder.piece_layers = piece_layers
+        models.ours.piece_layers = piece_layers
         caches = models.ours.make_cache()
         mx.eval(models.ours.forward_ragged(mx.array(PROMPT), [(len(PROMPT), caches)]))
         return lambda: models.ours.logits(models.ours.forward_ragged(mx.array([5]), [(1, caches)]))
@@ -181,22 +178,9 @@ def counts(models: Thin) -> tuple[Row, Row]:
     """Primitives of a step, and kernels that a GPU would be given."""
     figures = [sum(primitives(step_of(models, ours=ours)()).values()) for ours in (True, False)]
     with one_kernel_each():
-        for ours in (True, False):
-            nodes = primitives(step_of(models, ours=ours)())
-            figures.append(sum(count for name, count in nodes.items() if name not in VIEWS))
+        figures += [dispatches(step_of(models, ours=ours)()) for ours in (True, False)]
     every = _count("primitives per token", *figures[:2], bar=0.7)
     return every, _count("dispatches per token, as on a GPU", *figures[2:])
-
-
-@contextlib.contextmanager
-def one_kernel_each() -> Iterator[None]:
-    """Count as on a GPU: one node for what has a kernel there, and element-wise chains that are compiled there as one."""
-    with (
-        mock.patch.object(mx.fast, "rms_norm", lambda x, *_, **__: mx.sin(x)),
-        mock.patch.object(mx.fast, "rope", lambda x, *_, **__: mx.sin(x)),
-        mock.patch("exo_kimi.models.ops.on_cpu", lambda: False),
-    ):
-        yield
 
 
 def _count(name: str, ours: int, theirs: int, *, bar: float | None = None) -> Row:

@@ -14,7 +14,8 @@ from mlx_lm.models.deepseek_v3 import ModelArgs as TheirArgs
 
 from exo_kimi.arch.config import KimiConfig
 from exo_kimi.models.mla import Attention, Span
-from exo_kimi.models.ops import KVCache, Rope, causal_mask
+from exo_kimi.models.ops import KVCache, causal_mask
+from exo_kimi.models.rope import Rope
 
 K2_SCALING = {
     "type": "yarn",

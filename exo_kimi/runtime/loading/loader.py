@@ -18,8 +18,8 @@ from mlx.utils import tree_flatten
 from exo_kimi.checkpoint.index import open_index
 from exo_kimi.checkpoint.manifest import ModuleSource, StageManifest, resolve
 from exo_kimi.errors import MissingTensorError, ShapeMismatchError, UnexpectedTensorError, UsageError
-from exo_kimi.models.fused import LEAVES, adopt
 from exo_kimi.models.kimi_k2 import Model
+from exo_kimi.models.projection import LEAVES, adopt
 from exo_kimi.runtime.loading.filling import Job, jobs_of
 from exo_kimi.runtime.loading.parameter_target import Storage, Target, allocate, can_share, share
 from exo_kimi.runtime.loading.tensor_reader import TensorReader
