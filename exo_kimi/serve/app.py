@@ -17,21 +17,19 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
 import exo_kimi
-from exo_kimi.chat.defaults import GenerationDefaults
-from exo_kimi.chat.template import ChatTemplate
-from exo_kimi.chat.tokenizer import KimiTokenizer
+from exo_kimi.dialogue.speaker import Speaker
 from exo_kimi.errors import ExoKimiError
 from exo_kimi.runtime.requests import TextEngine
 from exo_kimi.serve.answer.formats import ChatFormat, Format, Head, TextFormat
 from exo_kimi.serve.answer.generation import Generation
-from exo_kimi.serve.answer.stream import Answer
+from exo_kimi.serve.answer.stream import AnswerStream
 from exo_kimi.serve.body import read_json
 from exo_kimi.serve.gate import Gate
 from exo_kimi.serve.health import health_report
 from exo_kimi.serve.metrics import Metrics
-from exo_kimi.serve.problems import Problem, answer_error, answer_http_error
+from exo_kimi.serve.problems import ApiProblem, answer_error, answer_http_error
 from exo_kimi.serve.request.fields import GenerationFields
-from exo_kimi.serve.request.prepare import Prepared, Speaker, prepare_chat, prepare_completion
+from exo_kimi.serve.request.prepare import Prepared, prepare_chat, prepare_completion
 from exo_kimi.serve.request.schemas import parse_chat, parse_completion
 
 MAX_BODY_BYTES = 64 * 2**20
@@ -41,9 +39,7 @@ METRICS_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 
 def create_app(
     engine: TextEngine,
-    tokenizer: KimiTokenizer,
-    template: ChatTemplate,
-    defaults: GenerationDefaults,
+    speaker: Speaker,
     *,
     model_id: str,
     api_key: str | None = None,
@@ -55,9 +51,7 @@ def create_app(
 
     Args:
         engine: generates tokens; the app never closes it (see `server.run`).
-        tokenizer: of the checkpoint.
-        template: of the checkpoint.
-        defaults: sampling that the checkpoint recommends, for what a request leaves open.
+        speaker: of the checkpoint.
         model_id: the one model served.
         api_key: asked of every client when given; /health stays open.
         max_body_bytes: larger bodies get 413.
@@ -66,7 +60,7 @@ def create_app(
     """
     server = _Server(
         engine=engine,
-        speaker=Speaker(tokenizer=tokenizer, template=template, defaults=defaults),
+        speaker=speaker,
         metrics=Metrics(engine.snapshot),
         model_id=model_id,
         max_body_bytes=max_body_bytes,
@@ -81,7 +75,7 @@ def create_app(
     app.add_api_route("/v1/models/{model:path}", server.model, methods=["GET"])
     app.add_api_route("/health", server.health, methods=["GET"])
     app.add_api_route("/metrics", server.prometheus, methods=["GET"])
-    for kind in (ExoKimiError, Problem, Exception):
+    for kind in (ExoKimiError, ApiProblem, Exception):
         app.add_exception_handler(kind, answer_error)
     app.add_exception_handler(HTTPException, answer_http_error)
     app.add_middleware(Gate, metrics=server.metrics, paths=PATHS, api_key=api_key)
@@ -144,7 +138,7 @@ class _Server:
         for choice in prepared.choices:
             self.engine.check(choice.request)
         start: Callable[[], Generation] = partial(Generation, self.engine, prepared.choices, self.metrics)
-        return Answer(
+        return AnswerStream(
             start,
             style,
             prompt_tokens=prepared.prompt_tokens,
@@ -159,9 +153,9 @@ class _Server:
         if asked not in (None, "", "default", self.model_id):
             raise self._unknown_model(asked)
 
-    def _unknown_model(self, asked: str) -> Problem:
+    def _unknown_model(self, asked: str) -> ApiProblem:
         message = f"the model '{asked[:200]}' does not exist: this server has '{self.model_id}'"
-        return Problem(404, message, param="model", code="model_not_found")
+        return ApiProblem(404, message, param="model", code="model_not_found")
 
     def _model_card(self) -> dict[str, Any]:
         context = self.engine.snapshot().context

@@ -9,7 +9,7 @@ from typing import Any, NoReturn
 from starlette.requests import Request
 
 from exo_kimi.errors import RequestError
-from exo_kimi.serve.problems import Problem
+from exo_kimi.serve.problems import ApiProblem
 
 MAX_DEPTH = 100
 # What a web page may send to a server on loopback without asking it first: refused, so that no page can run the model.
@@ -20,13 +20,13 @@ async def read_json(request: Request, *, max_bytes: int) -> dict[str, Any]:
     """The JSON object in a request's body.
 
     Raises:
-        Problem: 413 for a body over `max_bytes`, 415 for one that says it is a form, or that a web page sends untyped.
+        ApiProblem: 413 for a body over `max_bytes`, 415 for one that says it is a form, or that a web page sends untyped.
         RequestError: not UTF-8, not JSON, not an object, nested over 100 levels, or a number or text that JSON forbids.
     """
     declared = request.headers.get("content-type", "").split(";")[0].strip().lower()
     # A page can also send bytes of no type at all; only browsers tell an origin.
     if declared in FORM_TYPES or (not declared and "origin" in request.headers):
-        raise Problem(
+        raise ApiProblem(
             415,
             f"the body must be JSON: send `Content-Type: application/json` (found {declared or 'none'})",
             code="unsupported_media_type",
@@ -57,7 +57,7 @@ def parse_object(data: bytes) -> dict[str, Any]:
 
 
 async def _read(request: Request, max_bytes: int) -> bytes:
-    too_large = Problem(
+    too_large = ApiProblem(
         413, f"the body is over {max_bytes} bytes, which is this server's limit", code="request_too_large"
     )
     length = request.headers.get("content-length", "")

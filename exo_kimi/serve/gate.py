@@ -10,7 +10,7 @@ from collections.abc import Iterable
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from exo_kimi.serve.metrics import Metrics
-from exo_kimi.serve.problems import Problem
+from exo_kimi.serve.problems import ApiProblem
 
 log = logging.getLogger(__name__)
 
@@ -53,7 +53,9 @@ class Gate:
         if self._admits(scope):
             await self._app(scope, receive, counting_send)
         else:
-            refusal = Problem(401, "missing or wrong API key: send `Authorization: Bearer KEY`", code="invalid_api_key")
+            refusal = ApiProblem(
+                401, "missing or wrong API key: send `Authorization: Bearer KEY`", code="invalid_api_key"
+            )
             await refusal.response()(scope, receive, counting_send)
 
     def _admits(self, scope: Scope) -> bool:

@@ -9,13 +9,11 @@ from pathlib import Path
 from typing import Any
 
 from exo_kimi.arch.config import KimiConfig
-from exo_kimi.chat.defaults import GenerationDefaults
-from exo_kimi.chat.template import ChatTemplate
-from exo_kimi.chat.tokenizer import KimiTokenizer
 from exo_kimi.checkpoint.doctor.doctor import text_errors
 from exo_kimi.checkpoint.index import open_index
 from exo_kimi.checkpoint.manifest import resolve
 from exo_kimi.checkpoint.text_files import read_config
+from exo_kimi.dialogue.speaker import Speaker
 from exo_kimi.errors import CheckpointProblems, UsageError
 from exo_kimi.planner.matching import check_matches
 from exo_kimi.planner.plan import read_plan
@@ -88,9 +86,7 @@ def serve(options: ServeOptions, *, announce: Callable[[str], None] | None = Non
         scratch_bytes=scratch_bytes,
         kv_bits=kv_bits,
     )
-    tokenizer = KimiTokenizer.from_directory(options.directory)
-    template = ChatTemplate.from_directory(options.directory, tokenizer)
-    defaults = GenerationDefaults.from_directory(options.directory, tokenizer)
+    speaker = Speaker.from_directory(options.directory)
     _check_texts(options.directory, plan.config)
     model_id = _utf8(options.model_id or options.directory.resolve().name)
     disk = disk_terms(options.prefix_disk_bytes, options.prefix_dir, check=not options.stage)
@@ -106,7 +102,7 @@ def serve(options: ServeOptions, *, announce: Callable[[str], None] | None = Non
     async def factory() -> Served:
         cluster = StageCluster(plan, cluster_options)
         engine = Engine(cluster, context=context, drafter=drafter, prefixes=prefixes, **given)
-        app = create_app(engine, tokenizer, template, defaults, model_id=model_id, api_key=options.api_key)
+        app = create_app(engine, speaker, model_id=model_id, api_key=options.api_key)
         await cluster.start()
         await engine.start()
         return Served(app=app, engine=engine, wait_ready=cluster.wait_ready)

@@ -24,7 +24,7 @@ log = logging.getLogger(__name__)
 RETRY_AFTER_S = 5
 
 
-class Problem(Exception):
+class ApiProblem(Exception):
     """A failure with the status and the fields that the client will read.
 
     Args:
@@ -66,25 +66,25 @@ class Problem(Exception):
         return JSONResponse(self.body(), status_code=self.status, headers=headers)
 
 
-def to_problem(error: BaseException) -> Problem:
+def to_problem(error: BaseException) -> ApiProblem:
     """The answer that a failure deserves; what nobody foresaw becomes a 500 without any detail of the inside."""
-    if isinstance(error, Problem):
+    if isinstance(error, ApiProblem):
         return error
     if isinstance(error, ContextLengthError):
-        return Problem(400, str(error), param=error.param or "messages", code="context_length_exceeded")
+        return ApiProblem(400, str(error), param=error.param or "messages", code="context_length_exceeded")
     if isinstance(error, OverloadedError):
-        return Problem(503, str(error), kind="server_error", code="overloaded")
+        return ApiProblem(503, str(error), kind="server_error", code="overloaded")
     if isinstance(error, RequestError):
-        return Problem(400, str(error), param=error.param, code=error.code)
+        return ApiProblem(400, str(error), param=error.param, code=error.code)
     if isinstance(error, ChatError):
         # Without `where`: files of the server are none of the client's business.
-        return Problem(400, f"{error.what}: {error.found}" if error.found else error.what, code=_snake(error))
+        return ApiProblem(400, f"{error.what}: {error.found}" if error.found else error.what, code=_snake(error))
     if isinstance(error, RuntimeFault):
-        return Problem(503, str(error), kind="server_error", code=_snake(error))
+        return ApiProblem(503, str(error), kind="server_error", code=_snake(error))
     if isinstance(error, ExoKimiError):
-        return Problem(500, error.what, kind="server_error", code="internal_error")
+        return ApiProblem(500, error.what, kind="server_error", code="internal_error")
     log.error("unexpected failure while answering a request", exc_info=error)
-    return Problem(500, "internal server error", kind="server_error", code="internal_error")
+    return ApiProblem(500, "internal server error", kind="server_error", code="internal_error")
 
 
 def from_validation(error: ValidationError, body: object) -> RequestError:
@@ -135,9 +135,9 @@ async def answer_http_error(request: Request, error: Exception) -> JSONResponse:
     assert isinstance(error, HTTPException)
     where = f"{request.method} {request.url.path}"
     if error.status_code == 404:
-        return Problem(404, f"unknown URL: {where}", code="unknown_url").response()
+        return ApiProblem(404, f"unknown URL: {where}", code="unknown_url").response()
     if error.status_code == 405:
-        response = Problem(405, f"method not allowed: {where}", code="method_not_supported").response()
+        response = ApiProblem(405, f"method not allowed: {where}", code="method_not_supported").response()
         response.headers.update(error.headers or {})
         return response
-    return Problem(error.status_code, str(error.detail)).response()
+    return ApiProblem(error.status_code, str(error.detail)).response()

@@ -11,8 +11,8 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+from exo_kimi.dialogue.speaker import Speaker
 from exo_kimi.plugin.runner.chunks import ExoTypes
-from exo_kimi.plugin.runner.task import Speaker
 
 CANCEL_ALL = "CANCEL_ALL_TASKS"
 

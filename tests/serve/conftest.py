@@ -15,10 +15,8 @@ import pytest
 import uvicorn
 from fastapi import FastAPI
 
-from exo_kimi.chat.defaults import GenerationDefaults
-from exo_kimi.chat.template import ChatTemplate
-from exo_kimi.chat.tokenizer import KimiTokenizer
 from exo_kimi.checkpoint.tiny.make import make_tiny
+from exo_kimi.dialogue.speaker import Speaker
 from exo_kimi.errors import EngineStoppedError, RuntimeFault
 from exo_kimi.runtime.requests import EngineSnapshot, GenerationRequest, RequestProgress, StageHealth, TokenEvent
 from exo_kimi.serve.app import create_app
@@ -27,14 +25,11 @@ MODEL = "tiny-kimi"
 Script = Callable[[GenerationRequest], Sequence[int]]
 
 
-@dataclass
-class Voice:
-    """Tokenizer, template and defaults of one checkpoint."""
+@dataclass(frozen=True, kw_only=True)
+class Voice(Speaker):
+    """The speaker of one checkpoint, and where that is."""
 
     directory: Path
-    tokenizer: KimiTokenizer
-    template: ChatTemplate
-    defaults: GenerationDefaults
 
     def ids(self, text: str) -> list[int]:
         """Token ids of a text in which control tokens are written by name."""
@@ -194,18 +189,13 @@ class LiveServer:
 
 
 def voice_of(directory: Path) -> Voice:
-    tokenizer = KimiTokenizer.from_directory(directory)
-    return Voice(
-        directory=directory,
-        tokenizer=tokenizer,
-        template=ChatTemplate.from_directory(directory, tokenizer),
-        defaults=GenerationDefaults.from_directory(directory, tokenizer),
-    )
+    of = Speaker.from_directory(directory)
+    return Voice(directory=directory, tokenizer=of.tokenizer, template=of.template, defaults=of.defaults)
 
 
 @pytest.fixture(scope="session")
 def make_voice() -> Callable[[Path], Voice]:
-    """`make_voice(directory)`: tokenizer, template and defaults of any checkpoint."""
+    """`make_voice(directory)`: the speaker of any checkpoint."""
     return voice_of
 
 
@@ -246,8 +236,7 @@ def app_of() -> Callable[..., FastAPI]:
     """`app_of(engine, **options)`: the app over an engine."""
 
     def make(engine: ScriptedEngine, **options: Any) -> FastAPI:
-        by = engine.voice
-        return create_app(engine, by.tokenizer, by.template, by.defaults, **{"model_id": MODEL, **options})
+        return create_app(engine, engine.voice, **{"model_id": MODEL, **options})
 
     return make
 

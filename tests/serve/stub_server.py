@@ -7,9 +7,7 @@ import sys
 from collections.abc import AsyncGenerator
 from pathlib import Path
 
-from exo_kimi.chat.defaults import GenerationDefaults
-from exo_kimi.chat.template import ChatTemplate
-from exo_kimi.chat.tokenizer import KimiTokenizer
+from exo_kimi.dialogue.speaker import Speaker
 from exo_kimi.errors import EngineStoppedError
 from exo_kimi.runtime.requests import EngineSnapshot, GenerationRequest, TokenEvent
 from exo_kimi.serve.app import create_app
@@ -51,12 +49,9 @@ class EndlessEngine:
 
 
 async def make() -> Served:
-    directory = Path(sys.argv[1])
-    tokenizer = KimiTokenizer.from_directory(directory)
-    template = ChatTemplate.from_directory(directory, tokenizer)
     engine = EndlessEngine()
-    defaults = GenerationDefaults.from_directory(directory, tokenizer)
-    return Served(app=create_app(engine, tokenizer, template, defaults, model_id="stub"), engine=engine)
+    speaker = Speaker.from_directory(Path(sys.argv[1]))
+    return Served(app=create_app(engine, speaker, model_id="stub"), engine=engine)
 
 
 if __name__ == "__main__":

@@ -43,7 +43,7 @@ def real(tmp_path_factory, make_voice, live_server):
         engine = Engine(pipeline)
         await engine.start()
         await engine.wait_ready()
-        app = create_app(engine, voice.tokenizer, voice.template, voice.defaults, model_id="tiny")
+        app = create_app(engine, voice, model_id="tiny")
         return app, engine
 
     with live_server(factory) as server:

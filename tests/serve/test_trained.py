@@ -36,7 +36,7 @@ def client(make_voice, live_server):
         engine = Engine(pipeline)
         await engine.start()
         await engine.wait_ready()
-        return create_app(engine, voice.tokenizer, voice.template, voice.defaults, model_id="tiny"), engine
+        return create_app(engine, voice, model_id="tiny"), engine
 
     with live_server(factory) as server, openai.OpenAI(base_url=f"{server.url}/v1", api_key="none") as made:
         yield made

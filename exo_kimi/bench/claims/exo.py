@@ -38,13 +38,13 @@ from exo_kimi.bench.setups.awake import awake
 from exo_kimi.bench.setups.exo_here import ExoHere, find_exo
 from exo_kimi.bench.setups.exo_nodes import BIND_US, ExoCluster, exo_cluster
 from exo_kimi.checkpoint.tiny.make import make_tiny
+from exo_kimi.dialogue.speaker import Speaker
 from exo_kimi.errors import ExoError, ExoKimiError
 from exo_kimi.plugin.control.apply import apply_plan
 from exo_kimi.plugin.control.http import ExoClient
 from exo_kimi.plugin.control.plan import exo_plan
 from exo_kimi.plugin.control.prepare import prepare
 from exo_kimi.plugin.control.watch import Deadlines
-from exo_kimi.plugin.runner.task import Speaker
 from exo_kimi.runtime.loading.loader import load
 from exo_kimi.sse import event_data
 

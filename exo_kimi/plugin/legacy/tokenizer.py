@@ -1,4 +1,4 @@
-"""Our tokenizer and chat template with the few methods that legacy exo calls; it knows nothing of models."""
+"""Our tokenizer and chat template with the few methods that legacy exo calls."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from exo_kimi.chat.guard import TextGuard
-from exo_kimi.chat.template import ChatTemplate
-from exo_kimi.chat.tokenizer import Detokenizer, KimiTokenizer
+from exo_kimi.chat.tokenizer import Detokenizer
+from exo_kimi.dialogue.speaker import Speaker
 
 END_OF_TURN = "<|im_end|>"
 
@@ -51,13 +51,13 @@ class LegacyTokenizer:
     """What legacy exo asks of a Hugging Face tokenizer.
 
     Args:
-        tokenizer: of the checkpoint.
-        template: of the checkpoint.
+        speaker: of the checkpoint.
         streaming: of one reply, whose tokens come in one list after another: a character may end in a later list.
     """
 
-    def __init__(self, tokenizer: KimiTokenizer, template: ChatTemplate, *, streaming: bool = False) -> None:
-        self._tokenizer, self._template = tokenizer, template
+    def __init__(self, speaker: Speaker, *, streaming: bool = False) -> None:
+        self._speaker = speaker
+        self._tokenizer = tokenizer = speaker.tokenizer
         self.eos_token_id = StopIds(tokenizer.stop_ids, first=tokenizer.special[END_OF_TURN])
         self.vocab_size = tokenizer.vocab_size
         self._stream: Detokenizer | None = tokenizer.detokenizer() if streaming else None
@@ -71,12 +71,11 @@ class LegacyTokenizer:
         Raises:
             TokenizerError, TemplateError: its files are missing or malformed.
         """
-        tokenizer = KimiTokenizer.from_directory(directory)
-        return cls(tokenizer, ChatTemplate.from_directory(directory, tokenizer))
+        return cls(Speaker.from_directory(directory))
 
     def of_reply(self) -> LegacyTokenizer:
         """The same for one reply."""
-        return LegacyTokenizer(self._tokenizer, self._template, streaming=True)
+        return LegacyTokenizer(self._speaker, streaming=True)
 
     def apply_chat_template(
         self,
@@ -91,7 +90,7 @@ class LegacyTokenizer:
             RequestError: a message that no text template can take.
             TemplateError: the template refuses the messages.
         """
-        prompt = self._template.render(conversation, tools=tools, add_generation_prompt=add_generation_prompt)
+        prompt = self._speaker.template.render(conversation, tools=tools, add_generation_prompt=add_generation_prompt)
         return prompt.ids if tokenize else RenderedPrompt(prompt.text, prompt.ids)
 
     def encode(self, text: str) -> list[int]:

@@ -18,6 +18,7 @@ from typing import Any
 
 from exo_kimi.checkpoint.index import open_index
 from exo_kimi.checkpoint.manifest import StageManifest, resolve
+from exo_kimi.dialogue.speaker import Speaker
 from exo_kimi.errors import ExoLoadError
 from exo_kimi.plugin.runner.assignment import NodeLayers, key_of, node_layers_of
 from exo_kimi.plugin.runner.chunks import ExoTypes
@@ -26,7 +27,6 @@ from exo_kimi.plugin.runner.leader import READY_S, Leader, cluster_plan, config_
 from exo_kimi.plugin.runner.options import EngineOptions
 from exo_kimi.plugin.runner.rank_messages import RankMessagesReader
 from exo_kimi.plugin.runner.stage import StageHost
-from exo_kimi.plugin.runner.task import Speaker
 from exo_kimi.runtime.transport.address import Address
 from exo_kimi.runtime.transport.keys import ENVIRONMENT_NAME, ClusterKey
 

@@ -20,12 +20,13 @@ from typing import Any, TypeVar
 import zmq.asyncio
 
 from exo_kimi.arch.config import KimiConfig
+from exo_kimi.dialogue.speaker import Speaker
 from exo_kimi.errors import ExoKimiError, RuntimeFault, StageError
 from exo_kimi.plugin.runner.assignment import NodeLayers
 from exo_kimi.plugin.runner.chunks import ChunkWriter, ExoTypes
 from exo_kimi.plugin.runner.options import EngineOptions
 from exo_kimi.plugin.runner.rank_messages import RankMessagesListener
-from exo_kimi.plugin.runner.task import Speaker, prepare_task
+from exo_kimi.plugin.runner.task import prepare_task
 from exo_kimi.runtime.cluster.cluster_plan import ClusterPlan, StagePlan
 from exo_kimi.runtime.cluster.options import ClusterOptions
 from exo_kimi.runtime.cluster.supervisor import StageCluster

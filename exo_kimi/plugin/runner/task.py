@@ -4,14 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 from exo_kimi.chat.constraint import strict_tools
-from exo_kimi.chat.defaults import GenerationDefaults
 from exo_kimi.chat.output import OutputParser
-from exo_kimi.chat.template import ChatTemplate
-from exo_kimi.chat.tokenizer import KimiTokenizer
+from exo_kimi.dialogue.speaker import Speaker
 from exo_kimi.errors import UnsupportedError
 from exo_kimi.runtime.requests import GenerationRequest, SamplingParams
 
@@ -25,29 +22,6 @@ _SAMPLING = (
     "repetition_penalty",
     "seed",
 )
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Speaker:
-    """How a checkpoint reads and writes text, and how it likes to be sampled."""
-
-    tokenizer: KimiTokenizer
-    template: ChatTemplate
-    defaults: GenerationDefaults
-
-    @classmethod
-    def from_directory(cls, directory: Path) -> Speaker:
-        """Of a checkpoint.
-
-        Raises:
-            TokenizerError, TemplateError: its files are missing or malformed.
-        """
-        tokenizer = KimiTokenizer.from_directory(directory)
-        return cls(
-            tokenizer=tokenizer,
-            template=ChatTemplate.from_directory(directory, tokenizer),
-            defaults=GenerationDefaults.from_directory(directory, tokenizer),
-        )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

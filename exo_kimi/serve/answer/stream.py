@@ -26,7 +26,7 @@ _LINE_ENDS = {ord(character): f"\\u{ord(character):04x}" for character in "\x7f\
 STREAM_HEADERS = {"cache-control": "no-cache", "x-accel-buffering": "no"}
 
 
-class Answer(Response):
+class AnswerStream(Response):
     """A response that makes itself while it is sent.
 
     Args:

@@ -11,12 +11,12 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from exo_kimi.chat.constraint import no_tools_bias
-from exo_kimi.chat.defaults import GenerationDefaults
 from exo_kimi.chat.output import OutputParser
-from exo_kimi.chat.template import ChatTemplate, Prompt
+from exo_kimi.chat.template import Prompt
 from exo_kimi.chat.tokenizer import KimiTokenizer
 from exo_kimi.dialogue.decoding import ChatDecoder, TextDecoder
 from exo_kimi.dialogue.pieces import Choice
+from exo_kimi.dialogue.speaker import Speaker
 from exo_kimi.errors import RequestError, UnsupportedError
 from exo_kimi.runtime.requests import GenerationRequest, SamplingParams
 from exo_kimi.serve.request.fields import GenerationFields
@@ -28,15 +28,6 @@ from exo_kimi.serve.request.tools import plan_tools
 DEFAULT_TEXT_TOKENS = 16  # OpenAI's documented default for text completions; chat has none
 MAX_SEQUENCES = 128
 _SEED_RANGE = 2**63
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Speaker:
-    """What belongs to the checkpoint: how text becomes tokens, and how it likes to be sampled."""
-
-    tokenizer: KimiTokenizer
-    template: ChatTemplate
-    defaults: GenerationDefaults
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -11,9 +11,10 @@ from typing import Any
 import pytest
 
 from exo_kimi.checkpoint.tiny.make import make_tiny
+from exo_kimi.dialogue.speaker import Speaker
 from exo_kimi.errors import RequestError, UnsupportedError
 from exo_kimi.plugin.runner.chunks import ChunkWriter
-from exo_kimi.plugin.runner.task import Prepared, Speaker, prepare_task
+from exo_kimi.plugin.runner.task import Prepared, prepare_task
 from exo_kimi.runtime.requests import TokenEvent
 
 TOOL = {"type": "function", "function": {"name": "get_weather", "parameters": {"type": "object"}, "strict": True}}

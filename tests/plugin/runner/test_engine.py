@@ -12,12 +12,12 @@ from typing import Any
 import pytest
 
 from exo_kimi.checkpoint.tiny.make import make_tiny
+from exo_kimi.dialogue.speaker import Speaker
 from exo_kimi.errors import CheckpointProblems, ExoError, ExoKimiError, StageDiedError
 from exo_kimi.plugin.control.prepare import prepare
 from exo_kimi.plugin.runner import engine as exo_engine
 from exo_kimi.plugin.runner.builder import KimiBuilder
 from exo_kimi.plugin.runner.chunks import ExoTypes
-from exo_kimi.plugin.runner.task import Speaker
 
 MODEL = "lab/kimi-k2-tiny"
 SECONDS = 30.0

@@ -29,13 +29,13 @@ from safetensors.numpy import load_file, save_file
 
 from exo_kimi.checkpoint.index import open_index
 from exo_kimi.checkpoint.tiny.make import make_tiny
+from exo_kimi.dialogue.speaker import Speaker
 from exo_kimi.errors import ExoLoadError
 from exo_kimi.plugin.control.apply import Applied, apply_plan
 from exo_kimi.plugin.control.http import ExoClient
 from exo_kimi.plugin.control.plan import exo_plan
 from exo_kimi.plugin.control.prepare import prepare
 from exo_kimi.plugin.control.watch import Deadlines
-from exo_kimi.plugin.runner.task import Speaker
 
 pytestmark = [pytest.mark.exo, pytest.mark.timeout(600)]
 
