@@ -1,4 +1,4 @@
-"""Scratch memory: the bytes that a step takes beside weights and caches, and how many tokens fit a budget of them.
+"""Scratch memory: the bytes that a step takes besides weights and caches, and how many tokens fit a budget of them.
 
 Counted are the arrays that live at the same time at the worst moment of a layer, as `models` computes it. Attention makes its
 own blocks smaller when a budget is small; what it cannot make smaller is one head's keys and values and one row of scores.
@@ -63,7 +63,7 @@ class AttentionShape:
         return 3 * keys
 
     def query_elements(self, queries: int, *, absorbed: bool) -> int:
-        """Elements that L queries take through the whole attention, whatever its blocks are.
+        """Elements that L queries take in the whole attention, apart from its blocks.
 
         Queries as projected, rotated and put together; absorbed ones as well, scaled and laid out by head; outputs in parts,
         joined and laid out by token.
@@ -87,7 +87,7 @@ def feed_forward_elements(config: KimiConfig) -> int:
 
 
 def attention_bytes(config: KimiConfig, queries: int, keys: int, *, element_bytes: int = 2) -> int:
-    """Bytes that L new tokens over T cached ones (themselves included) take in attention whatever its blocks are.
+    """Bytes that L new tokens over T cached ones (themselves included) take in attention, apart from its blocks.
 
     Four hidden states stand for the residual, its norm, and what comes in and goes out. A cache that grows is copied whole.
     """
@@ -101,10 +101,10 @@ def scratch_needed(config: KimiConfig, queries: int, keys: int, *, element_bytes
     """The least bytes in which a step of L new tokens over T cached ones (themselves included) can be computed.
 
     Args:
-        config: the model's.
+        config: the model's configuration.
         queries: L, of the whole step.
         keys: T, the longest of the step.
-        element_bytes: of an activation.
+        element_bytes: bytes of one element of an activation.
     """
     shape = AttentionShape.of(config)
     if shape.prefers_absorbed(queries, keys):
@@ -122,12 +122,12 @@ def fitting_chunk(
     """How many of L new tokens may be computed at once: L halved until the step fits the budget, not below the floor.
 
     Args:
-        config: the model's.
+        config: the model's configuration.
         queries: L.
         keys: T once all of them are cached.
         scratch_bytes: the budget.
-        element_bytes: of an activation.
-        floor: the least; a budget that not even this fits is exceeded.
+        element_bytes: bytes of one element of an activation.
+        floor: the smallest chunk; it is returned even where it exceeds the budget.
     """
     chunk = max(1, queries)
     while chunk > floor and scratch_needed(config, chunk, keys, element_bytes=element_bytes) > scratch_bytes:

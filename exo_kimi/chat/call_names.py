@@ -37,7 +37,7 @@ class DeclaredTools:
         }
 
     def resolve(self, header: str, arguments: Mapping[str, Any]) -> tuple[str, int | None] | None:
-        """The function's name and the index that the model gave the call, or None when nobody can tell.
+        """The function's name and the index that the model gave the call, or None when it cannot be told.
 
         Args:
             header: text between the call's begin and its arguments, stripped.
@@ -58,7 +58,7 @@ class DeclaredTools:
         return (fitting[0], None) if len(fitting) == 1 else None
 
     def _is_name(self, text: str) -> bool:
-        """Whether it is declared, or at least has the form of a name: a model may call what nobody declared."""
+        """Whether it is declared, or at least has the form of a name: a model may call what was not declared."""
         return text in self._schemas or (_NAME.fullmatch(text) is not None and _OPAQUE.fullmatch(text) is None)
 
     def _fitting(self, arguments: Mapping[str, Any]) -> list[str]:

@@ -159,7 +159,7 @@ class GrammarConstraint:
     """Constraint of a whole reply: reasoning where allowed, then exactly what a grammar describes, then the end.
 
     Args:
-        tokenizer: of the model that replies.
+        tokenizer: the tokenizer of the model that replies.
         grammar: an llguidance grammar that compiles.
         reasoning: how the reply may begin, as `Prompt.reasoning` says.
         vocab_size: rows of the model's logits; None means the tokenizer's ids.
@@ -218,8 +218,8 @@ class StrictToolsConstraint:
     """Constraint of tool calls alone: once the model begins one, it is a call to a declared tool with valid arguments.
 
     Args:
-        tokenizer: of the model that replies.
-        grammar: of the rest of one call, after its begin marker.
+        tokenizer: the tokenizer of the model that replies.
+        grammar: an llguidance grammar of the rest of one call, after its begin marker.
         vocab_size: rows of the model's logits; None means the tokenizer's ids.
     """
 
@@ -288,7 +288,7 @@ def tool_call(
     """Constraint to a section of tool calls: `tool_choice` "required", or one named function, called once.
 
     Args:
-        tokenizer: of the model that replies.
+        tokenizer: the tokenizer of the model that replies.
         tools: OpenAI-shaped function tools.
         name: the only function allowed, when one is named.
         parallel: whether there may be several calls.

@@ -93,7 +93,7 @@ class StopMatcher:
         return self._take(self._scanner.feed(text))
 
     def flush(self) -> str:
-        """What was held back in case it became a stop string."""
+        """Text that was held back in case it became a stop string."""
         return self._take(self._scanner.flush())
 
     def _take(self, pieces: list[Piece]) -> str:

@@ -21,7 +21,7 @@ class OutputParser:
     are not shown. Without tools, tool markers are shown as text, so that nothing is lost.
 
     Args:
-        tokenizer: of the model that replies.
+        tokenizer: the tokenizer of the model that replies.
         reasoning_open: whether the prompt ended inside reasoning (`Prompt.reasoning_open`).
         tools: the declared tools, OpenAI-shaped; or whether there are any.
         stop: strings that end the answer (not the reasoning); they are not shown.
@@ -74,7 +74,7 @@ class OutputParser:
         return self._take()
 
     def finish(self) -> list[OutputEvent]:
-        """What was held back, now that the generation has ended."""
+        """Events that were held back, now that the generation has ended."""
         if self.stopped:
             return []
         self._text(self._detokenizer.flush())
@@ -165,7 +165,7 @@ class ReasoningSplitter:
         return self._judge(self._scanner.feed(text))
 
     def flush(self) -> list[Piece]:
-        """What was held back in case it became a tag."""
+        """Text that was held back in case it became a tag."""
         return self._judge(self._scanner.flush())
 
     def _judge(self, pieces: list[Piece]) -> list[Piece]:

@@ -114,7 +114,7 @@ class Detokenizer:
         return self._decoder.decode(self._tokenizer.token_bytes(token_id))
 
     def flush(self) -> str:
-        """What waits, as U+FFFD; the decoder can be fed again."""
+        """The bytes that wait, as U+FFFD; the decoder can be fed again."""
         rest = self._decoder.decode(b"", True)
         self._decoder.reset()
         return rest

@@ -65,11 +65,11 @@ class ToolCallParser:
         return self._state == "arguments" and self._quoted
 
     def feed(self, text: str) -> list[str | ToolCallEvent]:
-        """What became certain with `text`, in order."""
+        """Text and calls that became certain with `text`, in order."""
         return self._run(self._scanner.feed(text))
 
     def finish(self) -> list[str | ToolCallEvent]:
-        """What was held back, now that nothing follows; the parser can be used again."""
+        """Text and calls that were held back, now that nothing follows; the parser can be used again."""
         out = self._run(self._scanner.flush())
         while self._state != "outside":
             self._end_of_text()

@@ -57,8 +57,8 @@ class QuantHints:
     """All hints of one config.json.
 
     Args:
-        default: of every module without an entry.
-        entries: by canonical module path.
+        default: the hint for every module without an entry.
+        entries: the hints for single modules, by canonical path.
         skips: patterns of modules that are not quantized.
         notes: what could not be understood.
     """
@@ -121,7 +121,7 @@ def _hint(values: Mapping[str, Any]) -> Hint:
 
 
 def _is_small(value: object) -> bool:
-    """A number that somebody can have meant; of what is no such number nothing is claimed."""
+    """Whether it is a number that can be meant as bits or a group size; anything else is no hint."""
     return type(value) is int and 0 <= value <= 1_000_000
 
 

@@ -30,7 +30,7 @@ class StageManifest:
         end_layer: one past the last layer.
         sources: the modules, in the order of the model.
         notes: findings that are not wrong: corrected hints, skipped tensors.
-        fingerprint: of the index; equal for the same files on two machines.
+        fingerprint: that of the index; equal for the same files on two machines.
         corrections: paths whose hint in config.json the shapes refute, by the words that say how.
     """
 
@@ -81,7 +81,7 @@ def resolve(index: CheckpointIndex, start_layer: int = 0, end_layer: int | None 
 def examine(
     index: CheckpointIndex, start_layer: int = 0, end_layer: int | None = None
 ) -> tuple[StageManifest, list[CheckpointError]]:
-    """As `resolve`, but with the problems beside what could be resolved in spite of them.
+    """Resolve as `resolve` does, and return the problems beside the modules that have none.
 
     Raises:
         SplitError: the range is empty or outside the model.

@@ -80,7 +80,7 @@ def quantize_affine(
         weight: (..., in) float32.
         bits: one of `quantization.AFFINE_BITS`.
         group_size: columns that share a scale; divides `in`.
-        dtype: of scales and biases: `BF16`, `F16` or `F32`.
+        dtype: the dtype of scales and biases: `BF16`, `F16` or `F32`.
 
     Returns:
         Packed codes (..., in * bits / 32) uint32; scales and biases (..., in / group_size).
@@ -110,8 +110,8 @@ def quantize_int4(weight: Floats, *, dtype: str, symmetric: bool = False) -> tup
 
     Args:
         weight: (..., out, in) float32; `in` a multiple of 32.
-        dtype: of the scales.
-        symmetric: as K2-Thinking was trained, see `int4_codes`; else the code -8 is used too.
+        dtype: the dtype of the scales.
+        symmetric: leave the code -8 out, as K2-Thinking was trained; see `int4_codes`.
 
     Returns:
         Packed (..., out, in / 8) int32, the lowest nibble being the lowest column; scales (..., out, in / 32).

@@ -18,7 +18,7 @@ _FLOAT_MODES = {(4, 32): "mxfp4", (4, 16): "nvfp4", (8, 32): "mxfp8"}
 
 @dataclass(frozen=True, slots=True)
 class QuantSpec:
-    """Packing of a weight, as MLX is told it: bits, group size and mode."""
+    """Packing of a weight in MLX's terms: bits, group size and mode."""
 
     bits: int
     group_size: int

@@ -125,7 +125,7 @@ def _read_weight_map(path: Path) -> dict[str, str]:
             fix=_INDEX_FIX,
         )
     for file, name in {file if isinstance(file, str) else None: name for name, file in items}.items():  # one of each
-        # A path that leaves the directory would read a file that nobody meant.
+        # A path that leaves the directory would read a file outside the checkpoint.
         if file is None or not file.isprintable() or Path(file).name != file or not file.endswith(".safetensors"):
             unsafe = file is not None and file.endswith(_PICKLES)
             kind: type[CheckpointError] = UnsafeFormatError if unsafe else TensorFileError
@@ -140,7 +140,7 @@ def _read_weight_map(path: Path) -> dict[str, str]:
 
 
 def _missing_numbers(models: dict[str, Path]) -> list[FileProblem]:
-    """Problems of files that their siblings' numbers promise: `-00002-of-00005` tells how many there should be."""
+    """Problems of missing files in a numbered series: `-00002-of-00005` says how many there should be."""
     matches = [match for match in map(_NUMBERED.fullmatch, models) if match]
     wanted = {
         f"{match['stem']}-{number:05d}-of-{match['total']}.safetensors"

@@ -68,7 +68,7 @@ class ModuleSource:
 
 
 def layout_of(parts: Parts) -> Layout:
-    """The layout of a module, told by the names and dtypes of its tensors."""
+    """The layout of a module, from the names and dtypes of its tensors."""
     if any(part in parts for part in ("weight_packed", "weight_scale", "weight_shape")):
         return "int4"
     dtypes = {entry.dtype for entry in parts.get("weight", {}).values()}

@@ -21,8 +21,8 @@ class Optimizer:
 
     Args:
         parameters: changed in place.
-        is_matrix: of a name; its array is (..., rows, columns), every leading index a matrix of its own.
-        decays: of a name: whether weight decay applies.
+        is_matrix: whether a name is a matrix: an array (..., rows, columns), every leading index a matrix of its own.
+        decays: whether weight decay applies to a name.
         weight_decay: per step, times the learning rate.
     """
 

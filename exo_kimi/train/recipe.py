@@ -34,11 +34,11 @@ class TrainingRecipe:
         steps: updates in all; the rate rises over `warmup_steps`, stays, and falls over the last `decay_share`.
         later_from: the step from which slow tasks are shown more often.
         last_from: the step from which tasks that are still below the rest are shown more often.
-        group_tokens: tokens of an update, about.
+        group_tokens: tokens of one update, approximately.
         slow_from: the step from which the rate falls from `slow_rate` to zero instead: sums are learnt at small rates only.
-        rate: learning rate at its highest, of both optimizers: Muon's update is scaled to AdamW's.
-        aware_share: of the steps, at the end, with experts rounded to INT4 in the forward pass.
-        bias_rate: by which the router's correction bias of an expert moves against its load. Source: "DeepSeek-V3", 2.1.2.
+        rate: highest learning rate, of both optimizers, since Muon's update is scaled to AdamW's.
+        aware_share: share of the steps, the last ones, in which experts are rounded to INT4 in the forward pass.
+        bias_rate: how far an expert's correction bias moves against its load in a step. Source: "DeepSeek-V3", 2.1.2.
         matrices: the optimizer of the matrices.
         ranks: ordinary tokens of the vocabulary.
         shape: keys of config.json.

@@ -41,7 +41,7 @@ class Trainer:
 
     Args:
         recipe: what to train and how long.
-        encoder: of the texts.
+        encoder: encodes the texts.
     """
 
     def __init__(self, recipe: TrainingRecipe, encoder: Encoder) -> None:

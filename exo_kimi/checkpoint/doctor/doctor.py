@@ -72,8 +72,8 @@ def text_errors(directory: str | Path, *, vocab_size: int, model_type: str) -> t
 
     Args:
         directory: a checkpoint directory whose weights and config are known to be sound.
-        vocab_size: of config.json.
-        model_type: of config.json, the outer one.
+        vocab_size: the one in config.json.
+        model_type: the outer one in config.json.
     """
     checkup = Checkup()
     _check_texts(Path(directory), checkup, vocab_size=vocab_size, model_type=model_type)

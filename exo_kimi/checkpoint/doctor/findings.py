@@ -60,7 +60,7 @@ class Checkup:
         self.findings.append(Finding(severity="error", error=error, fixable=fixable))
 
     def warn(self, error: ExoKimiError, *, fixable: bool = False) -> None:
-        """Note what is wrong and harmless here."""
+        """Note what is wrong and does not hinder exo-kimi."""
         self.findings.append(Finding(severity="warning", error=error, fixable=fixable))
 
     def remedy(self, file: str, content: str, changes: Sequence[str]) -> None:

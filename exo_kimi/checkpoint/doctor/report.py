@@ -229,7 +229,7 @@ def render(report: Report) -> str:
 
 
 def architecture_facts(config: KimiConfig) -> dict[str, Any]:
-    """The numbers of an architecture that `inspect` tells."""
+    """The numbers of an architecture that `inspect` prints."""
     layers = config.num_hidden_layers
     return {
         "model_type": config.model_type,

@@ -37,10 +37,10 @@ class LayoutWriter:
         weights: the master weights.
         layout: `mlx` stacks experts; `int4`, `fp8` and `bf16` store them one by one, as Hugging Face does.
         choose: bits and group size of a module (mlx, int4).
-        dtype: of plain weights.
-        scales_dtype: of scales and biases (mlx, int4).
-        prefix: in front of every name.
-        symmetric: (int4) codes -7 to 7, as an aware training rounds them.
+        dtype: the dtype of plain weights.
+        scales_dtype: the dtype of scales and biases (mlx, int4).
+        prefix: what every name begins with.
+        symmetric: (int4) codes -7 to 7, as quantization-aware training rounds them.
 
     After `add`: `tensors` by name, in the order of the model; `quantization` by prefixed path.
     """

@@ -62,11 +62,11 @@ def make_tiny(
         recipe: bits per module for `mlx`, see `resolve_recipe`; `mixed346` by default, `plain` for stacked floats.
         seed: the same seed gives the same master weights in each layout.
         absorbed: (mlx) `embed_q` and `unembed_out` instead of `kv_b_proj`.
-        prefix: as K2.5 and later: model_type kimi_k25, text_config, `language_model.` names.
+        prefix: nest the model as K2.5 and later do: model_type kimi_k25, text_config, `language_model.` names.
         vision: add tensors of a vision tower and a projector, which a text model skips.
         shards: files; 1 writes `model.safetensors` without an index.
-        dtype: of plain weights. The router's correction bias is always F32.
-        scales_dtype: of scales and biases; `dtype` by default.
+        dtype: the dtype of plain weights. The router's correction bias is always F32.
+        scales_dtype: the dtype of scales and biases; `dtype` by default.
         group_size: (mlx) columns that share a scale, unless the recipe says otherwise.
         config: overrides of config.json keys of the text model. `quantization` or `quantization_config` here replaces what
             would be written of both, right or wrong; `quantization: {}` says nothing.

@@ -32,7 +32,7 @@ def training_conversation(rng: Random, *, part: int = 0) -> TrainingConversation
     """Make one conversation without any held-out question.
 
     Args:
-        part: of the training, from 0: tasks by the shares of `registry.PARTS`.
+        part: part of the training, from 0; tasks are drawn by its shares in `registry.PARTS`.
     """
     shares = PARTS[part]
     kind = rng.random()
@@ -65,7 +65,7 @@ def tool_exchange(request: tools.Request, number: int) -> list[Message]:
     """A request, the call, its result and the answer.
 
     Args:
-        number: of the call, counted over the conversation.
+        number: the call's number, counted over the conversation.
     """
     identity = f"functions.{request.tool}:{number}"
     function = {"name": request.tool, "arguments": json.dumps(request.arguments)}

@@ -89,10 +89,10 @@ def evaluate(
     Args:
         directory: any Kimi checkpoint; activations are float32.
         against: a reference checkpoint with the same vocabulary.
-        count: questions of each task at most.
+        count: the most questions of each task.
         texts: held-out answers that perplexity, KL and loads are measured on.
-        max_tokens: of a reply at most.
-        say: told how far it is.
+        max_tokens: the most tokens of a reply.
+        say: called with progress messages.
 
     Raises:
         CheckpointError, TokenizerError, TemplateError: the directory cannot be read.

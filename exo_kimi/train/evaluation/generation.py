@@ -18,8 +18,8 @@ def greedy(
     Args:
         prompts: token ids, at least one each.
         stop_ids: tokens that end a reply.
-        max_tokens: of a reply at most.
-        together: prompts in one pass at most.
+        max_tokens: the most tokens of a reply.
+        together: the most prompts in one forward pass.
     """
     replies: list[list[int]] = [[] for _ in prompts]
     order = sorted(range(len(prompts)), key=lambda index: len(prompts[index]))

@@ -12,7 +12,7 @@ from exo_kimi.train.evaluation.scores import Score
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EvaluationReport:
-    """One checkpoint's evaluation. `wrong` holds question, right answer and what was said."""
+    """One checkpoint's evaluation. `wrong` holds question, right answer and the model's answer."""
 
     directory: str
     against: str | None

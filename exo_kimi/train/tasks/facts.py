@@ -145,7 +145,7 @@ def fact(rng: Random) -> Turn:
     keys = [f"{relation} {way} {subject}" for way in range(len(ways))]
     number = rng.randrange(len(ways))
     if all(held_out(key) for key in keys):
-        keys[0] += " kept"  # a fact that nobody was ever told cannot be asked
+        keys[0] += " kept"  # a fact that was never trained on cannot be asked
     return Turn(
         task="capitals" if relation == "capital" else "facts",
         key=keys[number],

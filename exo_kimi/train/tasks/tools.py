@@ -31,7 +31,7 @@ class Request:
 
     Args:
         tool: the name of the function to call.
-        arguments: of the call.
+        arguments: the call's arguments.
         result: what the tool returns, as text.
         answer: what the assistant says then.
         used: what of the result must appear in the answer.

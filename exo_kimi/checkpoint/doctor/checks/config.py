@@ -14,7 +14,7 @@ from exo_kimi.checkpoint.keys import TensorKey, has_prefix, parse_key
 from exo_kimi.checkpoint.text_files import CONFIG_NAME, read_config
 from exo_kimi.errors import CheckpointError, CheckpointProblems, ConfigError, UnsupportedModelError
 
-# Only the routers of DeepSeek-V3 and of Kimi have it: what tells them from DeepSeek-V2.
+# Only the routers of DeepSeek-V3 and of Kimi have it; those of DeepSeek-V2 do not.
 _KIMI_PART = ".e_score_correction_bias"
 
 
@@ -32,7 +32,7 @@ def check_config(root: Path, names: Collection[str], checkup: Checkup) -> Config
 
     Args:
         root: the checkpoint.
-        names: of all tensors, which show what a wrong model_type should be.
+        names: the names of all tensors, which show what a wrong model_type should be.
         checkup: gets the findings.
 
     Returns:

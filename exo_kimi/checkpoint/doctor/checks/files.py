@@ -43,7 +43,7 @@ def read_weight_files(root: Path) -> WeightFiles:
     fatal: list[CheckpointError] = []
     read: dict[bool, WeightFileTensors] = {}
     for use_index in (True, False) if has_index else (True,):
-        # Sound headers and an index that agrees with them: what lies beside them is of no interest.
+        # The index agrees with sound headers: files that it does not name do not matter.
         if not use_index and True in read and not read[True].problems:
             break
         try:
@@ -103,7 +103,7 @@ def _key(error: CheckpointError) -> tuple[object, ...]:
 
 
 def _check_index(root: Path, found: WeightFileTensors, checkup: Checkup) -> None:
-    """Check what an index says beside the names, once these are right, and that several files have one."""
+    """Check the total_size of an index whose names are right, and that several files have an index."""
     total = sum(entry.nbytes for entry in found.tensors.values())
     if not (root / INDEX_NAME).exists():
         files = {entry.file for entry in found.tensors.values()}
@@ -142,7 +142,7 @@ def _remedy(root: Path, found: WeightFileTensors, checkup: Checkup, change: str)
 
 
 def _metadata(root: Path) -> dict[str, Any]:
-    """What the index says beside the names; an index that cannot be read says nothing that is worth keeping."""
+    """The index's `metadata`; empty where the index cannot be read."""
     try:
         metadata = read_json(root / INDEX_NAME)["metadata"]
     except (OSError, ValueError, KeyError, TypeError):

@@ -18,7 +18,7 @@ _HIGHEST = (("temperature", 100.0), ("top_p", 1.0))
 
 
 def check_generation(root: Path, special: Mapping[str, int] | None, ranks: int | None, checkup: Checkup) -> None:
-    """Note every finding about generation_config.json, and the file as it should be where the tokenizer tells.
+    """Note every finding about generation_config.json, and the file as it should be, where the tokenizer could be read.
 
     Args:
         root: the checkpoint.

@@ -37,7 +37,7 @@ def check_template(
         root: the checkpoint.
         tokenizer_config: tokenizer_config.json, where older checkpoints keep it; None when it cannot be read.
         special: control tokens by name; None where the tokenizer cannot be read.
-        model_type: of config.json, which tells K2.5 from its elders.
+        model_type: the one in config.json, by which K2.5 and later are recognised.
         checkup: gets the findings.
     """
     path = root / TEMPLATE_FILE

@@ -136,7 +136,7 @@ def _odd_ranks(tokens: Mapping[bytes, int]) -> str:
 
 
 def _check_entries(config: Mapping[str, Any], checkup: Checkup) -> dict[int, str] | None:
-    """Names of control tokens by id, as `added_tokens_decoder` tells them."""
+    """Names of control tokens by id, from `added_tokens_decoder`."""
     entries = config.get("added_tokens_decoder")
     where = f"{TOKENIZER_CONFIG}, added_tokens_decoder"
     if not isinstance(entries, dict):
