@@ -15,10 +15,9 @@ import numpy as np
 from mlx_lm.sample_utils import make_sampler
 
 from exo_kimi.errors import ExoPlacementError, UnsupportedError
-from exo_kimi.plugin.legacy.place import place_of
 from exo_kimi.plugin.legacy.plan import PinnedPlan
 from exo_kimi.plugin.legacy.stage import LegacyStage
-from exo_kimi.plugin.legacy.tensors import Array
+from exo_kimi.plugin.legacy.tensors import Array, position_of
 from exo_kimi.plugin.legacy.tokenizer import LegacyTokenizer
 
 Method = Callable[..., Any]
@@ -55,11 +54,11 @@ def engine_methods(
                 _forget(self)
             await original["ensure_shard"](self, shard)
             return
-        own = pinned.range_of(pinned.seat.node_id)
+        own = pinned.range_of(pinned.own.node_id)
         if (shard.start_layer, shard.end_layer, shard.n_layers) != (*own, pinned.layers):
             raise ExoPlacementError(
                 "the plan is pinned: this node takes no other layers",
-                expected=f"{own[0]} to {own[1]} of {pinned.layers} ({pinned.seat.node_id})",
+                expected=f"{own[0]} to {own[1]} of {pinned.layers} ({pinned.own.node_id})",
                 found=f"{shard.start_layer} to {shard.end_layer} of {shard.n_layers}",
                 fix="start every node with the same plan file",
             )
@@ -78,9 +77,9 @@ def engine_methods(
                 self, request_id, shard, input_data, inference_state
             )
             return result
-        place = place_of(inference_state)
+        position = position_of(inference_state)
         await self.ensure_shard(shard)
-        run = stage.thread.submit(stage.run, request_id, input_data, place)
+        run = stage.thread.submit(stage.run, request_id, input_data, position)
         output, after = await asyncio.wrap_future(run)
         return output, after.to_state()
 

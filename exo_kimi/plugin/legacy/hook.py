@@ -134,12 +134,12 @@ class Hooks:
             await self._tell_loaded()
 
     async def _tell_loaded(self) -> None:
-        seat = self.pinned.seat
+        own = self.pinned.own
         status = {
             "type": LOADED,
             "node_id": self.node.id,
-            "start_layer": seat.start_layer,
-            "end_layer": seat.end_layer,
+            "start_layer": own.start_layer,
+            "end_layer": own.end_layer,
             "resident_bytes": self.stage.resident_bytes,
         }
         await self.node.broadcast_opaque_status("", json.dumps(status))

@@ -146,13 +146,11 @@ class Session:
             main["api"].run = functools.partial(main["api"].run, setup.options.api_host)
         if setup.options.preload:
             node.start = _then(node.start, hooks.preload)
-        seat = pinned.seat
+        own = pinned.own
         self._say(
-            f"{pinned.name} by plan: " + ", ".join(f"{s.node_id} {s.start_layer}:{s.end_layer}" for s in pinned.seats)
+            f"{pinned.name} by plan: " + ", ".join(f"{s.node_id} {s.start_layer}:{s.end_layer}" for s in pinned.nodes)
         )
-        self._say(
-            f"this node is {seat.node_id}; its layers {seat.start_layer}:{seat.end_layer} are in {setup.directory}"
-        )
+        self._say(f"this node is {own.node_id}; its layers {own.start_layer}:{own.end_layer} are in {setup.directory}")
 
 
 def _begin(setup: LegacySetup, say: Say) -> Session | None:

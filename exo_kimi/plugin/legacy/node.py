@@ -15,8 +15,8 @@ from typing import Any
 import numpy as np
 
 from exo_kimi.errors import ExoKimiError, ExoPlacementError, OverloadedError
-from exo_kimi.plugin.legacy.place import IDS, Place, ids_of, place_of
 from exo_kimi.plugin.legacy.plan import PinnedPlan
+from exo_kimi.plugin.legacy.tensors import IDS, TensorPosition, ids_of, position_of
 from exo_kimi.plugin.legacy.tokenizer import LegacyTokenizer, RenderedPrompt
 
 logger = logging.getLogger(__name__)
@@ -93,11 +93,11 @@ def node_methods(
         sending: asyncio.Task[None] | None = None
         for start in range(0, len(ids), size):
             piece = np.array([ids[start : start + size]], np.int64)
-            place = Place(plan=digest, offset=start, layer=0, more=start + size < len(ids))
-            result, state = await self.inference_engine.infer_tensor(request_id, shard, piece, place.to_state())
+            position = TensorPosition(plan=digest, offset=start, layer=0, more=start + size < len(ids))
+            result, state = await self.inference_engine.infer_tensor(request_id, shard, piece, position.to_state())
             if sending is not None:
                 await sending
-            if place.more and not shard.is_last_layer():
+            if position.more and not shard.is_last_layer():
                 sending = asyncio.create_task(_forward(self, shard, result, request_id, state))
         await self.process_inference_result(shard, result, request_id, state)
         return result
@@ -129,7 +129,7 @@ def node_methods(
             shard = self.get_current_shard(base_shard)
             self.outstanding_requests[ident] = "processing"
             result, state = await self.inference_engine.infer_tensor(ident, shard, tensor, inference_state)
-            if not place_of(state).more:
+            if not position_of(state).more:
                 await self.process_inference_result(shard, result, ident, state)
             elif not shard.is_last_layer():
                 await _forward(self, shard, result, ident, state)

@@ -1,4 +1,4 @@
-"""A plan as legacy exo can follow it: node ids, inclusive ranges, borders between 0 and 1. Pure; it knows nothing of exo's code.
+"""A plan as legacy exo can follow it: node ids, inclusive ranges, borders between 0 and 1.
 
 Legacy exo cuts a model by fractions of its layers and truncates. A border of (cut + 0.5) / layers lies in the middle of a
 layer's interval, so it truncates to the cut for every model size; exo's own rounding misplaces 30 of the 60 cuts of 61 layers.
@@ -18,7 +18,7 @@ Piece = tuple[str, float, float]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class LegacySeat:
+class PinnedNode:
     """A node and its layers, half-open."""
 
     node_id: str
@@ -35,50 +35,50 @@ class PinnedPlan:
         name: the model in exo's API.
         layers: of the model.
         model_hash: of the plan's model.
-        seats: first layers first.
-        own: index of this node's seat.
+        nodes: every node with its layers, first layers first.
+        stage: index of this node among them.
         tokens: that all sequences together may hold, prompt and reply.
     """
 
     name: str
     layers: int
     model_hash: str
-    seats: tuple[LegacySeat, ...]
-    own: int
+    nodes: tuple[PinnedNode, ...]
+    stage: int
     tokens: int
 
     @property
-    def seat(self) -> LegacySeat:
-        """This node's."""
-        return self.seats[self.own]
+    def own(self) -> PinnedNode:
+        """This node, with its layers."""
+        return self.nodes[self.stage]
 
     @property
     def node_ids(self) -> tuple[str, ...]:
-        """Of all seats, in order."""
-        return tuple(seat.node_id for seat in self.seats)
+        """Of all nodes, in order."""
+        return tuple(node.node_id for node in self.nodes)
 
     @property
     def digest(self) -> str:
         """Equal on nodes that follow one plan; it travels with every tensor."""
-        seats = [(seat.node_id, seat.start_layer, seat.end_layer) for seat in self.seats]
-        told = [self.name, self.layers, self.model_hash, seats]
+        nodes = [(node.node_id, node.start_layer, node.end_layer) for node in self.nodes]
+        told = [self.name, self.layers, self.model_hash, nodes]
         return hashlib.sha256(repr(told).encode()).hexdigest()[:16]
 
     def range_of(self, node_id: str) -> Range:
         """A node's layers as legacy exo writes them: first and last."""
-        seat = self.seats[self.node_ids.index(node_id)]
-        return inclusive(seat.start_layer, seat.end_layer)
+        node = self.nodes[self.node_ids.index(node_id)]
+        return inclusive(node.start_layer, node.end_layer)
 
     def pieces(self, present: Collection[str]) -> list[Piece]:
         """What each node takes of any model, as fractions.
 
         Args:
             present: ids that exo sees now. While a node of the plan is away, those that are there share everything in the
-                plan's proportion: it keeps exo's own models and its display working. A Kimi waits (see `exo_legacy_node`).
+                plan's proportion: it keeps exo's own models and its display working. A Kimi waits (see `legacy.node`).
         """
-        seats = [seat for seat in self.seats if seat.node_id in present] or [self.seat]
-        layers = sum(seat.end_layer - seat.start_layer for seat in seats)
-        return _pieces([(seat.node_id, seat.end_layer - seat.start_layer) for seat in seats], layers)
+        nodes = [node for node in self.nodes if node.node_id in present] or [self.own]
+        layers = sum(node.end_layer - node.start_layer for node in nodes)
+        return _pieces([(node.node_id, node.end_layer - node.start_layer) for node in nodes], layers)
 
 
 def inclusive(start_layer: int, end_layer: int) -> Range:
@@ -87,7 +87,7 @@ def inclusive(start_layer: int, end_layer: int) -> Range:
 
 
 def pin(plan: Plan, *, node_id: str | None, nodes: Sequence[str] = (), name: str | None = None) -> PinnedPlan:
-    """A plan with this node's place in it.
+    """Pin a plan, with this node's place in it.
 
     Args:
         plan: ours.
@@ -103,8 +103,8 @@ def pin(plan: Plan, *, node_id: str | None, nodes: Sequence[str] = (), name: str
     strangers = sorted(set(given) - set(machines))
     if strangers:
         raise UsageError(f"{strangers[0]} is no machine of the plan", expected=", ".join(machines), where="--node")
-    seats = tuple(
-        LegacySeat(
+    assignments = tuple(
+        PinnedNode(
             node_id=given.get(stage.machine, stage.machine),
             machine=stage.machine,
             start_layer=stage.start_layer,
@@ -112,20 +112,20 @@ def pin(plan: Plan, *, node_id: str | None, nodes: Sequence[str] = (), name: str
         )
         for stage in plan.stages
     )
-    ids = [seat.node_id for seat in seats]
+    ids = [each.node_id for each in assignments]
     if len(set(ids)) < len(ids):
         raise UsageError("two machines of the plan have one node id", found=", ".join(ids), where="--node")
     return PinnedPlan(
         name=name or plan.model.name,
         layers=plan.model.layers,
         model_hash=plan.model.hash,
-        seats=seats,
-        own=_own(ids, machines, node_id, given),
+        nodes=assignments,
+        stage=_own_stage(ids, machines, node_id, given),
         tokens=plan.workload.context * plan.workload.concurrency,
     )
 
 
-def _own(ids: Sequence[str], machines: Sequence[str], node_id: str | None, given: Mapping[str, str]) -> int:
+def _own_stage(ids: Sequence[str], machines: Sequence[str], node_id: str | None, given: Mapping[str, str]) -> int:
     if node_id in ids:
         return ids.index(node_id)
     named = ", ".join(

@@ -112,7 +112,7 @@ def prepare_legacy(options: LegacyOptions, arguments: Sequence[str]) -> LegacySe
         tokenizer=LegacyTokenizer.from_directory(directory),
         repo=f"exo-kimi/{pinned.name}",
         arguments=_completed(arguments, theirs, pinned.name),
-        sysctl=plan.stages[pinned.own].sysctl,
+        sysctl=plan.stages[pinned.stage].sysctl,
     )
 
 
@@ -158,7 +158,7 @@ def _directory(options: LegacyOptions, plan: Plan) -> Path:
 
 def _check_share(plan: Plan, index: CheckpointIndex, pinned: PinnedPlan, directory: Path) -> None:
     """This node's layers are there, and as far as the directory can tell they are the plan's."""
-    config, seat = index.config, pinned.seat
+    config, own = index.config, pinned.own
     if (config.num_hidden_layers, config.hidden_size) != (plan.model.layers, plan.model.hidden_size):
         raise PlanMismatchError(
             "the plan was made for another architecture",
@@ -167,7 +167,7 @@ def _check_share(plan: Plan, index: CheckpointIndex, pinned: PinnedPlan, directo
             where=directory,
             fix="plan again for this checkpoint: `exo-kimi plan DIR --cluster ...`",
         )
-    resolve(index, seat.start_layer, seat.end_layer)
+    resolve(index, own.start_layer, own.end_layer)
     try:
         whole = resolve(index)
     except CheckpointError:

@@ -17,9 +17,8 @@ from exo_kimi.checkpoint.index import open_index
 from exo_kimi.checkpoint.manifest import StageManifest, resolve
 from exo_kimi.errors import OverloadedError, ProtocolError, StageError
 from exo_kimi.models.kimi_k2 import Model
-from exo_kimi.plugin.legacy.place import Place
 from exo_kimi.plugin.legacy.plan import PinnedPlan
-from exo_kimi.plugin.legacy.tensors import Array, given, taken
+from exo_kimi.plugin.legacy.tensors import Array, TensorPosition, given, taken
 from exo_kimi.runtime.stage.resident import ResidentStage, check_room, give_back_memory
 from exo_kimi.runtime.stage.sequence_state import SequenceState, SequenceTable
 from exo_kimi.runtime.stage.worker import as_fault
@@ -73,8 +72,8 @@ class LegacyStage:
         Raises:
             CheckpointError: not these layers; what is missing is named.
         """
-        seat = self._pinned.seat
-        return resolve(open_index(self._directory), seat.start_layer, seat.end_layer)
+        own = self._pinned.own
+        return resolve(open_index(self._directory), own.start_layer, own.end_layer)
 
     def load(self) -> bool:
         """Hold the layers; False when they were here already. In the thread.
@@ -85,11 +84,11 @@ class LegacyStage:
         """
         if self._resident is not None:
             return False
-        seat, manifest = self._pinned.seat, self.manifest()
-        what = f"layers {seat.start_layer}:{seat.end_layer} of {self._pinned.name}"
+        own, manifest = self._pinned.own, self.manifest()
+        what = f"layers {own.start_layer}:{own.end_layer} of {self._pinned.name}"
         self._say(f"loading {what}, {format_bytes(manifest.disk_bytes)}")
-        check_room(manifest, stage=self._pinned.own, where=seat.node_id)
-        resident = ResidentStage.load(manifest, stage=self._pinned.own, progress=self._progress(what))
+        check_room(manifest, stage=self._pinned.stage, where=own.node_id)
+        resident = ResidentStage.load(manifest, stage=self._pinned.stage, progress=self._progress(what))
         self._resident = resident
         self._say(
             f"holds {what}: {resident.resident_bytes} bytes resident ({format_bytes(resident.resident_bytes)}), "
@@ -109,17 +108,17 @@ class LegacyStage:
         """Drop a sequence that ended. In the thread."""
         self._requests.drop([request_id])
 
-    def run(self, request_id: str, tensor: Array, place: Place) -> tuple[Array, Place]:
+    def run(self, request_id: str, tensor: Array, position: TensorPosition) -> tuple[Array, TensorPosition]:
         """Tokens or hidden states through these layers. In the thread.
 
         Args:
             request_id: exo's.
             tensor: (1, L) token ids for the first stage, else (1, L, D) as `run` gave it on the stage before.
-            place: where it belongs.
+            position: where it belongs.
 
         Returns:
-            (1, L, D) hidden states, float32, float16, or bfloat16's bits as uint16, with their place. From the last stage
-            (1, 1, vocab) float32 logits of the last token, with the place of the token that follows.
+            (1, L, D) hidden states, float32, float16, or bfloat16's bits as uint16, with their position. From the last stage
+            (1, 1, vocab) float32 logits of the last token, with the position of the token that follows.
 
         Raises:
             ProtocolError: a tensor that does not belong here now.
@@ -129,44 +128,44 @@ class LegacyStage:
         if self._resident is None:
             raise StageError("this node holds no layers")
         model = self._resident.model
-        self._check_place(place)
+        self._check_position(position)
         x = taken(model, tensor)
-        request = self._request(request_id, place, model, length=x.shape[0])
+        request = self._request(request_id, position, model, length=x.shape[0])
         try:
             out = model.forward_ragged(x, [(x.shape[0], request.caches)])
             request.length += x.shape[0]
-            return self._output(model, out, place, request)
+            return self._output(model, out, position, request)
         except (RuntimeError, ValueError, MemoryError) as error:  # what MLX raises
-            raise as_fault(error, stage=self._pinned.own) from error
+            raise as_fault(error, stage=self._pinned.stage) from error
 
-    def _check_place(self, place: Place) -> None:
-        seat = self._pinned.seat
-        if place.plan != self._digest:
+    def _check_position(self, position: TensorPosition) -> None:
+        own = self._pinned.own
+        if position.plan != self._digest:
             raise ProtocolError(
                 "two nodes follow different plans",
-                expected=f"plan {self._digest} ({seat.node_id})",
-                found=f"plan {place.plan}",
+                expected=f"plan {self._digest} ({own.node_id})",
+                found=f"plan {position.plan}",
                 fix="start every node with the same plan file and the same --node and --name",
             )
-        if place.layer != seat.start_layer:
+        if position.layer != own.start_layer:
             raise ProtocolError(
                 "a tensor for other layers: a node of the plan was skipped",
-                expected=f"layer {seat.start_layer} next ({seat.node_id})",
-                found=f"layer {place.layer} next",
+                expected=f"layer {own.start_layer} next ({own.node_id})",
+                found=f"layer {position.layer} next",
                 fix="ask again once every node of the plan is back",
             )
 
-    def _request(self, request_id: str, place: Place, model: Model, *, length: int) -> _RequestState:
+    def _request(self, request_id: str, position: TensorPosition, model: Model, *, length: int) -> _RequestState:
         now_s = time.monotonic()
-        if place.offset == 0:
+        if position.offset == 0:
             self._requests[request_id] = _RequestState(caches=model.make_cache(), touched_s=now_s)
         request = self._requests.get(request_id)
-        if request is None or request.length != place.offset:
+        if request is None or request.length != position.offset:
             raise ProtocolError(
                 "a tensor that does not follow what this node holds of the sequence",
                 expected="a sequence that was begun" if request is None else f"offset {request.length}",
-                found=f"offset {place.offset}",
-                where=self._pinned.seat.node_id,
+                found=f"offset {position.offset}",
+                where=self._pinned.own.node_id,
             )
         request.touched_s = now_s
         for stale in [key for key, each in self._requests.items() if now_s - each.touched_s > IDLE_S]:
@@ -182,16 +181,18 @@ class LegacyStage:
             )
         return request
 
-    def _output(self, model: Model, out: mx.array, place: Place, request: _RequestState) -> tuple[Array, Place]:
+    def _output(
+        self, model: Model, out: mx.array, position: TensorPosition, request: _RequestState
+    ) -> tuple[Array, TensorPosition]:
         if not model.is_last:
-            return given(out), replace(place, layer=self._pinned.seat.end_layer)
+            return given(out), replace(position, layer=self._pinned.own.end_layer)
         mx.eval([cache.state for cache in request.caches])  # no lazy graph outlives a step
-        after = replace(place, offset=request.length, layer=0)
-        if place.more:
+        after = replace(position, offset=request.length, layer=0)
+        if position.more:
             return np.empty((1, 0, model.args.vocab_size), np.float32), after
         logits = np.array(model.logits(out[-1:]))[None]
         if not np.isfinite(logits).all():
-            raise StageError("the model computed logits that are not finite", stage=self._pinned.own)
+            raise StageError("the model computed logits that are not finite", stage=self._pinned.stage)
         return logits, after
 
     def _progress(self, what: str) -> Callable[[int, int], None]:

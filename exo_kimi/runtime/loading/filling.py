@@ -1,4 +1,4 @@
-"""How the bytes of each published layout become the parameters of one module; it knows nothing of the rest of the model."""
+"""How the bytes of each published layout become the parameters of one module."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from exo_kimi.checkpoint.index import TensorEntry
 from exo_kimi.checkpoint.manifest import ModuleSource
 from exo_kimi.errors import DtypeError, QuantizationError
 from exo_kimi.models.sanitize import dequantize_fp8, int4_biases
-from exo_kimi.runtime.loading.parameter_target import Target
+from exo_kimi.runtime.loading.parameter_memory import Derived, ParameterMemory, Target
 from exo_kimi.runtime.loading.tensor_reader import TensorReader
 
 STAGING_BYTES = 32 * 1024**2
@@ -24,13 +24,13 @@ CODES = {"U32": mx.uint32, "I32": mx.uint32, "U8": mx.uint8}
 
 @dataclass(frozen=True, slots=True)
 class Job:
-    """One tensor to read; `fill` reads it and whatever small tensor it cannot do without."""
+    """One tensor to read; `fill` reads it, and whatever small tensor it cannot do without, into the memory of parameters."""
 
     entry: TensorEntry
-    fill: Callable[[TensorReader], None]
+    fill: Callable[[TensorReader, ParameterMemory], None]
 
 
-def jobs_of(source: ModuleSource, dtype: mx.Dtype | None) -> tuple[list[Job], dict[str, Target]]:
+def jobs_of(source: ModuleSource, dtype: mx.Dtype | None) -> tuple[list[Job], dict[str, Target | Derived]]:
     """What to read for one module, and the parameters that it fills, by path.
 
     Args:
@@ -41,22 +41,22 @@ def jobs_of(source: ModuleSource, dtype: mx.Dtype | None) -> tuple[list[Job], di
         DtypeError: a tensor stored in a dtype that no parameter can have.
     """
     path, parts = source.spec.path, source.parts
+    jobs: list[Job] = []
+    targets: dict[str, Target | Derived] = {}
+    rest = dict(parts)
     if source.layout == "fp8":
-        jobs, target = _fp8(source, dtype or mx.bfloat16)
+        jobs, targets[f"{path}.weight"] = _fp8(source, dtype or mx.bfloat16)
         rest = {"bias": parts["bias"]} if "bias" in parts else {}
-        targets = {f"{path}.weight": target}
     elif source.layout == "int4":
+        jobs = [_shape_check(source, entry) for entry in parts["weight_shape"]]
         rest = {"weight": parts["weight_packed"], "scales": parts["weight_scale"]}
-        jobs, targets = [_shape_check(source, entry) for entry in parts["weight_shape"]], {}
-    else:
-        rest, jobs, targets = dict(parts), [], {}
     for leaf, entries in rest.items():
         wanted = mx.float32 if leaf == "e_score_correction_bias" else dtype
-        leaf_jobs, targets[f"{path}.{leaf}"] = _as_stored(entries, wanted, stacked=source.spec.kind == "experts")
+        leaf_jobs, target = _as_stored(entries, wanted, stacked=source.spec.kind == "experts")
         jobs += leaf_jobs
-    if source.layout == "int4":
-        scales = targets[f"{path}.scales"]
-        targets[f"{path}.biases"] = Target(scales.shape, scales.dtype, derive=int4_biases, source=scales)
+        targets[f"{path}.{leaf}"] = target
+        if source.layout == "int4" and leaf == "scales":
+            targets[f"{path}.biases"] = Derived(target.shape, target.dtype, derive=int4_biases, source=target)
     return jobs, targets
 
 
@@ -80,12 +80,12 @@ def _shape(entries: tuple[TensorEntry, ...], stacked: bool) -> tuple[int, ...]:
 def _copy_or_convert(entry: TensorEntry, target: Target, part: int) -> Job:
     stored = FLOATS.get(entry.dtype, target.dtype)
 
-    def copy(reader: TensorReader) -> None:
-        reader.read_scattered(target.pieces(part), entry)
+    def copy(reader: TensorReader, memory: ParameterMemory) -> None:
+        reader.read_scattered(memory.pieces(target, part), entry)
 
-    def convert(reader: TensorReader) -> None:
+    def convert(reader: TensorReader, memory: ParameterMemory) -> None:
         position = 0
-        for piece in target.pieces(part):
+        for piece in memory.pieces(target, part):
             elements, done = len(piece) // target.dtype.size, 0
             while done < elements:
                 count = min(elements - done, STAGING_BYTES // stored.size)
@@ -108,7 +108,7 @@ def _fp8(source: ModuleSource, dtype: mx.Dtype) -> tuple[list[Job], Target]:
     per_entry = matrices // len(codes)
 
     def unpack(part: int, entry: TensorEntry, factor: TensorEntry) -> Job:
-        def fill(reader: TensorReader) -> None:
+        def fill(reader: TensorReader, memory: ParameterMemory) -> None:
             scale = mx.array(np.frombuffer(reader.read(factor), np.uint8)).view(FLOATS[factor.dtype])
             scale = scale.reshape(per_entry, *factor.shape[-2:])
             size = entry.nbytes // per_entry
@@ -116,7 +116,7 @@ def _fp8(source: ModuleSource, dtype: mx.Dtype) -> tuple[list[Job], Target]:
                 code = np.empty(entry.shape[-2:], np.uint8)
                 reader.read_into(code.data.cast("B"), entry, index * size)
                 value = dequantize_fp8(mx.array(code), scale[index]).astype(dtype)
-                _write(value, target.pieces(part * per_entry + index)[0])
+                _write(value, memory.pieces(target, part * per_entry + index)[0])
 
         return Job(entry, fill)
 
@@ -127,7 +127,7 @@ def _fp8(source: ModuleSource, dtype: mx.Dtype) -> tuple[list[Job], Target]:
 def _shape_check(source: ModuleSource, entry: TensorEntry) -> Job:
     """compressed-tensors repeats the unpacked shape as data: it must be the architecture's."""
 
-    def check(reader: TensorReader) -> None:
+    def check(reader: TensorReader, memory: ParameterMemory) -> None:
         found = tuple(np.frombuffer(reader.read(entry), np.int64 if entry.dtype == "I64" else np.int32).tolist())
         if found != source.spec.shape[-2:]:
             raise QuantizationError(entry.name, expected=source.spec.shape[-2:], found=found, where=entry.file)

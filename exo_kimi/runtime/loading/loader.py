@@ -1,4 +1,4 @@
-"""A stage's tensors, from its manifest into a model, with nothing missing and nothing left over; it knows nothing of serving.
+"""A stage's tensors, from its manifest into a model, with nothing missing and nothing left over.
 
 Peak memory is the stage's own parameters and `STAGING_BYTES` (one expert's matrix for FP8): bytes land by preadv in memory
 that MLX owns, in file order, and only the stage's own byte ranges are read.
@@ -6,7 +6,7 @@ that MLX owns, in file order, and only the stage's own byte ranges are read.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,7 @@ from exo_kimi.errors import MissingTensorError, ShapeMismatchError, UnexpectedTe
 from exo_kimi.models.kimi_k2 import Model
 from exo_kimi.models.projection import LEAVES, adopt
 from exo_kimi.runtime.loading.filling import Job, jobs_of
-from exo_kimi.runtime.loading.parameter_target import Storage, Target, allocate, can_share, share
+from exo_kimi.runtime.loading.parameter_memory import Derived, ParameterMemory, Target, can_share
 from exo_kimi.runtime.loading.tensor_reader import TensorReader
 
 Progress = Callable[[int, int], None]
@@ -89,7 +89,7 @@ def load_stage(
     model = Model(manifest.config, manifest.start_layer, manifest.end_layer, layers_only=layers_only)
     _shape_modules(model, sources)
     jobs: list[Job] = []
-    targets: dict[str, Target] = {}
+    targets: dict[str, Target | Derived] = {}
     for source in sources:
         source_jobs, source_targets = jobs_of(source, DTYPES[dtype] if dtype else None)
         twice = targets.keys() & source_targets
@@ -98,9 +98,11 @@ def load_stage(
         jobs += source_jobs
         targets |= source_targets
     _check_targets(model, targets, where=manifest.directory)
-    groups = _share_arrays(model, targets) if fuse else []
-    storages = (target.storage() for target in targets.values())
-    allocate((storage for storage in storages if storage is not None), alone=alone)
+    groups = _fused_groups(model, targets) if fuse else []
+    shared = [members for group in groups for members in group.filled()]
+    grouped = {target for members in shared for target in members}
+    single = [[each] for each in targets.values() if isinstance(each, Target) and each not in grouped]
+    memory = ParameterMemory([*shared, *single], alone=alone)
 
     total = sum(entry.nbytes for source in sources for entries in source.parts.values() for entry in entries)
     done = 0
@@ -113,15 +115,15 @@ def load_stage(
 
     with TensorReader(manifest.directory, on_read) as reader:
         for job in sorted(jobs, key=lambda job: (job.entry.file, job.entry.start)):
-            job.fill(reader)
+            job.fill(reader, memory)
         reader.wait()
     for group in groups:
-        group.module.fused = adopt([group.module[name] for name in group.names], group.take())
+        group.module.fused = adopt([group.module[name] for name in group.names], group.take(memory))
         for path in group.paths:
             del targets[path]
     for path, target in targets.items():
         module_path, _, leaf = path.rpartition(".")
-        _module_at(model, module_path)[leaf] = target.take()
+        _module_at(model, module_path)[leaf] = memory.take(target)
     mx.eval(model.parameters())
     if fuse:
         model.fuse()
@@ -154,7 +156,7 @@ def _shape_modules(model: Model, sources: list[ModuleSource]) -> None:
     nn.quantize(model, class_predicate=packing)
 
 
-def _check_targets(model: Model, targets: dict[str, Target], *, where: Path) -> None:
+def _check_targets(model: Model, targets: dict[str, Target | Derived], *, where: Path) -> None:
     """Every parameter is filled exactly once and by something of its shape."""
     expected = {path: tuple(value.shape) for path, value in tree_flatten(model.parameters())}
     missing, extra = sorted(expected.keys() - targets), sorted(targets.keys() - expected)
@@ -170,30 +172,33 @@ def _check_targets(model: Model, targets: dict[str, Target], *, where: Path) -> 
 
 
 @dataclass(frozen=True, slots=True)
-class _Group:
-    """Projections of one module that are read into one array for each leaf; None where it is derived from the scales."""
+class _FusedGroup:
+    """Projections of one module that are read into one array for each leaf, `members[leaf]` in the order of `names`."""
 
     module: Any
     names: tuple[str, ...]
     paths: tuple[str, ...]
-    arrays: dict[str, Storage | Callable[[mx.array], mx.array]]
+    members: dict[str, list[Target | Derived]]
 
-    def take(self) -> dict[str, mx.array]:
-        """The filled arrays, not evaluated."""
-        taken = {leaf: store.array() for leaf, store in self.arrays.items() if isinstance(store, Storage)}
-        derived = {leaf: make(taken["scales"]) for leaf, make in self.arrays.items() if not isinstance(make, Storage)}
-        return taken | derived
+    def filled(self) -> Iterator[list[Target]]:
+        """The targets that lie in one array, for each leaf that is read and not derived."""
+        for members in self.members.values():
+            if targets := [each for each in members if isinstance(each, Target)]:
+                yield targets
+
+    def take(self, memory: ParameterMemory) -> dict[str, mx.array]:
+        """The filled arrays, not evaluated. What is derived is so from the whole array of its sources."""
+        return {leaf: memory.take(members[0]) for leaf, members in self.members.items()}
 
 
-def _share_arrays(model: Model, targets: dict[str, Target]) -> list[_Group]:
+def _fused_groups(model: Model, targets: dict[str, Target | Derived]) -> list[_FusedGroup]:
     groups = []
     for path, module, names in model.groups():
         leaves = [leaf for leaf in LEAVES if f"{path}.{names[0]}.{leaf}" in targets]
         members = {leaf: [targets[f"{path}.{name}.{leaf}"] for name in names] for leaf in leaves}
         if all(can_share(parts) for parts in members.values()):
-            arrays = {leaf: parts[0].derive or share(parts) for leaf, parts in members.items()}
             paths = tuple(f"{path}.{name}.{leaf}" for name in names for leaf in leaves)
-            groups.append(_Group(module, names, paths, arrays))
+            groups.append(_FusedGroup(module, names, paths, members))
     return groups
 
 

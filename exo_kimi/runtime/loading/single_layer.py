@@ -1,6 +1,6 @@
 """One layer of a checkpoint, loaded alone and run on random input: what `exo-kimi layer DIR N` shows.
 
-It answers on one machine whether the layer loads, computes finite numbers, and how fast; it knows nothing of text.
+It answers on one machine whether the layer loads, computes finite numbers, and how fast.
 """
 
 from __future__ import annotations

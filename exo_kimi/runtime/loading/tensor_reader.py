@@ -1,17 +1,26 @@
-"""Byte ranges of checkpoint files, read straight into memory that somebody else owns; it knows nothing of models or MLX."""
+"""Byte ranges of checkpoint files, read straight into memory that somebody else owns.
+
+Linux makes a page when it is first touched, each at the price of an exception. One call that makes many ready is a fifth
+cheaper, and the bytes that follow find the pages in the processor's cache.
+"""
 
 from __future__ import annotations
 
+import ctypes
+import mmap
 import os
+import sys
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from functools import cache
 from pathlib import Path
 from types import TracebackType
 
+import numpy as np
+
 from exo_kimi.checkpoint.index import TensorEntry
 from exo_kimi.errors import TensorFileError
-from exo_kimi.runtime.loading.page_faults import READY_BYTES, make_ready
 
 READ_BYTES = 16 * 1024**2
 """Most bytes of one read: progress moves that often, and macOS refuses reads over 2 GiB."""
@@ -24,6 +33,15 @@ AHEAD = 16
 
 READ_PIECES = 512
 """Most destinations of one read; systems allow 1,024."""
+
+READY_BYTES = 1024**2 if sys.platform == "linux" else None
+"""As much at a time as a processor's cache holds; None where memory is not made ready."""
+
+FEWEST_BYTES = 64 * 1024
+"""Less is not worth a call."""
+
+POPULATE_WRITE = 23
+"""MADV_POPULATE_WRITE of linux/mman.h, since Linux 5.14."""
 
 
 class TensorReader:
@@ -164,3 +182,21 @@ def _batches(
                 batch, size = [], 0
     if batch:
         yield batch, position
+
+
+def make_ready(pieces: Sequence[memoryview]) -> None:
+    """Give pages to memory that is about to be written; what it holds stays as it is."""
+    if READY_BYTES is None:
+        return
+    for piece in pieces:
+        if len(piece) >= FEWEST_BYTES:
+            address = np.frombuffer(piece, np.uint8).ctypes.data
+            first = address // mmap.PAGESIZE * mmap.PAGESIZE
+            # A refusal (an older Linux) changes nothing: pages then come one by one, as they are written.
+            _madvise()(ctypes.c_void_p(first), ctypes.c_size_t(address + len(piece) - first), POPULATE_WRITE)
+
+
+@cache
+def _madvise() -> Callable[..., int]:
+    found: Callable[..., int] = ctypes.CDLL(None).madvise
+    return found

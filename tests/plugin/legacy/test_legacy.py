@@ -423,7 +423,7 @@ class TestSetup:
         setup = prepare_legacy(LegacyOptions(plan=legacy_plan, model=tiny), ["--node-id=node2", "--node-port", "5"])
         assert setup.arguments[:3] == ("--node-id=node2", "--node-port", "5")
         assert setup.arguments[3:] == ("--inference-engine", "mlx", "--default-model", "tiny")
-        assert setup.pinned.seat.node_id == "node2" and setup.pinned.tokens == 8192
+        assert setup.pinned.own.node_id == "node2" and setup.pinned.tokens == 8192
         with pytest.raises(UsageError, match="MLX engine"):
             prepare_legacy(
                 LegacyOptions(plan=legacy_plan, model=tiny), ["--node-id", "node1", "--inference-engine", "tinygrad"]
@@ -437,7 +437,7 @@ class TestSetup:
         lacking = tmp_path / "lacking"
         lose_tensor(tiny, lacking, "model.layers.6.input_layernorm.weight")
         options = LegacyOptions(plan=legacy_plan, model=lacking)
-        assert prepare_legacy(options, ["--node-id", "node1"]).pinned.own == 0
+        assert prepare_legacy(options, ["--node-id", "node1"]).pinned.stage == 0
         with pytest.raises(CheckpointProblems, match=r"layers\.6\.input_layernorm"):
             prepare_legacy(options, ["--node-id", "node2"])
 

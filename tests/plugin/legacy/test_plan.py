@@ -10,8 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from exo_kimi.errors import ProtocolError, UsageError
-from exo_kimi.plugin.legacy.place import Place, ids_of, place_of
 from exo_kimi.plugin.legacy.plan import inclusive, pin
+from exo_kimi.plugin.legacy.tensors import TensorPosition, ids_of, position_of
 
 
 def exo_ranges(pieces: list[tuple[str, float, float]], layers: int) -> list[tuple[int, int]]:
@@ -61,7 +61,7 @@ def test_a_node_that_is_not_in_the_plan_is_told_who_is(legacy_shapes: Any) -> No
     with pytest.raises(UsageError, match="MACHINE=NODE_ID"):
         pin(plan, node_id="node1", nodes=["node2"])
     named = pin(plan, node_id="b", nodes=["node1=a", "node2=b"])
-    assert named.seat.start_layer == 5 and named.node_ids == ("a", "b")
+    assert named.own.start_layer == 5 and named.node_ids == ("a", "b")
 
 
 def test_nodes_of_one_plan_know_each_other(legacy_shapes: Any) -> None:
@@ -73,11 +73,11 @@ def test_nodes_of_one_plan_know_each_other(legacy_shapes: Any) -> None:
 
 
 def test_a_place_survives_exos_json(legacy_shapes: Any) -> None:
-    place = Place(plan="abc", offset=5, layer=3, more=True)
-    assert place_of({**place.to_state(), "other": 1}) == place
+    position = TensorPosition(plan="abc", offset=5, layer=3, more=True)
+    assert position_of({**position.to_state(), "other": 1}) == position
     for wrong in (None, {}, {"exo_kimi": {"plan": "abc", "offset": "5", "layer": 3, "more": True}}):
         with pytest.raises(ProtocolError, match="no exo-kimi"):
-            place_of(wrong)
+            position_of(wrong)
     assert ids_of(None) is None and ids_of({"exo_kimi_ids": [1, 2]}) == [1, 2]
     with pytest.raises(ProtocolError, match="token ids"):
         ids_of({"exo_kimi_ids": ["1"]})

@@ -31,10 +31,7 @@ from exo_kimi.errors import (
     UsageError,
 )
 from exo_kimi.models.kimi_k2 import Model
-from exo_kimi.runtime.loading import filling, tensor_reader
-from exo_kimi.runtime.loading import page_faults as pages
-from exo_kimi.runtime.loading import parameter_target as target
-from exo_kimi.runtime.loading import uninitialised as unfilled
+from exo_kimi.runtime.loading import filling, parameter_memory, tensor_reader
 from exo_kimi.runtime.loading.loader import load, load_stage
 
 SMALL = {
@@ -437,13 +434,13 @@ def test_a_large_tensor_is_read_in_pieces_at_once(stored: Callable[..., Path], m
 
 def test_memory_is_made_ready_without_a_change_to_what_it_holds() -> None:
     memory = memoryview(bytearray(range(256)) * 2048)
-    pages.make_ready([memory[100:300_000], memory[400_000:400_010]])
+    tensor_reader.make_ready([memory[100:300_000], memory[400_000:400_010]])
     assert memory == bytes(range(256)) * 2048
 
 
 def test_unfilled_arrays_are_writable_in_place_and_apart() -> None:
     forms = [((3, 5), mx.uint32), ((7,), mx.uint8), ((2, 2, 9), mx.uint16)] * 40
-    arrays = unfilled.unfilled(forms)
+    arrays = parameter_memory.unfilled(forms)
     for number, array in enumerate(arrays):
         data = memoryview(array).cast("B")
         data[:] = bytes([number]) * len(data)
@@ -457,10 +454,10 @@ def test_memory_is_left_unfilled_only_where_nobody_else_uses_mlx(
 ) -> None:
     """MLX's thread would need Python's lock, which a thread that waits for it may hold: such loads hung."""
     manifest = resolve(open_index(stored(recipe="uniform4")), 0, None)
-    monkeypatch.setattr(target, "SMALL_BYTES", 1)
+    monkeypatch.setattr(parameter_memory, "SMALL_BYTES", 1)
     asked: list[object] = []
-    give = unfilled.mx.load
-    monkeypatch.setattr(unfilled.mx, "load", lambda *given, **more: asked.append(given) or give(*given, **more))
+    give = parameter_memory.mx.load
+    monkeypatch.setattr(parameter_memory.mx, "load", lambda *given, **more: asked.append(given) or give(*given, **more))
     expected = load_stage(manifest, fuse=True)
     assert not asked
     assert same(load_stage(manifest, fuse=True, alone=True), expected)
@@ -471,18 +468,19 @@ def test_where_mlx_gives_no_unfilled_memory_zeros_are_filled(
     stored: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     manifest = resolve(open_index(stored(recipe="uniform4")), 0, None)
-    monkeypatch.setattr(target, "SMALL_BYTES", 1)
+    monkeypatch.setattr(parameter_memory, "SMALL_BYTES", 1)
     expected = load_stage(manifest, fuse=True)
 
     def refuse(*_: Any, **__: Any) -> None:
         raise RuntimeError("[load] no such file")
 
-    monkeypatch.setattr(unfilled.mx, "load", refuse)
+    monkeypatch.setattr(parameter_memory.mx, "load", refuse)
     assert same(load_stage(manifest, fuse=True, alone=True), expected)
 
 
 def test_an_array_that_was_not_filled_to_its_last_byte_is_not_taken() -> None:
-    half = target.Target((4, 8), mx.float32, parts=2)
-    half.pieces(0)
-    with pytest.raises(AssertionError, match="all of it"):
-        half.take()
+    half = parameter_memory.Target((4, 8), mx.float32, parts=2)
+    memory = parameter_memory.ParameterMemory([[half]])
+    memory.pieces(half, 0)
+    with pytest.raises(MissingTensorError, match="all of it"):
+        memory.take(half)
