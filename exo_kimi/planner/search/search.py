@@ -10,7 +10,7 @@ import numpy as np
 from exo_kimi.planner.machines.cluster import Cluster
 from exo_kimi.planner.machines.hardware import Machine
 from exo_kimi.planner.search.cost import Placed, predict
-from exo_kimi.planner.search.solver import Problem, Split, solve
+from exo_kimi.planner.search.solver import SplitProblem, Split, solve
 from exo_kimi.planner.search.tables import goal_for, need_table, problem_for, shortage_problem
 from exo_kimi.planner.weights.bytes import ModelBytes
 from exo_kimi.planner.workload import Objective, Workload
@@ -49,7 +49,7 @@ def best_split(
     return None if best is None else _placed(best, cluster)
 
 
-def prefer_order(problem: Problem, machines: Sequence[Machine]) -> Problem | None:
+def prefer_order(problem: SplitProblem, machines: Sequence[Machine]) -> SplitProblem | None:
     """The problem with a thousandth of its least total on each boundary towards more memory; None when nothing fits."""
     least = solve(problem, lambda total, peak: total)
     if least is None:

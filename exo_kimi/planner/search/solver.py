@@ -1,11 +1,12 @@
-"""The exact solver: contiguous ranges over any order of any subset of machines. It knows numbers only, no models or chips.
+"""The exact solver: contiguous ranges of layers over any order of any subset of machines.
 
 Costs are whole numbers, so that sums are exact and the same problem has the same answer on every machine. A split has a
 `total` (of all stages and hops) and a `peak` (the greatest of them); a goal combines the two and never falls when one grows.
 
 For a bound on the peak, the least total is found by dynamic programming over (set of machines, last machine, layers placed):
-2^8 * 8 * 62 states of K2 on 8 machines, each set extended by all cuts at once. The best (total, peak) is found by branch and
-bound over the bound: totals only grow as it falls.
+2^8 * 8 * 62 states of K2 on 8 different machines, each set extended by all cuts at once. Sets that differ only by swapping
+equal machines are one, so n equal machines have n sets. The best (total, peak) is found by branch and bound over the bound:
+totals only grow as it falls.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ Goal = Callable[[int, int], int]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Problem:
+class SplitProblem:
     """What each machine costs for each range; L layers, n machines.
 
     Args:
@@ -65,7 +66,7 @@ class Split:
     value: int = field(default=0, compare=False)
 
 
-def solve(problem: Problem, goal: Goal) -> Split | None:
+def solve(problem: SplitProblem, goal: Goal) -> Split | None:
     """The split with the least goal(total, peak); None when there is none. Of equals, the first of a fixed order.
 
     Args:
@@ -80,7 +81,7 @@ def solve(problem: Problem, goal: Goal) -> Split | None:
     if goal(loosest.total, 0) >= best.value:
         return best
     levels = np.union1d(problem.peak[problem.total < INFINITE], problem.hop_peak)
-    low = int(np.searchsorted(levels, _least_peak(problem, levels)))
+    low = int(np.searchsorted(levels, _least_peak(problem, masks, levels)))
     if goal(loosest.total, int(levels[low])) >= best.value:
         return best
     tightest = _least_total(problem, masks, int(levels[low]))
@@ -113,7 +114,7 @@ def _valued(split: Split, goal: Goal) -> Split:
     )
 
 
-def _masks(problem: Problem) -> list[list[int]]:
+def _masks(problem: SplitProblem) -> list[list[int]]:
     """Sets of machines by size, without those that differ from another only by swapping equal machines."""
     n = problem.machines
     before = [0] * n
@@ -121,38 +122,54 @@ def _masks(problem: Problem) -> list[list[int]]:
         for earlier in range(later):
             if problem.kinds[earlier] == problem.kinds[later]:
                 before[later] |= 1 << earlier
-    by_size: list[list[int]] = [[] for _ in range(n + 1)]
-    for mask in range(1, 1 << n):
-        if all(before[j] & ~mask == 0 for j in range(n) if mask >> j & 1):
-            by_size[mask.bit_count()].append(mask)
-    return by_size[: problem.stages + 1] if problem.stages else by_size
+    by_size: list[list[int]] = [[0]]
+    for _ in range(problem.stages or n):
+        larger = {
+            mask | 1 << machine
+            for mask in by_size[-1]
+            for machine in range(n)
+            if not mask >> machine & 1 and before[machine] & ~mask == 0
+        }
+        by_size.append(sorted(larger))
+    return by_size
 
 
-def _least_total(problem: Problem, masks: list[list[int]], bound: int) -> Split | None:
+def _least_total(problem: SplitProblem, masks: list[list[int]], bound: int) -> Split | None:
     """The split with the least total whose stages and hops are all within the bound on the peak."""
     n, layers = problem.machines, problem.layers
     costs = np.where(problem.peak <= bound, problem.total, INFINITE)
     hops = np.where(problem.hop_peak <= bound, problem.hop_total, INFINITE)
-    # least[mask, last, end]: layers [0, end) on exactly these machines, `last` holding the end.
-    least = np.full((1 << n, n, layers + 1), INFINITE, np.int64)
-    for machine in range(n):
-        least[1 << machine, machine] = costs[machine, 0]
+    row = {mask: number for number, mask in enumerate(mask for size in masks for mask in size)}
+    # least[row of a set, last, end]: layers [0, end) on exactly these machines, `last` holding the end.
+    least = np.full((len(row), n, layers + 1), INFINITE, np.int64)
+    for mask in masks[1]:
+        machine = mask.bit_length() - 1
+        least[row[mask], machine] = costs[machine, 0]
     for size in range(2, len(masks)):
         for machine in range(n):
-            sets = np.array([mask for mask in masks[size] if mask >> machine & 1], np.int64)
-            if not len(sets):
+            grown = [mask for mask in masks[size] if mask >> machine & 1 and mask & ~(1 << machine) in row]
+            if not grown:
                 continue
-            arrived = _arrive(least[sets & ~(1 << machine)], hops[:, machine])
+            arrived = _arrive(least[[row[mask & ~(1 << machine)] for mask in grown]], hops[:, machine])
             reached = (arrived[:, :, None] + costs[machine][None]).min(axis=1)
-            least[sets, machine] = np.minimum(reached, INFINITE)
-    complete = [mask for size in masks[problem.stages :] for mask in size]
+            least[[row[mask] for mask in grown], machine] = np.minimum(reached, INFINITE)
+    complete = [mask for size in masks[problem.stages or 1 :] for mask in size]
     if not complete:
         return None
-    at, machine = divmod(int(least[complete, :, layers].argmin()), n)
-    mask, total = complete[at], int(least[complete[at], machine, layers])
+    at, machine = divmod(int(least[[row[mask] for mask in complete], :, layers].argmin()), n)
+    mask, total = complete[at], int(least[row[complete[at]], machine, layers])
     if total >= INFINITE:
         return None
-    return _trace(problem, least, costs, hops, mask, machine, total)
+    # Walk back from the end: which cut and which machine before gave this total.
+    order, cuts, end, left = [machine], [layers], layers, total
+    while mask != 1 << machine:
+        mask &= ~(1 << machine)
+        options = least[row[mask]] + hops[:, machine, None] + costs[machine, :, end][None]
+        before, start = (int(x) for x in np.argwhere(options == left)[0])
+        order.append(before)
+        cuts.append(start)
+        left, machine, end = int(least[row[mask], before, start]), before, start
+    return _named(problem, order[::-1], [0, *cuts[::-1]])
 
 
 def _arrive(before: Int64s, hops: Int64s) -> Int64s:
@@ -161,19 +178,8 @@ def _arrive(before: Int64s, hops: Int64s) -> Int64s:
     return np.minimum(arrived, INFINITE)
 
 
-def _trace(problem: Problem, least: Int64s, costs: Int64s, hops: Int64s, mask: int, machine: int, total: int) -> Split:
-    """Walk back from the end: which cut and which machine before gave this total."""
-    order, cuts, end, left = [machine], [problem.layers], problem.layers, total
-    while mask != 1 << machine:
-        mask &= ~(1 << machine)
-        options = least[mask] + hops[:, machine, None] + costs[machine, :, end][None]
-        before, start = (int(x) for x in np.argwhere(options == left)[0])
-        order.append(before)
-        cuts.append(start)
-        left, machine, end = int(least[mask, before, start]), before, start
-    cuts.append(0)
-    order.reverse()
-    cuts.reverse()
+def _named(problem: SplitProblem, order: list[int], cuts: list[int]) -> Split:
+    """A split whose equal machines are named in the order of their use."""
     for kind in set(problem.kinds):
         equal = [place for place, j in enumerate(order) if problem.kinds[j] == kind]
         for place, j in zip(equal, sorted(order[place] for place in equal), strict=True):
@@ -181,7 +187,7 @@ def _trace(problem: Problem, least: Int64s, costs: Int64s, hops: Int64s, mask: i
     return _priced(problem, order, cuts)
 
 
-def _priced(problem: Problem, order: Sequence[int], cuts: Sequence[int]) -> Split:
+def _priced(problem: SplitProblem, order: Sequence[int], cuts: Sequence[int]) -> Split:
     """The split's total and peak in these tables."""
     ranges, hops = list(zip(order, cuts, cuts[1:], strict=False)), list(pairwise(order))
     total = sum(int(problem.total[place]) for place in ranges) + sum(int(problem.hop_total[hop]) for hop in hops)
@@ -189,27 +195,29 @@ def _priced(problem: Problem, order: Sequence[int], cuts: Sequence[int]) -> Spli
     return Split(order=tuple(order), cuts=tuple(cuts), total=total, peak=max(peaks))
 
 
-def _least_peak(problem: Problem, levels: Int64s) -> int:
+def _least_peak(problem: SplitProblem, masks: list[list[int]], levels: Int64s) -> int:
     """A lower bound on the peak of any split, hops left out: bisection over how far each set of machines can reach."""
     low, high = 0, len(levels) - 1
     while low < high:
         middle = (low + high) // 2
-        if _reaches(problem, int(levels[middle])):
+        if _reaches(problem, masks, int(levels[middle])):
             high = middle
         else:
             low = middle + 1
     return int(levels[low])
 
 
-def _reaches(problem: Problem, bound: int) -> bool:
+def _reaches(problem: SplitProblem, masks: list[list[int]], bound: int) -> bool:
     """Whether some order of the machines places every layer within the bound, when ranges may shrink freely."""
     allowed = (problem.total < INFINITE) & (problem.peak <= bound)
     ends = np.arange(problem.layers + 1)
     furthest = np.where(allowed, ends[None, None, :], ends[None, :, None]).max(axis=2)
     furthest = np.maximum.accumulate(furthest, axis=1).tolist()
-    reach = [0] * (1 << problem.machines)
-    for mask in range(1, 1 << problem.machines):
-        for machine in range(problem.machines):
-            if mask >> machine & 1:
-                reach[mask] = max(reach[mask], furthest[machine][reach[mask & ~(1 << machine)]])
-    return reach[-1] == problem.layers
+    reach = {0: 0}
+    for mask in (mask for size in masks[1:] for mask in size):
+        reach[mask] = max(
+            furthest[machine][reach[mask & ~(1 << machine)]]
+            for machine in range(problem.machines)
+            if mask >> machine & 1 and mask & ~(1 << machine) in reach
+        )
+    return max(reach.values()) == problem.layers

@@ -12,7 +12,7 @@ from exo_kimi.errors import UsageError
 from exo_kimi.planner.machines.cluster import Cluster
 from exo_kimi.planner.machines.hardware import Machine
 from exo_kimi.planner.search.cost import decode_layer_s, groups_and_batch, head_s, hop_s, layer_flops, prefill_layer_s
-from exo_kimi.planner.search.solver import INFINITE, Goal, Int64s, Problem
+from exo_kimi.planner.search.solver import INFINITE, Goal, Int64s, SplitProblem
 from exo_kimi.planner.weights.bytes import ModelBytes
 from exo_kimi.planner.workload import Objective, Workload
 
@@ -38,7 +38,7 @@ def need_table(model: ModelBytes, workload: Workload) -> Int64s:
 
 def problem_for(
     model: ModelBytes, cluster: Cluster, workload: Workload, objective: Objective, *, stages: int = 0
-) -> Problem:
+) -> SplitProblem:
     """The tables of an objective.
 
     Args:
@@ -83,7 +83,7 @@ def problem_for(
     hops = [[(0, 0) if one is other else hop(one, other) for other in cluster.machines] for one in cluster.machines]
     hop_total = np.array([[cost[0] for cost in row] for row in hops], np.int64)
     hop_peak = np.array([[cost[1] for cost in row] for row in hops], np.int64)
-    return Problem(
+    return SplitProblem(
         total=np.stack([pair[0] for pair in pairs]),
         peak=np.stack([pair[1] for pair in pairs]),
         hop_total=hop_total,
@@ -93,12 +93,12 @@ def problem_for(
     )
 
 
-def shortage_problem(model: ModelBytes, cluster: Cluster, workload: Workload) -> Problem:
+def shortage_problem(model: ModelBytes, cluster: Cluster, workload: Workload) -> SplitProblem:
     """Every range allowed, at the cost of the bytes by which it is over the machine's limit."""
     need = need_table(model, workload)
     over = np.stack([np.maximum(need - machine.limit_bytes, 0) for machine in cluster.machines])
     nothing = np.zeros((len(cluster.machines), len(cluster.machines)), np.int64)
-    return Problem(
+    return SplitProblem(
         total=np.where(_proper(model.layers), over, INFINITE),
         peak=over,
         hop_total=nothing,

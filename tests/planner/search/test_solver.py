@@ -14,7 +14,7 @@ import pytest
 from exo_kimi.planner.machines.cluster import Cluster, make_cluster, read_cluster
 from exo_kimi.planner.search.cost import Placed
 from exo_kimi.planner.search.search import ORDER_SHARE, best_split, fits, time_s
-from exo_kimi.planner.search.solver import INFINITE, Goal, Int64s, Problem, solve
+from exo_kimi.planner.search.solver import INFINITE, Goal, Int64s, SplitProblem, solve
 from exo_kimi.planner.search.tables import TICKS_PER_S, goal_for, need_table, problem_for
 from exo_kimi.planner.weights.bytes import ModelBytes
 from exo_kimi.planner.workload import OBJECTIVES, Objective, Workload, make_workload
@@ -22,7 +22,7 @@ from exo_kimi.planner.workload import OBJECTIVES, Objective, Workload, make_work
 Case = tuple[ModelBytes, Cluster, Workload]
 
 
-def every_split(problem: Problem, upward: Int64s | None = None) -> Iterator[tuple[int, int, int]]:
+def every_split(problem: SplitProblem, upward: Int64s | None = None) -> Iterator[tuple[int, int, int]]:
     """(total, peak, boundaries towards more memory) of every feasible split, found by plain recursion."""
     total, peak = problem.total.tolist(), problem.peak.tolist()
     hop_total, hop_peak = problem.hop_total.tolist(), problem.hop_peak.tolist()
@@ -48,7 +48,7 @@ def every_split(problem: Problem, upward: Int64s | None = None) -> Iterator[tupl
     return extend(0, (), 0, 0, 0)
 
 
-def random_problem(random: Random) -> Problem:
+def random_problem(random: Random) -> SplitProblem:
     """Any tables at all, without the order that real costs have."""
     layers, machines = random.randint(1, 12), random.choice((1, 2, 2, 3, 3, 3, 4))
     if random.random() < 0.02:
@@ -57,7 +57,7 @@ def random_problem(random: Random) -> Problem:
     shape = (machines, layers + 1, layers + 1)
     proper = np.arange(layers + 1)[:, None] < np.arange(layers + 1)[None, :]
     allowed = proper & (generator.random(shape) < random.choice((0.3, 0.8, 1.0)))
-    return Problem(
+    return SplitProblem(
         total=np.where(allowed, generator.integers(0, random.choice((3, 10_000)), shape), INFINITE),
         peak=generator.integers(0, random.choice((3, 10_000)), shape),
         hop_total=generator.integers(0, random.choice((1, 1000)), (machines, machines)),

@@ -1,0 +1,83 @@
+"""What a plan answers: a model, the machines it may use, the work it is for, and what shall be least."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+from exo_kimi.planner.machines.cluster import Cluster
+from exo_kimi.planner.machines.hardware import Machine
+from exo_kimi.planner.weights.bytes import ModelBytes
+from exo_kimi.planner.workload import Objective, Workload
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StageNeed:
+    """Bytes that a machine must hold for its layers, by what they are for."""
+
+    weight_bytes: int
+    kv_bytes: int
+    scratch_bytes: int
+    reserve_bytes: int
+    server_bytes: int
+
+    @property
+    def total_bytes(self) -> int:
+        """All of them."""
+        return self.weight_bytes + self.kv_bytes + self.scratch_bytes + self.reserve_bytes + self.server_bytes
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Question:
+    """Which split of a model over machines is best for some work; every function of the planner takes it whole.
+
+    Args:
+        model: what is split, byte for byte.
+        cluster: machines and links.
+        workload: what is timed and kept in memory.
+        objective: what shall be least: the time of a request, of a token, of a round, or to the first token.
+    """
+
+    model: ModelBytes
+    cluster: Cluster
+    workload: Workload
+    objective: Objective = "request"
+
+    @property
+    def machines(self) -> tuple[Machine, ...]:
+        """All that the split may use, by name."""
+        return self.cluster.machines
+
+    @property
+    def layers(self) -> int:
+        """Decoder layers to place."""
+        return self.model.layers
+
+    @property
+    def scratch_bytes(self) -> int:
+        """Peak of a prefill step on every stage, see `Workload.scratch_bytes`."""
+        return self.workload.scratch_bytes(self.model.config)
+
+    @property
+    def hop_bytes_per_token(self) -> int:
+        """Hidden state of one token between two stages, in bf16."""
+        return self.model.config.hidden_size * 2
+
+    def need(self, start_layer: int, end_layer: int) -> StageNeed:
+        """What a machine must hold for layers [start, end); `search.tables.need_table` has the sums of all ranges."""
+        ends = self.workload.ends_everywhere
+        return StageNeed(
+            weight_bytes=self.model.weight_bytes(start_layer, end_layer, ends_everywhere=ends),
+            kv_bytes=(end_layer - start_layer) * self.workload.kv_tokens * self.model.kv_layer_bytes,
+            scratch_bytes=self.scratch_bytes,
+            reserve_bytes=self.workload.reserve_bytes,
+            server_bytes=self.workload.server_bytes if start_layer == 0 else 0,
+        )
+
+    def with_raised_limits(self) -> Question:
+        """The same question with every wired limit at its ceiling."""
+        return replace(self, cluster=self.cluster.with_raised_limits())
+
+    def with_workload(self, **changes: Any) -> Question:
+        """The same question for other work, such as `context=8192`."""
+        return replace(self, workload=replace(self.workload, **changes))
