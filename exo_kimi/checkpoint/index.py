@@ -106,11 +106,12 @@ class _Sorting:
                 holders[key.expert] = entry
 
 
-def open_index(directory: str | Path) -> CheckpointIndex:
-    """Read config.json and every safetensors header of a directory.
+def open_index(directory: str | Path, *, raw_config: Mapping[str, Any] | None = None) -> CheckpointIndex:
+    """Read config.json and every safetensors header of a directory; what reads more of it opens a `Checkpoint`.
 
     Args:
         directory: a checkpoint directory.
+        raw_config: config.json, where it was read already.
 
     Raises:
         NotACheckpointError: no directory, no config.json or no weights.
@@ -119,7 +120,7 @@ def open_index(directory: str | Path) -> CheckpointIndex:
         TensorFileError: `model.safetensors.index.json` cannot be read.
     """
     root = Path(directory)
-    raw_config = read_config(root)
+    raw_config = read_config(root) if raw_config is None else raw_config
     config = KimiConfig.from_dict(raw_config, where=root / "config.json")
     return sort_tensors(root, config, raw_config, read_shards(find_shards(root)))
 

@@ -1,4 +1,4 @@
-"""What `exo-kimi plan` does: plain arguments in, a plan and its texts out; the command line only prints and saves.
+"""`exo-kimi plan`: plain arguments to a question, and its answer; the command line only prints and saves.
 
 answer = plan_answer(directory=DIR, cluster="m3-ultra-512, m2-ultra-192", context=40960, explained=True)
 print(answer.text); answer.plan.save("PLAN.json"); Path("plan.svg").write_text(answer.svg)
@@ -7,37 +7,20 @@ print(answer.text); answer.plan.save("PLAN.json"); Path("plan.svg").write_text(a
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 
 from exo_kimi.arch.geometry import check_quantizable
-from exo_kimi.checkpoint.index import open_index
-from exo_kimi.checkpoint.manifest import resolve
+from exo_kimi.checkpoint.checkpoint import Checkpoint
 from exo_kimi.errors import UsageError
-from exo_kimi.planner.machines.cluster import Cluster, read_cluster
-from exo_kimi.planner.plan import Plan
-from exo_kimi.planner.search.cost import Placed
-from exo_kimi.planner.search.make import make_plan, plan_of_stages
-from exo_kimi.planner.show.explain import explain
-from exo_kimi.planner.show.picture import terminal
-from exo_kimi.planner.show.svg import svg
+from exo_kimi.planner.answer import Answer, answer
+from exo_kimi.planner.machines.cluster import read_cluster
+from exo_kimi.planner.question import Question
+from exo_kimi.planner.search.cost import PlacedSplit
 from exo_kimi.planner.weights.bytes import ModelBytes, bytes_of_manifest, bytes_of_recipe
 from exo_kimi.planner.weights.catalog import model_names, published_model
 from exo_kimi.planner.weights.recipes import load_recipe
 from exo_kimi.planner.workload import OBJECTIVES, RESERVE_BYTES, Objective, make_workload
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class PlanAnswer:
-    """A plan, and what the terminal shows of it (with the explanation when it was asked for)."""
-
-    plan: Plan
-    text: str
-
-    @property
-    def svg(self) -> str:
-        """The plan as an SVG document."""
-        return svg(self.plan)
 
 
 def plan_answer(
@@ -55,9 +38,9 @@ def plan_answer(
     raise_limits: bool = False,
     ends_everywhere: bool = False,
     kv_bits: int | None = None,
-    split: Sequence[int] | None = None,
+    split: str | Sequence[int] | None = None,
     explained: bool = False,
-) -> PlanAnswer:
+) -> Answer:
     """The best plan for a checkpoint directory, or for a published model in a recipe.
 
     Args:
@@ -78,7 +61,7 @@ def plan_answer(
         explained: add the explanation to the text.
 
     Raises:
-        UsageError: arguments that contradict each other or cannot be read.
+        UsageError: arguments that contradict each other or cannot be read, or a split that cannot be.
         CheckpointError: the directory is not a checkpoint that can be served.
         PlanInfeasibleError: nothing fits.
     """
@@ -89,8 +72,6 @@ def plan_answer(
         check_quantizable(weights.config)
         weights = replace(weights, kv_bits=kv_bits)
     machines = read_cluster(cluster)
-    if raise_limits:
-        machines = machines.with_raised_limits()
     if concurrency is None:
         concurrency = len(machines.machines) if objective == "throughput" else 1
     workload = make_workload(
@@ -102,14 +83,12 @@ def plan_answer(
         reserve_bytes=reserve_bytes,
         ends_everywhere=ends_everywhere,
     )
-    if split is not None:
-        plan = plan_of_stages(weights, machines, workload, objective, _given(split, weights, machines))
-        return PlanAnswer(plan=plan, text=terminal(plan))
-    plan = make_plan(weights, machines, workload, objective)
-    text = terminal(plan)
-    if explained:
-        text += "\n" + explain(weights, machines, workload, objective)
-    return PlanAnswer(plan=plan, text=text)
+    question = Question(model=weights, cluster=machines, workload=workload, objective=objective)
+    if raise_limits:
+        question = question.with_raised_limits()
+    if split is None:
+        return answer(question, explained=explained)
+    return Answer.of(PlacedSplit.given(question, split, question.machines_by_memory))
 
 
 def model_bytes(
@@ -127,22 +106,6 @@ def model_bytes(
     if directory is not None:
         if recipe is not None:
             raise UsageError("--recipe is for --model: a directory's headers say what it holds", found=str(recipe))
-        return bytes_of_manifest(resolve(open_index(Path(directory))))
+        return bytes_of_manifest(Checkpoint(directory).manifest())
     published = published_model(str(model))
     return bytes_of_recipe(published.config, load_recipe(recipe or published.default_recipe), name=published.name)
-
-
-def _given(split: Sequence[int], model: ModelBytes, cluster: Cluster) -> tuple[Placed, ...]:
-    machines = sorted(cluster.machines, key=lambda machine: (-machine.memory_bytes, machine.name))
-    if sum(split) != model.layers or min(split) < 1 or len(split) > len(machines):
-        raise UsageError(
-            "a split that these machines cannot take",
-            expected=f"{model.layers} layers in all, over at most {len(machines)} machines, 1 each at least",
-            found=",".join(map(str, split)),
-            where="--split",
-        )
-    placed, start = [], 0
-    for machine, count in zip(machines, split, strict=False):
-        placed.append(Placed(machine=machine, start_layer=start, end_layer=start + count))
-        start += count
-    return tuple(placed)

@@ -1,4 +1,4 @@
-"""The planner's TOML data files: found by name, parsed, hashed; it knows nothing of what they mean."""
+"""The planner's TOML data files: found by name, parsed, hashed."""
 
 from __future__ import annotations
 

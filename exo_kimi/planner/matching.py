@@ -1,4 +1,4 @@
-"""Whether a plan is for this checkpoint; it knows nothing of how either was made."""
+"""Whether a plan is for this checkpoint."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The plan and its file: JSON, sorted, versioned, with hashes of what it was made from; it knows nothing of how it was found.
+"""The plan and its file: JSON, sorted, versioned, with hashes of what it was made from.
 
 Layer ranges are half-open. The same inputs give the same bytes, and a file read and written again is the same file.
 """

@@ -49,6 +49,11 @@ class Question:
         return self.cluster.machines
 
     @property
+    def machines_by_memory(self) -> tuple[Machine, ...]:
+        """The largest first, as a split that names no machines is dealt out."""
+        return tuple(sorted(self.machines, key=lambda machine: (-machine.memory_bytes, machine.name)))
+
+    @property
     def layers(self) -> int:
         """Decoder layers to place."""
         return self.model.layers

@@ -15,7 +15,7 @@ from exo_kimi.planner.search.solver import INFINITE, SplitProblem, solve
 from exo_kimi.planner.weights.bytes import ModelBytes
 
 LayerRange = tuple[int, int]
-_EVENNESS_STEPS = 1 << 29  # of all bytes: their square, which bounds every sum of squares, stays under INFINITE
+EVENNESS_STEPS = 1 << 29  # of all bytes: their square, which bounds every sum of squares, stays under INFINITE
 
 
 def parse_split(
@@ -90,7 +90,7 @@ def balanced_split(model: ModelBytes, stages: int) -> tuple[LayerRange, ...]:
         )
     sizes = np.full((layers + 1, layers + 1), INFINITE, np.int64)
     squares = sizes.copy()
-    step_bytes = max(1, -(-model.weight_bytes(0, layers) // _EVENNESS_STEPS))
+    step_bytes = max(1, -(-model.weight_bytes(0, layers) // EVENNESS_STEPS))
     for start in range(layers):
         for end in range(start + 1, layers + 1):
             size_bytes = model.weight_bytes(start, end)

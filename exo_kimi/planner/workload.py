@@ -1,4 +1,4 @@
-"""What the cluster is to do, and the memory that takes beside the weights; it knows nothing of machines or bits."""
+"""What the cluster is to do, and the memory that takes beside the weights."""
 
 from __future__ import annotations
 
@@ -53,6 +53,16 @@ class Workload:
     def chunks(self) -> int:
         """Prefill steps of one prompt."""
         return -(-self.prompt_tokens // self.prefill_chunk)
+
+    @property
+    def chunk_tokens(self) -> float:
+        """Tokens of a prefill step, on average."""
+        return self.prompt_tokens / self.chunks
+
+    @property
+    def mean_prompt_position(self) -> float:
+        """Cached tokens that a prompt's token meets, on average."""
+        return self.prompt_tokens / 2
 
     @property
     def kv_tokens(self) -> int:

@@ -1,4 +1,4 @@
-"""`exo-kimi serve`: from a directory and options to a running server; it only puts the rooms together."""
+"""`exo-kimi serve`: from a directory and options to a running server."""
 
 from __future__ import annotations
 
@@ -8,15 +8,12 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from exo_kimi.arch.config import KimiConfig
+from exo_kimi.checkpoint.checkpoint import Checkpoint
 from exo_kimi.checkpoint.doctor.doctor import text_errors
-from exo_kimi.checkpoint.index import open_index
-from exo_kimi.checkpoint.manifest import resolve
-from exo_kimi.checkpoint.text_files import read_config
 from exo_kimi.dialogue.speaker import Speaker
 from exo_kimi.errors import CheckpointProblems, UsageError
 from exo_kimi.planner.matching import check_matches
-from exo_kimi.planner.plan import read_plan
+from exo_kimi.planner.plan import Plan, read_plan
 from exo_kimi.planner.weights.bytes import bytes_of_manifest
 from exo_kimi.runtime.cluster.cluster_plan import make_plan
 from exo_kimi.runtime.cluster.supervisor import ClusterOptions, StageCluster
@@ -72,36 +69,40 @@ def serve(options: ServeOptions, *, announce: Callable[[str], None] | None = Non
         RuntimeFault: the stages did not become ready the first time.
     """
     key = find_key(key_file=options.key_file, environment_text=os.environ.get(ENVIRONMENT_NAME))
-    split, context, scratch_bytes, link = options.split, options.context, None, options.link or "zmq"
-    kv_bits = options.kv_bits
+    checkpoint, scratch_bytes = Checkpoint(options.directory), None
     if options.plan is not None:
-        split, context, scratch_bytes, link, kv_bits = _follow(options.plan, options)
+        planned = read_plan(options.plan)
+        options = _following(planned, options, checkpoint)
+        scratch_bytes = min(stage.scratch_bytes for stage in planned.stages)
     plan = make_plan(
-        options.directory,
-        split=split,
+        checkpoint,
+        split=options.split,
         stages=options.stages,
         remotes=options.stage,
         key=key,
         dtype=options.dtype,
         scratch_bytes=scratch_bytes,
-        kv_bits=kv_bits,
+        kv_bits=options.kv_bits,
     )
     speaker = Speaker.from_directory(options.directory)
-    _check_texts(options.directory, plan.config)
+    _check_texts(checkpoint)
     model_id = _utf8(options.model_id or options.directory.resolve().name)
     disk = disk_terms(options.prefix_disk_bytes, options.prefix_dir, check=not options.stage)
     cluster_options = ClusterOptions(
-        context=context, kv_bytes=options.kv_bytes, stall_s=options.stall_deadline, link=link, **disk
+        context=options.context,
+        kv_bytes=options.kv_bytes,
+        stall_s=options.stall_deadline,
+        link=options.link or "zmq",
+        **disk,
     )
     prefixes = PrefixOptions(memory_bytes=options.prefix_cache_bytes)
-
-    sized = replace(bytes_of_manifest(resolve(open_index(options.directory))), kv_bits=kv_bits)
+    sized = replace(bytes_of_manifest(checkpoint.manifest()), kv_bits=options.kv_bits)
     drafter = Drafter.of(options.speculate, sized)
     given: dict[str, Any] = _given(options, "prefill_chunk", "queue_limit")
 
     async def factory() -> Served:
         cluster = StageCluster(plan, cluster_options)
-        engine = Engine(cluster, context=context, drafter=drafter, prefixes=prefixes, **given)
+        engine = Engine(cluster, context=options.context, drafter=drafter, prefixes=prefixes, **given)
         app = create_app(engine, speaker, model_id=model_id, api_key=options.api_key)
         await cluster.start()
         await engine.start()
@@ -115,20 +116,22 @@ def _utf8(name: str) -> str:
     return os.fsencode(name).decode("utf-8", errors="replace")
 
 
-def _check_texts(directory: Path, config: KimiConfig) -> None:
+def _check_texts(checkpoint: Checkpoint) -> None:
     """Refuse what would load and then answer wrongly: without a known end of turn, generation never stops."""
-    errors = text_errors(directory, vocab_size=config.vocab_size, model_type=read_config(directory)["model_type"])
+    directory, model_type = checkpoint.directory, checkpoint.raw_config["model_type"]
+    errors = text_errors(directory, vocab_size=checkpoint.config.vocab_size, model_type=model_type)
     if errors:
         raise CheckpointProblems(errors, where=f"{directory} (exo-kimi doctor --fix may mend it)")
 
 
-def _follow(path: Path, options: ServeOptions) -> tuple[str, int, int, LinkKind, int | None]:
-    """Split, context, scratch bytes, link and bits of the cache of a plan file that is for this checkpoint; `--context` may
-    ask for less, `--link` for another. Stages of this machine alone have no RDMA between them."""
+def _following(plan: Plan, options: ServeOptions, checkpoint: Checkpoint) -> ServeOptions:
+    """The options with split, context, link and bits of the cache of a plan that is for this checkpoint.
+
+    `--context` may ask for less, `--link` for another. Stages of this machine alone have no RDMA between them.
+    """
     if options.split is not None:
         raise UsageError("--plan and --split both say how to split", fix="give one of them")
-    plan = read_plan(path)
-    check_matches(plan, resolve(open_index(options.directory)))
+    check_matches(plan, checkpoint.manifest())
     planned = plan.workload.context
     if options.context is not None and options.context > planned:
         raise UsageError(
@@ -138,10 +141,13 @@ def _follow(path: Path, options: ServeOptions) -> tuple[str, int, int, LinkKind,
             where="--context",
             fix=f"plan again with --context {options.context}",
         )
-    link = options.link or ("jaccl" if plan.link == "jaccl" and options.stage else "zmq")
-    scratch_bytes = min(stage.scratch_bytes for stage in plan.stages)
-    kv_bits = options.kv_bits or plan.model.kv_bits
-    return plan.split, options.context or planned, scratch_bytes, link, kv_bits
+    return replace(
+        options,
+        split=plan.split,
+        context=options.context or planned,
+        link=options.link or ("jaccl" if plan.link == "jaccl" and options.stage else "zmq"),
+        kv_bits=options.kv_bits or plan.model.kv_bits,
+    )
 
 
 def _given(options: ServeOptions, *names: str) -> dict[str, int]:

@@ -7,12 +7,13 @@ from random import Random
 
 import pytest
 
-from exo_kimi.planner.machines.cluster import Cluster, Link, make_cluster, read_cluster
+from exo_kimi.planner.machines.cluster import Cluster, NetworkLink, make_cluster, read_cluster
 from exo_kimi.planner.machines.hardware import Machine, Value
+from exo_kimi.planner.question import Question
 from exo_kimi.planner.weights.bytes import ModelBytes, bytes_of_recipe
 from exo_kimi.planner.weights.catalog import published_model
 from exo_kimi.planner.weights.recipes import load_recipe
-from exo_kimi.planner.workload import Workload
+from exo_kimi.planner.workload import Objective, Workload, make_workload
 
 GIB = 1 << 30
 
@@ -25,18 +26,30 @@ def model_of() -> Callable[[str], ModelBytes]:
 
 
 @pytest.fixture(scope="session")
+def ask(model_of: Callable[[str], ModelBytes]) -> Callable[..., Question]:
+    """A question of K2.6: `ask(recipe, cluster, objective="latency", context=4096)`."""
+
+    def question(recipe: str, cluster: str, objective: Objective = "request", **work: int) -> Question:
+        model = model_of(recipe)
+        workload = make_workload(model.config, **work)
+        return Question(model=model, cluster=read_cluster(cluster), workload=workload, objective=objective)
+
+    return question
+
+
+@pytest.fixture(scope="session")
 def founding() -> Cluster:
     """The founding cluster: M3 Ultra 512 GB and M2 Ultra 192 GB."""
     return read_cluster("m3-ultra-512, m2-ultra-192")
 
 
 @pytest.fixture(scope="session")
-def random_case() -> Callable[[Random], tuple[ModelBytes, Cluster, Workload]]:
+def random_case() -> Callable[..., Question]:
     """Small models, clusters and workloads with memory that is often scarce and links that often differ."""
     return _random_case
 
 
-def _random_case(random: Random) -> tuple[ModelBytes, Cluster, Workload]:
+def _random_case(random: Random, objective: Objective = "request") -> Question:
     layers = random.randint(1, 12)
     config = published_model("kimi-k2.6").config
     experts = [random.choice((0, random.randrange(1, 20) * 100_000_000)) for _ in range(layers)]
@@ -57,7 +70,7 @@ def _random_case(random: Random) -> tuple[ModelBytes, Cluster, Workload]:
     cluster = make_cluster(machines)
     names = [machine.name for machine in cluster.machines]
     links = {
-        frozenset((one, other)): Link(
+        frozenset((one, other)): NetworkLink(
             kind="random",
             latency_s=random.choice((1e-5, 1e-4, 1e-2)),
             bandwidth_bytes_per_s=random.choice((1e8, 1e9, 1e10)),
@@ -77,7 +90,8 @@ def _random_case(random: Random) -> tuple[ModelBytes, Cluster, Workload]:
         server_bytes=random.choice((0, 100_000_000)),
         ends_everywhere=random.random() < 0.2,
     )
-    return model, Cluster(machines=cluster.machines, links=links), workload
+    machines_and_links = Cluster(machines=cluster.machines, links=links)
+    return Question(model=model, cluster=machines_and_links, workload=workload, objective=objective)
 
 
 def _random_machine(random: Random, index: int, total_bytes: int) -> Machine:

@@ -18,26 +18,34 @@ from exo_kimi.checkpoint.index import open_index
 from exo_kimi.checkpoint.manifest import resolve
 from exo_kimi.checkpoint.tiny.make import make_tiny
 from exo_kimi.errors import PlanError, PlanInfeasibleError, PlanMismatchError, UsageError
+from exo_kimi.planner.answer import answer
 from exo_kimi.planner.command import plan_answer
-from exo_kimi.planner.machines.cluster import Cluster, read_cluster
 from exo_kimi.planner.matching import check_matches
 from exo_kimi.planner.plan import Plan, read_plan
-from exo_kimi.planner.search.make import make_plan
+from exo_kimi.planner.question import Question
+from exo_kimi.planner.search.search import best_split
 from exo_kimi.planner.show.explain import explain
 from exo_kimi.planner.show.golden import PLANS, golden, golden_files
-from exo_kimi.planner.weights.bytes import ModelBytes
 from exo_kimi.planner.weights.recipes import recipe_names
-from exo_kimi.planner.workload import OBJECTIVES, make_workload
+from exo_kimi.planner.workload import OBJECTIVES
 
 GIB = 1 << 30
 SHARD_PLANS = Path(__file__).parents[2] / "shard_plans"
-ModelOf = Callable[[str], ModelBytes]
+FOUNDING = "m3-ultra-512, m2-ultra-192"
+Ask = Callable[..., Question]
 
 
-def test_the_founding_split_is_found_within_the_default_limits(model_of: ModelOf, founding: Cluster) -> None:
-    model = model_of("q34+q6")
-    assert f"{model.total_bytes / 1e9:.1f}" == "495.9"
-    plan = make_plan(model, founding, make_workload(model.config, context=40_960))
+def explained(question: Question) -> str:
+    """The explanation of its best split."""
+    split = best_split(question)
+    assert split is not None
+    return explain(split)
+
+
+def test_the_founding_split_is_found_within_the_default_limits(ask: Ask) -> None:
+    question = ask("q34+q6", FOUNDING, context=40_960)
+    assert f"{question.model.total_bytes / 1e9:.1f}" == "495.9"
+    plan = answer(question).plan
     first, last = plan.stages
     assert plan.split == "44,17"
     assert (first.machine, first.start_layer, first.end_layer) == ("m3-ultra-512", 0, 44)
@@ -48,29 +56,27 @@ def test_the_founding_split_is_found_within_the_default_limits(model_of: ModelOf
     assert first.wired_limit_mb is last.wired_limit_mb is None
 
 
-def test_latency_gives_the_m3_ultra_more_and_says_how_little_that_gains(model_of: ModelOf, founding: Cluster) -> None:
-    model = model_of("q34+q6")
-    workload = make_workload(model.config)
-    plan = make_plan(model, founding, workload, "latency")
+def test_latency_gives_the_m3_ultra_more_and_says_how_little_that_gains(ask: Ask) -> None:
+    question = ask("q34+q6", FOUNDING)
+    plan = answer(replace(question, objective="latency")).plan
     assert plan.stages[0].machine == "m3-ultra-512"
     assert plan.stages[0].layers > 44
-    gain = plan.prediction.decode_tokens_per_s / make_plan(model, founding, workload).prediction.decode_tokens_per_s - 1
+    gain = plan.prediction.decode_tokens_per_s / answer(question).plan.prediction.decode_tokens_per_s - 1
     assert 0 < gain < 0.01
-    assert f"{gain:+.2%} decode, hardly a gain" in explain(model, founding, workload, "request")
+    assert f"{gain:+.2%} decode, hardly a gain" in answer(question, explained=True).text
 
 
-def test_official_int4_needs_both_limits_raised_and_cannot_be_44_17(model_of: ModelOf, founding: Cluster) -> None:
-    model = model_of("int4")
-    workload = make_workload(model.config)
+def test_official_int4_needs_both_limits_raised_and_cannot_be_44_17(ask: Ask) -> None:
+    question = ask("int4", FOUNDING)
     with pytest.raises(PlanInfeasibleError) as caught:
-        make_plan(model, founding, workload)
+        answer(question)
     text = str(caught.value)
     assert set(caught.value.short) == {"m3-ultra-512", "m2-ultra-192"}
     assert all(missing > 0 for missing in caught.value.short.values())
-    assert sum(caught.value.short.values()) > model.total_bytes - 528 * GIB
+    assert sum(caught.value.short.values()) > question.model.total_bytes - 528 * GIB
     assert "46 on m3-ultra-512 / 15 on m2-ultra-192" in text
     assert "44,17 cannot be even so: m2-ultra-192 would be short by 18.97 GiB" in text
-    plan = make_plan(model, founding.with_raised_limits(), workload)
+    plan = answer(question.with_raised_limits()).plan
     assert plan.split == "46,15"
     for stage in plan.stages:
         assert f"on {stage.machine}: {stage.sysctl}" in text
@@ -79,45 +85,37 @@ def test_official_int4_needs_both_limits_raised_and_cannot_be_44_17(model_of: Mo
     assert "above 90 % kernel panics have been reported" in text
 
 
-def test_a_second_machine_is_said_not_to_make_a_small_k2_faster(model_of: ModelOf, founding: Cluster) -> None:
-    model = model_of("q3+q6")
-    workload = make_workload(model.config)
-    text = explain(model, founding, workload, "request")
+def test_a_second_machine_is_said_not_to_make_a_small_k2_faster(ask: Ask) -> None:
+    text = explained(ask("q3+q6", FOUNDING))
     assert "A second machine does not make decoding faster: m3-ultra-512 alone" in text
     assert "sudo sysctl iogpu.wired_limit_mb=450560" in text
-    raised = explain(model, founding.with_raised_limits(), workload, "latency")
+    raised = explained(ask("q3+q6", FOUNDING, "latency").with_raised_limits())
     assert "A second machine does not make it faster: m3-ultra-512 holds the model alone" in raised
     assert "left out: m2-ultra-192" in raised
 
 
-def test_tensor_parallel_is_recommended_only_where_it_wins(model_of: ModelOf) -> None:
-    model = model_of("int4")
-    workload = make_workload(model.config)
-    assert "recommended for decode" in explain(model, read_cluster("2x m3-ultra-512"), workload, "request")
-    small = make_workload(model.config)
-    assert "not possible" in explain(
-        model, read_cluster("m3-ultra-512, m2-ultra-192").with_raised_limits(), small, "latency"
-    )
+def test_tensor_parallel_is_recommended_only_where_it_wins(ask: Ask) -> None:
+    assert "recommended for decode" in explained(ask("int4", "2x m3-ultra-512"))
+    assert "not possible" in explained(ask("int4", FOUNDING, "latency").with_raised_limits())
 
 
-def test_every_change_that_is_proposed_makes_it_fit(model_of: ModelOf, founding: Cluster) -> None:
+def test_every_change_that_is_proposed_makes_it_fit(ask: Ask) -> None:
     """A context, a number of sequences, a recipe and a machine: each is tried by itself."""
-    model = model_of("q34+q6")
-    workload = make_workload(model.config, context=200_000, concurrency=4)
+    question = ask("q34+q6", FOUNDING, context=200_000, concurrency=4)
     with pytest.raises(PlanInfeasibleError) as caught:
-        make_plan(model, founding, workload)
+        answer(question)
     changes = "\n".join(caught.value.changes)
     context = int(changes.split("--context ")[1].split()[0])
     concurrency = int(changes.split("--concurrency ")[1].split()[0])
     recipe = changes.split("a lighter recipe: ")[1].split()[0]
     machine = changes.split("one machine more: ")[1].split(",")[0]
-    assert make_plan(model, founding, make_workload(model.config, context=context, concurrency=4))
+    assert answer(ask("q34+q6", FOUNDING, context=context, concurrency=4))
     with pytest.raises(PlanInfeasibleError):
-        make_plan(model, founding, make_workload(model.config, context=context + 256, concurrency=4))
-    assert make_plan(model, founding, make_workload(model.config, context=200_000, concurrency=concurrency))
-    assert make_plan(model_of(recipe), founding, workload)
-    assert make_plan(model, read_cluster(f"m3-ultra-512, m2-ultra-192, {machine}"), workload)
-    assert make_plan(model, founding.with_raised_limits(), workload)
+        answer(ask("q34+q6", FOUNDING, context=context + 256, concurrency=4))
+    assert answer(question.with_workload(concurrency=concurrency))
+    assert answer(replace(question, model=ask(recipe, FOUNDING).model))
+    assert answer(replace(question, cluster=ask("q34+q6", f"{FOUNDING}, {machine}").cluster))
+    assert answer(question.with_raised_limits())
 
 
 def test_a_small_machine_is_told_how_many_more_it_takes() -> None:
@@ -129,9 +127,8 @@ def test_a_small_machine_is_told_how_many_more_it_takes() -> None:
 
 
 @pytest.mark.parametrize("objective", OBJECTIVES)
-def test_a_plan_comes_back_byte_for_byte(model_of: ModelOf, founding: Cluster, objective: Any, tmp_path: Path) -> None:
-    model = model_of("dq3_k_m-q8")
-    plan = make_plan(model, founding, make_workload(model.config, concurrency=3), objective)
+def test_a_plan_comes_back_byte_for_byte(ask: Ask, objective: Any, tmp_path: Path) -> None:
+    plan = answer(ask("dq3_k_m-q8", FOUNDING, objective, concurrency=3)).plan
     plan.save(tmp_path / "plan.json")
     again = read_plan(tmp_path / "plan.json")
     assert again == plan
@@ -265,10 +262,10 @@ def test_throughput_counts_on_one_sequence_per_machine() -> None:
     assert answer.plan.prediction.throughput_tokens_per_s > 1.5 * answer.plan.prediction.decode_tokens_per_s
 
 
-def test_a_plan_takes_milliseconds(model_of: ModelOf, founding: Cluster) -> None:
-    model = model_of("q34+q6")
+def test_a_plan_takes_milliseconds(ask: Ask) -> None:
+    question = ask("q34+q6", FOUNDING)
     start_s = process_time()
-    make_plan(model, founding, make_workload(model.config))
+    answer(question)
     assert process_time() - start_s < 0.5
 
 

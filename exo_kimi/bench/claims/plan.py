@@ -22,12 +22,15 @@ from typing import Any
 
 import mlx.core as mx
 
+from exo_kimi.arch.config import KimiConfig
 from exo_kimi.bench.claims.machine import lower_quartile, measure
+from exo_kimi.checkpoint.checkpoint import Checkpoint
 from exo_kimi.checkpoint.tiny.make import make_tiny
 from exo_kimi.planner.command import model_bytes
-from exo_kimi.planner.machines.cluster import Link, make_cluster
+from exo_kimi.planner.machines.cluster import NetworkLink, make_cluster
 from exo_kimi.planner.machines.hardware import Machine, machine_of_profile
-from exo_kimi.planner.search.cost import Placed, Prediction, predict
+from exo_kimi.planner.question import Question
+from exo_kimi.planner.search.cost import PlacedSplit, Prediction
 from exo_kimi.planner.workload import Workload, make_workload
 from exo_kimi.runtime.cluster.cluster_plan import make_plan
 from exo_kimi.runtime.cluster.supervisor import ClusterOptions, StageCluster
@@ -44,7 +47,7 @@ CONFIG = {
     "num_experts_per_tok": 4,
 }
 PROMPT, NEW = 32, 48
-LOOPBACK = Link(kind="loopback", latency_s=85e-6, bandwidth_bytes_per_s=2e9, source="reference/mlx.md")
+LOOPBACK = NetworkLink(kind="loopback", latency_s=85e-6, bandwidth_bytes_per_s=2e9, source="reference/mlx.md")
 
 
 def run(*, stages: int, rounds: int) -> dict[str, Any]:
@@ -68,23 +71,19 @@ def promise(directory: Path, machine: Machine, counts: Sequence[int]) -> Predict
     cluster = make_cluster([replace(machine, name=f"stage{index}") for index in range(len(counts))])
     names = [each.name for each in cluster.machines]
     links = {frozenset((one, other)): LOOPBACK for one in names for other in names if one != other}
-    placed, start = [], 0
-    for each, count in zip(cluster.machines, counts, strict=True):
-        placed.append(Placed(machine=each, start_layer=start, end_layer=start + count))
-        start += count
-    return predict(model, replace(cluster, links=links), placed, workload_of(directory))
+    question = Question(model=model, cluster=replace(cluster, links=links), workload=workload_of(model.config))
+    return PlacedSplit.given(question, counts, question.machines).prediction
 
 
-def workload_of(directory: Path) -> Workload:
+def workload_of(config: KimiConfig) -> Workload:
     """The request that is timed."""
-    config = model_bytes(directory=directory).config
     return make_workload(config, context=256, prompt_tokens=PROMPT, new_tokens=NEW, reserve_bytes=0, server_bytes=0)
 
 
 async def decode_s(directory: Path, counts: Sequence[int]) -> float:
     """Seconds between two tokens of one sequence (lower quartile), over stage processes of this machine."""
     dtype = None if mx.metal.is_available() else "float32"
-    plan = make_plan(directory, split=",".join(map(str, counts)), dtype=dtype)
+    plan = make_plan(Checkpoint(directory), split=",".join(map(str, counts)), dtype=dtype)
     cluster = StageCluster(plan, ClusterOptions(context=256))
     engine = Engine(cluster, context=256)
     await cluster.start()

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from exo_kimi.bench.setups.traffic import Seen, Traffic
+from exo_kimi.checkpoint.checkpoint import Checkpoint
 from exo_kimi.runtime.cluster.cluster_plan import make_plan
 from exo_kimi.runtime.cluster.supervisor import ClusterOptions, StageCluster
 from exo_kimi.runtime.engine.engine import Engine
@@ -74,7 +75,9 @@ class OurStages:
 
 
 async def _start(checkpoint: Path, stages: int, context: int) -> Engine:
-    cluster = StageCluster(make_plan(checkpoint, stages=stages, dtype="float32"), ClusterOptions(context=context))
+    cluster = StageCluster(
+        make_plan(Checkpoint(checkpoint), stages=stages, dtype="float32"), ClusterOptions(context=context)
+    )
     engine = Engine(cluster, context=context)
     await cluster.start()
     await engine.start()

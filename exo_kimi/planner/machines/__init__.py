@@ -1,0 +1,1 @@
+"""Machines, links and clusters: what chips declare, what was measured, and cluster files."""

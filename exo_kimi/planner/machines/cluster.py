@@ -1,4 +1,4 @@
-"""A cluster: its machines and the links between them, from an inline list or cluster.toml; it knows nothing of models.
+"""A cluster: its machines and the links between them, from an inline list or cluster.toml.
 
 [[machine]]
 name = "studio"            # default: chip and memory
@@ -42,7 +42,7 @@ _OVERRIDES = {
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Link:
+class NetworkLink:
     """A way between two machines: seconds one way for a small message, and bytes per second."""
 
     kind: str
@@ -60,9 +60,9 @@ class Cluster:
     """Machines sorted by name, and the links that were given; any other pair has the best link that both support."""
 
     machines: tuple[Machine, ...]
-    links: Mapping[frozenset[str], Link]
+    links: Mapping[frozenset[str], NetworkLink]
 
-    def link(self, one: Machine, other: Machine) -> Link:
+    def link(self, one: Machine, other: Machine) -> NetworkLink:
         """The link between two machines: as given, else the Thunderbolt that both have, else 10 Gb/s Ethernet."""
         given = self.links.get(frozenset((one.name, other.name)))
         if given is not None:
@@ -86,7 +86,7 @@ class Cluster:
         return make_cluster([*self.machines, replace(machine, name=name)], self.links)
 
 
-def link_of_kind(kind: str) -> Link:
+def link_of_kind(kind: str) -> NetworkLink:
     """A declared link.
 
     Raises:
@@ -95,10 +95,10 @@ def link_of_kind(kind: str) -> Link:
     table = data.load("profiles", "links")
     if kind not in table:
         raise UsageError("unknown link", expected=f"one of {', '.join(table)}", found=repr(kind))
-    return Link(kind=kind, **table[kind])
+    return NetworkLink(kind=kind, **table[kind])
 
 
-def make_cluster(machines: list[Machine], links: Mapping[frozenset[str], Link] | None = None) -> Cluster:
+def make_cluster(machines: list[Machine], links: Mapping[frozenset[str], NetworkLink] | None = None) -> Cluster:
     """Machines in one order whatever the order given; equal names get -2, -3, ...
 
     Raises:
@@ -142,7 +142,7 @@ def parse_cluster(table: Mapping[str, Any], *, where: Path) -> Cluster:
     machines = [_machine(dict(entry), where) for entry in data.tables(table, "machine", where)]
     cluster = make_cluster(machines)
     names = {machine.name for machine in cluster.machines}
-    links: dict[frozenset[str], Link] = {}
+    links: dict[frozenset[str], NetworkLink] = {}
     for entry in data.tables(table, "link", where):
         data.refuse_unknown(dict(entry), ("between", "kind", "latency_s", "bandwidth_bytes_per_s"), where)
         pair = frozenset(data.texts(entry, "between", where))
@@ -177,14 +177,14 @@ def _machine(entry: dict[str, Any], where: Path) -> Machine:
     return replace(machine, **changes)
 
 
-def _link(entry: dict[str, Any], where: Path) -> Link:
+def _link(entry: dict[str, Any], where: Path) -> NetworkLink:
     measured = ("latency_s", "bandwidth_bytes_per_s")
     if "kind" in entry and not any(key in entry for key in measured):
         return link_of_kind(str(entry["kind"]))
     if "kind" in entry or not all(key in entry for key in measured):
         raise UsageError("a link has a kind, or latency_s and bandwidth_bytes_per_s", where=where)
     latency_s, bandwidth = (positive(entry[key], key, where) for key in measured)
-    return Link(kind="measured", latency_s=latency_s, bandwidth_bytes_per_s=bandwidth, source=where.name)
+    return NetworkLink(kind="measured", latency_s=latency_s, bandwidth_bytes_per_s=bandwidth, source=where.name)
 
 
 def _bytes(value: int | str) -> int:

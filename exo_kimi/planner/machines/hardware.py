@@ -1,4 +1,4 @@
-"""Machines: what a chip's profile declares, what was measured, and what is only assumed; it knows nothing of models.
+"""Machines: what a chip's profile declares, what was measured, and what is only assumed.
 
 Every value carries where it comes from. What nobody has published is listed in `unknown`, with what is assumed in its place.
 """
@@ -62,6 +62,11 @@ class Machine:
     def limit_bytes(self) -> int:
         """The limit, as a whole number."""
         return int(self.limit.number)
+
+    @property
+    def limit_now_bytes(self) -> int:
+        """The limit that is set today, before any sysctl that a plan counts on."""
+        return self.limit_bytes if self.limit_before_bytes is None else self.limit_before_bytes
 
     @property
     def ceiling_bytes(self) -> int:

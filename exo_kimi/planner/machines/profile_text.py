@@ -1,4 +1,4 @@
-"""A machine's profile as text for people and as TOML for files; it knows nothing of where its values come from."""
+"""A machine's profile as text for people and as TOML for files."""
 
 from __future__ import annotations
 

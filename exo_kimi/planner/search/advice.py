@@ -1,4 +1,4 @@
-"""The smallest changes that would make a model fit; it knows nothing of how they are shown.
+"""The smallest changes that would make a model fit.
 
 Each is one sentence or block: a shorter context, fewer sequences, a lighter recipe, higher wired limits with their sysctl
 lines, one machine more.
@@ -9,57 +9,48 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import replace
 
-from exo_kimi.planner.machines.cluster import MOST_MACHINES, Cluster
+from exo_kimi.planner.machines.cluster import MOST_MACHINES
 from exo_kimi.planner.machines.hardware import PANIC_SHARE, machines_by_memory
-from exo_kimi.planner.search.compare import neighbours
-from exo_kimi.planner.search.cost import Placed
-from exo_kimi.planner.search.search import best_split, fits
-from exo_kimi.planner.search.tables import need_table
-from exo_kimi.planner.weights.bytes import ModelBytes, bytes_of_recipe
+from exo_kimi.planner.question import Question
+from exo_kimi.planner.search.compare import neighbours, raised_limits
+from exo_kimi.planner.search.cost import PlacedSplit
+from exo_kimi.planner.search.search import fits
+from exo_kimi.planner.weights.bytes import bytes_of_recipe
 from exo_kimi.planner.weights.recipes import load_recipe, recipe_names
-from exo_kimi.planner.workload import CACHE_STEP, Objective, Workload
+from exo_kimi.planner.workload import CACHE_STEP
 from exo_kimi.units import GIB, format_bytes, format_gb
 
 
-def changes_that_fit(model: ModelBytes, cluster: Cluster, workload: Workload, objective: Objective) -> tuple[str, ...]:
+def changes_that_fit(question: Question) -> tuple[str, ...]:
     """Sentences, the least intrusive change first; empty when no single change is enough."""
     return (
-        *_shorter_context(model, cluster, workload),
-        *_fewer_sequences(model, cluster, workload),
-        *_higher_limits(model, cluster, workload, objective),
-        *_lighter_recipe(model, cluster, workload),
-        *_another_machine(model, cluster, workload),
+        *_shorter_context(question),
+        *_fewer_sequences(question),
+        *_higher_limits(question),
+        *_lighter_recipe(question),
+        *_another_machine(question),
     )
 
 
-def largest_context(model: ModelBytes, cluster: Cluster, workload: Workload) -> int:
+def largest_context(question: Question) -> int:
     """The longest context, in whole cache steps, that fits; 0 when none does."""
-    low, high = 0, model.config.max_position_embeddings // CACHE_STEP
+    low, high = 0, question.model.config.max_position_embeddings // CACHE_STEP
     while low < high:
         middle = (low + high + 1) // 2
-        if fits(model, cluster, replace(workload, context=middle * CACHE_STEP)):
+        if fits(question.with_workload(context=middle * CACHE_STEP)):
             low = middle
         else:
             high = middle - 1
     return low * CACHE_STEP
 
 
-def raised_split(
-    model: ModelBytes, cluster: Cluster, workload: Workload, objective: Objective
-) -> tuple[Placed, ...] | None:
-    """The best split when every wired limit may be raised to its ceiling."""
-    return best_split(model, cluster.with_raised_limits(), workload, objective)
-
-
-def limit_lines(model: ModelBytes, workload: Workload, stages: tuple[Placed, ...]) -> tuple[str, ...]:
+def limit_lines(split: PlacedSplit) -> tuple[str, ...]:
     """For each machine of a raised split that is over its limit: the sysctl line, its share of memory and a warning."""
-    need = need_table(model, workload)
     lines = []
-    for stage in stages:
+    for stage in split.stages:
         machine = stage.machine
-        need_bytes = int(need[stage.start_layer, stage.end_layer])
-        before = machine.limit_bytes if machine.limit_before_bytes is None else machine.limit_before_bytes
-        if need_bytes <= before:
+        need_bytes = split.question.need(stage.start_layer, stage.end_layer).total_bytes
+        if need_bytes <= machine.limit_now_bytes:
             continue
         limit_bytes = min(-(-need_bytes // GIB) * GIB, machine.limit_bytes)
         share = limit_bytes / machine.memory_bytes
@@ -69,42 +60,42 @@ def limit_lines(model: ModelBytes, workload: Workload, stages: tuple[Placed, ...
     return tuple(lines)
 
 
-def _shorter_context(model: ModelBytes, cluster: Cluster, workload: Workload) -> Iterator[str]:
-    context = largest_context(model, cluster, workload)
-    if context >= workload.context or context <= CACHE_STEP:
+def _shorter_context(question: Question) -> Iterator[str]:
+    context, wanted = largest_context(question), question.workload.context
+    if context >= wanted or context <= CACHE_STEP:
         return
-    yield f"a context of {context} tokens instead of {workload.context}: --context {context}"
+    yield f"a context of {context} tokens instead of {wanted}: --context {context}"
 
 
-def _fewer_sequences(model: ModelBytes, cluster: Cluster, workload: Workload) -> Iterator[str]:
-    for concurrency in range(workload.concurrency - 1, 0, -1):
-        if fits(model, cluster, replace(workload, concurrency=concurrency)):
-            yield f"{concurrency} sequences of full length instead of {workload.concurrency}: --concurrency {concurrency}"
+def _fewer_sequences(question: Question) -> Iterator[str]:
+    wanted = question.workload.concurrency
+    for concurrency in range(wanted - 1, 0, -1):
+        if fits(question.with_workload(concurrency=concurrency)):
+            yield f"{concurrency} sequences of full length instead of {wanted}: --concurrency {concurrency}"
             return
 
 
-def _higher_limits(model: ModelBytes, cluster: Cluster, workload: Workload, objective: Objective) -> Iterator[str]:
-    stages = raised_split(model, cluster, workload, objective)
-    if stages is None:
+def _higher_limits(question: Question) -> Iterator[str]:
+    split = raised_limits(question).split
+    if split is None:
         return
-    split = " / ".join(f"{stage.end_layer - stage.start_layer} on {stage.machine.name}" for stage in stages)
-    lines = limit_lines(model, workload, stages)
-    raised = f"{len(lines)} wired limit{'' if len(lines) == 1 else 's'} raised (--raise-limits): {split} then fits"
-    yield "\n      ".join([raised, *lines, *_cannot_be(model, cluster, workload, objective, stages)])
+    shares = " / ".join(f"{stage.layers} on {stage.machine.name}" for stage in split.stages)
+    lines = limit_lines(split)
+    raised = f"{len(lines)} wired limit{'' if len(lines) == 1 else 's'} raised (--raise-limits): {shares} then fits"
+    yield "\n      ".join([raised, *lines, *_cannot_be(split)])
 
 
-def _cannot_be(
-    model: ModelBytes, cluster: Cluster, workload: Workload, objective: Objective, stages: tuple[Placed, ...]
-) -> Iterator[str]:
+def _cannot_be(raised: PlacedSplit) -> Iterator[str]:
     """Neighbours of a raised split that are over a limit even so."""
-    for table in neighbours(model, cluster.with_raised_limits(), workload, objective, stages):
+    for table in neighbours(raised):
         for row in table:
             over = " and ".join(f"{name} would be short by {format_bytes(size)}" for name, size in row.missing_bytes)
             if over:
                 yield f"{','.join(map(str, row.counts))} cannot be even so: {over}"
 
 
-def _lighter_recipe(model: ModelBytes, cluster: Cluster, workload: Workload) -> Iterator[str]:
+def _lighter_recipe(question: Question) -> Iterator[str]:
+    model = question.model
     recipes = [load_recipe(name) for name in (*recipe_names(), *(f"uniform-{bits}" for bits in (2, 3, 4, 5, 6)))]
     sized = [
         (replace(bytes_of_recipe(model.config, recipe, name=model.name), kv_bits=model.kv_bits), recipe)
@@ -112,19 +103,19 @@ def _lighter_recipe(model: ModelBytes, cluster: Cluster, workload: Workload) -> 
     ]
     sized.sort(key=lambda pair: -pair[0].total_bytes)
     for lighter, recipe in sized:
-        if lighter.total_bytes < model.total_bytes and fits(lighter, cluster, workload):
+        if lighter.total_bytes < model.total_bytes and fits(replace(question, model=lighter)):
             yield f"a lighter recipe: {recipe.name} ({recipe.title}), {format_gb(lighter.total_bytes)}"
             return
 
 
-def _another_machine(model: ModelBytes, cluster: Cluster, workload: Workload) -> Iterator[str]:
+def _another_machine(question: Question) -> Iterator[str]:
     """The fewest further machines of one kind, and of those the smallest."""
-    for count in range(1, MOST_MACHINES - len(cluster.machines) + 1):
+    for count in range(1, MOST_MACHINES - len(question.machines) + 1):
         for machine in machines_by_memory():
-            larger = cluster
+            larger = question.cluster
             for _ in range(count):
                 larger = larger.with_machine(machine)
-            if fits(model, larger, workload):
+            if fits(replace(question, cluster=larger)):
                 many = "one machine more" if count == 1 else f"{count} machines more"
                 size = format_bytes(machine.limit_bytes)
                 yield f"{many}: {machine.name}, or any other with a working-set limit of {size}"

@@ -1,4 +1,4 @@
-"""How long a stage, a hop and a request take; each function is one law with its source. It knows nothing of splits' search.
+"""How long a stage, a hop and a request take: one law a function, with its source.
 
 Times are seconds. A stage is a machine and a half-open layer range; stage 0 is the first.
 """
@@ -7,15 +7,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import pairwise
 
 from exo_kimi.arch.modules import layer_modules
-from exo_kimi.planner.machines.cluster import Cluster
 from exo_kimi.planner.machines.hardware import Machine
+from exo_kimi.planner.question import Question
+from exo_kimi.planner.split import parse_split
 from exo_kimi.planner.weights.bytes import ModelBytes
-from exo_kimi.planner.workload import Workload
-
-HIDDEN_ELEMENT_BYTES = 2
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -25,6 +24,11 @@ class Placed:
     machine: Machine
     start_layer: int
     end_layer: int
+
+    @property
+    def layers(self) -> int:
+        """How many layers it holds."""
+        return self.end_layer - self.start_layer
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -40,6 +44,49 @@ class Prediction:
     def decode_tokens_per_s(self) -> float:
         """Of one sequence alone."""
         return 1.0 / self.tpot_s
+
+
+@dataclass(frozen=True, kw_only=True)  # no slots: what it promises is worked out once
+class PlacedSplit:
+    """One possible answer to a question: which machine holds which layers, first layers first."""
+
+    question: Question
+    stages: tuple[Placed, ...]
+
+    @classmethod
+    def given(
+        cls, question: Question, split: str | Sequence[int], machines: Sequence[Machine], *, called: str = "machines"
+    ) -> PlacedSplit:
+        """Layer counts over machines, in their order; `called` is what an error calls them.
+
+        Raises:
+            SplitError: they do not place every layer once, or there are more of them than machines.
+        """
+        ranges = parse_split(split, question.layers, most_stages=len(machines), stages=called)
+        placed = zip(machines, ranges, strict=False)
+        stages = (Placed(machine=machine, start_layer=start, end_layer=end) for machine, (start, end) in placed)
+        return cls(question=question, stages=tuple(stages))
+
+    @property
+    def counts(self) -> tuple[int, ...]:
+        """Layers of each stage."""
+        return tuple(stage.layers for stage in self.stages)
+
+    @cached_property
+    def prediction(self) -> Prediction:
+        """Everything that a plan promises for it."""
+        return predict(self)
+
+    @property
+    def objective_s(self) -> float:
+        """What the objective minimises, in seconds; for `throughput` the seconds of one round of all sequences."""
+        made = self.prediction
+        return {
+            "request": made.request_s,
+            "latency": made.tpot_s,
+            "ttft": made.ttft_s,
+            "throughput": self.question.workload.concurrency / made.throughput_tokens_per_s,
+        }[self.question.objective]
 
 
 def layer_flops(model: ModelBytes, layer: int, cached_tokens: float) -> float:
@@ -71,7 +118,7 @@ def head_s(model: ModelBytes, machine: Machine) -> float:
     return model.head_bytes / machine.bandwidth.number
 
 
-def prefill_layer_s(model: ModelBytes, machine: Machine, layer: int, workload: Workload, *, flops: float) -> float:
+def prefill_layer_s(model: ModelBytes, machine: Machine, layer: int, *, tokens: float, flops: float) -> float:
     """One prefill chunk of one layer: the greater of compute and reading the weights that the chunk needs, and overhead.
 
     Source: roofline, Williams et al. 2009; distinct experts of a chunk as `ModelBytes.active_layer_bytes`.
@@ -80,66 +127,65 @@ def prefill_layer_s(model: ModelBytes, machine: Machine, layer: int, workload: W
         model: bytes.
         machine: of the stage.
         layer: its index.
-        workload: gives the mean length of a chunk.
+        tokens: of the chunk, on average.
         flops: of one token, see `layer_flops`.
     """
-    tokens = workload.prompt_tokens / workload.chunks
     compute_s = tokens * flops / machine.prefill.number
     memory_s = model.active_layer_bytes(layer, max(1, round(tokens))) / machine.bandwidth.number
     return max(compute_s, memory_s) + machine.overhead.number
 
 
-def hop_s(model: ModelBytes, cluster: Cluster, one: Machine, other: Machine, tokens: float) -> float:
+def hop_s(question: Question, one: Machine, other: Machine, tokens: float) -> float:
     """Hidden states of some tokens from one machine to the next: latency + tokens * hidden * 2 / bandwidth."""
-    size_bytes = tokens * model.config.hidden_size * HIDDEN_ELEMENT_BYTES
-    return cluster.link(one, other).transfer_s(size_bytes)
+    return question.cluster.link(one, other).transfer_s(tokens * question.hop_bytes_per_token)
 
 
-def decode_stages_s(model: ModelBytes, stages: Sequence[Placed], workload: Workload, *, batch: int = 1) -> list[float]:
+def decode_stages_s(split: PlacedSplit, *, batch: int = 1) -> list[float]:
     """Seconds of each stage for one decode step of `batch` sequences."""
-    cached = workload.mean_cached_tokens
+    model, cached = split.question.model, split.question.workload.mean_cached_tokens
     times = [
         sum(
             decode_layer_s(model, stage.machine, layer, batch=batch, cached_tokens=cached)
             for layer in range(stage.start_layer, stage.end_layer)
         )
-        for stage in stages
+        for stage in split.stages
     ]
-    times[-1] += head_s(model, stages[-1].machine)
+    times[-1] += head_s(model, split.stages[-1].machine)
     return times
 
 
-def hops_s(model: ModelBytes, cluster: Cluster, stages: Sequence[Placed], tokens: float) -> list[float]:
+def hops_s(split: PlacedSplit, tokens: float) -> list[float]:
     """Seconds of each boundary. The token's id comes back in 4 bytes and is not counted."""
-    machines = [stage.machine for stage in stages]
-    return [hop_s(model, cluster, one, other, tokens) for one, other in pairwise(machines)]
+    machines = [stage.machine for stage in split.stages]
+    return [hop_s(split.question, one, other, tokens) for one, other in pairwise(machines)]
 
 
-def tpot_s(model: ModelBytes, cluster: Cluster, stages: Sequence[Placed], workload: Workload) -> float:
+def tpot_s(split: PlacedSplit) -> float:
     """Seconds per generated token of one sequence: stages one after another, and one hop per boundary."""
-    return sum(decode_stages_s(model, stages, workload)) + sum(hops_s(model, cluster, stages, 1))
+    return sum(decode_stages_s(split)) + sum(hops_s(split, 1))
 
 
-def ttft_s(model: ModelBytes, cluster: Cluster, stages: Sequence[Placed], workload: Workload) -> float:
+def ttft_s(split: PlacedSplit) -> float:
     """Seconds to the first token: n equal chunks through a pipeline, sum + (n - 1) * slowest, and the head once.
 
     Source: makespan of a permutation flow shop of identical jobs; hops are stages of it, since they overlap with compute.
     """
-    parts = prefill_parts_s(model, cluster, stages, workload)
-    return sum(parts) + (workload.chunks - 1) * max(parts) + head_s(model, stages[-1].machine)
+    parts = prefill_parts_s(split)
+    waiting = split.question.workload.chunks - 1
+    return sum(parts) + waiting * max(parts) + head_s(split.question.model, split.stages[-1].machine)
 
 
-def prefill_parts_s(model: ModelBytes, cluster: Cluster, stages: Sequence[Placed], workload: Workload) -> list[float]:
+def prefill_parts_s(split: PlacedSplit) -> list[float]:
     """Seconds of each stage, then of each hop, for one chunk."""
-    mean_position = workload.prompt_tokens / 2
+    model, workload = split.question.model, split.question.workload
     times = []
-    for stage in stages:
+    for stage in split.stages:
         total = 0.0
         for layer in range(stage.start_layer, stage.end_layer):
-            flops = layer_flops(model, layer, mean_position)
-            total += prefill_layer_s(model, stage.machine, layer, workload, flops=flops)
+            flops = layer_flops(model, layer, workload.mean_prompt_position)
+            total += prefill_layer_s(model, stage.machine, layer, tokens=workload.chunk_tokens, flops=flops)
         times.append(total)
-    return times + hops_s(model, cluster, stages, workload.prompt_tokens / workload.chunks)
+    return times + hops_s(split, workload.chunk_tokens)
 
 
 def groups_and_batch(stages: int, concurrency: int) -> tuple[int, int]:
@@ -148,23 +194,23 @@ def groups_and_batch(stages: int, concurrency: int) -> tuple[int, int]:
     return groups, -(-concurrency // groups)
 
 
-def round_s(model: ModelBytes, cluster: Cluster, stages: Sequence[Placed], workload: Workload) -> float:
+def round_s(split: PlacedSplit) -> float:
     """Seconds in which every sequence gets one token: max(groups * slowest, sum).
 
     With as many groups as stages the slowest stage never waits; with fewer, a group cannot overtake itself.
     """
-    groups, batch = groups_and_batch(len(stages), workload.concurrency)
-    parts = decode_stages_s(model, stages, workload, batch=batch) + hops_s(model, cluster, stages, batch)
+    groups, batch = groups_and_batch(len(split.stages), split.question.workload.concurrency)
+    parts = decode_stages_s(split, batch=batch) + hops_s(split, batch)
     return max(groups * max(parts), sum(parts))
 
 
-def predict(model: ModelBytes, cluster: Cluster, stages: Sequence[Placed], workload: Workload) -> Prediction:
+def predict(split: PlacedSplit) -> Prediction:
     """Everything that a plan promises for a split."""
-    tpot = tpot_s(model, cluster, stages, workload)
-    ttft = ttft_s(model, cluster, stages, workload)
+    workload = split.question.workload
+    tpot, ttft = tpot_s(split), ttft_s(split)
     return Prediction(
         tpot_s=tpot,
         ttft_s=ttft,
         request_s=ttft + (workload.new_tokens - 1) * tpot,
-        throughput_tokens_per_s=workload.concurrency / round_s(model, cluster, stages, workload),
+        throughput_tokens_per_s=workload.concurrency / round_s(split),
     )

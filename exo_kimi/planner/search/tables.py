@@ -1,4 +1,4 @@
-"""The cost laws as the solver's tables of whole ticks and bytes; it knows nothing of how they are searched."""
+"""The cost laws as the solver's tables of whole ticks and bytes."""
 
 from __future__ import annotations
 
@@ -9,62 +9,60 @@ import numpy as np
 from numpy.typing import NDArray
 
 from exo_kimi.errors import UsageError
-from exo_kimi.planner.machines.cluster import Cluster
 from exo_kimi.planner.machines.hardware import Machine
+from exo_kimi.planner.question import Question
 from exo_kimi.planner.search.cost import decode_layer_s, groups_and_batch, head_s, hop_s, layer_flops, prefill_layer_s
 from exo_kimi.planner.search.solver import INFINITE, Goal, Int64s, SplitProblem
-from exo_kimi.planner.weights.bytes import ModelBytes
-from exo_kimi.planner.workload import Objective, Workload
 
 TICKS_PER_S = 1_000_000_000  # a layer takes some 100,000 of them
 SLOWEST_TICKS = 60 * TICKS_PER_S  # of one layer or hop, so that no sum of them reaches INFINITE
 
 
-def need_table(model: ModelBytes, workload: Workload) -> Int64s:
-    """(L+1, L+1): bytes that a machine must hold for layers [start, end): weights, KV, scratch and reserve."""
-    layers = model.layers
+def need_table(question: Question) -> Int64s:
+    """(L+1, L+1): bytes that a machine must hold for layers [start, end), as `Question.need` adds them up."""
+    model, workload = question.model, question.workload
     each = np.array(model.layer_bytes, np.int64) + workload.kv_tokens * model.kv_layer_bytes
     if not workload.ends_everywhere:  # exo's own engine holds routers as they are stored
         each += np.array(model.widened_bytes, np.int64)
     table = _ranges(each)
     ends = model.embedding_bytes + model.head_bytes if workload.ends_everywhere else 0
-    table += workload.scratch_bytes(model.config) + workload.reserve_bytes + ends
+    table += question.scratch_bytes + workload.reserve_bytes + ends
     table[0, :] += workload.server_bytes
     if not workload.ends_everywhere:
         table[0, :] += model.embedding_bytes
-        table[:, layers] += model.head_bytes
+        table[:, question.layers] += model.head_bytes
     return table
 
 
-def problem_for(
-    model: ModelBytes, cluster: Cluster, workload: Workload, objective: Objective, *, stages: int = 0
-) -> SplitProblem:
-    """The tables of an objective.
+def split_problem(question: Question, *, stages: int = 0) -> SplitProblem:
+    """The tables of a question's objective.
 
     Args:
-        model: bytes.
-        cluster: machines and links.
-        workload: what is timed and kept in memory.
-        objective: see `goal_for` for how total and peak make its value.
+        question: see `goal_for` for how total and peak make the value of its objective.
         stages: exact number of stages; needed for `throughput`, where the batch of a group depends on it.
     """
+    model, workload, objective = question.model, question.workload, question.objective
     batch = groups_and_batch(stages or 1, workload.concurrency)[1] if objective == "throughput" else 1
     decodes = 0 if objective == "ttft" else 1
     if objective == "request":
         decodes = workload.new_tokens - 1
     chunks = objective in ("request", "ttft")
-    flops = [layer_flops(model, layer, workload.prompt_tokens / 2) for layer in range(model.layers)] if chunks else []
-    tokens = workload.prompt_tokens / workload.chunks
-    need = need_table(model, workload)
+    flops = (
+        [layer_flops(model, layer, workload.mean_prompt_position) for layer in range(model.layers)] if chunks else []
+    )
+    tokens, cached = workload.chunk_tokens, workload.mean_cached_tokens
+    need = need_table(question)
 
     @cache
     def tables_of(kind: tuple[object, ...]) -> tuple[Int64s, Int64s]:
-        machine = next(m for m in cluster.machines if m.kind == kind)
-        decode = _per_layer(model, lambda layer: _decode_s(model, machine, layer, batch, workload))
+        machine = next(m for m in question.machines if m.kind == kind)
+        decode = _per_layer(
+            model.layers, lambda layer: decode_layer_s(model, machine, layer, batch=batch, cached_tokens=cached)
+        )
         total, peak = decodes * decode, decode if objective == "throughput" else 0 * decode
         if chunks:
             chunk = _per_layer(
-                model, lambda layer: prefill_layer_s(model, machine, layer, workload, flops=flops[layer])
+                model.layers, lambda layer: prefill_layer_s(model, machine, layer, tokens=tokens, flops=flops[layer])
             )
             total, peak = total + chunk, chunk
         head = _ticks(head_s(model, machine))
@@ -73,14 +71,14 @@ def problem_for(
             peak[:, model.layers] += head
         return np.where((need <= machine.limit_bytes) & _proper(model.layers), total, INFINITE), peak
 
-    pairs = [tables_of(machine.kind) for machine in cluster.machines]
+    pairs = [tables_of(machine.kind) for machine in question.machines]
 
     def hop(one: Machine, other: Machine) -> tuple[int, int]:
-        step = _ticks(hop_s(model, cluster, one, other, batch))
-        chunk = _ticks(hop_s(model, cluster, one, other, tokens)) if chunks else 0
+        step = _ticks(hop_s(question, one, other, batch))
+        chunk = _ticks(hop_s(question, one, other, tokens)) if chunks else 0
         return decodes * step + chunk, chunk if chunks else (step if objective == "throughput" else 0)
 
-    hops = [[(0, 0) if one is other else hop(one, other) for other in cluster.machines] for one in cluster.machines]
+    hops = [[(0, 0) if one is other else hop(one, other) for other in question.machines] for one in question.machines]
     hop_total = np.array([[cost[0] for cost in row] for row in hops], np.int64)
     hop_peak = np.array([[cost[1] for cost in row] for row in hops], np.int64)
     return SplitProblem(
@@ -88,38 +86,35 @@ def problem_for(
         peak=np.stack([pair[1] for pair in pairs]),
         hop_total=hop_total,
         hop_peak=hop_peak,
-        kinds=_kinds(cluster.machines, hop_total, hop_peak),
+        kinds=_kinds(question.machines, hop_total, hop_peak),
         stages=stages,
     )
 
 
-def shortage_problem(model: ModelBytes, cluster: Cluster, workload: Workload) -> SplitProblem:
+def shortage_problem(question: Question) -> SplitProblem:
     """Every range allowed, at the cost of the bytes by which it is over the machine's limit."""
-    need = need_table(model, workload)
-    over = np.stack([np.maximum(need - machine.limit_bytes, 0) for machine in cluster.machines])
-    nothing = np.zeros((len(cluster.machines), len(cluster.machines)), np.int64)
+    need, machines = need_table(question), question.machines
+    over = np.stack([np.maximum(need - machine.limit_bytes, 0) for machine in machines])
+    nothing = np.zeros((len(machines), len(machines)), np.int64)
     return SplitProblem(
-        total=np.where(_proper(model.layers), over, INFINITE),
+        total=np.where(_proper(question.layers), over, INFINITE),
         peak=over,
         hop_total=nothing,
         hop_peak=nothing,
-        kinds=_kinds(cluster.machines, nothing, nothing),
+        kinds=_kinds(machines, nothing, nothing),
     )
 
 
-def goal_for(objective: Objective, workload: Workload, *, stages: int = 1) -> Goal:
+def goal_for(question: Question, *, stages: int = 1) -> Goal:
     """How total and peak (ticks) make the value of a split, which is least for the best one."""
-    if objective == "latency":
+    workload = question.workload
+    if question.objective == "latency":
         return lambda total, peak: total
-    if objective == "throughput":
+    if question.objective == "throughput":
         groups = groups_and_batch(stages, workload.concurrency)[0]
         return lambda total, peak: max(groups * peak, total)
     waiting = workload.chunks - 1
     return lambda total, peak: total + waiting * peak
-
-
-def _decode_s(model: ModelBytes, machine: Machine, layer: int, batch: int, workload: Workload) -> float:
-    return decode_layer_s(model, machine, layer, batch=batch, cached_tokens=workload.mean_cached_tokens)
 
 
 def _ticks(seconds: float) -> int:
@@ -134,8 +129,8 @@ def _ticks(seconds: float) -> int:
     return ticks
 
 
-def _per_layer(model: ModelBytes, law: Callable[[int], float]) -> Int64s:
-    return _ranges(np.array([_ticks(law(layer)) for layer in range(model.layers)], np.int64))
+def _per_layer(layers: int, law: Callable[[int], float]) -> Int64s:
+    return _ranges(np.array([_ticks(law(layer)) for layer in range(layers)], np.int64))
 
 
 def _ranges(each: Int64s) -> Int64s:

@@ -5,10 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from exo_kimi.planner.machines.cluster import Cluster
 from exo_kimi.planner.machines.hardware import Machine
-from exo_kimi.planner.weights.bytes import ModelBytes
-from exo_kimi.planner.workload import Workload
+from exo_kimi.planner.question import Question
 
 DEGREES = (2, 4, 8)
 # Beside bytes / bandwidth, a token takes this long whatever the degree. Source: least deviation over eight published points
@@ -32,26 +30,25 @@ def tensor_tpot_s(active_bytes: float, bandwidth_bytes_per_s: float, degree: int
     return active_bytes / (degree * bandwidth_bytes_per_s) + FIXED_S
 
 
-def tensor_options(model: ModelBytes, cluster: Cluster, workload: Workload) -> tuple[TensorOption, ...]:
+def tensor_options(question: Question) -> tuple[TensorOption, ...]:
     """Every degree that the machines allow: RDMA on all of them, memories nearly equal, and a slice that fits each.
 
     Of the machines with RDMA the largest are taken.
     """
-    able = sorted((m for m in cluster.machines if m.rdma), key=lambda m: (-m.limit_bytes, -m.bandwidth.number, m.name))
-    options = (_option(model, able[:degree], workload) for degree in DEGREES if degree <= len(able))
+    able = sorted((m for m in question.machines if m.rdma), key=lambda m: (-m.limit_bytes, -m.bandwidth.number, m.name))
+    options = (_option(question, able[:degree]) for degree in DEGREES if degree <= len(able))
     return tuple(option for option in options if option is not None)
 
 
-def _option(model: ModelBytes, machines: Sequence[Machine], workload: Workload) -> TensorOption | None:
-    degree = len(machines)
+def _option(question: Question, machines: Sequence[Machine]) -> TensorOption | None:
+    model, workload, degree = question.model, question.workload, len(machines)
     if model.config.num_attention_heads % degree:
         return None
     limits = [machine.limit_bytes for machine in machines]
-    kv_bytes = (
-        workload.kv_tokens * model.kv_layer_bytes * model.layers
-    )  # the latent is one head: every machine holds it
+    # The latent is one head: every machine holds it.
+    kv_bytes = workload.kv_tokens * model.kv_layer_bytes * model.layers
     own_bytes = -(-model.total_bytes // degree) + kv_bytes
-    other_bytes = workload.scratch_bytes(model.config) + workload.reserve_bytes + workload.server_bytes
+    other_bytes = question.scratch_bytes + workload.reserve_bytes + workload.server_bytes
     if max(limits) > MOST_UNEQUAL * min(limits) or own_bytes + other_bytes > min(limits):
         return None
     read_bytes = model.active_bytes() + degree * workload.mean_cached_tokens * model.kv_layer_bytes * model.layers

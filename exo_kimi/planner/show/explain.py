@@ -1,38 +1,30 @@
-"""`--explain`: why this split, what binds, and what a change would bring, in words; it computes nothing itself."""
+"""`--explain`: why this split, what binds, and what a change would bring, in words."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 
-from exo_kimi.planner.machines.cluster import Cluster
 from exo_kimi.planner.search import compare
 from exo_kimi.planner.search.advice import largest_context, limit_lines
-from exo_kimi.planner.search.compare import Choice
-from exo_kimi.planner.search.cost import Placed, Prediction, predict
-from exo_kimi.planner.search.search import best_split
+from exo_kimi.planner.search.compare import Alternative
+from exo_kimi.planner.search.cost import PlacedSplit, Prediction
 from exo_kimi.planner.search.tensor import tensor_options
-from exo_kimi.planner.weights.bytes import ModelBytes
-from exo_kimi.planner.workload import Objective, Workload
 from exo_kimi.units import format_bytes, format_gb
 
 # What is faster by less than this is not called faster.
 NOTICEABLE = 0.005
 
 
-def explain(model: ModelBytes, cluster: Cluster, workload: Workload, objective: Objective) -> str:
-    """The whole explanation of the best plan; the cluster must be able to hold the model."""
-    stages = best_split(model, cluster, workload, objective)
-    if stages is None:
-        raise ValueError("nothing to explain: make_plan says what is short")
-    own = predict(model, cluster, stages, workload)
+def explain(split: PlacedSplit) -> str:
+    """The whole explanation of a question's best split."""
     sections = (
-        ("Why this split", _why(model, cluster, workload, objective, stages, own)),
-        ("Other objectives", _objectives(model, cluster, workload, objective, own)),
-        ("More machines or fewer", _machines(model, cluster, workload, objective, stages, own)),
-        ("Other limits and contexts", _limits(model, cluster, workload, objective, own)),
-        ("Other recipes", _recipes(model, cluster, workload, objective)),
-        ("Tensor parallel", _tensor(model, cluster, workload, own)),
-        ("Not known", _unknown(stages)),
+        ("Why this split", _why(split)),
+        ("Other objectives", _objectives(split)),
+        ("More machines or fewer", _machines(split)),
+        ("Other limits and contexts", _limits(split)),
+        ("Other recipes", _recipes(split)),
+        ("Tensor parallel", _tensor(split)),
+        ("Not known", _unknown(split)),
     )
     blocks = []
     for title, lines in sections:
@@ -42,14 +34,8 @@ def explain(model: ModelBytes, cluster: Cluster, workload: Workload, objective: 
     return "\n\n".join(blocks) + "\n"
 
 
-def _why(
-    model: ModelBytes,
-    cluster: Cluster,
-    workload: Workload,
-    objective: Objective,
-    stages: Sequence[Placed],
-    own: Prediction,
-) -> Iterator[str]:
+def _why(split: PlacedSplit) -> Iterator[str]:
+    workload, objective, own = split.question.workload, split.question.objective, split.prediction
     goal = {
         "request": f"one request of {workload.prompt_tokens} tokens in and {workload.new_tokens} out takes {own.request_s:.1f} s",
         "latency": f"one sequence decodes at {own.decode_tokens_per_s:.2f} tokens/s",
@@ -57,77 +43,62 @@ def _why(
         "ttft": f"the first token of {workload.prompt_tokens} comes after {own.ttft_s:.1f} s",
     }[objective]
     yield f"{objective}: {goal}, the best of every order, subset and cut."
-    for table in compare.neighbours(model, cluster, workload, objective, stages):
-        chosen = tuple(stage.end_layer - stage.start_layer for stage in stages)
-        own_s = next(row.seconds for row in table if row.counts == chosen)
+    for table in compare.neighbours(split):
+        own_s = next(row.seconds for row in table if row.counts == split.counts)
         for row in table:
-            split = ",".join(map(str, row.counts))
+            chosen = row.counts == split.counts
             if row.missing_bytes:
                 result = "cannot be: " + ", ".join(
                     f"{name} is short by {format_bytes(b)}" for name, b in row.missing_bytes
                 )
             else:
-                result = f"{_time(row.seconds)}" + (
-                    "" if row.counts == chosen else f"   {row.seconds / own_s - 1:+.2%}"
-                )
-            yield f"{'>' if row.counts == chosen else ' '} {split:<12} {result}"
+                result = _time(row.seconds) + ("" if chosen else f"   {row.seconds / own_s - 1:+.2%}")
+            yield f"{'>' if chosen else ' '} {','.join(map(str, row.counts)):<12} {result}"
 
 
-def _objectives(
-    model: ModelBytes, cluster: Cluster, workload: Workload, objective: Objective, own: Prediction
-) -> Iterator[str]:
-    for choice in compare.objectives(model, cluster, workload):
-        if choice.stages is None or choice.prediction is None:
+def _objectives(split: PlacedSplit) -> Iterator[str]:
+    question = split.question
+    for other in compare.objectives(question):
+        if other.split is None:
             continue
-        gain = choice.prediction.decode_tokens_per_s / own.decode_tokens_per_s - 1
+        made = other.split.prediction
+        gain = made.decode_tokens_per_s / split.prediction.decode_tokens_per_s - 1
         note = ""
-        if choice.label == "latency" and objective != "latency":
+        if other.label == "latency" and question.objective != "latency":
             note = f"   {gain:+.2%} decode" + (", hardly a gain" if gain < NOTICEABLE * 2 else "")
-        elif choice.label == "throughput":
-            sequences = max(workload.concurrency, len(cluster.machines))
-            note = f"   {choice.prediction.throughput_tokens_per_s:.2f} tokens/s for {sequences} sequences at once"
-        yield f"{choice.label:<11} {_shape(choice.stages):<44} {_numbers(choice.prediction)}{note}"
+        elif other.label == "throughput":
+            sequences = other.split.question.workload.concurrency
+            note = f"   {made.throughput_tokens_per_s:.2f} tokens/s for {sequences} sequences at once"
+        yield f"{other.label:<11} {_shape(other.split):<44} {_numbers(made)}{note}"
 
 
-def _machines(
-    model: ModelBytes,
-    cluster: Cluster,
-    workload: Workload,
-    objective: Objective,
-    stages: Sequence[Placed],
-    own: Prediction,
-) -> Iterator[str]:
-    used = {stage.machine.name for stage in stages}
-    left = [machine.name for machine in cluster.machines if machine.name not in used]
+def _machines(split: PlacedSplit) -> Iterator[str]:
+    question = split.question
+    used = {stage.machine.name for stage in split.stages}
+    left = [machine.name for machine in question.machines if machine.name not in used]
     if left:
         yield f"left out: {', '.join(left)}; no split that uses it is better."
-    if len(cluster.machines) > 1:
-        yield from _second_machine(model, cluster, workload, objective, stages, own)
-    for choice in compare.without_each(model, cluster, workload, objective, stages) if len(stages) > 1 else ():
-        yield f"without {choice.label}: {_outcome(choice)}"
-    for choice in compare.one_more(model, cluster, workload, objective):
-        yield f"with one {choice.label} more: {_outcome(choice)}"
-        faster = choice.prediction.decode_tokens_per_s / own.decode_tokens_per_s - 1 if choice.prediction else 0.0
+    if len(question.machines) > 1:
+        yield from _second_machine(split)
+    for other in compare.without_each(split) if len(split.stages) > 1 else ():
+        yield f"without {other.label}: {_outcome(other)}"
+    own = split.prediction.decode_tokens_per_s
+    for other in compare.one_more(question):
+        yield f"with one {other.label} more: {_outcome(other)}"
+        faster = 0.0 if other.split is None else other.split.prediction.decode_tokens_per_s / own - 1
         if faster < NOTICEABLE:
             yield "  it would not make decoding faster: layers run one after another, a machine adds memory and prefill."
 
 
-def _second_machine(
-    model: ModelBytes,
-    cluster: Cluster,
-    workload: Workload,
-    objective: Objective,
-    stages: Sequence[Placed],
-    own: Prediction,
-) -> Iterator[str]:
-    single = compare.alone(model, cluster, workload, objective)
-    if single is None or single.stages is None or single.prediction is None:
+def _second_machine(split: PlacedSplit) -> Iterator[str]:
+    single = compare.alone(split.question)
+    if single is None or single.split is None:
         yield "no machine holds the model alone, not even with its wired limit raised."
         return
-    lines = limit_lines(model, workload, single.stages)
+    lines = limit_lines(single.split)
     after = " once its wired limit is raised" if lines else ""
-    one, more = single.prediction, own
-    if len(stages) == 1:
+    one, more = single.split.prediction, split.prediction
+    if len(split.stages) == 1:
         yield f"A second machine does not make it faster: {single.label} holds the model alone{after}."
     elif more.decode_tokens_per_s < one.decode_tokens_per_s * (1 + NOTICEABLE):
         yield (
@@ -142,29 +113,28 @@ def _second_machine(
     yield from (f"  {line}" for line in lines)
 
 
-def _limits(
-    model: ModelBytes, cluster: Cluster, workload: Workload, objective: Objective, own: Prediction
-) -> Iterator[str]:
-    yield f"the longest context that fits these machines is {largest_context(model, cluster, workload)} tokens."
-    raised = compare.choose("raised", model, cluster.with_raised_limits(), workload, objective)
-    if raised.stages is None or raised.prediction is None or any(m.limit_before_bytes for m in cluster.machines):
+def _limits(split: PlacedSplit) -> Iterator[str]:
+    question = split.question
+    yield f"the longest context that fits these machines is {largest_context(question)} tokens."
+    raised = compare.raised_limits(question)
+    if raised.split is None or any(machine.limit_before_bytes for machine in question.machines):
         return
     yield f"with every wired limit raised: {_outcome(raised)}"
-    yield from (f"  {line}" for line in limit_lines(model, workload, raised.stages))
+    yield from (f"  {line}" for line in limit_lines(raised.split))
 
 
-def _recipes(model: ModelBytes, cluster: Cluster, workload: Workload, objective: Objective) -> Iterator[str]:
-    for choice in compare.recipes(model, cluster, workload, objective):
-        yield f"{choice.label:<11} {_outcome(choice)}"
+def _recipes(split: PlacedSplit) -> Iterator[str]:
+    for other in compare.recipes(split.question):
+        yield f"{other.label:<11} {_outcome(other)}"
 
 
-def _tensor(model: ModelBytes, cluster: Cluster, workload: Workload, own: Prediction) -> Iterator[str]:
-    options = tensor_options(model, cluster, workload)
+def _tensor(split: PlacedSplit) -> Iterator[str]:
+    options = tensor_options(split.question)
     if not options:
         yield "not possible: it needs 2, 4 or 8 machines with RDMA and nearly equal memory, each with room for its slice."
     for option in options:
         speed = 1 / option.tpot_s
-        wins = speed > own.decode_tokens_per_s * (1 + NOTICEABLE)
+        wins = speed > split.prediction.decode_tokens_per_s * (1 + NOTICEABLE)
         verdict = "recommended for decode" if wins else "not faster than this plan"
         yield (
             f"over {len(option.machines)} ({', '.join(option.machines)}): {speed:.1f} tokens/s, "
@@ -172,22 +142,22 @@ def _tensor(model: ModelBytes, cluster: Cluster, workload: Workload, own: Predic
         )
 
 
-def _unknown(stages: Sequence[Placed]) -> Iterator[str]:
-    for stage in stages:
+def _unknown(split: PlacedSplit) -> Iterator[str]:
+    for stage in split.stages:
         for text in stage.machine.unknown:
             yield f"{stage.machine.name}: {text}"
-    if any(stage.machine.unknown for stage in stages):
+    if any(stage.machine.unknown for stage in split.stages):
         yield "`exo-kimi machine --measure -o FILE` on the machine replaces what is assumed."
 
 
-def _outcome(choice: Choice) -> str:
-    if choice.stages is None or choice.prediction is None:
+def _outcome(other: Alternative) -> str:
+    if other.split is None:
         return "does not fit"
-    return f"{_shape(choice.stages)}   {_numbers(choice.prediction)}"
+    return f"{_shape(other.split)}   {_numbers(other.split.prediction)}"
 
 
-def _shape(stages: Sequence[Placed]) -> str:
-    return " + ".join(f"{stage.end_layer - stage.start_layer} {stage.machine.name}" for stage in stages)
+def _shape(split: PlacedSplit) -> str:
+    return " + ".join(f"{stage.layers} {stage.machine.name}" for stage in split.stages)
 
 
 def _numbers(prediction: Prediction) -> str:

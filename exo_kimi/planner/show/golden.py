@@ -7,7 +7,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from exo_kimi.errors import PlanInfeasibleError
-from exo_kimi.planner.command import PlanAnswer, plan_answer
+from exo_kimi.planner.answer import Answer
+from exo_kimi.planner.command import plan_answer
 
 FOUNDING = "m3-ultra-512, m2-ultra-192"
 # File name: model, recipe, cluster.
@@ -29,7 +30,7 @@ PLANS = {
 }
 
 
-def golden(name: str) -> PlanAnswer:
+def golden(name: str) -> Answer:
     """One golden plan: within the default limits if it can be, else with raised ones."""
     model, recipe, cluster = PLANS[name]
     try:
@@ -54,7 +55,7 @@ def write(directory: Path) -> None:
         (directory / name).write_text(text, encoding="utf-8")
 
 
-def _readme(answers: dict[str, PlanAnswer]) -> str:
+def _readme(answers: dict[str, Answer]) -> str:
     lines = [
         "# Golden plans",
         "",

@@ -1,4 +1,4 @@
-"""A plan as text: a bar per machine and what the split promises; it knows nothing of why it was chosen."""
+"""A plan as text: a bar per machine and what the split promises."""
 
 from __future__ import annotations
 
@@ -11,23 +11,23 @@ WIDTH = 60
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Part:
-    """A part of a machine's memory, in the order of the bar."""
+class BarSegment:
+    """A part of a machine's memory, as its bar shows it."""
 
     name: str
     size_bytes: int
     mark: str
 
 
-def parts_of(stage: PlanStage) -> tuple[Part, ...]:
+def parts_of(stage: PlanStage) -> tuple[BarSegment, ...]:
     """What fills a machine: weights, KV, scratch, reserve (and server), headroom up to the limit, and what macOS keeps."""
     return (
-        Part(name="weights", size_bytes=stage.weight_bytes, mark="█"),
-        Part(name="KV", size_bytes=stage.kv_bytes, mark="▓"),
-        Part(name="scratch", size_bytes=stage.scratch_bytes, mark="▒"),
-        Part(name="reserve", size_bytes=stage.reserve_bytes + stage.server_bytes, mark="░"),
-        Part(name="headroom", size_bytes=max(stage.headroom_bytes, 0), mark="·"),
-        Part(name="macOS", size_bytes=stage.memory_bytes - max(stage.limit_bytes, stage.need_bytes), mark=" "),
+        BarSegment(name="weights", size_bytes=stage.weight_bytes, mark="█"),
+        BarSegment(name="KV", size_bytes=stage.kv_bytes, mark="▓"),
+        BarSegment(name="scratch", size_bytes=stage.scratch_bytes, mark="▒"),
+        BarSegment(name="reserve", size_bytes=stage.reserve_bytes + stage.server_bytes, mark="░"),
+        BarSegment(name="headroom", size_bytes=max(stage.headroom_bytes, 0), mark="·"),
+        BarSegment(name="macOS", size_bytes=stage.memory_bytes - max(stage.limit_bytes, stage.need_bytes), mark=" "),
     )
 
 

@@ -1,4 +1,4 @@
-"""A plan as SVG: one bar per machine in one scale; it knows nothing of why it was chosen."""
+"""A plan as SVG: one bar per machine in one scale."""
 
 from __future__ import annotations
 

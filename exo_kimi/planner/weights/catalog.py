@@ -1,4 +1,4 @@
-"""The published Kimi models by name, so that a plan can be made before anything is downloaded; it knows no weights."""
+"""The published Kimi models by name, so that a plan can be made before anything is downloaded."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Recipes: how many bits each module gets, as data; it knows nothing of machines or files on disk.
+"""Recipes: how many bits each module gets, as data.
 
 A recipe file is TOML: `name`, `title`, `source`, a `[rest]` table and `[[rule]]` tables, of which the first that matches
 counts. A rule gives `bits` (16 is plain bf16) and `group_size`, and may be limited by `kinds` (embedding, linear, heads,

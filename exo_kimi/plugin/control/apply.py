@@ -10,14 +10,14 @@ from typing import Any
 from exo_kimi.errors import ExoLoadError, ExoPlacementError, UsageError
 from exo_kimi.planner.plan import Plan
 from exo_kimi.plugin.control.http import ExoClient, Preview
-from exo_kimi.plugin.control.instance import Seat, check_seats, renamed, ring_instance
+from exo_kimi.plugin.control.instance import NodeAssignment, check_seats, renamed, ring_instance
 from exo_kimi.plugin.control.model_card import Card
 from exo_kimi.plugin.control.model_names import check_model_id
 from exo_kimi.plugin.control.node_matching import seats_of_plan
 from exo_kimi.plugin.control.state import ClusterState
-from exo_kimi.plugin.control.watch import Deadlines, Progress, Timing, take_back, watch
+from exo_kimi.plugin.control.watch import Deadlines, LoadingProgress, Timing, take_back, watch
 
-Report = Callable[[Sequence[Progress]], None]
+Report = Callable[[Sequence[LoadingProgress]], None]
 _PORTS = (49153, 65535)
 _PROBE_TOKENS = 2  # the first comes from prefill alone; decoding may still hang
 _TENSOR_METAS = ("MlxJaccl", "MlxRing")  # RDMA first: 122 all-reduces a token want it
@@ -38,7 +38,7 @@ class Applied:
 
     instance_id: str
     model_id: str
-    seats: tuple[Seat, ...]
+    seats: tuple[NodeAssignment, ...]
     layers_seen: Mapping[str, int]
     seconds: float
     answer: str | None
@@ -154,7 +154,7 @@ def _without_older(
     return client.state()
 
 
-def _card(client: ExoClient, model_id: str, seats: Sequence[Seat], timing: Timing) -> Card:
+def _card(client: ExoClient, model_id: str, seats: Sequence[NodeAssignment], timing: Timing) -> Card:
     """exo's card of the model, made from the model's directory where exo has none."""
     if model_id not in client.model_ids():
         client.add_model(model_id)
@@ -185,8 +185,8 @@ def _check_card(card: Card, plan: Plan) -> None:
 
 
 def _tensor(
-    client: ExoClient, card: Card, seats: Sequence[Seat], state: ClusterState
-) -> tuple[tuple[Seat, ...], dict[str, Any]]:
+    client: ExoClient, card: Card, seats: Sequence[NodeAssignment], state: ClusterState
+) -> tuple[tuple[NodeAssignment, ...], dict[str, Any]]:
     """exo's own tensor-parallel placement over the plan's nodes; the slices are equal, whatever the plan's shares were."""
     slice_bytes = int(card["storageSize"]["inBytes"]) // len(seats)
     small = [node for seat in seats if (node := state.node(seat.node_id)) and node.available_bytes < slice_bytes]
@@ -214,7 +214,7 @@ def _tensor(
         for node, runner in ranked["nodeToRunner"].items()
     }
     slices = tuple(
-        Seat(node_id=node, name=named[node], start_layer=0, end_layer=layers, need_bytes=0)
+        NodeAssignment(node_id=node, name=named[node], start_layer=0, end_layer=layers, need_bytes=0)
         for node in sorted(ranks, key=ranks.__getitem__)
     )
     return slices, renamed(able[0].instance or {})

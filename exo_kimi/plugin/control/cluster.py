@@ -5,7 +5,7 @@ from __future__ import annotations
 from itertools import combinations
 
 from exo_kimi.errors import ExoPlacementError, UsageError
-from exo_kimi.planner.machines.cluster import Cluster, Link, link_of_kind, make_cluster
+from exo_kimi.planner.machines.cluster import Cluster, NetworkLink, link_of_kind, make_cluster
 from exo_kimi.planner.machines.hardware import Machine, Value, default_limit_bytes, machine_of_chip
 from exo_kimi.plugin.control.state import ClusterState, Node
 from exo_kimi.units import GIB
@@ -78,7 +78,7 @@ def link_kind(one: Node, other: Node, state: ClusterState) -> str:
     return next((kind.removeprefix("maybe_") for kind in order if kind in kinds), "none")
 
 
-def _link(one: Node, other: Node, machines: dict[str, Machine], state: ClusterState) -> Link:
+def _link(one: Node, other: Node, machines: dict[str, Machine], state: ClusterState) -> NetworkLink:
     if link_kind(one, other, state) == "thunderbolt":
         version = min(machines[one.node_id].thunderbolt, machines[other.node_id].thunderbolt)
         return link_of_kind(f"thunderbolt{max(version, 4)}")

@@ -1,4 +1,4 @@
-"""The HTTP client of a running exo 1.x: typed, version-checked, every failure a clear error. It knows nothing of plans.
+"""The HTTP client of a running exo 1.x: typed, version-checked, every failure a clear error.
 
 exo has no login and validates almost nothing, so what is sent is checked before it comes here (`exo_place`).
 """

@@ -30,7 +30,7 @@ def new_id() -> str:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Seat:
+class NodeAssignment:
     """A stage on a node. `need_bytes` is what it will hold beside what runs there already."""
 
     node_id: str
@@ -45,7 +45,7 @@ class Seat:
         return self.end_layer - self.start_layer
 
 
-def check_seats(seats: Sequence[Seat], state: ClusterState, card: Card) -> None:
+def check_seats(seats: Sequence[NodeAssignment], state: ClusterState, card: Card) -> None:
     """Refuse what exo would not.
 
     Args:
@@ -70,7 +70,7 @@ def check_seats(seats: Sequence[Seat], state: ClusterState, card: Card) -> None:
 
 
 def ring_instance(
-    seats: Sequence[Seat], state: ClusterState, card: Card, *, port: int, make_id: MakeId = new_id
+    seats: Sequence[NodeAssignment], state: ClusterState, card: Card, *, port: int, make_id: MakeId = new_id
 ) -> dict[str, Any]:
     """A MlxRingInstance for `POST /instance`.
 
@@ -182,13 +182,13 @@ def _layer_problems(ranges: Sequence[tuple[int, int]], layers: int) -> list[str]
     return problems
 
 
-def _node_problems(seats: Sequence[Seat], state: ClusterState) -> list[str]:
+def _node_problems(seats: Sequence[NodeAssignment], state: ClusterState) -> list[str]:
     problems = [f"{seat.name} is not in the cluster" for seat in seats if state.node(seat.node_id) is None]
     ids = [seat.node_id for seat in seats]
     return problems + [f"{seat.name} has two stages" for seat in seats if ids.count(seat.node_id) > 1]
 
 
-def _link_problems(seats: Sequence[Seat], state: ClusterState) -> list[str]:
+def _link_problems(seats: Sequence[NodeAssignment], state: ClusterState) -> list[str]:
     return [
         f"{one.name} has not reached {other.name}: check cable, addresses and firewall"
         for one, other in _neighbours(seats)
@@ -196,7 +196,7 @@ def _link_problems(seats: Sequence[Seat], state: ClusterState) -> list[str]:
     ]
 
 
-def _memory_problems(seats: Sequence[Seat], state: ClusterState, storage_bytes: int) -> list[str]:
+def _memory_problems(seats: Sequence[NodeAssignment], state: ClusterState, storage_bytes: int) -> list[str]:
     problems = []
     for seat in seats:
         node = state.node(seat.node_id)
@@ -214,7 +214,7 @@ def _memory_problems(seats: Sequence[Seat], state: ClusterState, storage_bytes: 
     return problems
 
 
-def _neighbours(seats: Sequence[Seat]) -> list[tuple[Seat, Seat]]:
+def _neighbours(seats: Sequence[NodeAssignment]) -> list[tuple[NodeAssignment, NodeAssignment]]:
     """Every ordered pair that the ring connects: each with the next, and the last with the first."""
     if len(seats) < 2:
         return []
@@ -223,7 +223,7 @@ def _neighbours(seats: Sequence[Seat]) -> list[tuple[Seat, Seat]]:
     return list(dict.fromkeys(both))
 
 
-def _hosts(rank: int, seats: Sequence[Seat], state: ClusterState, port: int) -> list[dict[str, Any]]:
+def _hosts(rank: int, seats: Sequence[NodeAssignment], state: ClusterState, port: int) -> list[dict[str, Any]]:
     """By rank, how this node reaches each: itself as 0.0.0.0, neighbours by their best address, others not at all."""
     me, reached = seats[rank], _neighbours(seats)
     return [
@@ -236,7 +236,7 @@ def _hosts(rank: int, seats: Sequence[Seat], state: ClusterState, port: int) -> 
     ]
 
 
-def _best_address(one: Seat, other: Seat, state: ClusterState) -> str:
+def _best_address(one: NodeAssignment, other: NodeAssignment, state: ClusterState) -> str:
     node = state.node(other.node_id)
     kinds = node.interfaces if node else {}
     addresses = state.sockets.get((one.node_id, other.node_id), ())

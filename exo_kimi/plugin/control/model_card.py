@@ -1,4 +1,4 @@
-"""exo's model card of a Kimi, as its API and its TOML files write it; it knows nothing of nodes.
+"""exo's model card of a Kimi, as its API and its TOML files write it.
 
 Source: exo `shared/models/model_cards.py` at b5375f8ce; v1.0.71 has no `backends` and refuses the key. storageSize
 is of the whole model, in bytes.

@@ -1,4 +1,4 @@
-"""What exo calls a model and its directory; it knows nothing of what is inside.
+"""What exo calls a model and its directory.
 
 Source: exo `ModelId.normalize` (`org--name`), and `get_eos_token_ids_for_model`, which knows a Kimi by its id alone.
 """

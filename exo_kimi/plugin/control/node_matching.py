@@ -1,4 +1,4 @@
-"""Which stage of a plan sits on which node of the cluster; it knows nothing of HTTP."""
+"""Which stage of a plan sits on which node of the cluster."""
 
 from __future__ import annotations
 
@@ -7,11 +7,13 @@ from collections.abc import Mapping, Sequence
 from exo_kimi.errors import ExoPlacementError
 from exo_kimi.planner.plan import Plan, PlanStage
 from exo_kimi.planner.workload import RESERVE_BYTES
-from exo_kimi.plugin.control.instance import Seat
+from exo_kimi.plugin.control.instance import NodeAssignment
 from exo_kimi.plugin.control.state import ClusterState, Node
 
 
-def seats_of_plan(plan: Plan, state: ClusterState, *, nodes: Mapping[str, str] | None = None) -> tuple[Seat, ...]:
+def seats_of_plan(
+    plan: Plan, state: ClusterState, *, nodes: Mapping[str, str] | None = None
+) -> tuple[NodeAssignment, ...]:
     """A node for every stage: as given, by name, or the only one of that chip and memory.
 
     Args:
@@ -42,10 +44,10 @@ def seats_of_plan(plan: Plan, state: ClusterState, *, nodes: Mapping[str, str] |
     return tuple(_seat(stage, node, state) for stage in plan.stages if (node := named[stage.machine]) is not None)
 
 
-def _seat(stage: PlanStage, node: Node, state: ClusterState) -> Seat:
+def _seat(stage: PlanStage, node: Node, state: ClusterState) -> NodeAssignment:
     # The plan's reserve is for what runs there anyway; only what was added to it is new.
     added_bytes = max(stage.reserve_bytes - RESERVE_BYTES, 0)
-    return Seat(
+    return NodeAssignment(
         node_id=node.node_id,
         name=state.names[node.node_id],
         start_layer=stage.start_layer,
@@ -77,7 +79,7 @@ def _alike(
 
 def _no_node(stage: PlanStage, wanted: str, state: ClusterState) -> ExoPlacementError:
     return ExoPlacementError(
-        f"{wanted} of the plan is not to be told among the nodes of this cluster",
+        f"cannot tell which node {wanted} is",
         expected=f"a node of that name, or one {stage.chip} with {stage.memory_bytes} bytes",
         found=", ".join(state.names.values()) or "no nodes",
         fix=f"--node {stage.machine}=NODE, or plan for this cluster: `exo-kimi exo plan`",

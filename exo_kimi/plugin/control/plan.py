@@ -2,21 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from exo_kimi.arch.config import KimiConfig
-from exo_kimi.checkpoint.index import open_index
-from exo_kimi.checkpoint.manifest import resolve
+from exo_kimi.checkpoint.checkpoint import Checkpoint
 from exo_kimi.errors import UsageError
+from exo_kimi.planner.answer import Answer, answer, plan_of
 from exo_kimi.planner.command import model_bytes
-from exo_kimi.planner.machines.cluster import Cluster
 from exo_kimi.planner.plan import Plan
-from exo_kimi.planner.search.cost import Placed
-from exo_kimi.planner.search.make import make_plan, plan_of_stages
+from exo_kimi.planner.question import Question
+from exo_kimi.planner.search.cost import PlacedSplit
 from exo_kimi.planner.search.tensor import TensorOption, tensor_options
-from exo_kimi.planner.show.picture import terminal
 from exo_kimi.planner.weights.bytes import ModelBytes, bytes_of_manifest
 from exo_kimi.planner.workload import RESERVE_BYTES, SCORE_BYTES, Objective, Workload, make_workload
 from exo_kimi.plugin.control.cluster import cluster_of_state
@@ -36,19 +34,24 @@ class ExoPlan:
     """A plan for an exo cluster.
 
     Args:
-        plan: ours; its model's name is exo's id.
+        answer: ours; its model's name is exo's id.
         alone: what exo would have placed by itself, with our bytes and times; None where it would have refused.
         tensor: the fastest tensor-parallel placement, when that is faster than the plan.
     """
 
-    plan: Plan
+    answer: Answer
     alone: Plan | None
     tensor: TensorOption | None
 
     @property
+    def plan(self) -> Plan:
+        """Ours, for a file and for `exo apply`."""
+        return self.answer.plan
+
+    @property
     def text(self) -> str:
         """Both, for the terminal."""
-        parts = [terminal(self.plan), "exo alone: " + _alone_line(self.alone, self.plan)]
+        parts = [self.answer.text, "exo alone: " + _alone_line(self.alone, self.plan)]
         if self.tensor is not None:
             parts.append(
                 f"tensor parallel over {', '.join(self.tensor.machines)} is faster: {1 / self.tensor.tpot_s:.1f} tokens/s. "
@@ -94,22 +97,19 @@ def exo_plan(
         ExoPlacementError: exo has measured no node.
         PlanInfeasibleError: nothing fits.
     """
-    weights = _weights(model, model_id, recipe, models_dirs)
-    cluster = cluster_of_state(state)
-    if raise_limits:
-        cluster = cluster.with_raised_limits()
+    weights, cluster = _weights(model, model_id, recipe, models_dirs), cluster_of_state(state)
     nodes = len(split or cluster.machines)
     workload = _workload(weights.config, context, concurrency, reserve_bytes, nodes if own_engine else 0)
-    if split is None:
-        plan = make_plan(weights, cluster, workload, objective)
-    else:
-        plan = plan_of_stages(weights, cluster, workload, objective, _placed(split, cluster, weights.layers))
-    options = tensor_options(weights, cluster, workload)
-    best = min(options, key=lambda option: option.tpot_s, default=None)
+    question = Question(model=weights, cluster=cluster, workload=workload, objective=objective)
+    if raise_limits:
+        question = question.with_raised_limits()
+    given = None if split is None else PlacedSplit.given(question, split, question.machines, called="nodes")
+    ours = answer(question) if given is None else Answer.of(given)
+    best = min(tensor_options(question), key=lambda option: option.tpot_s, default=None)
     return ExoPlan(
-        plan=plan,
-        alone=_alone(state, cluster, weights, workload, objective),
-        tensor=best if best is not None and best.tpot_s < plan.prediction.tpot_s else None,
+        answer=ours,
+        alone=_alone(state, question),
+        tensor=best if best is not None and best.tpot_s < ours.plan.prediction.tpot_s else None,
     )
 
 
@@ -126,7 +126,7 @@ def _weights(
     if recipe is not None:
         raise UsageError("--recipe is for a published name: a directory's headers say what it holds", found=str(recipe))
     name = check_model_id(model_id or model_id_of(directory.resolve()) or directory.resolve().name)
-    return bytes_of_manifest(resolve(open_index(directory)), name=name)
+    return bytes_of_manifest(Checkpoint(directory).manifest(), name=name)
 
 
 def _workload(
@@ -146,37 +146,15 @@ def exo_scores_bytes(config: KimiConfig, context: int, nodes: int) -> int:
     return config.num_attention_heads * chunk * context * _SCORE_ELEMENT_BYTES * _SCORE_COPIES
 
 
-def _placed(split: Sequence[int], cluster: Cluster, layers: int) -> tuple[Placed, ...]:
-    if sum(split) != layers or min(split, default=0) < 1 or len(split) > len(cluster.machines):
-        raise UsageError(
-            "a split that these nodes cannot take",
-            expected=f"{layers} layers in all, over at most {len(cluster.machines)} nodes, 1 each at least",
-            found=",".join(map(str, split)),
-            where="--split",
-        )
-    ends = [sum(split[: index + 1]) for index in range(len(split))]
-    return tuple(
-        Placed(machine=machine, start_layer=end - count, end_layer=end)
-        for machine, count, end in zip(cluster.machines, split, ends, strict=False)
-    )
-
-
-def _alone(
-    state: ClusterState, cluster: Cluster, weights: ModelBytes, workload: Workload, objective: Objective
-) -> Plan | None:
+def _alone(state: ClusterState, question: Question) -> Plan | None:
     free = {node.node_id: node.available_bytes for node in state.nodes if node.total_bytes}
-    chosen = nodes_by_memory(weights.total_bytes, free)
-    if not chosen or weights.layers < len(chosen):
+    chosen = nodes_by_memory(question.model.total_bytes, free)
+    if not chosen or question.layers < len(chosen):
         return None
-    machines: Mapping[str, Placed] = {}
-    counts = layers_by_memory(weights.layers, [free[node] for node in chosen])
-    by_name = {machine.name: machine for machine in cluster.machines}
-    machines, start = {}, 0
-    for node, count in zip(chosen, counts, strict=True):
-        name = state.names[node]
-        machines[name] = Placed(machine=by_name[name], start_layer=start, end_layer=start + count)
-        start += count
-    return plan_of_stages(weights, cluster, workload, objective, tuple(machines.values()))
+    by_name = {machine.name: machine for machine in question.machines}
+    machines = [by_name[state.names[node]] for node in chosen]
+    counts = layers_by_memory(question.layers, [free[node] for node in chosen])
+    return plan_of(PlacedSplit.given(question, counts, machines))
 
 
 def _alone_line(alone: Plan | None, ours: Plan) -> str:

@@ -1,4 +1,4 @@
-"""`exo-kimi exo prepare`: a directory that exo accepts, with one node's share of a checkpoint; it never copies a weight.
+"""`exo-kimi exo prepare`: a directory that exo accepts, with links to one node's share of a checkpoint.
 
 exo looks for `org--name`, wants an index, loads every `model*.safetensors` with strict=False and holds embedding, norm and
 head on every rank; its locked mlx-lm asks for the bits of `kv_b_proj` under two other names.
@@ -14,8 +14,9 @@ from importlib import resources
 from pathlib import Path
 from typing import Any, Literal
 
-from exo_kimi.checkpoint.index import CheckpointIndex, TensorEntry, open_index
-from exo_kimi.checkpoint.manifest import StageManifest, resolve
+from exo_kimi.checkpoint.checkpoint import Checkpoint
+from exo_kimi.checkpoint.index import CheckpointIndex, TensorEntry
+from exo_kimi.checkpoint.manifest import StageManifest
 from exo_kimi.checkpoint.shards import INDEX_NAME
 from exo_kimi.checkpoint.text_files import read_json
 from exo_kimi.errors import MissingTensorError, TokenizerError, UsageError
@@ -32,7 +33,7 @@ _WRITTEN = ("config.json", INDEX_NAME, MARK, CARD_FILE)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Prepared:
+class PreparedDirectory:
     """What was made.
 
     Args:
@@ -64,7 +65,7 @@ def prepare(
     start_layer: int = 0,
     end_layer: int | None = None,
     linking: Linking = "hard",
-) -> Prepared:
+) -> PreparedDirectory:
     """Make `MODELS_DIR/org--name` of a checkpoint, with the files that a layer range needs and the ends.
 
     Args:
@@ -83,8 +84,8 @@ def prepare(
     """
     source, root = Path(directory).resolve(), Path(models_dir)
     name = check_model_id(model_id or model_id_of(source) or source.name)
-    index = open_index(source)
-    manifest = resolve(index, start_layer, end_layer)
+    checkpoint = Checkpoint(source)
+    index, manifest = checkpoint.index, checkpoint.manifest(start_layer, end_layer)
     entries = [entry for part in manifest.sources for held in part.parts.values() for entry in held] + _ends(index)
     notes = list(manifest.notes)
     target = root / directory_name(name)
@@ -100,7 +101,7 @@ def prepare(
     # Last: without an index exo does not take the directory, so it never finds half of one.
     weight_map = {entry.name: links[entry.file] for entry in index.tensors.values() if entry.file in links}
     _write_json(target / INDEX_NAME, {"metadata": {"total_size": total_bytes}, "weight_map": weight_map})
-    return Prepared(
+    return PreparedDirectory(
         directory=target,
         model_id=name,
         start_layer=manifest.start_layer,

@@ -1,4 +1,4 @@
-"""exo's cluster state as typed values: nodes, links, instances, runners, downloads. It knows nothing of HTTP or of plans.
+"""exo's cluster state as typed values: nodes, links, instances, runners, downloads.
 
 Source: `GET /state` of exo v1.0.71 and b5375f8ce, as recorded from running nodes. Keys that are not read may change; one that
 is read and missing means an exo that this project does not know.

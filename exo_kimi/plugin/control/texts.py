@@ -1,4 +1,4 @@
-"""The texts of `exo-kimi exo status`, of loading and of what was placed; it asks nobody anything."""
+"""The texts of `exo-kimi exo status`, of loading and of what was placed."""
 
 from __future__ import annotations
 
@@ -7,9 +7,9 @@ from itertools import permutations
 
 from exo_kimi.plugin.control.apply import Applied
 from exo_kimi.plugin.control.cluster import link_kind
-from exo_kimi.plugin.control.prepare import Prepared
+from exo_kimi.plugin.control.prepare import PreparedDirectory
 from exo_kimi.plugin.control.state import ClusterState, Instance
-from exo_kimi.plugin.control.watch import Progress
+from exo_kimi.plugin.control.watch import LoadingProgress
 from exo_kimi.units import format_bytes, format_seconds
 
 _TESTED = {"b5375f8ce": "exo b5375f8ce or later", "1.0.71": "exo 1.0.x"}
@@ -40,7 +40,7 @@ def status_text(state: ClusterState, *, where: str) -> str:
     return "\n".join(lines) + "\n"
 
 
-def progress_line(progress: Sequence[Progress]) -> str:
+def progress_line(progress: Sequence[LoadingProgress]) -> str:
     """`studio Loading 12/44 | mini Connected`."""
     return " | ".join(
         f"{each.name} {each.phase}" + (f" {each.layers_loaded}/{each.layers}" if each.phase == "Loading" else "")
@@ -62,7 +62,7 @@ def applied_text(applied: Applied) -> str:
     return "\n".join(lines) + "\n"
 
 
-def prepared_text(prepared: Prepared) -> str:
+def prepared_text(prepared: PreparedDirectory) -> str:
     """What was made, and what the node needs to know."""
     lines = [
         f"{prepared.directory}",

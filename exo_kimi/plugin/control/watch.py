@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 
 from exo_kimi.errors import ExoError, ExoLoadError, ExoUnreachableError
 from exo_kimi.plugin.control.http import ExoClient
-from exo_kimi.plugin.control.instance import Seat
+from exo_kimi.plugin.control.instance import NodeAssignment
 from exo_kimi.plugin.control.state import ANSWERS, ClusterState, Runner
 from exo_kimi.units import format_seconds
 
@@ -56,7 +56,7 @@ class Timing:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Progress:
+class LoadingProgress:
     """Where one node is. `phase` is exo's word without `Runner`, or `Waiting` before it has one."""
 
     name: str
@@ -70,14 +70,14 @@ class _Watch:
     client: ExoClient
     instance_id: str
     model_id: str
-    seats: Mapping[str, Seat]
+    seats: Mapping[str, NodeAssignment]
     runners: Mapping[str, str]
     deadlines: Deadlines
-    report: Callable[[Sequence[Progress]], None]
+    report: Callable[[Sequence[LoadingProgress]], None]
     timing: Timing
     layers_seen: dict[str, int] = field(default_factory=dict)
     failures: dict[str, list[str]] = field(default_factory=dict)
-    last: tuple[Progress, ...] = ()
+    last: tuple[LoadingProgress, ...] = ()
     created: bool = False
     began: float = 0.0
     changed: float = 0.0
@@ -169,7 +169,7 @@ class _Watch:
                 fix="`exo-kimi exo prepare` makes it there; exo looks again within a minute, or when it is restarted",
             )
 
-    def _progress(self, state: ClusterState, node_id: str) -> Progress:
+    def _progress(self, state: ClusterState, node_id: str) -> LoadingProgress:
         seat = self.seats[node_id]
         runner = state.runners.get(self.runners[node_id])
         if runner is not None and runner.phase == "RunnerLoading" and runner.total_layers:
@@ -177,14 +177,14 @@ class _Watch:
         before = next((each.phase for each in self.last if each.name == seat.name), "")
         if runner is not None and runner.phase == "RunnerFailed" and before != "Failed":
             self._failed(seat, runner)
-        return Progress(
+        return LoadingProgress(
             name=seat.name,
             phase=runner.phase.removeprefix("Runner") if runner else "Waiting",
             layers_loaded=runner.layers_loaded if runner else 0,
             layers=seat.layers,
         )
 
-    def _loads_what_was_planned(self, seat: Seat, runner: Runner) -> None:
+    def _loads_what_was_planned(self, seat: NodeAssignment, runner: Runner) -> None:
         self.layers_seen[seat.name] = runner.total_layers
         if runner.total_layers != seat.layers:
             raise ExoLoadError(
@@ -193,7 +193,7 @@ class _Watch:
                 found=f"{runner.total_layers} layers",
             )
 
-    def _failed(self, seat: Seat, runner: Runner) -> None:
+    def _failed(self, seat: NodeAssignment, runner: Runner) -> None:
         messages = self.failures.setdefault(seat.name, [])
         messages.append(runner.message or "no message")
         if len(messages) >= self.deadlines.failures:
@@ -222,12 +222,12 @@ def watch(
     client: ExoClient,
     instance_id: str,
     model_id: str,
-    seats: Mapping[str, Seat],
+    seats: Mapping[str, NodeAssignment],
     runners: Mapping[str, str],
     *,
     until_ready: bool,
     deadlines: Deadlines,
-    report: Callable[[Sequence[Progress]], None],
+    report: Callable[[Sequence[LoadingProgress]], None],
     timing: Timing,
 ) -> Mapping[str, int]:
     """Look until every runner is ready.

@@ -9,10 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from exo_kimi.arch.config import KimiConfig
+from exo_kimi.checkpoint.checkpoint import Checkpoint
 from exo_kimi.checkpoint.doctor.doctor import text_errors
-from exo_kimi.checkpoint.index import CheckpointIndex, open_index
-from exo_kimi.checkpoint.manifest import resolve
-from exo_kimi.checkpoint.text_files import read_config
 from exo_kimi.errors import CheckpointError, CheckpointProblems, PlanMismatchError, UsageError
 from exo_kimi.planner.matching import check_matches
 from exo_kimi.planner.plan import Plan, read_plan
@@ -99,10 +97,10 @@ def prepare_legacy(options: LegacyOptions, arguments: Sequence[str]) -> LegacySe
     theirs = _their_arguments(arguments)
     pinned = pin(plan, node_id=theirs.node_id, nodes=options.nodes, name=options.name)
     directory = _directory(options, plan)
-    index = open_index(directory)
-    _check_share(plan, index, pinned, directory)
-    config = index.config
-    if errors := text_errors(directory, vocab_size=config.vocab_size, model_type=read_config(directory)["model_type"]):
+    checkpoint = Checkpoint(directory)
+    _check_share(plan, checkpoint, pinned)
+    config, model_type = checkpoint.config, checkpoint.raw_config["model_type"]
+    if errors := text_errors(directory, vocab_size=config.vocab_size, model_type=model_type):
         raise CheckpointProblems(errors, where=f"{directory} (exo-kimi doctor --fix may mend it)")
     return LegacySetup(
         options=options,
@@ -156,20 +154,20 @@ def _directory(options: LegacyOptions, plan: Plan) -> Path:
     return found
 
 
-def _check_share(plan: Plan, index: CheckpointIndex, pinned: PinnedPlan, directory: Path) -> None:
+def _check_share(plan: Plan, checkpoint: Checkpoint, pinned: PinnedPlan) -> None:
     """This node's layers are there, and as far as the directory can tell they are the plan's."""
-    config, own = index.config, pinned.own
+    config, own = checkpoint.config, pinned.own
     if (config.num_hidden_layers, config.hidden_size) != (plan.model.layers, plan.model.hidden_size):
         raise PlanMismatchError(
             "the plan was made for another architecture",
             expected=f"{plan.model.layers} layers of width {plan.model.hidden_size}",
             found=f"{config.num_hidden_layers} layers of width {config.hidden_size}",
-            where=directory,
+            where=checkpoint.directory,
             fix="plan again for this checkpoint: `exo-kimi plan DIR --cluster ...`",
         )
-    resolve(index, own.start_layer, own.end_layer)
+    checkpoint.manifest(own.start_layer, own.end_layer)
     try:
-        whole = resolve(index)
+        whole = checkpoint.manifest()
     except CheckpointError:
         return  # a share only: the rest is on other machines
     check_matches(plan, whole)

@@ -9,11 +9,11 @@ from pathlib import Path
 
 from exo_kimi.arch.config import KimiConfig
 from exo_kimi.arch.geometry import check_quantizable
+from exo_kimi.checkpoint.checkpoint import Checkpoint
 from exo_kimi.checkpoint.fingerprint import stage_fingerprint
-from exo_kimi.checkpoint.index import open_index
-from exo_kimi.checkpoint.manifest import resolve
 from exo_kimi.errors import UsageError
-from exo_kimi.runtime.cluster.split import ModelBytes, balanced_split, parse_split
+from exo_kimi.planner.split import balanced_split, parse_split
+from exo_kimi.planner.weights.bytes import bytes_of_manifest
 from exo_kimi.runtime.protocol.messages import Load
 from exo_kimi.runtime.transport.address import Address, parse_address
 from exo_kimi.runtime.transport.keys import ClusterKey, require_key
@@ -43,7 +43,7 @@ class ClusterPlan:
 
 
 def make_plan(
-    directory: str | Path,
+    checkpoint: Checkpoint,
     *,
     split: str | None = None,
     stages: int | None = None,
@@ -53,11 +53,12 @@ def make_plan(
     scratch_bytes: int | None = None,
     kv_bits: int | None = None,
 ) -> ClusterPlan:
-    """Read the headers of a checkpoint and place every layer. Local stages come first, for a stage on another machine could
-    not reach one here; `remotes` are the last ones, in order.
+    """Place every layer of a checkpoint.
+
+    Local stages come first, for a stage on another machine could not reach one here; `remotes` are the last ones, in order.
 
     Args:
-        directory: the checkpoint, whole.
+        checkpoint: with all its layers.
         split: layers per stage, such as `44,17`; None balances bytes.
         stages: how many, remotes included; None takes `split`'s number, or one here and each remote, or 2.
         remotes: addresses of `exo-kimi stage` processes.
@@ -71,17 +72,17 @@ def make_plan(
     """
     addresses = [parse_address(text, option="--stage") for text in remotes]
     _check_remotes(addresses, key)
-    index = open_index(directory)
+    config = checkpoint.config
     if kv_bits is not None:
-        check_quantizable(index.config)
-    whole = resolve(index)
+        check_quantizable(config)
+    whole = checkpoint.manifest()
     if split is not None:
-        ranges = parse_split(split, index.config.num_hidden_layers)
+        ranges = parse_split(split, config.num_hidden_layers)
         if stages is not None and stages != len(ranges):
             raise UsageError("--split and --stages disagree", expected=f"{stages} stages", found=f"--split {split}")
     else:
         count = stages if stages is not None else len(addresses) + 1 if addresses else DEFAULT_STAGES
-        ranges = balanced_split(ModelBytes.of_manifest(whole), count)
+        ranges = balanced_split(bytes_of_manifest(whole), count)
     local = len(ranges) - len(addresses)
     if local < 0:
         raise UsageError(
@@ -93,10 +94,10 @@ def make_plan(
     placed: list[Address | None] = [*[None] * local, *addresses]
     plans = []
     for stage, ((start, end), remote) in enumerate(zip(ranges, placed, strict=True)):
-        manifest = resolve(index, start, end)
+        manifest = checkpoint.manifest(start, end)
         load = Load(
             stage=stage,
-            directory=str(Path(directory).resolve()),
+            directory=str(checkpoint.directory.resolve()),
             start_layer=start,
             end_layer=end,
             dtype=dtype,
@@ -107,7 +108,7 @@ def make_plan(
         plans.append(
             StagePlan(load=load, remote=remote, resident_bytes=manifest.resident_bytes + manifest.widened_bytes)
         )
-    return ClusterPlan(directory=Path(directory), config=index.config, stages=tuple(plans), key=key)
+    return ClusterPlan(directory=checkpoint.directory, config=config, stages=tuple(plans), key=key)
 
 
 def _check_remotes(addresses: Sequence[Address], key: ClusterKey | None) -> None:

@@ -14,8 +14,8 @@ from pathlib import Path
 
 import mlx.core as mx
 
-from exo_kimi.checkpoint.index import open_index
-from exo_kimi.checkpoint.manifest import ModuleSource, resolve
+from exo_kimi.checkpoint.checkpoint import Checkpoint
+from exo_kimi.checkpoint.manifest import ModuleSource
 from exo_kimi.errors import UsageError
 from exo_kimi.models.kimi_k2 import Model
 from exo_kimi.models.ops import KVCache
@@ -106,7 +106,7 @@ def run_layer(
     before_bytes = mx.get_active_memory()
     mx.reset_peak_memory()
     start = time.perf_counter()
-    manifest = resolve(open_index(Path(path)), layer, layer + 1)
+    manifest = Checkpoint(path).manifest(layer, layer + 1)
     _check_positions(tokens + max(2, decode_steps), manifest.config.max_position_embeddings)
     model = load_stage(manifest, dtype=dtype, layers_only=True)
     load_s = time.perf_counter() - start

@@ -3,20 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from exo_kimi.errors import UsageError
-from exo_kimi.planner.machines.cluster import Cluster, read_cluster
-from exo_kimi.planner.search.cost import Placed, groups_and_batch, layer_flops, predict, round_s, tpot_s, ttft_s
+from exo_kimi.planner.question import Question
+from exo_kimi.planner.search.cost import PlacedSplit, groups_and_batch, layer_flops, round_s, tpot_s, ttft_s
 from exo_kimi.planner.search.tensor import tensor_options, tensor_tpot_s
 from exo_kimi.planner.weights.bytes import ModelBytes
 from exo_kimi.planner.workload import make_workload
 
 ModelOf = Callable[[str], ModelBytes]
+Ask = Callable[..., Question]
 
 # exo with RDMA on M3 Ultra machines: model, active GB, machines, tokens/s. Source: reference/planning.md.
 PUBLISHED = (
@@ -39,14 +39,11 @@ def test_tensor_parallel_is_within_five_per_cent_of_every_published_point(
 
 
 @pytest.mark.parametrize(("recipe", "published"), [("q3+q6", 21.1), ("dq3_k_m-q8", 21.1)])
-def test_one_m3_ultra_decodes_about_as_published_for_k26(model_of: ModelOf, recipe: str, published: float) -> None:
+def test_one_m3_ultra_decodes_about_as_published_for_k26(ask: Ask, recipe: str, published: float) -> None:
     """mlx-lm, K2.6 at 3.58 bits, one M3 Ultra: 21.1 tokens/s, 221.7 tokens/s of prefill. Its recipe is between these."""
-    model, cluster = model_of(recipe), read_cluster("m3-ultra-512")
-    workload = make_workload(model.config)
-    stage = Placed(machine=cluster.machines[0], start_layer=0, end_layer=61)
-    promise = predict(model, cluster, [stage], workload)
+    promise = whole(ask(recipe, "m3-ultra-512")).prediction
     assert promise.decode_tokens_per_s == pytest.approx(published, rel=0.05)
-    assert workload.prompt_tokens / promise.ttft_s == pytest.approx(221.7, rel=0.06)
+    assert 4096 / promise.ttft_s == pytest.approx(221.7, rel=0.06)
 
 
 def test_flops_of_a_token_are_two_per_active_weight(model_of: ModelOf) -> None:
@@ -54,49 +51,41 @@ def test_flops_of_a_token_are_two_per_active_weight(model_of: ModelOf) -> None:
     assert sum(layer_flops(model, layer, 0) for layer in range(61)) / 2 == pytest.approx(31.7e9 - 1.174e9, rel=0.005)
 
 
-def halves(cluster: Cluster, cut: int) -> list[Placed]:
+def whole(question: Question) -> PlacedSplit:
+    """All layers on the first machine."""
+    return PlacedSplit.given(question, (61,), question.machines)
+
+
+def halves(question: Question, cut: int) -> PlacedSplit:
     """The first two machines, cut at a layer."""
-    first, second = cluster.machines[:2]
-    return [
-        Placed(machine=first, start_layer=0, end_layer=cut),
-        Placed(machine=second, start_layer=cut, end_layer=61),
-    ]
+    return PlacedSplit.given(question, (cut, 61 - cut), question.machines)
 
 
 @settings(deadline=None)
 @given(cut=st.integers(1, 60))
-def test_two_equal_machines_never_decode_one_sequence_faster_than_one(model_of: ModelOf, cut: int) -> None:
-    model, cluster = model_of("q3+q6"), read_cluster("2x m3-ultra-512")
-    workload = make_workload(model.config)
-    whole = [Placed(machine=cluster.machines[0], start_layer=0, end_layer=61)]
-    one_s = tpot_s(model, cluster, whole, workload)
-    hop_s = cluster.link(*cluster.machines).transfer_s(14_336)
-    assert tpot_s(model, cluster, halves(cluster, cut), workload) == pytest.approx(one_s + hop_s)
+def test_two_equal_machines_never_decode_one_sequence_faster_than_one(ask: Ask, cut: int) -> None:
+    question = ask("q3+q6", "2x m3-ultra-512")
+    one_s = tpot_s(whole(question))
+    hop_s = question.cluster.link(*question.machines).transfer_s(14_336)
+    assert tpot_s(halves(question, cut)) == pytest.approx(one_s + hop_s)
 
 
 @settings(deadline=None)
 @given(cut=st.integers(1, 60), concurrency=st.integers(1, 9))
-def test_a_round_is_bound_by_the_slowest_stage_and_by_one_sequence_alone(
-    model_of: ModelOf, cut: int, concurrency: int
-) -> None:
-    model, cluster = model_of("q3+q6"), read_cluster("2x m3-ultra-512")
-    workload = make_workload(model.config, concurrency=concurrency)
+def test_a_round_is_bound_by_the_slowest_stage_and_by_one_sequence_alone(ask: Ask, cut: int, concurrency: int) -> None:
+    question = ask("q3+q6", "2x m3-ultra-512", concurrency=concurrency)
     groups, batch = groups_and_batch(2, concurrency)
     assert groups * batch >= concurrency
     assert groups <= 2
-    alone = replace(workload, concurrency=1)
-    assert round_s(model, cluster, halves(cluster, cut), workload) >= tpot_s(
-        model, cluster, halves(cluster, cut), alone
-    ) * (1 - 1e-9)
+    alone = question.with_workload(concurrency=1)
+    assert round_s(halves(question, cut)) >= tpot_s(halves(alone, cut)) * (1 - 1e-9)
 
 
-def test_prefill_is_shared_and_the_even_cut_is_best(model_of: ModelOf) -> None:
-    model, cluster = model_of("q3+q6"), read_cluster("2x m3-ultra-512")
-    workload = make_workload(model.config)
-    times = {cut: ttft_s(model, cluster, halves(cluster, cut), workload) for cut in range(1, 61)}
+def test_prefill_is_shared_and_the_even_cut_is_best(ask: Ask) -> None:
+    question = ask("q3+q6", "2x m3-ultra-512")
+    times = {cut: ttft_s(halves(question, cut)) for cut in range(1, 61)}
     assert min(times, key=lambda cut: times[cut]) in (30, 31)
-    whole = [Placed(machine=cluster.machines[0], start_layer=0, end_layer=61)]
-    assert 0.5 < times[31] / ttft_s(model, cluster, whole, workload) < 0.6
+    assert 0.5 < times[31] / ttft_s(whole(question)) < 0.6
 
 
 @settings(deadline=None)
@@ -107,12 +96,9 @@ def test_a_single_chunk_is_not_pipelined(model_of: ModelOf, chunk: int, prompt: 
     assert (workload.chunks - 1) * chunk < prompt <= workload.chunks * chunk
 
 
-def test_tensor_parallel_is_offered_only_with_rdma_equal_memory_and_room(model_of: ModelOf) -> None:
-    model = model_of("int4")
-    workload = make_workload(model.config)
-
+def test_tensor_parallel_is_offered_only_with_rdma_equal_memory_and_room(ask: Ask) -> None:
     def degrees(cluster: str) -> list[int]:
-        return [len(option.machines) for option in tensor_options(model, read_cluster(cluster), workload)]
+        return [len(option.machines) for option in tensor_options(ask("int4", cluster))]
 
     assert degrees("2x m3-ultra-512") == [2]
     assert degrees("4x m3-ultra-512") == [2, 4]

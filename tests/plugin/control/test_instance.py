@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from exo_kimi.errors import ExoPlacementError
-from exo_kimi.plugin.control.instance import NOBODY, Seat, check_instance, check_seats, renamed, ring_instance
+from exo_kimi.plugin.control.instance import NOBODY, NodeAssignment, check_instance, check_seats, renamed, ring_instance
 from exo_kimi.plugin.control.node_matching import seats_of_plan
 from exo_kimi.plugin.control.state import ClusterState, Node
 
@@ -49,10 +49,12 @@ def cluster(count: int, *, free: int = 1000, unreached: Sequence[tuple[str, str]
     )
 
 
-def seats(*counts: int, need_bytes: int = 10) -> tuple[Seat, ...]:
+def seats(*counts: int, need_bytes: int = 10) -> tuple[NodeAssignment, ...]:
     ends = [sum(counts[: index + 1]) for index in range(len(counts))]
     return tuple(
-        Seat(node_id=f"n{index}", name=f"N{index}", start_layer=end - count, end_layer=end, need_bytes=need_bytes)
+        NodeAssignment(
+            node_id=f"n{index}", name=f"N{index}", start_layer=end - count, end_layer=end, need_bytes=need_bytes
+        )
         for index, (end, count) in enumerate(zip(ends, counts, strict=True))
     )
 
@@ -114,7 +116,7 @@ def test_every_instance_and_every_runner_has_an_id_of_its_own() -> None:
 )
 def test_what_exo_would_answer_wrong_text_for_is_refused(ranges: list[tuple[int, int]], told: str) -> None:
     wrong = [
-        Seat(node_id=f"n{index}", name=f"N{index}", start_layer=start, end_layer=end, need_bytes=1)
+        NodeAssignment(node_id=f"n{index}", name=f"N{index}", start_layer=start, end_layer=end, need_bytes=1)
         for index, (start, end) in enumerate(ranges)
     ]
     with pytest.raises(ExoPlacementError, match=told):
@@ -123,7 +125,10 @@ def test_what_exo_would_answer_wrong_text_for_is_refused(ranges: list[tuple[int,
 
 def test_all_reasons_are_told_at_once() -> None:
     state = cluster(2, free=400, unreached=[("n0", "n1")])
-    chosen = [*seats(44, 17, need_bytes=900), Seat(node_id="n9", name="N9", start_layer=61, end_layer=61, need_bytes=1)]
+    chosen = [
+        *seats(44, 17, need_bytes=900),
+        NodeAssignment(node_id="n9", name="N9", start_layer=61, end_layer=61, need_bytes=1),
+    ]
     with pytest.raises(ExoPlacementError) as caught:
         check_seats(chosen, state, CARD)
     text = str(caught.value)

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from exo_kimi.checkpoint.checkpoint import Checkpoint
 from exo_kimi.checkpoint.tiny.make import make_tiny
 from exo_kimi.errors import KeyMismatchError, SplitError, UsageError
 from exo_kimi.runtime.cluster.cluster_plan import make_plan
@@ -20,41 +21,41 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_a_plan_that_cannot_be_is_refused_before_anything_starts(tiny: Path) -> None:
     with pytest.raises(SplitError, match="sums to 8"):
-        make_plan(tiny, split="4,4")
+        make_plan(Checkpoint(tiny), split="4,4")
     with pytest.raises(SplitError, match="1 to 7 stages"):
-        make_plan(tiny, stages=8)
+        make_plan(Checkpoint(tiny), stages=8)
     with pytest.raises(UsageError, match="disagree"):
-        make_plan(tiny, split="4,3", stages=3)
+        make_plan(Checkpoint(tiny), split="4,3", stages=3)
     with pytest.raises(UsageError, match="more --stage addresses"):
-        make_plan(tiny, stages=1, remotes=["127.0.0.1:5001", "127.0.0.1:5002"])
+        make_plan(Checkpoint(tiny), stages=1, remotes=["127.0.0.1:5001", "127.0.0.1:5002"])
     with pytest.raises(UsageError, match="twice"):
-        make_plan(tiny, remotes=["127.0.0.1:5001", "127.0.0.1:5001"])
+        make_plan(Checkpoint(tiny), remotes=["127.0.0.1:5001", "127.0.0.1:5001"])
     with pytest.raises(KeyMismatchError, match="needs the cluster key"):
-        make_plan(tiny, remotes=["10.0.0.9:5001"])
+        make_plan(Checkpoint(tiny), remotes=["10.0.0.9:5001"])
     with pytest.raises(UsageError, match="no such context"):
-        StageCluster(make_plan(tiny), ClusterOptions(context=10**9))
+        StageCluster(make_plan(Checkpoint(tiny)), ClusterOptions(context=10**9))
 
 
 def test_a_plan_counts_remote_stages_and_puts_them_last(tiny: Path) -> None:
-    plan = make_plan(tiny, remotes=["127.0.0.1:5001"])
+    plan = make_plan(Checkpoint(tiny), remotes=["127.0.0.1:5001"])
     assert [stage.remote and str(stage.remote) for stage in plan.stages] == [None, "127.0.0.1:5001"]
-    assert [stage.remote for stage in make_plan(tiny).stages] == [None, None]
+    assert [stage.remote for stage in make_plan(Checkpoint(tiny)).stages] == [None, None]
 
 
 def test_without_a_number_there_is_one_stage_here_and_one_at_each_address(tiny: Path) -> None:
-    plan = make_plan(tiny, remotes=["127.0.0.1:5001", "127.0.0.1:5002"])
+    plan = make_plan(Checkpoint(tiny), remotes=["127.0.0.1:5001", "127.0.0.1:5002"])
     assert [stage.remote is None for stage in plan.stages] == [True, False, False]
 
 
 def test_a_stage_that_could_not_reach_the_next_one_is_refused(tiny: Path) -> None:
     key = ClusterKey.generate()
     with pytest.raises(UsageError, match="cannot reach the next one"):
-        make_plan(tiny, remotes=["10.0.0.9:5001", "127.0.0.1:5002"], key=key)
+        make_plan(Checkpoint(tiny), remotes=["10.0.0.9:5001", "127.0.0.1:5002"], key=key)
 
 
 def test_the_fingerprint_is_of_the_weights_and_not_of_the_files(tiny: Path, tmp_path: Path) -> None:
     def fingerprints(directory: Path) -> list[str]:
-        return [stage.load.fingerprint for stage in make_plan(directory, stages=3).stages]
+        return [stage.load.fingerprint for stage in make_plan(Checkpoint(directory), stages=3).stages]
 
     same = make_tiny(tmp_path / "same", shards=1)
     other = make_tiny(tmp_path / "other", seed=7)

@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 import pytest_asyncio
 
+from exo_kimi.checkpoint.checkpoint import Checkpoint
 from exo_kimi.checkpoint.index import open_index
 from exo_kimi.checkpoint.manifest import resolve
 from exo_kimi.checkpoint.tiny.make import make_tiny
@@ -68,7 +69,7 @@ def expected(tiny: Path) -> list[int]:
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
 async def shared(tiny: Path) -> AsyncIterator[StageCluster]:
     """One cluster for many tests: it is its job to be as new after each."""
-    cluster = StageCluster(make_plan(tiny, stages=2, dtype="float32"), QUICK)
+    cluster = StageCluster(make_plan(Checkpoint(tiny), stages=2, dtype="float32"), QUICK)
     await cluster.start()
     try:
         await cluster.wait_ready()
@@ -171,7 +172,7 @@ async def test_two_stages_generate_what_one_model_does(cluster: StageCluster, ex
 
 
 async def test_another_split_generates_the_same(tiny: Path, clusters: list[StageCluster], expected: list[int]) -> None:
-    one = await start(clusters, make_plan(tiny, split="1,5,1", dtype="float32"), QUICK)
+    one = await start(clusters, make_plan(Checkpoint(tiny), split="1,5,1", dtype="float32"), QUICK)
     await one.wait_ready()
     assert await generate(one) == expected
 
@@ -284,7 +285,7 @@ async def test_an_idle_cluster_uses_next_to_no_processor(cluster: StageCluster) 
 
 
 async def test_closing_leaves_no_process_no_file_and_no_waiter(tiny: Path, clusters: list[StageCluster]) -> None:
-    one = await start(clusters, make_plan(tiny, stages=2), replace(QUICK, child_command=FAKE))
+    one = await start(clusters, make_plan(Checkpoint(tiny), stages=2), replace(QUICK, child_command=FAKE))
     await one.wait_ready()
     await event(one)
     waiting = asyncio.create_task(one.receive())
@@ -361,7 +362,7 @@ async def serves(one: StageCluster) -> None:
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
 async def shared_fakes(tiny: Path) -> AsyncIterator[StageCluster]:
     options = ClusterOptions(stall_s=1.5, heartbeat_s=0.2, child_command=FAKE)
-    one = StageCluster(make_plan(tiny, stages=2), options)
+    one = StageCluster(make_plan(Checkpoint(tiny), stages=2), options)
     await one.start()
     try:
         await one.wait_ready()
@@ -381,7 +382,7 @@ async def test_progress_of_loading_is_visible(
 ) -> None:
     monkeypatch.setenv("FAKE_LOAD_S", "1.5")
     options = ClusterOptions(stall_s=3, heartbeat_s=0.1, child_command=FAKE)
-    one = await start(clusters, make_plan(tiny, stages=1), options)
+    one = await start(clusters, make_plan(Checkpoint(tiny), stages=1), options)
     seen = set()
     waiting = asyncio.create_task(one.wait_ready())
     while not waiting.done():
@@ -399,7 +400,7 @@ async def test_stages_that_never_start_are_told_with_their_last_words(
 ) -> None:
     monkeypatch.setattr(restarts, "FIRST_BACKOFF_S", 0.01)
     options = replace(QUICK, child_command=(sys.executable, "-c", "import sys; sys.exit('no luck today')"))
-    one = await start(clusters, make_plan(tiny, stages=1), options)
+    one = await start(clusters, make_plan(Checkpoint(tiny), stages=1), options)
     with pytest.raises(StageDiedError, match=r"(?s)exit code 1.*no luck today"):
         await asyncio.wait_for(one.wait_ready(), 10)
     events = [await event(one) for _ in range(restarts.GIVE_UP_AFTER + 1)]
@@ -412,7 +413,7 @@ async def test_stages_that_keep_failing_are_refused_but_tried_again(
     monkeypatch.setattr(restarts, "FIRST_BACKOFF_S", 0.01)
     monkeypatch.setattr(restarts, "SLOW_RETRY_S", 0.2)
     directory = make_tiny(tmp_path / "tiny")
-    one = await start(clusters, make_plan(directory, stages=1, dtype="float32"), QUICK)
+    one = await start(clusters, make_plan(Checkpoint(directory), stages=1, dtype="float32"), QUICK)
     await one.wait_ready()
     await ready(one)
     directory.rename(tmp_path / "away")
@@ -429,7 +430,7 @@ async def test_weights_that_do_not_fit_are_refused_before_loading(
     tiny: Path, clusters: list[StageCluster], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("FAKE_FREE_BYTES", "1000")
-    one = await start(clusters, make_plan(tiny, stages=1), replace(QUICK, child_command=FAKE))
+    one = await start(clusters, make_plan(Checkpoint(tiny), stages=1), replace(QUICK, child_command=FAKE))
     with pytest.raises(StageOutOfMemoryError, match="weights of stage 0 do not fit"):
         await asyncio.wait_for(one.wait_ready(), 10)
 
@@ -438,7 +439,7 @@ async def test_a_checkpoint_that_changed_since_the_plan_is_refused(
     tmp_path: Path, clusters: list[StageCluster]
 ) -> None:
     directory = make_tiny(tmp_path / "tiny", seed=1)
-    plan = make_plan(directory, stages=1)
+    plan = make_plan(Checkpoint(directory), stages=1)
     directory.rename(tmp_path / "first")
     make_tiny(directory, seed=2)
     one = await start(clusters, plan, QUICK)

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from exo_kimi.checkpoint.checkpoint import Checkpoint
 from exo_kimi.checkpoint.tiny.make import make_tiny
 from exo_kimi.errors import StageError
 from exo_kimi.runtime.cluster.cluster_plan import make_plan
@@ -25,7 +26,7 @@ async def test_a_bug_in_a_loop_is_told_to_the_engine(
         raise ZeroDivisionError("a bug")
 
     monkeypatch.setattr(StageCluster, loop, broken)
-    cluster = StageCluster(make_plan(make_tiny(tmp_path / "tiny")), ClusterOptions(child_command=SILENT))
+    cluster = StageCluster(make_plan(Checkpoint(make_tiny(tmp_path / "tiny"))), ClusterOptions(child_command=SILENT))
     await cluster.start()
     try:
         async with asyncio.timeout(30):
@@ -40,7 +41,7 @@ async def test_a_bug_in_a_loop_is_told_to_the_engine(
 
 
 async def test_a_stage_whose_process_is_being_started_is_not_called_dead(tmp_path: Path) -> None:
-    cluster = StageCluster(make_plan(make_tiny(tmp_path / "tiny")), ClusterOptions(child_command=SILENT))
+    cluster = StageCluster(make_plan(Checkpoint(make_tiny(tmp_path / "tiny"))), ClusterOptions(child_command=SILENT))
     await cluster.start()
     try:
         for _ in range(20):

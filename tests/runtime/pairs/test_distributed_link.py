@@ -16,6 +16,7 @@ from pathlib import Path
 import pytest
 
 import exo_kimi
+from exo_kimi.checkpoint.checkpoint import Checkpoint
 from exo_kimi.checkpoint.tiny.make import make_tiny
 from exo_kimi.errors import StageUnreachableError
 from exo_kimi.runtime.cluster.cluster_plan import make_plan
@@ -203,7 +204,7 @@ def link_helpers_of(pid: int) -> list[int]:
 async def test_stages_on_a_ring_give_the_same_tokens_and_survive_what_happens_to_it(
     checkpoint: Path, expected: list[int]
 ) -> None:
-    plan = make_plan(checkpoint, split="4,3", dtype="float32")
+    plan = make_plan(Checkpoint(checkpoint), split="4,3", dtype="float32")
     options = ClusterOptions(context=512, kv_bytes=1 << 26, link="ring", stall_s=4, heartbeat_s=0.5)
     cluster = StageCluster(plan, options)
     engine = Engine(cluster, prefill_chunk=16)

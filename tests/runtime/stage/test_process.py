@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from exo_kimi.checkpoint.checkpoint import Checkpoint
 from exo_kimi.checkpoint.index import open_index
 from exo_kimi.checkpoint.manifest import resolve
 from exo_kimi.checkpoint.tiny.make import make_tiny
@@ -129,7 +130,7 @@ async def open_cluster(tiny: Path) -> AsyncIterator[OpenCluster]:
     async def start(
         *remotes: str, key: ClusterKey | None = None, directory: Path = tiny, stages: int | None = None
     ) -> StageCluster:
-        plan = make_plan(directory, stages=stages, remotes=remotes, key=key, dtype="float32")
+        plan = make_plan(Checkpoint(directory), stages=stages, remotes=remotes, key=key, dtype="float32")
         made.append(StageCluster(plan, OPTIONS))
         await made[-1].start()
         return made[-1]
@@ -226,7 +227,7 @@ async def test_a_machine_may_hold_its_own_shards_only_and_not_others(
 ) -> None:
     whole = make_tiny(tmp_path / "whole", shards=7)
     others = make_tiny(tmp_path / "others", seed=9)
-    plan = make_plan(whole, stages=2)
+    plan = make_plan(Checkpoint(whole), stages=2)
     load = plan.stages[1].load
     needed = {
         entry.file
@@ -253,10 +254,12 @@ LEADER = (
     NO_TORCH
     + """
 import asyncio
+from exo_kimi.checkpoint.checkpoint import Checkpoint
 from exo_kimi.runtime.cluster.cluster_plan import make_plan
 from exo_kimi.runtime.cluster.supervisor import ClusterOptions, StageCluster
 async def lead():
-    cluster = StageCluster(make_plan(sys.argv[1], remotes=sys.argv[2:]), ClusterOptions(child_command=(sys.executable, "-c",
+    plan = make_plan(Checkpoint(sys.argv[1]), remotes=sys.argv[2:])
+    cluster = StageCluster(plan, ClusterOptions(child_command=(sys.executable, "-c",
         "import sys; sys.modules['torch'] = None; from exo_kimi.runtime.stage.process import main; sys.exit(main())")))
     await cluster.start()
     await cluster.wait_ready()
@@ -296,10 +299,11 @@ SUSPENDED_LEADER = (
     NO_TORCH
     + """
 import asyncio
+from exo_kimi.checkpoint.checkpoint import Checkpoint
 from exo_kimi.runtime.cluster.cluster_plan import make_plan
 from exo_kimi.runtime.cluster.supervisor import ClusterOptions, StageCluster
 async def lead():
-    plan = make_plan(sys.argv[1], stages=1, remotes=sys.argv[2:])
+    plan = make_plan(Checkpoint(sys.argv[1]), stages=1, remotes=sys.argv[2:])
     cluster = StageCluster(plan, ClusterOptions(stall_s=1.0, heartbeat_s=0.2))
     await cluster.start()
     while True:

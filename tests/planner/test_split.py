@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from itertools import combinations, pairwise
 from pathlib import Path
 
@@ -9,19 +10,36 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from exo_kimi.checkpoint.index import open_index
-from exo_kimi.checkpoint.manifest import resolve
+from exo_kimi.checkpoint.checkpoint import Checkpoint
 from exo_kimi.checkpoint.tiny.make import make_tiny
 from exo_kimi.errors import SplitError
-from exo_kimi.runtime.cluster.split import LayerRange, ModelBytes, balanced_split, parse_split, to_ranges
+from exo_kimi.planner.split import EVENNESS_STEPS, LayerRange, balanced_split, parse_split, to_ranges
+from exo_kimi.planner.weights.bytes import ModelBytes, bytes_of_manifest
+from exo_kimi.planner.weights.catalog import published_model
 
 sizes = st.integers(0, 10**12)
+
+
+def model_of(layers: Sequence[int], embedding_bytes: int, head_bytes: int) -> ModelBytes:
+    """A model of these bytes a layer."""
+    return ModelBytes(
+        name="test",
+        config=published_model("kimi-k2.6").config,
+        source="test",
+        hash="sha256:test",
+        from_headers=False,
+        layer_bytes=tuple(layers),
+        expert_bytes=(0,) * len(layers),
+        embedding_bytes=embedding_bytes,
+        head_bytes=head_bytes,
+        widened_bytes=(0,) * len(layers),
+    )
 
 
 @st.composite
 def models(draw: st.DrawFn, most_layers: int = 61) -> ModelBytes:
     layers = draw(st.lists(sizes, min_size=1, max_size=most_layers))
-    return ModelBytes(layers=tuple(layers), embedding_bytes=draw(sizes), head_bytes=draw(sizes))
+    return model_of(layers, draw(sizes), draw(sizes))
 
 
 def places_every_layer_once(ranges: tuple[LayerRange, ...], layers: int) -> bool:
@@ -30,21 +48,22 @@ def places_every_layer_once(ranges: tuple[LayerRange, ...], layers: int) -> bool
 
 @given(models(), st.data())
 def test_every_layer_is_assigned_exactly_once_and_no_stage_is_empty(model: ModelBytes, data: st.DataObject) -> None:
-    stages = data.draw(st.integers(1, min(8, len(model.layers))))
+    stages = data.draw(st.integers(1, min(8, model.layers)))
     ranges = balanced_split(model, stages)
     assert len(ranges) == stages
-    assert places_every_layer_once(ranges, len(model.layers))
+    assert places_every_layer_once(ranges, model.layers)
     assert all(start < end for start, end in ranges)
 
 
 @given(models(most_layers=9), st.data())
 def test_no_other_split_has_a_smaller_fullest_stage_nor_is_more_even(model: ModelBytes, data: st.DataObject) -> None:
-    layers = len(model.layers)
+    layers = model.layers
     stages = data.draw(st.integers(1, layers))
+    step_bytes = max(1, -(-model.weight_bytes(0, layers) // EVENNESS_STEPS))  # evenness is counted in these
 
     def cost(ranges: tuple[LayerRange, ...]) -> tuple[int, int]:
-        taken = [model.of_range(start, end) for start, end in ranges]
-        return max(taken), sum(size**2 for size in taken)
+        taken = [model.weight_bytes(start, end) for start, end in ranges]
+        return max(taken), sum((size // step_bytes) ** 2 for size in taken)
 
     every = [tuple(pairwise((0, *cuts, layers))) for cuts in combinations(range(1, layers), stages - 1)]
     assert cost(balanced_split(model, stages)) == min(map(cost, every))
@@ -52,15 +71,15 @@ def test_no_other_split_has_a_smaller_fullest_stage_nor_is_more_even(model: Mode
 
 def test_the_61_layers_of_k2_are_balanced_with_embedding_and_head_counted() -> None:
     layers = (500, *[8000] * 60)
-    model = ModelBytes(layers=layers, embedding_bytes=2000, head_bytes=2000)
+    model = model_of(layers, 2000, 2000)
     ranges = balanced_split(model, 2)
     assert ranges == ((0, 31), (31, 61))
-    assert [model.of_range(*r) for r in ranges] == [242_500, 242_000]
+    assert [model.weight_bytes(*r) for r in ranges] == [242_500, 242_000]
 
 
 @pytest.mark.parametrize("stages", [0, 8, -1])
 def test_a_stage_without_a_layer_is_refused(stages: int) -> None:
-    model = ModelBytes(layers=(1,) * 7, embedding_bytes=0, head_bytes=0)
+    model = model_of((1,) * 7, 0, 0)
     with pytest.raises(SplitError, match="1 to 7 stages"):
         balanced_split(model, stages)
 
@@ -98,9 +117,15 @@ def test_a_written_split_is_read_back(counts: list[int]) -> None:
     assert [end - start for start, end in ranges] == counts
 
 
+def test_more_stages_than_there_can_be_are_refused() -> None:
+    assert parse_split((44, 17), 61, most_stages=2) == ((0, 44), (44, 61))
+    with pytest.raises(SplitError, match="at most 1 machines"):
+        parse_split((44, 17), 61, most_stages=1, stages="machines")
+
+
 def test_the_bytes_of_a_checkpoint_are_all_counted(tmp_path: Path) -> None:
-    manifest = resolve(open_index(make_tiny(tmp_path / "tiny")))
-    model = ModelBytes.of_manifest(manifest)
-    assert model.of_range(0, 7) == manifest.resident_bytes
-    for start, end in balanced_split(model, 3):
-        assert model.of_range(start, end) == resolve(open_index(tmp_path / "tiny"), start, end).resident_bytes
+    checkpoint = Checkpoint(make_tiny(tmp_path / "tiny"))
+    model = bytes_of_manifest(checkpoint.manifest())
+    for start, end in ((0, 7), *balanced_split(model, 3)):
+        part = checkpoint.manifest(start, end)
+        assert model.weight_bytes(start, end) == part.resident_bytes + part.widened_bytes

@@ -1,0 +1,162 @@
+"""From a question to its answer: a split as a plan with its texts, or what the machines are short of."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from itertools import pairwise
+
+from exo_kimi.errors import PlanInfeasibleError
+from exo_kimi.planner import data
+from exo_kimi.planner.machines.cluster import Cluster
+from exo_kimi.planner.plan import VERSION, Plan, PlanModel, PlanPrediction, PlanStage
+from exo_kimi.planner.question import Question
+from exo_kimi.planner.search.advice import changes_that_fit
+from exo_kimi.planner.search.cost import Placed, PlacedSplit
+from exo_kimi.planner.search.search import best_split, least_shortage
+from exo_kimi.planner.show.explain import explain
+from exo_kimi.planner.show.picture import terminal
+from exo_kimi.planner.show.svg import svg
+from exo_kimi.units import GIB, format_bytes, format_gb
+
+MIB = 1 << 20
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Answer:
+    """The answer to a question: a split, the plan of it, and how both read.
+
+    Args:
+        split: machines with their layers, and the question.
+        plan: for a file.
+        explained: whether `text` says why.
+    """
+
+    split: PlacedSplit
+    plan: Plan
+    explained: bool = False
+
+    @classmethod
+    def of(cls, split: PlacedSplit, *, explained: bool = False) -> Answer:
+        """A split as an answer, whether it was found or given; given, it may be over a limit."""
+        return cls(split=split, plan=plan_of(split), explained=explained)
+
+    @property
+    def text(self) -> str:
+        """The plan for a terminal, with the explanation when it was asked for."""
+        return terminal(self.plan) + ("\n" + explain(self.split) if self.explained else "")
+
+    @property
+    def svg(self) -> str:
+        """The plan as an SVG document."""
+        return svg(self.plan)
+
+
+def answer(question: Question, *, explained: bool = False) -> Answer:
+    """The best split, as a plan.
+
+    Raises:
+        PlanInfeasibleError: nothing fits; says which machine is short, by how much, and what would make it fit.
+    """
+    split = best_split(question)
+    if split is None:
+        raise infeasible(question)
+    return Answer.of(split, explained=explained)
+
+
+def plan_of(split: PlacedSplit) -> Plan:
+    """A split with its bytes and promises; over a limit it has negative headroom."""
+    question, made = split.question, split.prediction
+    model, used = question.model, {stage.machine.name for stage in split.stages}
+    return Plan(
+        version=VERSION,
+        model=PlanModel(
+            name=model.name,
+            source=model.source,
+            hash=model.hash,
+            from_headers=model.from_headers,
+            layers=model.layers,
+            hidden_size=model.config.hidden_size,
+            total_bytes=model.total_bytes,
+            kv_bits=model.kv_bits,
+        ),
+        cluster_hash=cluster_hash(question.cluster),
+        workload=question.workload,
+        objective=question.objective,
+        stages=tuple(_plan_stage(question, stage) for stage in split.stages),
+        link=link_of(split),
+        left_out=tuple(machine.name for machine in question.machines if machine.name not in used),
+        prediction=PlanPrediction(
+            decode_tokens_per_s=_digits(made.decode_tokens_per_s),
+            tpot_s=_digits(made.tpot_s),
+            ttft_s=_digits(made.ttft_s),
+            request_s=_digits(made.request_s),
+            throughput_tokens_per_s=_digits(made.throughput_tokens_per_s),
+        ),
+        assumptions=tuple(f"{stage.machine.name}: {text}" for stage in split.stages for text in stage.machine.unknown),
+    )
+
+
+def link_of(split: PlacedSplit) -> str:
+    """`jaccl` when all neighbours are linked by RDMA and both have it, as a cluster.toml says with `kind = "rdma"`.
+
+    A link that is only Thunderbolt was priced as TCP, and stays `zmq`.
+    """
+    pairs = list(pairwise(stage.machine for stage in split.stages))
+    link = split.question.cluster.link
+    rdma = all(one.rdma and other.rdma and link(one, other).kind == "rdma" for one, other in pairs)
+    return "jaccl" if pairs and rdma else "zmq"
+
+
+def cluster_hash(cluster: Cluster) -> str:
+    """Hash of machines and links, as far as they bear on a plan."""
+    machines = [asdict(machine) for machine in cluster.machines]
+    links = [
+        [one.name, other.name, asdict(cluster.link(one, other))]
+        for index, one in enumerate(cluster.machines)
+        for other in cluster.machines[index + 1 :]
+    ]
+    return data.digest([machines, links])
+
+
+def infeasible(question: Question) -> PlanInfeasibleError:
+    """The error that says which machine is short and what would make it fit."""
+    model, short = question.model, least_shortage(question)
+    closest = ", ".join(
+        f"{each.machine.name} (layers {each.start_layer}:{each.end_layer}) is short by "
+        f"{format_bytes(each.missing_bytes)} ({each.missing_bytes} bytes) of its limit of "
+        f"{format_bytes(each.machine.limit_bytes)}"
+        for each in short
+    )
+    names = " and ".join(machine.name for machine in question.machines)
+    return PlanInfeasibleError(
+        f"{model.name} ({model.source}, {format_gb(model.total_bytes)}) does not fit {names} "
+        f"with a context of {question.workload.context} tokens:\n  {closest}",
+        short={each.machine.name: each.missing_bytes for each in short},
+        changes=changes_that_fit(question),
+    )
+
+
+def _plan_stage(question: Question, stage: Placed) -> PlanStage:
+    machine, need = stage.machine, question.need(stage.start_layer, stage.end_layer)
+    limit_bytes, source, wired_mb = machine.limit_now_bytes, machine.limit.source, None
+    if need.total_bytes > limit_bytes and machine.limit_before_bytes is not None:
+        limit_bytes = min(-(-need.total_bytes // GIB) * GIB, machine.limit_bytes)
+        wired_mb = limit_bytes // MIB
+    elif machine.limit_before_bytes is not None:
+        source = "as it is, no sysctl needed"
+    return PlanStage(
+        machine=machine.name,
+        chip=machine.chip,
+        start_layer=stage.start_layer,
+        end_layer=stage.end_layer,
+        memory_bytes=machine.memory_bytes,
+        limit_bytes=limit_bytes,
+        limit_source=source,
+        headroom_bytes=limit_bytes - need.total_bytes,
+        wired_limit_mb=wired_mb,
+        **asdict(need),
+    )
+
+
+def _digits(number: float) -> float:
+    return float(f"{number:.6g}")
