@@ -1,4 +1,4 @@
-"""The HTTP routes; what happens behind them is in `prepare` (requests), `generation` (tokens) and `stream` (answers)."""
+"""The HTTP routes: what each reads and may answer, and the steps from a request to its answer."""
 
 from __future__ import annotations
 
@@ -9,9 +9,11 @@ import uuid
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Annotated, Any
 
-from fastapi import FastAPI
+from fastapi import Depends, FastAPI
+from fastapi.security import HTTPBearer
+from fastapi_offline import FastAPIOffline
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
@@ -24,16 +26,30 @@ from exo_kimi.serve.answer.formats import ChatFormat, Format, Head, TextFormat
 from exo_kimi.serve.answer.generation import Generation
 from exo_kimi.serve.answer.stream import AnswerStream
 from exo_kimi.serve.body import read_json
+from exo_kimi.serve.contract import (
+    ChatCompletion,
+    ChatCompletionChunk,
+    HealthReport,
+    ModelCard,
+    ModelList,
+    TextCompletion,
+    generation_route,
+    openapi_document,
+    refusals,
+)
 from exo_kimi.serve.gate import Gate
 from exo_kimi.serve.health import health_report
 from exo_kimi.serve.metrics import Metrics
 from exo_kimi.serve.problems import ApiProblem, answer_error, answer_http_error
 from exo_kimi.serve.request.fields import GenerationFields
 from exo_kimi.serve.request.prepare import Prepared, prepare_chat, prepare_completion
-from exo_kimi.serve.request.schemas import parse_chat, parse_completion
+from exo_kimi.serve.request.schemas import ChatRequest, CompletionRequest, parse_chat, parse_completion
 
 MAX_BODY_BYTES = 64 * 2**20
-PATHS = frozenset({"/v1/chat/completions", "/v1/completions", "/v1/models", "/health", "/metrics"})
+PATHS = frozenset(
+    {"/v1/chat/completions", "/v1/completions", "/v1/models", "/health", "/metrics", "/docs", "/openapi.json"}
+)
+DOCS_FILES = "/docs-files"  # the page's script and style: nothing is loaded from elsewhere
 METRICS_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 
 
@@ -63,23 +79,72 @@ def create_app(
         speaker=speaker,
         metrics=Metrics(engine.snapshot),
         model_id=model_id,
-        max_body_bytes=max_body_bytes,
         ping_interval_s=ping_interval_s,
         created=int(time.time()),
         fingerprint=_fingerprint(model_id, fingerprint),
     )
-    app = FastAPI(title="exo-kimi", version=exo_kimi.__version__, openapi_url=None, docs_url=None, redoc_url=None)
-    app.add_api_route("/v1/chat/completions", server.chat, methods=["POST"])
-    app.add_api_route("/v1/completions", server.completion, methods=["POST"])
-    app.add_api_route("/v1/models", server.models, methods=["GET"])
-    app.add_api_route("/v1/models/{model:path}", server.model, methods=["GET"])
-    app.add_api_route("/health", server.health, methods=["GET"])
-    app.add_api_route("/metrics", server.prometheus, methods=["GET"])
+    app = FastAPIOffline(
+        title="exo-kimi",
+        version=exo_kimi.__version__,
+        description=f"OpenAI's chat API, spoken by {model_id}.",
+        redoc_url=None,
+        static_url=DOCS_FILES,
+        generate_unique_id_function=lambda route: route.name,
+        swagger_ui_parameters={"validatorUrl": None},
+    )
+    app.state.max_body_bytes = max_body_bytes
+    _add_routes(app, server, guarded=api_key is not None)
+    app.openapi = partial(  # type: ignore[method-assign]  # FastAPI's own way to a document of one's own
+        openapi_document, app, ChatRequest, CompletionRequest, ChatCompletionChunk
+    )
     for kind in (ExoKimiError, ApiProblem, Exception):
         app.add_exception_handler(kind, answer_error)
     app.add_exception_handler(HTTPException, answer_http_error)
     app.add_middleware(Gate, metrics=server.metrics, paths=PATHS, api_key=api_key)
     return app
+
+
+def _add_routes(app: FastAPI, server: _Server, *, guarded: bool) -> None:
+    """Every address, with what it reads and may answer."""
+    refused = (401,) if guarded else ()
+    key: Any = {"dependencies": [Depends(HTTPBearer(auto_error=False))] if guarded else []}  # told; `Gate` asks for it
+    metrics: dict[int | str, dict[str, Any]] = {
+        200: {"content": {"text/plain": {"schema": {"type": "string"}}}, "description": "Prometheus' text format."}
+    }
+    unhealthy: dict[int | str, dict[str, Any]] = {
+        503: {"model": HealthReport, "description": "A stage is not ready; `reason` says which and why."}
+    }
+    asked = {"model": server.model_id, "max_tokens": 64}
+    chat = generation_route(
+        body=ChatRequest,
+        answer=ChatCompletion,
+        chunk=ChatCompletionChunk,
+        example={**asked, "messages": [{"role": "user", "content": "What is the capital of Norway?"}]},
+        extra=refused,
+    )
+    text = generation_route(
+        body=CompletionRequest,
+        answer=TextCompletion,
+        chunk=TextCompletion,
+        example={**asked, "prompt": "The capital of Norway is"},
+        extra=refused,
+    )
+    app.post("/v1/chat/completions", **chat, **key)(server.chat)
+    app.post("/v1/completions", **text, **key)(server.completion)
+    app.get("/v1/models", response_model=ModelList, responses=refusals(*refused), **key)(server.models)
+    app.get("/v1/models/{model:path}", response_model=ModelCard, responses=refusals(404, *refused), **key)(server.model)
+    app.get("/health", response_model=HealthReport, responses=unhealthy)(server.health)
+    app.get("/metrics", response_class=Response, responses={**metrics, **refusals(*refused)}, **key)(server.prometheus)
+
+
+async def read_chat(request: Request) -> ChatRequest:
+    """The body of a chat request, read and checked by us: FastAPI's reader has no limit and other words."""
+    return parse_chat(await read_json(request, max_bytes=request.app.state.max_body_bytes))
+
+
+async def read_completion(request: Request) -> CompletionRequest:
+    """The body of a text completion request."""
+    return parse_completion(await read_json(request, max_bytes=request.app.state.max_body_bytes))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -90,14 +155,12 @@ class _Server:
     speaker: Speaker
     metrics: Metrics
     model_id: str
-    max_body_bytes: int
     ping_interval_s: float
     created: int
     fingerprint: str
 
-    async def chat(self, request: Request) -> Response:
-        """POST /v1/chat/completions."""
-        chat = parse_chat(await read_json(request, max_bytes=self.max_body_bytes))
+    async def chat(self, chat: Annotated[ChatRequest, Depends(read_chat)]) -> Response:
+        """Answer a conversation, whole or as server-sent events."""
         self._check_model(chat.model)
         prepared = await asyncio.to_thread(prepare_chat, chat, self.speaker)
         style = ChatFormat(
@@ -107,31 +170,30 @@ class _Server:
         )
         return self._answer(chat, prepared, style)
 
-    async def completion(self, request: Request) -> Response:
-        """POST /v1/completions."""
-        completion = parse_completion(await read_json(request, max_bytes=self.max_body_bytes))
+    async def completion(self, completion: Annotated[CompletionRequest, Depends(read_completion)]) -> Response:
+        """Continue one text or several, whole or as server-sent events."""
         self._check_model(completion.model)
         prepared = await asyncio.to_thread(prepare_completion, completion, self.speaker)
         style = TextFormat(head=self._head("cmpl"), tokenizer=self.speaker.tokenizer, top_logprobs=completion.logprobs)
         return self._answer(completion, prepared, style)
 
     async def models(self) -> JSONResponse:
-        """GET /v1/models."""
+        """List the one model that is served."""
         return JSONResponse({"object": "list", "data": [self._model_card()]})
 
     async def model(self, model: str) -> JSONResponse:
-        """GET /v1/models/{id}."""
+        """Tell of one model."""
         if model != self.model_id:
             raise self._unknown_model(model)
         return JSONResponse(self._model_card())
 
     async def health(self) -> JSONResponse:
-        """GET /health."""
+        """Tell how the engine and its stages are. Asks for no key."""
         status, report = health_report(self.engine.snapshot(), model=self.model_id, version=exo_kimi.__version__)
         return JSONResponse(report, status_code=status)
 
     async def prometheus(self) -> Response:
-        """GET /metrics."""
+        """Counts and latencies for Prometheus."""
         return Response(self.metrics.text(), headers={"content-type": METRICS_TYPE})
 
     def _answer(self, request: GenerationFields, prepared: Prepared, style: Format) -> Response:

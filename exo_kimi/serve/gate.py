@@ -14,7 +14,8 @@ from exo_kimi.serve.problems import ApiProblem
 
 log = logging.getLogger(__name__)
 
-OPEN_PATHS = frozenset({"/health"})
+OPEN_PATHS = frozenset({"/health", "/docs", "/openapi.json"})  # they tell what the source tells; a browser has no key
+OPEN_FOLDER = "/docs-files/"
 POLLED_PATHS = frozenset({"/health", "/metrics"})  # asked every few seconds: no log lines
 
 
@@ -25,7 +26,7 @@ class Gate:
         app: what is behind.
         metrics: told the path (as the routes know it) and the status of every answer.
         paths: paths that may become a label; all others count as `other`.
-        api_key: when given, every path but /health needs `Authorization: Bearer KEY`.
+        api_key: when given, every path but /health and the documentation needs `Authorization: Bearer KEY`.
     """
 
     def __init__(self, app: ASGIApp, *, metrics: Metrics, paths: frozenset[str], api_key: str | None = None) -> None:
@@ -59,7 +60,7 @@ class Gate:
             await refusal.response()(scope, receive, counting_send)
 
     def _admits(self, scope: Scope) -> bool:
-        if self._api_key is None or scope["path"] in OPEN_PATHS:
+        if self._api_key is None or scope["path"] in OPEN_PATHS or scope["path"].startswith(OPEN_FOLDER):
             return True
         headers: Iterable[tuple[bytes, bytes]] = scope["headers"]
         given = next((value for name, value in headers if name == b"authorization"), b"")

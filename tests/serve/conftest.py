@@ -243,11 +243,22 @@ def app_of() -> Callable[..., FastAPI]:
 
 @pytest.fixture
 def client_of(app_of: Callable[..., FastAPI]) -> Callable[..., httpx.AsyncClient]:
-    """`client_of(engine, **options)`: an HTTP client that speaks to the app without a socket."""
+    """`client_of(engine, **options)`: an HTTP client that speaks to the app without a socket.
+
+    Every status that it sees must be one that /openapi.json declares for the address.
+    """
 
     def make(engine: ScriptedEngine, **options: Any) -> httpx.AsyncClient:
-        transport = httpx.ASGITransport(app_of(engine, **options), raise_app_exceptions=False)
-        return httpx.AsyncClient(transport=transport, base_url="http://test")
+        app = app_of(engine, **options)
+
+        async def declared(response: httpx.Response) -> None:
+            path, method = response.request.url.path, response.request.method.lower()
+            operation = app.openapi()["paths"].get(path, {}).get(method)
+            assert operation is None or str(response.status_code) in operation["responses"], (path, response)
+
+        transport = httpx.ASGITransport(app, raise_app_exceptions=False)
+        hooks = {"response": [declared]}
+        return httpx.AsyncClient(transport=transport, base_url="http://test", event_hooks=hooks)
 
     return make
 
