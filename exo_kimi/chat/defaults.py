@@ -7,13 +7,14 @@ generation_config.json is the checkpoint's own word and wins.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from exo_kimi.chat.family import Family, family_of
 from exo_kimi.chat.tokenizer import KimiTokenizer
-from exo_kimi.chat.tokenizer_files import GENERATION_FILE, read_json_object
+from exo_kimi.chat.tokenizer_files import GENERATION_FILE, read_json_object, read_model_config
 from exo_kimi.errors import TokenizerError
 
 
@@ -50,17 +51,19 @@ class GenerationDefaults:
         return self.thinking if thinks else self.instant
 
     @classmethod
-    def from_directory(cls, path: Path | str, tokenizer: KimiTokenizer) -> GenerationDefaults:
-        """Read the defaults of a checkpoint directory.
+    def from_directory(
+        cls, path: Path | str, tokenizer: KimiTokenizer, *, raw_config: Mapping[str, Any] | None = None
+    ) -> GenerationDefaults:
+        """Read the defaults of a checkpoint directory; `raw_config` is its config.json, where that was read already.
 
         Raises:
             TokenizerError: generation_config.json or config.json is malformed.
         """
         directory = Path(path)
-        family = family_of(directory, tokenizer)
+        config = read_model_config(directory) if raw_config is None else raw_config
+        family = family_of(config, tokenizer)
         generation_path = directory / GENERATION_FILE
         generation = read_json_object(generation_path, required=False)
-        config = read_json_object(directory / "config.json", required=False)
         text_config = config.get("text_config")
         if isinstance(text_config, dict):
             config = text_config

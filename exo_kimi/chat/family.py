@@ -7,24 +7,18 @@ k25        K2.5, K2.6, K2.7-Code: think tags, opened or closed by the generation
 
 from __future__ import annotations
 
-from pathlib import Path
-from typing import Literal
+from collections.abc import Mapping
+from typing import Any, Literal
 
 from exo_kimi.chat.tokenizer import KimiTokenizer
-from exo_kimi.chat.tokenizer_files import read_json_object
 
 Family = Literal["instruct", "thinking", "k25"]
 THINK_OPEN = "<think>"
 THINK_CLOSE = "</think>"
 
 
-def family_of(directory: Path, tokenizer: KimiTokenizer) -> Family:
-    """The family of a checkpoint, from `model_type` in config.json and from the vocabulary, never from a directory name.
-
-    Raises:
-        TokenizerError: config.json is no JSON object.
-    """
-    config = read_json_object(directory / "config.json", required=False)
-    if config.get("model_type") == "kimi_k25":
+def family_of(raw_config: Mapping[str, Any], tokenizer: KimiTokenizer) -> Family:
+    """The family of a checkpoint, from `model_type` in config.json and from the vocabulary, never from a directory name."""
+    if raw_config.get("model_type") == "kimi_k25":
         return "k25"
     return "thinking" if THINK_OPEN in tokenizer.special else "instruct"

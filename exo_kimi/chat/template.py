@@ -13,7 +13,7 @@ from exo_kimi.chat.guard import TextGuard
 from exo_kimi.chat.messages import template_messages
 from exo_kimi.chat.sandbox import CompiledTemplate
 from exo_kimi.chat.tokenizer import KimiTokenizer
-from exo_kimi.chat.tokenizer_files import CONFIG_FILE, read_json_object
+from exo_kimi.chat.tokenizer_files import CONFIG_FILE, read_json_object, read_model_config
 from exo_kimi.chat.tool_declarations import Undeclarable, declare_tools, sorted_deep
 from exo_kimi.errors import TemplateError
 
@@ -59,8 +59,12 @@ class ChatTemplate:
         self._tools_template = tools_template or template
 
     @classmethod
-    def from_directory(cls, path: Path | str, tokenizer: KimiTokenizer) -> ChatTemplate:
+    def from_directory(
+        cls, path: Path | str, tokenizer: KimiTokenizer, *, raw_config: Mapping[str, Any] | None = None
+    ) -> ChatTemplate:
         """Read chat_template.jinja, else the one in tokenizer_config.json, else take the built-in one of the family.
+
+        `raw_config` is config.json, where that was read already.
 
         Raises:
             TemplateError: the template does not compile.
@@ -86,7 +90,8 @@ class ChatTemplate:
                 CompiledTemplate(named["default"], f"{where}, default"),
                 None if tools is None else CompiledTemplate(tools, f"{where}, tool_use"),
             )
-        return cls.built_in(family_of(directory, tokenizer), tokenizer)
+        config = read_model_config(directory) if raw_config is None else raw_config
+        return cls.built_in(family_of(config, tokenizer), tokenizer)
 
     @classmethod
     def built_in(cls, family: Family, tokenizer: KimiTokenizer) -> ChatTemplate:

@@ -54,6 +54,15 @@ def read_tokenizer_files(directory: Path) -> TokenizerFiles:
     return TokenizerFiles(ranks=ranks, special=special, named_tokens=named, eos_ids=eos_ids)
 
 
+def read_model_config(directory: Path) -> Mapping[str, Any]:
+    """Read config.json; an empty object when there is none.
+
+    Raises:
+        TokenizerError: it is no JSON object.
+    """
+    return read_json_object(directory / "config.json", required=False)
+
+
 def read_json_object(path: Path, *, required: bool) -> dict[str, Any]:
     """The JSON object in a file; an empty one when the file is absent and not required.
 

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from exo_kimi.chat.defaults import GenerationDefaults
 from exo_kimi.chat.template import ChatTemplate
 from exo_kimi.chat.tokenizer import KimiTokenizer
+from exo_kimi.chat.tokenizer_files import read_model_config
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -19,15 +22,16 @@ class Speaker:
     defaults: GenerationDefaults
 
     @classmethod
-    def from_directory(cls, directory: Path) -> Speaker:
-        """Of a checkpoint.
+    def from_directory(cls, directory: Path, *, raw_config: Mapping[str, Any] | None = None) -> Speaker:
+        """Read the files of a checkpoint's chat; `raw_config` is its config.json, where that was read already.
 
         Raises:
             TokenizerError, TemplateError: its files are missing or malformed.
         """
         tokenizer = KimiTokenizer.from_directory(directory)
+        config = read_model_config(directory) if raw_config is None else raw_config
         return cls(
             tokenizer=tokenizer,
-            template=ChatTemplate.from_directory(directory, tokenizer),
-            defaults=GenerationDefaults.from_directory(directory, tokenizer),
+            template=ChatTemplate.from_directory(directory, tokenizer, raw_config=config),
+            defaults=GenerationDefaults.from_directory(directory, tokenizer, raw_config=config),
         )

@@ -84,7 +84,7 @@ def serve(options: ServeOptions, *, announce: Callable[[str], None] | None = Non
         scratch_bytes=scratch_bytes,
         kv_bits=options.kv_bits,
     )
-    speaker = Speaker.from_directory(options.directory)
+    speaker = Speaker.from_directory(options.directory, raw_config=checkpoint.raw_config)
     _check_texts(checkpoint)
     model_id = _utf8(options.model_id or options.directory.resolve().name)
     disk = disk_terms(options.prefix_disk_bytes, options.prefix_dir, check=not options.stage)

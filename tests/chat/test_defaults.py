@@ -55,7 +55,7 @@ def test_the_context_is_unknown_when_nobody_says(fresh_directory: Path) -> None:
     (fresh_directory / "generation_config.json").unlink()
     (fresh_directory / "config.json").unlink()
     assert defaults(fresh_directory).max_context is None
-    assert family_of(fresh_directory, KimiTokenizer.from_directory(fresh_directory)) == "thinking"
+    assert family_of({}, KimiTokenizer.from_directory(fresh_directory)) == "thinking"
 
 
 @pytest.mark.parametrize("changes", [{"temperature": "warm"}, {"temperature": -1}, {"top_p": 1.5}, {"top_p": True}])

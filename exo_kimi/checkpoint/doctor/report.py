@@ -11,10 +11,10 @@ from typing import Any
 from exo_kimi.arch.config import KimiConfig
 from exo_kimi.arch.geometry import active_parameters, kv_bytes_per_token, total_parameters
 from exo_kimi.arch.modules import ModuleSpec
-from exo_kimi.checkpoint.index import open_index
+from exo_kimi.checkpoint.checkpoint import Checkpoint
 from exo_kimi.checkpoint.manifest import StageManifest, examine
 from exo_kimi.checkpoint.sources import ModuleSource
-from exo_kimi.checkpoint.text_files import read_json, read_kimi_config
+from exo_kimi.checkpoint.text_files import read_json
 from exo_kimi.errors import CheckpointError, CheckpointProblems, ExoKimiError, NotACheckpointError
 from exo_kimi.units import format_bytes, format_gb
 
@@ -121,12 +121,13 @@ def inspect(directory: str | Path) -> Report:
     if not root.is_dir():
         raise NotACheckpointError("no such checkpoint directory", found=root, fix="give the folder of config.json")
     text_files = _text_files(root)
+    checkpoint = Checkpoint(root)
     try:
-        index = open_index(root)
+        index = checkpoint.index
     except CheckpointProblems as error:
         return Report(directory=root, text_files=text_files, problems=error.problems)
     except CheckpointError as error:
-        return Report(directory=root, config=_config_alone(root), text_files=text_files, problems=(error,))
+        return Report(directory=root, config=_config_alone(checkpoint), text_files=text_files, problems=(error,))
     manifest, problems = examine(index)
     sources = manifest.sources
     outside = [source for source in sources if source.spec.layer is None]
@@ -152,9 +153,9 @@ def inspect(directory: str | Path) -> Report:
     )
 
 
-def _config_alone(root: Path) -> KimiConfig | None:
+def _config_alone(checkpoint: Checkpoint) -> KimiConfig | None:
     try:
-        return read_kimi_config(root)
+        return checkpoint.config
     except CheckpointError:
         return None
 
