@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 from exo_kimi.errors import PlanError
 from exo_kimi.planner.workload import OBJECTIVES, Workload
@@ -16,6 +16,7 @@ from exo_kimi.planner.workload import OBJECTIVES, Workload
 VERSION = 2
 LINKS = ("zmq", "jaccl")
 T = TypeVar("T")
+Engine = Literal["exo", "exo-kimi"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -105,6 +106,11 @@ class Plan:
     left_out: tuple[str, ...]
     prediction: PlanPrediction
     assumptions: tuple[str, ...]
+
+    @property
+    def engine(self) -> Engine:
+        """The engine whose bytes it counts: exo's own, which holds embedding and head on every stage, or ours."""
+        return "exo" if self.workload.ends_everywhere else "exo-kimi"
 
     @property
     def ranges(self) -> tuple[tuple[int, int], ...]:

@@ -81,8 +81,8 @@ def test_a_patched_exo_runs_a_kimi_on_our_engine(
         log = cluster.nodes[0].log
         assert f"exo-kimi: Kimi models run on exo-kimi's engine ({CURRENT[tag]})" in log.read_text()
         with ExoClient(cluster.url) as client:
-            plan = exo_plan(client.state(), tiny, model_id=MODEL, context=4096, split=(7,), own_engine=False).plan
-            apply_plan(client, plan, own_engine=False, deadlines=Deadlines(poll_s=0.3))
+            plan = exo_plan(client.state(), tiny, model_id=MODEL, context=4096, split=(7,), our_engine=True).plan
+            apply_plan(client, plan, our_engine=True, deadlines=Deadlines(poll_s=0.3))
         assert f"exo-kimi runs {MODEL}" in log.read_text()
 
 

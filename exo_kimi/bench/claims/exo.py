@@ -168,12 +168,12 @@ def _clusters(exo: ExoHere, folder: Path) -> Iterator[tuple[ExoCluster, ExoClust
     with contextlib.ExitStack() as stack:
         ours = stack.enter_context(exo_cluster(exo, folder / "ours", models, plugin=BIND_US))
         theirs = stack.enter_context(exo_cluster(exo, folder / "theirs", models))
-        for cluster, own_engine in ((ours, False), (theirs, True)):
+        for cluster, our_engine in ((ours, True), (theirs, False)):
             with ExoClient(cluster.url) as client:
                 plan = exo_plan(
-                    client.state(), toy, model_id=MODEL, context=CONTEXT, split=SPLIT, own_engine=own_engine
+                    client.state(), toy, model_id=MODEL, context=CONTEXT, split=SPLIT, our_engine=our_engine
                 ).plan
-                apply_plan(client, plan, own_engine=own_engine, deadlines=DEADLINES)
+                apply_plan(client, plan, deadlines=DEADLINES)
         yield ours, theirs
 
 

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from typing import Any
 
+import tomli_w
+
 from exo_kimi.errors import UsageError
-from exo_kimi.planner.machines.hardware import VALUES, Machine, machine_of_profile
+from exo_kimi.planner.machines.hardware import Machine, machine_of_profile
 from exo_kimi.units import format_bytes
 
 
@@ -51,14 +52,4 @@ def profile_answer(table: Mapping[str, Any]) -> str:
 
 def profile_toml(table: Mapping[str, Any]) -> str:
     """A profile table as a file for cluster.toml; reading it gives the table back."""
-    lines = [f"{key} = {_value(value)}" for key, value in table.items() if not isinstance(value, Mapping)]
-    for part in ("measured", "source"):
-        values = table.get(part) or {}
-        if values:
-            lines += ["", f"[{part}]"]
-            lines += [f"{key} = {_value(values[key])}" for key in VALUES if key in values]
-    return "\n".join(lines) + "\n"
-
-
-def _value(value: object) -> str:
-    return json.dumps(value, ensure_ascii=False) if isinstance(value, (str, bool)) else repr(value)
+    return tomli_w.dumps({key: value for key, value in table.items() if value != {}})

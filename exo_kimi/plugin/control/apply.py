@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from exo_kimi.errors import ExoLoadError, ExoPlacementError, UsageError
-from exo_kimi.planner.plan import Plan
+from exo_kimi.planner.plan import Engine, Plan
 from exo_kimi.plugin.control.http import ExoClient, Preview
 from exo_kimi.plugin.control.instance import NodeAssignment, check_seats, renamed, ring_instance
 from exo_kimi.plugin.control.model_card import Card
@@ -30,6 +30,7 @@ class Applied:
     Args:
         instance_id: ours; `DELETE /instance/ID` ends it.
         model_id: for requests.
+        engine: that must run it: `exo-kimi` where every node was started by `exo-kimi exo run`.
         seats: in rank order.
         layers_seen: node name -> layers that exo said it was loading there; a node that loaded between two looks is missing.
         seconds: from the request to the first answer; 0 when nobody waited.
@@ -38,6 +39,7 @@ class Applied:
 
     instance_id: str
     model_id: str
+    engine: Engine
     seats: tuple[NodeAssignment, ...]
     layers_seen: Mapping[str, int]
     seconds: float
@@ -53,7 +55,7 @@ def apply_plan(
     tensor: bool = False,
     replace: bool = False,
     wait: bool = True,
-    own_engine: bool = True,
+    our_engine: bool | None = None,
     deadlines: Deadlines | None = None,
     report: Report = lambda progress: None,
     timing: Timing | None = None,
@@ -68,24 +70,20 @@ def apply_plan(
         tensor: the plan's nodes, but every one with a slice of every layer, as exo places it.
         replace: end instances of this model first, instead of refusing.
         wait: until it answers; else until exo has taken the instance.
-        own_engine: exo's engine runs it, which holds embedding and head on every rank.
+        our_engine: whether exo was started by `exo-kimi exo run`; None follows the plan, which was made for one engine.
         deadlines: of the phases.
         report: called when anything has changed.
         timing: clock and sleep, for tests.
 
     Raises:
-        UsageError: no model id, or a plan that counts the ends once for exo's own engine.
+        UsageError: no model id, or another engine than the plan was made for.
         ExoPlacementError: the cluster cannot take it; nothing was sent.
         ExoLoadError: it did not become ready; it was taken back.
         ExoUnreachableError, ExoVersionError, ExoRefusedError: as `ExoClient`.
     """
     limits, times = deadlines or Deadlines(), timing or Timing()
     name = check_model_id(model_id or plan.model.name.replace("--", "/", 1))
-    if own_engine and len(plan.stages) > 1 and not plan.workload.ends_everywhere:
-        raise UsageError(
-            "the plan counts embedding and head once, and exo's own engine holds them on every node",
-            fix="plan with `exo-kimi exo plan`, or run exo with our engine: `exo-kimi exo run`, then apply with --our-engine",
-        )
+    engine = _engine(plan, our_engine, tensor=tensor)
     state = client.state()
     seats = seats_of_plan(plan, state, nodes=nodes)
     state = _without_older(client, state, name, replace, limits, times)
@@ -126,11 +124,36 @@ def apply_plan(
     return Applied(
         instance_id=body["instanceId"],
         model_id=name,
+        engine=engine,
         seats=seats,
         layers_seen=seen,
         seconds=times.clock() - started if wait else 0.0,
         answer=answer,
     )
+
+
+def _engine(plan: Plan, our_engine: bool | None, *, tensor: bool) -> Engine:
+    """The engine that will run the plan: the one that it was made for, and no other.
+
+    Raises:
+        UsageError: what was asked for contradicts the plan, whose bytes would be wrong.
+    """
+    if tensor and our_engine:
+        raise UsageError("--tensor is for exo's own engine, and --our-engine says that ours runs", fix="leave one out")
+    asked: Engine = "exo" if tensor or our_engine is False else "exo-kimi" if our_engine else plan.engine
+    if asked == "exo-kimi" and plan.engine == "exo":
+        raise UsageError(
+            "the plan was made for exo's own engine, and --our-engine says that ours runs",
+            fix="leave --our-engine out, or plan again: `exo-kimi exo plan --our-engine`",
+        )
+    if asked == "exo" and plan.engine == "exo-kimi" and len(plan.stages) > 1:
+        raise UsageError(
+            "the plan counts embedding and head once, and exo's own engine holds them on every node",
+            expected="a plan for exo's own engine",
+            found="one for ours",
+            fix="plan with `exo-kimi exo plan`; for our engine leave --tensor out and start exo by `exo-kimi exo run`",
+        )
+    return asked
 
 
 def _without_older(

@@ -67,7 +67,7 @@ def plan(
         concurrency=concurrency,
         objective=objective,
         reserve_bytes=reserve_bytes,
-        own_engine=not our_engine,
+        our_engine=our_engine,
         raise_limits=raise_limits,
         split=split,
     )
@@ -100,7 +100,7 @@ def apply(
         tensor: as tensor parallel, which exo's own engine runs.
         replace: end what is placed of this model first.
         wait: until it answers.
-        our_engine: exo was started by `exo-kimi exo run`.
+        our_engine: exo was started by `exo-kimi exo run`; the plan knows, and must agree.
         connect_s: until the nodes have found each other.
         echo: for progress.
 
@@ -118,7 +118,7 @@ def apply(
             tensor=tensor,
             replace=replace,
             wait=wait,
-            own_engine=not our_engine,
+            our_engine=our_engine or None,  # a flag that was not given says nothing
             deadlines=deadlines,
             report=lambda progress: echo(progress_line(progress)),
         )

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 from typing import Any
 
+import tomli_w
+
 from exo_kimi.arch.config import KimiConfig
 
 Card = dict[str, Any]
@@ -33,18 +35,9 @@ def make_card(model_id: str, config: KimiConfig, total_bytes: int) -> Card:
 
 def card_toml(card: Card) -> str:
     """The same card as a file for EXO_RESOURCES_DIR/inference_model_cards; keys in snake_case."""
-    lines = [f"{_snake(key)} = {_toml(value)}" for key, value in card.items() if not isinstance(value, dict)]
-    lines += ["[storage_size]", f"in_bytes = {card['storageSize']['inBytes']}"]
-    return "\n".join(lines) + "\n"
+    size = {"storage_size": {"in_bytes": card["storageSize"]["inBytes"]}}
+    return tomli_w.dumps({_snake(key): value for key, value in card.items() if key != "storageSize"} | size)
 
 
 def _snake(key: str) -> str:
     return "".join(f"_{letter.lower()}" if letter.isupper() else letter for letter in key)
-
-
-def _toml(value: object) -> str:
-    if isinstance(value, bool):
-        return "true" if value else "false"
-    if isinstance(value, list):
-        return "[" + ", ".join(_toml(item) for item in value) + "]"
-    return f'"{value}"' if isinstance(value, str) else str(value)

@@ -71,7 +71,7 @@ def exo_plan(
     concurrency: int = 1,
     objective: Objective = "request",
     reserve_bytes: int = RESERVE_BYTES,
-    own_engine: bool = True,
+    our_engine: bool = False,
     raise_limits: bool = False,
     split: Sequence[int] | None = None,
 ) -> ExoPlan:
@@ -87,7 +87,8 @@ def exo_plan(
         concurrency: sequences at once.
         objective: what is minimised.
         reserve_bytes: kept free on every machine.
-        own_engine: for exo's engine: embedding and head on every rank, and its scores in memory.
+        our_engine: for an exo that `exo-kimi exo run` started; exo's own engine holds embedding and head on every rank, and
+            its scores in memory.
         raise_limits: count on raised wired limits.
         split: judge these layer counts, over the nodes in the order of their names, instead of searching.
 
@@ -99,7 +100,7 @@ def exo_plan(
     """
     weights, cluster = _weights(model, model_id, recipe, models_dirs), cluster_of_state(state)
     nodes = len(split or cluster.machines)
-    workload = _workload(weights.config, context, concurrency, reserve_bytes, nodes if own_engine else 0)
+    workload = _workload(weights.config, context, concurrency, reserve_bytes, 0 if our_engine else nodes)
     question = Question(model=weights, cluster=cluster, workload=workload, objective=objective)
     if raise_limits:
         question = question.with_raised_limits()

@@ -55,6 +55,8 @@ def applied_text(applied: Applied) -> str:
         seen = applied.layers_seen.get(seat.name)
         said = "" if seen is None else f", exo loaded {seen}"
         lines.append(f"  rank {rank}  {seat.name}  layers {seat.start_layer}:{seat.end_layer} ({seat.layers}{said})")
+    if applied.engine == "exo-kimi":
+        lines.append("  for our engine: every node must have been started by `exo-kimi exo run`")
     if applied.answer is not None:
         lines.append(f"it answers, {format_seconds(applied.seconds)} after it was asked for")
     else:

@@ -92,10 +92,31 @@ def test_a_plan_for_another_model_is_refused(make_exo: Any, apply: Any) -> None:
 
 def test_a_plan_that_counts_the_ends_once_is_for_our_engine_only(make_exo: Any, apply: Any, plan_of: Any) -> None:
     exo = make_exo()
-    plan = plan_of(exo, own_engine=False)
-    with pytest.raises(UsageError, match="exo's own engine holds them on every node"):
+    plan = plan_of(exo, our_engine=True)
+    for exos_own in ({"our_engine": False}, {"tensor": True}):
+        with pytest.raises(UsageError, match="exo's own engine holds them on every node"):
+            apply(exo, plan=plan, **exos_own)
+    assert exo.posted == []
+    assert apply(exo, plan=plan, our_engine=True).answer == "sea"
+
+
+def test_the_plan_knows_its_engine_and_need_not_be_told(make_exo: Any, apply: Any, plan_of: Any) -> None:
+    exo = make_exo()
+    ours, theirs = plan_of(exo, our_engine=True), plan_of(exo)
+    assert (ours.engine, theirs.engine) == ("exo-kimi", "exo")
+    applied = apply(exo, plan=ours)
+    assert applied.answer == "sea" and "`exo-kimi exo run`" in applied_text(applied)
+    with pytest.raises(UsageError, match="made for exo's own engine, and --our-engine says"):
+        apply(exo, plan=theirs, our_engine=True, replace=True)
+    assert len(exo.posted) == 1
+
+
+def test_a_machine_that_could_be_no_node_is_named(make_exo: Any, apply: Any, plan_of: Any) -> None:
+    exo = make_exo()
+    plan = plan_of(exo)
+    exo.nodes[0].name, exo.nodes[0].chip = "somebody", "Apple M9"
+    with pytest.raises(ExoPlacementError, match=r"cannot tell which node studio is(.|\n)*--node studio=NODE"):
         apply(exo, plan=plan)
-    assert apply(exo, plan=plan, own_engine=False).answer == "sea"
 
 
 def test_memory_that_a_node_lacks_is_told_before_anything_is_sent(make_exo: Any, apply: Any, plan_of: Any) -> None:

@@ -26,7 +26,7 @@ def founding(exo: Any, *free_gib: int) -> Any:
 def test_exo_alone_takes_one_machine_whose_limit_it_does_not_know(make_exo: Any, client_of: Any) -> None:
     """493 GB go into 500 GiB of free memory, of which the GPU may use 384."""
     state = client_of(founding(make_exo(), 500, 140)).state()
-    made = exo_plan(state, "kimi-k2-instruct", recipe="founding", context=40960, own_engine=False)
+    made = exo_plan(state, "kimi-k2-instruct", recipe="founding", context=40960, our_engine=True)
     assert made.alone is not None
     assert [(stage.machine, stage.layers) for stage in made.alone.stages] == [("studio", 61)]
     assert "exo alone: studio 61 layers; studio is 90.22 GiB over its limit" in made.text
@@ -35,9 +35,7 @@ def test_exo_alone_takes_one_machine_whose_limit_it_does_not_know(make_exo: Any,
 
 def test_exos_split_moves_with_the_free_memory_and_ours_does_not(make_exo: Any, client_of: Any) -> None:
     made = [
-        exo_plan(
-            client_of(founding(make_exo(), *free)).state(), "kimi-k2-instruct", recipe="founding", own_engine=False
-        )
+        exo_plan(client_of(founding(make_exo(), *free)).state(), "kimi-k2-instruct", recipe="founding", our_engine=True)
         for free in ((430, 180), (430, 140))
     ]
     assert [[stage.layers for stage in each.alone.stages] for each in made if each.alone] == [[43, 18], [46, 15]]
@@ -54,7 +52,7 @@ def test_exos_engine_is_told_its_scores_before_they_do_not_fit(make_exo: Any, cl
 
 def test_exos_engine_holds_the_ends_on_every_rank(make_exo: Any, client_of: Any, tiny: Path) -> None:
     state = client_of(make_exo()).state()
-    plain = exo_plan(state, tiny, model_id=MODEL, context=4096, split=(2, 5), own_engine=False).plan
+    plain = exo_plan(state, tiny, model_id=MODEL, context=4096, split=(2, 5), our_engine=True).plan
     own = exo_plan(state, tiny, model_id=MODEL, context=4096, split=(2, 5)).plan
     assert sum(stage.weight_bytes for stage in plain.stages) == plain.model.total_bytes
     more = sum(stage.weight_bytes for stage in own.stages) - own.model.total_bytes

@@ -104,8 +104,8 @@ def alone(tiny: Path, exo_shapes: Any) -> dict[str, str]:
 
 def place(client: ExoClient, directory: Path, model: str, split: tuple[int, ...]) -> Applied:
     """Plan a split for the cluster as it is, place it, wait for an answer."""
-    plan = exo_plan(client.state(), directory, model_id=model, context=4096, split=split, own_engine=False).plan
-    return apply_plan(client, plan, model_id=model, replace=True, own_engine=False, deadlines=DEADLINES)
+    plan = exo_plan(client.state(), directory, model_id=model, context=4096, split=split, our_engine=True).plan
+    return apply_plan(client, plan, model_id=model, replace=True, our_engine=True, deadlines=DEADLINES)
 
 
 def ask(url: str, prompt: str, *, model: str = MODEL, tokens: int = TOKENS, **options: Any) -> dict[str, Any]:

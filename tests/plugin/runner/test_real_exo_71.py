@@ -66,9 +66,9 @@ def ask(url: str, prompt: str, *, tokens: int = TOKENS, **options: Any) -> str:
     return str(reply["choices"][0]["message"]["content"])
 
 
-def place(client: ExoClient, tiny: Path, *split: int, own_engine: bool = True) -> Applied:
-    plan = exo_plan(client.state(), tiny, model_id=MODEL, context=4096, split=split, own_engine=own_engine).plan
-    return apply_plan(client, plan, replace=True, own_engine=own_engine, deadlines=DEADLINES)
+def place(client: ExoClient, tiny: Path, *split: int, our_engine: bool = False) -> Applied:
+    plan = exo_plan(client.state(), tiny, model_id=MODEL, context=4096, split=split, our_engine=our_engine).plan
+    return apply_plan(client, plan, replace=True, deadlines=DEADLINES)
 
 
 def test_our_client_places_splits_on_exos_own_engine(theirs: Any, tiny: Path) -> None:
@@ -103,7 +103,7 @@ def test_our_engine_answers_as_one_process_does(
     ours: Any, tiny: Path, alone: dict[str, str], split: tuple[int, ...]
 ) -> None:
     with ExoClient(ours.url) as client:
-        place(client, tiny, *split, own_engine=False)
+        place(client, tiny, *split, our_engine=True)
     found: dict[str, str] = {}
     threads = [
         threading.Thread(target=lambda prompt: found.update({prompt: ask(ours.url, prompt)}), args=(prompt,))
@@ -139,7 +139,7 @@ def held(cluster: Any) -> list[str]:
 
 def test_a_stream_that_nobody_reads_any_more_frees_its_memory(ours: Any, real_exo: Any, tiny: Path) -> None:
     with ExoClient(ours.url) as client:
-        place(client, tiny, 5, 2, own_engine=False)
+        place(client, tiny, 5, 2, our_engine=True)
     time.sleep(2)  # what `apply` asked is told by the heartbeats
     before = len(held(ours))
     assert len(stream(ours.url, LONG, tokens=2900, stop_after=100)) == 100
@@ -148,18 +148,18 @@ def test_a_stream_that_nobody_reads_any_more_frees_its_memory(ours: Any, real_ex
 
 def test_a_killed_runner_is_an_error_and_placing_again_works(ours: Any, tiny: Path, alone: dict[str, str]) -> None:
     with ExoClient(ours.url) as client:
-        place(client, tiny, 5, 2, own_engine=False)
+        place(client, tiny, 5, 2, our_engine=True)
         threading.Timer(2.0, os.kill, (ours.nodes[1].runner(), signal.SIGKILL)).start()
         begun = time.monotonic()
         lines = stream(ours.url, LONG, tokens=2900)
         assert len(lines) > 10 and "error" in lines[-1]
         assert time.monotonic() - begun < 30
-        place(client, tiny, 2, 5, own_engine=False)
+        place(client, tiny, 2, 5, our_engine=True)
     assert ask(ours.url, PROMPTS[0]) == alone[PROMPTS[0]]
 
 
 def test_the_context_that_the_node_was_started_with_is_the_limit(ours: Any, tiny: Path) -> None:
     with ExoClient(ours.url) as client:
-        place(client, tiny, 5, 2, own_engine=False)
+        place(client, tiny, 5, 2, our_engine=True)
     (line,) = stream(ours.url, "a", tokens=CONTEXT)
     assert "error" in line and str(CONTEXT) in line
