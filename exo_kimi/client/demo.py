@@ -1,7 +1,4 @@
-"""`exo-kimi demo`: the tiny Kimi of the package, stages, a short conversation with a tool, and the server stays.
-
-It knows nothing of how they work.
-"""
+"""`exo-kimi demo`: the tiny Kimi of the package, stages, a short conversation with a tool, and the server stays."""
 
 from __future__ import annotations
 
@@ -51,14 +48,14 @@ def demo(*, stages: int, host: str, port: int, once: bool) -> None:
     directory = shipped_model()
     size = sum(file.stat().st_size for file in directory.iterdir())
     _say(f"a tiny Kimi K2, trained from scratch: 6 layers, native INT4 experts, {format_bytes(size)}")
-    guest = _Guest(once=once)
+    client = _DemoClient(once=once)
     options = ServeOptions(directory=directory, host=host, port=port, stages=stages, dtype="float32", model_id=MODEL_ID)
-    serve(options, announce=guest.start)
-    if guest.failure is not None:
-        raise guest.failure
+    serve(options, announce=client.start)
+    if client.failure is not None:
+        raise client.failure
 
 
-class _Guest:
+class _DemoClient:
     """A client in a thread of its own: it waits for the stages, asks a few questions and shows the answers as they come."""
 
     def __init__(self, *, once: bool) -> None:
@@ -66,9 +63,9 @@ class _Guest:
         self._once = once
 
     def start(self, url: str) -> None:
-        threading.Thread(target=self._visit, args=(url,), name="demo", daemon=True).start()
+        threading.Thread(target=self._run, args=(url,), name="demo", daemon=True).start()
 
-    def _visit(self, url: str) -> None:
+    def _run(self, url: str) -> None:
         try:
             with ChatClient(url) as client:
                 self._wait_ready(client)

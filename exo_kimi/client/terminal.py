@@ -1,4 +1,4 @@
-"""A terminal chat against any server with OpenAI's chat API; it knows nothing of the server's inside."""
+"""A terminal chat against any server with OpenAI's chat API."""
 
 from __future__ import annotations
 

@@ -1,1 +1,1 @@
-"""The ChatGPT-compatible HTTP API over a text engine; it knows nothing of stages, weights or MLX."""
+"""The ChatGPT-compatible HTTP API over a text engine."""

@@ -1,4 +1,4 @@
-"""What /health says of the engine and of every stage; it knows nothing of how the engine finds out."""
+"""What /health says of the engine and of every stage."""
 
 from __future__ import annotations
 

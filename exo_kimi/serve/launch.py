@@ -23,7 +23,7 @@ from exo_kimi.runtime.engine.speculation import Drafter, Speculate
 from exo_kimi.runtime.protocol.messages import LinkKind
 from exo_kimi.runtime.transport.keys import ENVIRONMENT_NAME, find_key
 from exo_kimi.serve.app import create_app
-from exo_kimi.serve.prefixes import disk_terms
+from exo_kimi.serve.prefixes import prefix_disk_options
 from exo_kimi.serve.server import DEFAULT_HOST, DEFAULT_PORT, Served, run
 
 
@@ -87,7 +87,7 @@ def serve(options: ServeOptions, *, announce: Callable[[str], None] | None = Non
     speaker = Speaker.from_directory(options.directory, raw_config=checkpoint.raw_config)
     _check_texts(checkpoint)
     model_id = _utf8(options.model_id or options.directory.resolve().name)
-    disk = disk_terms(options.prefix_disk_bytes, options.prefix_dir, check=not options.stage)
+    disk = prefix_disk_options(options.prefix_disk_bytes, options.prefix_dir, check=not options.stage)
     cluster_options = ClusterOptions(
         context=options.context,
         kv_bytes=options.kv_bytes,

@@ -1,4 +1,4 @@
-"""What `serve` was told about prefixes on disk, checked before anything is loaded; it knows no stages."""
+"""What `serve` was told about prefixes on disk, checked before anything is loaded."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ from typing import TypedDict
 from exo_kimi.errors import UsageError
 
 
-class DiskTerms(TypedDict):
+class PrefixDiskOptions(TypedDict):
     """Of `ClusterOptions`."""
 
     prefix_disk_bytes: int
     prefix_directory: str | None
 
 
-def disk_terms(size_bytes: int | None, directory: Path | None, *, check: bool) -> DiskTerms:
+def prefix_disk_options(size_bytes: int | None, directory: Path | None, *, check: bool) -> PrefixDiskOptions:
     """What the stages may keep on their disks: nothing, unless a size was given.
 
     Args:

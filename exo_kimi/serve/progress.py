@@ -1,4 +1,4 @@
-"""Bars on the terminal for weights that load and long prompts that are read; it only looks, and knows no stages."""
+"""Bars on the terminal for weights that load and long prompts that are read."""
 
 from __future__ import annotations
 

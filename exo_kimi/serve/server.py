@@ -1,4 +1,4 @@
-"""Runs the app on a socket until Ctrl-C, and ends everything in order; it knows nothing of what the app serves."""
+"""Runs the app on a socket until Ctrl-C, and ends everything in order."""
 
 from __future__ import annotations
 
