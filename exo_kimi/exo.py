@@ -1,4 +1,4 @@
-"""The stable door between exo and exo-kimi: what `patches/` and other people's code import; it will not move.
+"""The stable door between exo and exo-kimi: the names that `patches/` and other people's code import, and that stay.
 
     from exo_kimi.exo import install
     install(print)        # exo 1.x, before its main loop: Kimi models run on exo-kimi's engine
@@ -28,12 +28,14 @@ def install(say: Callable[[str], None] = print) -> None:
     install(say)
 
 
-def entrypoint(bound_instance: Any, event_sender: Any, task_receiver: Any, cancel_receiver: Any, logger: Any) -> None:
-    """Run one of exo's runner processes, with our engine where the model is a Kimi: in place of
-    `exo.worker.runner.bootstrap.entrypoint`. A spawned process finds it by this name."""
+def entrypoint(bound_instance: Any, event_sender: Any, task_receiver: Any, cancel_receiver: Any, _logger: Any) -> None:
+    """Run one of exo's runner processes, with our engine where the model is a Kimi.
+
+    It takes the place of `exo.worker.runner.bootstrap.entrypoint` and has its parameters. A spawned process finds it by name.
+    """
     from exo_kimi.plugin.runner.launch import entrypoint
 
-    entrypoint(bound_instance, event_sender, task_receiver, cancel_receiver, logger)
+    entrypoint(bound_instance, event_sender, task_receiver, cancel_receiver, _logger)
 
 
 def begin_legacy() -> Session | None:

@@ -1,7 +1,7 @@
 """Every patch has a header and adds lines only, applies to its tag, and the exo that has it starts with our engine.
 
-The second half runs where EXO_SRC (b5375f8ce) or EXO_71_SRC (v1.0.71) point at a checkout, as in test_exo_real.py and
-test_exo_71_real.py.
+The second half runs where EXO_SRC (b5375f8ce) or EXO_71_SRC (v1.0.71) point at a checkout, as in runner/test_real_exo.py and
+runner/test_real_exo_71.py.
 """
 
 from __future__ import annotations

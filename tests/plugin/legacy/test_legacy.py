@@ -26,8 +26,8 @@ from exo_kimi.errors import (
     UsageError,
 )
 from exo_kimi.plugin.bindings import mismatches
-from exo_kimi.plugin.legacy import launch as exo_legacy
-from exo_kimi.plugin.legacy import node as exo_legacy_node
+from exo_kimi.plugin.legacy import launch
+from exo_kimi.plugin.legacy import node as legacy_node
 from exo_kimi.plugin.legacy.bindings import NAMES
 from exo_kimi.plugin.legacy.launch import Session
 from exo_kimi.plugin.legacy.setup import LegacyOptions, prepare_legacy
@@ -127,7 +127,7 @@ async def test_each_node_loads_its_own_layers_on_the_status_and_the_tokens_are_t
 async def test_a_prompt_in_pieces_gives_the_same_tokens(
     make: Any, expected: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(exo_legacy_node, "PIECE_TOKENS", 2)
+    monkeypatch.setattr(legacy_node, "PIECE_TOKENS", 2)
     cluster = make()
     assert await cluster.ask() == expected
     shapes = [shape for shape, _ in cluster.nodes[0].peers[0].sent if shape[1] > 1]
@@ -144,7 +144,7 @@ async def test_one_node_or_three_answer_the_same_in_pieces(
     expected: list[int],
     split: tuple[int, ...],
 ) -> None:
-    monkeypatch.setattr(exo_legacy_node, "PIECE_TOKENS", 2)
+    monkeypatch.setattr(legacy_node, "PIECE_TOKENS", 2)
     plan = tmp_path / "plan.json"
     legacy_shapes.plan_of_shape(split).save(plan)
     cluster = Cluster(fake_legacy, plan, [tiny] * len(split), monkeypatch)
@@ -167,8 +167,8 @@ async def test_layers_that_do_not_fit_are_refused_before_they_are_read(
 
 
 def test_no_piece_of_a_published_model_nears_grpcs_limit() -> None:
-    assert exo_legacy_node.piece_tokens(7168) * 7168 * 4 < (256 << 20) // 4
-    assert exo_legacy_node.piece_tokens(1 << 28) == 1
+    assert legacy_node.piece_tokens(7168) * 7168 * 4 < (256 << 20) // 4
+    assert legacy_node.piece_tokens(1 << 28) == 1
 
 
 async def test_a_turn_ends_at_any_stop_id(
@@ -196,7 +196,7 @@ async def test_preload_loads_everywhere_before_any_prompt(make: Any) -> None:
 async def test_new_engines_and_absent_nodes_do_not_reload(
     make: Any, expected: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(exo_legacy_node, "SEEN_S", 0.0)
+    monkeypatch.setattr(legacy_node, "SEEN_S", 0.0)
     cluster = make()
     assert await cluster.ask() == expected
     for node in cluster.nodes:
@@ -210,7 +210,7 @@ async def test_new_engines_and_absent_nodes_do_not_reload(
     back, cluster.nodes[1].peers = cluster.nodes[1].peers, []
     with pytest.raises(Exception, match="node2 does not see node1"):
         await cluster.ask(request_id="d")
-    monkeypatch.setattr(exo_legacy_node, "SEEN_S", 10.0)
+    monkeypatch.setattr(legacy_node, "SEEN_S", 10.0)
     late = asyncio.create_task(cluster.ask(request_id="e"))
     await asyncio.sleep(0.05)
     cluster.nodes[1].peers = back
@@ -351,7 +351,7 @@ class TestAnExoThatDiffers:
 
     def session(self, legacy_plan: Path, tiny: Path, said: list[str]) -> Any:
         setup = prepare_legacy(LegacyOptions(plan=legacy_plan, model=tiny, name=NAME), ["--node-id", "node1"])
-        return exo_legacy._begin(setup, said.append)
+        return launch._begin(setup, said.append)
 
     def test_is_left_as_it_is(self, modules: dict[str, ModuleType], legacy_plan: Path, tiny: Path) -> None:
         node = modules["exo.orchestration.node"].Node
@@ -402,7 +402,7 @@ class TestAnExoThatDiffers:
     ) -> None:
         options = LegacyOptions(plan=legacy_plan, model=tiny, name=NAME, api_host="127.0.0.1", preload=True)
         said: list[str] = []
-        session = exo_legacy._begin(prepare_legacy(options, ["--node-id", "node2"]), said.append)
+        session = launch._begin(prepare_legacy(options, ["--node-id", "node2"]), said.append)
         assert session is not None
         main = fake_legacy.make_main(modules, "node2")
         session.attach(vars(main))
@@ -471,14 +471,14 @@ class TestSetup:
     def test_a_patched_exo_ends_with_one_message(self, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
         monkeypatch.setenv("EXO_KIMI_PLAN", str(tmp_path / "absent.json"))
         with pytest.raises(SystemExit, match=r"exo-kimi: cannot read the plan"):
-            exo_legacy.begin()
+            launch.begin()
 
     def test_no_legacy_exo_here(self, legacy_plan: Path, tiny: Path, tmp_path: Path, monkeypatch: Any) -> None:
         monkeypatch.setitem(sys.modules, "exo", None)
         with pytest.raises(ExoVersionError, match="no legacy exo"):
-            exo_legacy.run(LegacyOptions(plan=legacy_plan, model=tiny), ["--node-id", "node1"])
+            launch.run(LegacyOptions(plan=legacy_plan, model=tiny), ["--node-id", "node1"])
         with pytest.raises(UsageError, match=r"exo/main\.py"):
-            exo_legacy.run(LegacyOptions(plan=legacy_plan, model=tiny, source=tmp_path), ["--node-id", "node1"])
+            launch.run(LegacyOptions(plan=legacy_plan, model=tiny, source=tmp_path), ["--node-id", "node1"])
 
     def test_the_whole_start(
         self, fake_legacy: Any, legacy_plan: Path, tiny: Path, monkeypatch: pytest.MonkeyPatch
@@ -491,7 +491,7 @@ class TestSetup:
             monkeypatch.setitem(sys.modules, name, module)
         monkeypatch.setattr(sys, "argv", ["exo-kimi"])
         said: list[str] = []
-        exo_legacy.run(LegacyOptions(plan=legacy_plan, model=tiny), ["--node-id", "node1"], say=said.append)
+        launch.run(LegacyOptions(plan=legacy_plan, model=tiny), ["--node-id", "node1"], say=said.append)
         assert started == [["exo", "--node-id", "node1", "--inference-engine", "mlx", "--default-model", "tiny"]]
         assert said[0] == "tiny by plan: node1 0:5, node2 5:7"
 

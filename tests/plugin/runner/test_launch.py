@@ -9,9 +9,10 @@ from typing import Any
 
 import pytest
 
+import exo_kimi.exo
 from exo_kimi.errors import ExoVersionError
 from exo_kimi.plugin.bindings import HEAD, V71, Name, mismatches, nearest
-from exo_kimi.plugin.runner import launch as exo_launch
+from exo_kimi.plugin.runner import launch
 from exo_kimi.plugin.runner.options import EngineOptions
 
 
@@ -90,10 +91,17 @@ def exo(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
 
 def test_two_names_are_bound_and_exo_is_started_with_its_own_arguments(exo: SimpleNamespace) -> None:
     said: list[str] = []
-    exo_launch.run(["--api-port", "52415"], say=said.append)
-    assert exo.supervisor.entrypoint is exo_launch.entrypoint
+    launch.run(["--api-port", "52415"], say=said.append)
+    assert exo.supervisor.entrypoint is launch.entrypoint
     assert exo.worker.plan.__wrapped__ is _exo_plan
     assert exo.called == [["exo", "--api-port", "52415"]]
+    assert said == ["exo-kimi: Kimi models run on exo-kimi's engine (exo b5375f8ce)"]
+
+
+def test_the_door_binds_as_run_does(exo: SimpleNamespace) -> None:
+    said: list[str] = []
+    exo_kimi.exo.install(said.append)
+    assert exo.supervisor.entrypoint is launch.entrypoint
     assert said == ["exo-kimi: Kimi models run on exo-kimi's engine (exo b5375f8ce)"]
 
 
@@ -104,14 +112,14 @@ def test_v1_0_71_is_bound_where_its_runners_are(exo: SimpleNamespace, monkeypatc
     vars(old)["entrypoint"] = _exo_entrypoint
     monkeypatch.setitem(sys.modules, old.__name__, old)
     said: list[str] = []
-    exo_launch.run([], say=said.append)
-    assert nearest() is V71 and vars(old)["entrypoint"] is exo_launch.entrypoint
+    launch.run([], say=said.append)
+    assert nearest() is V71 and vars(old)["entrypoint"] is launch.entrypoint
     assert said == ["exo-kimi: Kimi models run on exo-kimi's engine (exo v1.0.71)"]
 
 
 def test_options_are_handed_on_to_runners(exo: SimpleNamespace) -> None:
     options = EngineOptions(context=4096, kv_bytes=10**9, prefix_cache_bytes=0)
-    exo_launch.run([], options=options, say=lambda _: None)
+    launch.run([], options=options, say=lambda _: None)
     assert EngineOptions.from_environment() == options
 
 
@@ -119,16 +127,16 @@ def test_what_our_engine_lacks_is_said_and_exo_is_left_as_it_is(
     exo: SimpleNamespace, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("EXO_KIMI_CONTEXT", "much")
-    (told,) = exo_launch.bind()
+    (told,) = launch.bind()
     assert "EXO_KIMI_CONTEXT" in told and exo.supervisor.entrypoint is _exo_entrypoint
     monkeypatch.delenv("EXO_KIMI_CONTEXT")
-    monkeypatch.setattr(exo_launch, "_PACKAGES", {"no_such_module": "no-such-package"})
-    assert exo_launch.bind() == ("exo's environment lacks no-such-package, which exo-kimi needs",)
+    monkeypatch.setattr(launch, "_PACKAGES", {"no_such_module": "no-such-package"})
+    assert launch.bind() == ("exo's environment lacks no-such-package, which exo-kimi needs",)
 
 
 def test_binding_twice_wraps_once(exo: SimpleNamespace) -> None:
-    exo_launch.bind()
-    exo_launch.bind()
+    launch.bind()
+    launch.bind()
     assert exo.worker.plan.__wrapped__ is _exo_plan
 
 
@@ -138,7 +146,7 @@ def test_another_signature_is_said_and_exo_is_left_as_it_is(exo: SimpleNamespace
 
     exo.supervisor.entrypoint = other
     said: list[str] = []
-    exo_launch.run([], say=said.append)
+    launch.run([], say=said.append)
     assert exo.supervisor.entrypoint is other and exo.worker.plan is _exo_plan
     assert "exo.worker.runner.supervisor.entrypoint takes (bound_instance, event_sender), not" in said[0]
     assert said[-1] == "exo-kimi: exo is left as it is; its own engine runs every model"
@@ -148,7 +156,7 @@ def test_another_signature_is_said_and_exo_is_left_as_it_is(exo: SimpleNamespace
 def test_without_exo_the_error_says_how_to_install_into_it(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "exo.main", None)
     with pytest.raises(ExoVersionError, match="uv run exo-kimi exo run"):
-        exo_launch.run([])
+        launch.run([])
 
 
 @pytest.mark.parametrize(
@@ -183,7 +191,7 @@ def test_a_module_that_is_gone_is_told_for_every_name() -> None:
 
 @pytest.fixture
 def plan(exo: SimpleNamespace) -> Callable[..., Any]:
-    exo_launch.bind()
+    launch.bind()
     runner = SimpleNamespace(
         in_progress={"t": TextGeneration(task_id="t", instance_id="i"), "load": SimpleNamespace()}, cancelled=set()
     )

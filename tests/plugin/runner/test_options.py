@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from exo_kimi.errors import UsageError
-from exo_kimi.plugin.runner import runner71 as exo_runner71
+from exo_kimi.plugin.runner import runner71
 from exo_kimi.plugin.runner.builder import KimiBuilder
 from exo_kimi.plugin.runner.engine import KimiEngine
 from exo_kimi.plugin.runner.options import EngineOptions
@@ -46,13 +46,13 @@ def test_a_runner_of_v1_0_71_fills_and_builds_our_builder(monkeypatch: pytest.Mo
     for name in ("exo", "exo.worker", "exo.worker.runner", "exo.worker.runner.llm_inference"):
         monkeypatch.setitem(sys.modules, name, ModuleType(name))
     monkeypatch.setitem(sys.modules, runner.__name__, runner)
-    monkeypatch.setattr(exo_runner71.FilledBuilder, "latest", None)
+    monkeypatch.setattr(runner71.FilledBuilder, "latest", None)
     monkeypatch.setattr("exo_kimi.plugin.runner.chunks.ExoTypes.installed", exo_shapes.exo_types)
     did: list[str] = []
     monkeypatch.setattr(KimiBuilder, "connect", lambda self, bound: did.append(f"connect {bound}"))
     monkeypatch.setattr(KimiBuilder, "load", lambda self, bound: iter([SimpleNamespace(layers_loaded=1, total=1)]))
 
-    exo_runner71.put_in()
+    runner71.put_in()
     calls: Any = runner  # what the runner's own code does with its names
     builder = calls.Builder("model", None, None)
     assert isinstance(builder, calls.Builder) and builder.group is None

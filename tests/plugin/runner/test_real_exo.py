@@ -4,8 +4,8 @@ How to run (Linux; about four minutes):
 
     EXO_SRC=CHECKOUT EXO_PYTHON=VENV/bin/python python -m pytest tests/plugin/runner/test_real_exo.py -m exo
 
-EXO_SRC and EXO_PYTHON as in test_exo_real.py. EXO_PYTHON also needs pyzmq and llguidance, in its own environment or in a
-folder that EXO_PYTHONPATH names. Nodes bind our names through the stand-in's NODE_PLUGIN, as `exo_launch.run` does.
+EXO_SRC and EXO_PYTHON as in control/test_real_exo.py. EXO_PYTHON also needs pyzmq and llguidance, in its own environment or in a
+folder that EXO_PYTHONPATH names. Nodes bind our names through the stand-in's NODE_PLUGIN, as `launch.run` does.
 """
 
 from __future__ import annotations

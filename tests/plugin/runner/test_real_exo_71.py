@@ -6,7 +6,7 @@ How to run (Linux; about two minutes):
 
 EXO_71_SRC is a checkout of exo v1.0.71. EXO_71_PYTHON (else EXO_PYTHON) is a Python 3.13 with its locked packages, mlx[cpu]
 0.31.2, mlx-lm of exo's fork at c7010341, mlx-vlm 0.4.4 without its dependencies, eclipse-zenoh, and what exo-kimi needs. Its Rust
-module is `standin71/exo_pyo3_bindings.py`, over the stand-in of test_exo_real.py.
+module is `standin71/exo_pyo3_bindings.py`, over the stand-in of control/test_real_exo.py.
 """
 
 from __future__ import annotations
