@@ -1,1 +1,1 @@
-"""Where the layers go: bytes, machines, costs, the exact solver, plans and their pictures. It never imports MLX."""
+"""Where the layers go: a Question of model, machines and work, its exact Answer, plan files and their pictures."""

@@ -1,4 +1,4 @@
-"""Whether a plan is for this checkpoint."""
+"""The check that a plan was made for a checkpoint."""
 
 from __future__ import annotations
 

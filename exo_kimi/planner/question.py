@@ -1,4 +1,4 @@
-"""What a plan answers: a model, the machines it may use, the work it is for, and what shall be least."""
+"""The question that a plan answers: a model, the machines it may use, the work it is for, and what shall be least."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the cluster is to do, and the memory that takes beside the weights."""
+"""The work that a cluster is planned for, and the memory that it takes beside the weights."""
 
 from __future__ import annotations
 

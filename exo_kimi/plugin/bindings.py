@@ -1,4 +1,4 @@
-"""The names of exo that our engine binds or leans on, checked by signature before anything is bound. It changes nothing.
+"""The names of exo that our engine binds or leans on, checked by signature before anything is bound.
 
 Source: exo b5375f8ce and v1.0.71, read. An exo that differs from both is left as it is, and the reason is said.
 """

@@ -1,4 +1,4 @@
-"""What this machine is, as a profile: chip, memory and wired limit as the system tells them."""
+"""The profile of this machine: chip, memory and wired limit as the system tells them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What else could be done: neighbouring splits, other objectives, machines and recipes, each with its numbers."""
+"""Alternatives to a split: neighbouring splits, other objectives, machines and recipes, each with its numbers."""
 
 from __future__ import annotations
 

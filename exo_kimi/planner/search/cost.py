@@ -1,4 +1,4 @@
-"""How long a stage, a hop and a request take: one law a function, with its source.
+"""Cost laws: seconds of a stage, a hop and a request, one law a function with its source.
 
 Times are seconds. A stage is a machine and a half-open layer range; stage 0 is the first.
 """

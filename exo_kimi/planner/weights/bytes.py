@@ -1,4 +1,4 @@
-"""What a model weighs, layer by layer: from headers, or from architecture and recipe."""
+"""Bytes of a model, layer by layer: from headers, or from architecture and recipe."""
 
 from __future__ import annotations
 

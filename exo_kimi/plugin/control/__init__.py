@@ -1,0 +1,1 @@
+"""A running exo through its HTTP API: its cluster seen, planned for, placed on, and directories made for it."""

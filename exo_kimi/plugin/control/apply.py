@@ -10,10 +10,9 @@ from typing import Any
 from exo_kimi.errors import ExoLoadError, ExoPlacementError, UsageError
 from exo_kimi.planner.plan import Engine, Plan
 from exo_kimi.plugin.control.http import ExoClient, Preview
-from exo_kimi.plugin.control.instance import NodeAssignment, check_seats, renamed, ring_instance
+from exo_kimi.plugin.control.instance import NodeAssignment, assign_nodes, check_assignments, renamed, ring_instance
 from exo_kimi.plugin.control.model_card import Card
 from exo_kimi.plugin.control.model_names import check_model_id
-from exo_kimi.plugin.control.node_matching import seats_of_plan
 from exo_kimi.plugin.control.state import ClusterState
 from exo_kimi.plugin.control.watch import Deadlines, LoadingProgress, Timing, take_back, watch
 
@@ -31,7 +30,7 @@ class Applied:
         instance_id: ours; `DELETE /instance/ID` ends it.
         model_id: for requests.
         engine: that must run it: `exo-kimi` where every node was started by `exo-kimi exo run`.
-        seats: in rank order.
+        assignments: in rank order.
         layers_seen: node name -> layers that exo said it was loading there; a node that loaded between two looks is missing.
         seconds: from the request to the first answer; 0 when nobody waited.
         answer: the text of the first two tokens; None when nobody waited.
@@ -40,7 +39,7 @@ class Applied:
     instance_id: str
     model_id: str
     engine: Engine
-    seats: tuple[NodeAssignment, ...]
+    assignments: tuple[NodeAssignment, ...]
     layers_seen: Mapping[str, int]
     seconds: float
     answer: str | None
@@ -85,15 +84,15 @@ def apply_plan(
     name = check_model_id(model_id or plan.model.name.replace("--", "/", 1))
     engine = _engine(plan, our_engine, tensor=tensor)
     state = client.state()
-    seats = seats_of_plan(plan, state, nodes=nodes)
+    assignments = assign_nodes(plan, state, nodes=nodes)
     state = _without_older(client, state, name, replace, limits, times)
-    card = _card(client, name, seats, times)
+    card = _card(client, name, assignments, times)
     _check_card(card, plan)
     if tensor:
-        seats, instance = _tensor(client, card, seats, state)
+        assignments, instance = _tensor(client, card, assignments, state)
     else:
-        check_seats(seats, state, card)
-        instance = ring_instance(seats, state, card, port=random.randint(*_PORTS))
+        check_assignments(assignments, state, card)
+        instance = ring_instance(assignments, state, card, port=random.randint(*_PORTS))
     body = next(iter(instance.values()))
     runners = body["shardAssignments"]["nodeToRunner"]
     started = times.clock()
@@ -105,7 +104,7 @@ def apply_plan(
             client,
             body["instanceId"],
             name,
-            {seat.node_id: seat for seat in seats},
+            {each.node_id: each for each in assignments},
             runners,
             until_ready=wait,
             deadlines=limits,
@@ -125,7 +124,7 @@ def apply_plan(
         instance_id=body["instanceId"],
         model_id=name,
         engine=engine,
-        seats=seats,
+        assignments=assignments,
         layers_seen=seen,
         seconds=times.clock() - started if wait else 0.0,
         answer=answer,
@@ -177,7 +176,7 @@ def _without_older(
     return client.state()
 
 
-def _card(client: ExoClient, model_id: str, seats: Sequence[NodeAssignment], timing: Timing) -> Card:
+def _card(client: ExoClient, model_id: str, assignments: Sequence[NodeAssignment], timing: Timing) -> Card:
     """exo's card of the model, made from the model's directory where exo has none."""
     if model_id not in client.model_ids():
         client.add_model(model_id)
@@ -185,7 +184,7 @@ def _card(client: ExoClient, model_id: str, seats: Sequence[NodeAssignment], tim
     card = client.state().cards.get(model_id)
     if card is not None:
         return card
-    previews = client.previews(model_id, [seat.node_id for seat in seats])
+    previews = client.previews(model_id, [each.node_id for each in assignments])
     cards = [preview.card for preview in previews if preview.card is not None]
     if not cards:
         raise ExoPlacementError(
@@ -208,29 +207,29 @@ def _check_card(card: Card, plan: Plan) -> None:
 
 
 def _tensor(
-    client: ExoClient, card: Card, seats: Sequence[NodeAssignment], state: ClusterState
+    client: ExoClient, card: Card, assignments: Sequence[NodeAssignment], state: ClusterState
 ) -> tuple[tuple[NodeAssignment, ...], dict[str, Any]]:
     """exo's own tensor-parallel placement over the plan's nodes; the slices are equal, whatever the plan's shares were."""
-    slice_bytes = int(card["storageSize"]["inBytes"]) // len(seats)
-    small = [node for seat in seats if (node := state.node(seat.node_id)) and node.available_bytes < slice_bytes]
+    slice_bytes = int(card["storageSize"]["inBytes"]) // len(assignments)
+    small = [node for each in assignments if (node := state.node(each.node_id)) and node.available_bytes < slice_bytes]
     if small:
         raise ExoPlacementError(
             f"{state.names[small[0].node_id]} is too small for an equal slice",
             expected=f"{slice_bytes} bytes free",
             found=f"{small[0].available_bytes} bytes",
         )
-    wanted = frozenset(seat.node_id for seat in seats)
+    wanted = frozenset(each.node_id for each in assignments)
     previews = [p for p in client.previews(card["modelId"], sorted(wanted)) if p.sharding == "Tensor"]
     able = [p for meta in _TENSOR_METAS for p in previews if p.meta == meta and p.node_ids == wanted]
     if len(wanted) < 2 or not able:
         raise ExoPlacementError(
             "exo offers no tensor-parallel placement over these nodes",
-            expected=f"{len(wanted)} nodes, two or more: {', '.join(seat.name for seat in seats)}",
+            expected=f"{len(wanted)} nodes, two or more: {', '.join(each.name for each in assignments)}",
             found=_errors(previews),
             fix="without --tensor the plan's pipeline is placed",
         )
     layers = int(card["nLayers"])
-    named = {seat.node_id: seat.name for seat in seats}
+    named = {each.node_id: each.name for each in assignments}
     ranked = next(iter(able[0].instance.values()))["shardAssignments"] if able[0].instance else {}
     ranks = {
         node: next(iter(ranked["runnerToShard"][runner].values()))["deviceRank"]

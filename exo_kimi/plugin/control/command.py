@@ -1,4 +1,4 @@
-"""What `exo-kimi exo status|plan|apply|prepare` do: plain arguments in, text out; the command line only prints.
+"""`exo-kimi exo status|plan|apply|prepare`: plain arguments in, text out; the command line only prints.
 
 print(status("http://127.0.0.1:52415"))
 print(plan("http://127.0.0.1:52415", "/models/mlx-community--Kimi-K2-Thinking", output="PLAN.json"))

@@ -1,4 +1,4 @@
-"""What exo does when it is left alone: nodes by free memory, equal layers in proportion to it; pure arithmetic.
+"""exo's own placement, reproduced: nodes by free memory, layers in proportion to it.
 
 It ignores embeddings, layer 0, KV, scratch, the wired limit and bandwidth, and moves with the free memory of that second.
 Source: the behaviour of exo `master/placement_utils.py` and `placement.py` at b5375f8ce, held by outcomes in the tests.

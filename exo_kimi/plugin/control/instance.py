@@ -1,4 +1,4 @@
-"""A plan as an exo instance, and everything that exo does not check of it; pure functions, nothing is sent from here.
+"""A plan as an exo instance: a node for every stage, everything that exo does not check, and what is then sent.
 
 exo takes gaps, overlaps and empty shards for an instance, becomes ready and answers wrong text: so nothing leaves this module
 that has not been checked.
@@ -13,8 +13,10 @@ from typing import Any
 from uuid import uuid4
 
 from exo_kimi.errors import ExoPlacementError
+from exo_kimi.planner.plan import Plan, PlanStage
+from exo_kimi.planner.workload import RESERVE_BYTES
 from exo_kimi.plugin.control.model_card import Card
-from exo_kimi.plugin.control.state import ClusterState
+from exo_kimi.plugin.control.state import ClusterState, Node
 from exo_kimi.units import format_bytes
 
 # A ring rank only talks to its neighbours; exo fills the others' places with this. Source: RFC 5737 TEST-NET-2.
@@ -45,11 +47,44 @@ class NodeAssignment:
         return self.end_layer - self.start_layer
 
 
-def check_seats(seats: Sequence[NodeAssignment], state: ClusterState, card: Card) -> None:
+def assign_nodes(
+    plan: Plan, state: ClusterState, *, nodes: Mapping[str, str] | None = None
+) -> tuple[NodeAssignment, ...]:
+    """A node for every stage: as given, by name, or the only one of that chip and memory.
+
+    Args:
+        plan: what to place.
+        state: the cluster now.
+        nodes: machine of the plan -> name or id of a node.
+
+    Raises:
+        ExoPlacementError: a machine of the plan is not found, or could be several nodes.
+    """
+    given = dict(nodes or {})
+    strangers = sorted(set(given) - {stage.machine for stage in plan.stages})
+    if strangers:
+        raise ExoPlacementError(
+            f"{strangers[0]} is no machine of the plan",
+            expected=", ".join(stage.machine for stage in plan.stages),
+            where="--node",
+        )
+    named = {stage.machine: _named(given.get(stage.machine, stage.machine), state) for stage in plan.stages}
+    taken = [node.node_id for node in named.values() if node is not None]
+    for stage in plan.stages:
+        if named[stage.machine] is None and stage.machine not in given:
+            named[stage.machine] = node = _alike(stage, plan, named, state, taken)
+            taken += [node.node_id] if node is not None else []
+    missing = [stage for stage in plan.stages if named[stage.machine] is None]
+    if missing:
+        raise _no_node(missing[0], given.get(missing[0].machine, missing[0].machine), state)
+    return tuple(_assignment(stage, node, state) for stage in plan.stages if (node := named[stage.machine]) is not None)
+
+
+def check_assignments(assignments: Sequence[NodeAssignment], state: ClusterState, card: Card) -> None:
     """Refuse what exo would not.
 
     Args:
-        seats: first layers first; the place is the rank.
+        assignments: first layers first; the place is the rank.
         state: the cluster now.
         card: of the model, with all its layers and bytes.
 
@@ -57,10 +92,10 @@ def check_seats(seats: Sequence[NodeAssignment], state: ClusterState, card: Card
         ExoPlacementError: every reason at once: layers, nodes, links, memory.
     """
     problems = [
-        *_layer_problems([(seat.start_layer, seat.end_layer) for seat in seats], int(card["nLayers"])),
-        *_node_problems(seats, state),
-        *_link_problems(seats, state),
-        *_memory_problems(seats, state, int(card["storageSize"]["inBytes"])),
+        *_layer_problems([(each.start_layer, each.end_layer) for each in assignments], int(card["nLayers"])),
+        *_node_problems(assignments, state),
+        *_link_problems(assignments, state),
+        *_memory_problems(assignments, state, int(card["storageSize"]["inBytes"])),
     ]
     if problems:
         raise ExoPlacementError(
@@ -70,12 +105,12 @@ def check_seats(seats: Sequence[NodeAssignment], state: ClusterState, card: Card
 
 
 def ring_instance(
-    seats: Sequence[NodeAssignment], state: ClusterState, card: Card, *, port: int, make_id: MakeId = new_id
+    assignments: Sequence[NodeAssignment], state: ClusterState, card: Card, *, port: int, make_id: MakeId = new_id
 ) -> dict[str, Any]:
     """A MlxRingInstance for `POST /instance`.
 
     Args:
-        seats: checked.
+        assignments: checked.
         state: for the addresses by which neighbours reach each other.
         card: full, as exo gave it or `make_card`.
         port: of the ring on every node.
@@ -84,20 +119,20 @@ def ring_instance(
     Raises:
         ExoPlacementError: the result is not what was asked for (a mistake of this project).
     """
-    world = len(seats)
-    runners = [make_id() for _ in seats]
+    world = len(assignments)
+    runners = [make_id() for _ in assignments]
     shards = {
         runner: {
             "PipelineShardMetadata": {
                 "modelCard": card,
                 "deviceRank": rank,
                 "worldSize": world,
-                "startLayer": seat.start_layer,
-                "endLayer": seat.end_layer,
+                "startLayer": each.start_layer,
+                "endLayer": each.end_layer,
                 "nLayers": card["nLayers"],
             }
         }
-        for rank, (runner, seat) in enumerate(zip(runners, seats, strict=True))
+        for rank, (runner, each) in enumerate(zip(runners, assignments, strict=True))
     }
     instance = {
         "MlxRingInstance": {
@@ -105,9 +140,11 @@ def ring_instance(
             "shardAssignments": {
                 "modelId": card["modelId"],
                 "runnerToShard": shards,
-                "nodeToRunner": {seat.node_id: runner for runner, seat in zip(runners, seats, strict=True)},
+                "nodeToRunner": {each.node_id: runner for runner, each in zip(runners, assignments, strict=True)},
             },
-            "hostsByNode": {seat.node_id: _hosts(rank, seats, state, port) for rank, seat in enumerate(seats)},
+            "hostsByNode": {
+                each.node_id: _hosts(rank, assignments, state, port) for rank, each in enumerate(assignments)
+            },
             "ephemeralPort": port,
         }
     }
@@ -182,28 +219,28 @@ def _layer_problems(ranges: Sequence[tuple[int, int]], layers: int) -> list[str]
     return problems
 
 
-def _node_problems(seats: Sequence[NodeAssignment], state: ClusterState) -> list[str]:
-    problems = [f"{seat.name} is not in the cluster" for seat in seats if state.node(seat.node_id) is None]
-    ids = [seat.node_id for seat in seats]
-    return problems + [f"{seat.name} has two stages" for seat in seats if ids.count(seat.node_id) > 1]
+def _node_problems(assignments: Sequence[NodeAssignment], state: ClusterState) -> list[str]:
+    problems = [f"{each.name} is not in the cluster" for each in assignments if state.node(each.node_id) is None]
+    ids = [each.node_id for each in assignments]
+    return problems + [f"{each.name} has two stages" for each in assignments if ids.count(each.node_id) > 1]
 
 
-def _link_problems(seats: Sequence[NodeAssignment], state: ClusterState) -> list[str]:
+def _link_problems(assignments: Sequence[NodeAssignment], state: ClusterState) -> list[str]:
     return [
         f"{one.name} has not reached {other.name}: check cable, addresses and firewall"
-        for one, other in _neighbours(seats)
+        for one, other in _neighbours(assignments)
         if state.node(one.node_id) and state.node(other.node_id) and (one.node_id, other.node_id) not in state.sockets
     ]
 
 
-def _memory_problems(seats: Sequence[NodeAssignment], state: ClusterState, storage_bytes: int) -> list[str]:
+def _memory_problems(assignments: Sequence[NodeAssignment], state: ClusterState, storage_bytes: int) -> list[str]:
     problems = []
-    for seat in seats:
-        node = state.node(seat.node_id)
-        if node is not None and seat.need_bytes > node.available_bytes:
-            missing = seat.need_bytes - node.available_bytes
+    for each in assignments:
+        node = state.node(each.node_id)
+        if node is not None and each.need_bytes > node.available_bytes:
+            missing = each.need_bytes - node.available_bytes
             problems.append(
-                f"{seat.name} needs {format_bytes(seat.need_bytes)} for layers {seat.start_layer}:{seat.end_layer} and has "
+                f"{each.name} needs {format_bytes(each.need_bytes)} for layers {each.start_layer}:{each.end_layer} and has "
                 f"{format_bytes(node.available_bytes)} free: {format_bytes(missing)} ({missing} bytes) short"
             )
     free = sum(node.available_bytes for node in state.nodes)
@@ -214,25 +251,25 @@ def _memory_problems(seats: Sequence[NodeAssignment], state: ClusterState, stora
     return problems
 
 
-def _neighbours(seats: Sequence[NodeAssignment]) -> list[tuple[NodeAssignment, NodeAssignment]]:
+def _neighbours(assignments: Sequence[NodeAssignment]) -> list[tuple[NodeAssignment, NodeAssignment]]:
     """Every ordered pair that the ring connects: each with the next, and the last with the first."""
-    if len(seats) < 2:
+    if len(assignments) < 2:
         return []
-    pairs = [*pairwise(seats), (seats[-1], seats[0])]
+    pairs = [*pairwise(assignments), (assignments[-1], assignments[0])]
     both = [*pairs, *((other, one) for one, other in pairs)]
     return list(dict.fromkeys(both))
 
 
-def _hosts(rank: int, seats: Sequence[NodeAssignment], state: ClusterState, port: int) -> list[dict[str, Any]]:
+def _hosts(rank: int, assignments: Sequence[NodeAssignment], state: ClusterState, port: int) -> list[dict[str, Any]]:
     """By rank, how this node reaches each: itself as 0.0.0.0, neighbours by their best address, others not at all."""
-    me, reached = seats[rank], _neighbours(seats)
+    me, reached = assignments[rank], _neighbours(assignments)
     return [
         {"ip": "0.0.0.0", "port": port}
         if other == me
         else {"ip": _best_address(me, other, state), "port": port}
         if (me, other) in reached
         else dict(NOBODY)
-        for other in seats
+        for other in assignments
     ]
 
 
@@ -243,3 +280,50 @@ def _best_address(one: NodeAssignment, other: NodeAssignment, state: ClusterStat
     if not addresses:
         raise ExoPlacementError(f"{one.name} has not reached {other.name}")
     return min(addresses, key=lambda address: _PREFERENCE.get(kinds.get(address, "unknown"), 4))
+
+
+def _assignment(stage: PlanStage, node: Node, state: ClusterState) -> NodeAssignment:
+    # The plan's reserve is for what runs there anyway; only what was added to it is new.
+    added_bytes = max(stage.reserve_bytes - RESERVE_BYTES, 0)
+    return NodeAssignment(
+        node_id=node.node_id,
+        name=state.names[node.node_id],
+        start_layer=stage.start_layer,
+        end_layer=stage.end_layer,
+        need_bytes=stage.weight_bytes + stage.kv_bytes + stage.scratch_bytes + added_bytes,
+    )
+
+
+def _named(wanted: str, state: ClusterState) -> Node | None:
+    return next((node for node in state.nodes if wanted in (state.names[node.node_id], node.node_id)), None)
+
+
+def _alike(
+    stage: PlanStage, plan: Plan, named: Mapping[str, Node | None], state: ClusterState, taken: Sequence[str]
+) -> Node | None:
+    """A node of the stage's chip and memory, where there are no more of those than stages for them."""
+    nodes = [
+        node
+        for node in state.nodes
+        if node.node_id not in taken and _same_chip(node.chip, stage.chip) and node.total_bytes == stage.memory_bytes
+    ]
+    open_stages = [
+        other
+        for other in plan.stages
+        if named[other.machine] is None and (other.chip, other.memory_bytes) == (stage.chip, stage.memory_bytes)
+    ]
+    return nodes[0] if len(nodes) == len(open_stages) else None
+
+
+def _no_node(stage: PlanStage, wanted: str, state: ClusterState) -> ExoPlacementError:
+    return ExoPlacementError(
+        f"cannot tell which node {wanted} is",
+        expected=f"a node of that name, or one {stage.chip} with {stage.memory_bytes} bytes",
+        found=", ".join(state.names.values()) or "no nodes",
+        fix=f"--node {stage.machine}=NODE, or plan for this cluster: `exo-kimi exo plan`",
+    )
+
+
+def _same_chip(one: str, other: str) -> bool:
+    """Whether two names mean one chip: `Apple M3 Ultra` and `M3 Ultra`."""
+    return one.lower().removeprefix("apple ") == other.lower().removeprefix("apple ")

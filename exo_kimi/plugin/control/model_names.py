@@ -1,4 +1,4 @@
-"""What exo calls a model and its directory.
+"""exo's names of a model and of its directory.
 
 Source: exo `ModelId.normalize` (`org--name`), and `get_eos_token_ids_for_model`, which knows a Kimi by its id alone.
 """

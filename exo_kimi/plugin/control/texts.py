@@ -51,10 +51,10 @@ def progress_line(progress: Sequence[LoadingProgress]) -> str:
 def applied_text(applied: Applied) -> str:
     """What was placed where, and how to ask it."""
     lines = [f"{applied.model_id} is placed, instance {applied.instance_id}"]
-    for rank, seat in enumerate(applied.seats):
-        seen = applied.layers_seen.get(seat.name)
+    for rank, each in enumerate(applied.assignments):
+        seen = applied.layers_seen.get(each.name)
         said = "" if seen is None else f", exo loaded {seen}"
-        lines.append(f"  rank {rank}  {seat.name}  layers {seat.start_layer}:{seat.end_layer} ({seat.layers}{said})")
+        lines.append(f"  rank {rank}  {each.name}  layers {each.start_layer}:{each.end_layer} ({each.layers}{said})")
     if applied.engine == "exo-kimi":
         lines.append("  for our engine: every node must have been started by `exo-kimi exo run`")
     if applied.answer is not None:

@@ -1,4 +1,4 @@
-"""Watches an instance become ready, node by node, and knows the ways in which exo does not get there.
+"""Watch an instance become ready, node by node, and tell each way in which exo does not get there.
 
 As seen on real nodes: a runner can hang for ever before it says that it connects, and its node then ignores every later
 instance; a failed load is retried five times and the instance then vanishes; runners of deleted instances stay listed.
@@ -70,7 +70,7 @@ class _Watch:
     client: ExoClient
     instance_id: str
     model_id: str
-    seats: Mapping[str, NodeAssignment]
+    assignments: Mapping[str, NodeAssignment]
     runners: Mapping[str, str]
     deadlines: Deadlines
     report: Callable[[Sequence[LoadingProgress]], None]
@@ -132,7 +132,7 @@ class _Watch:
             )
 
     def _nodes_are_there(self, state: ClusterState) -> None:
-        gone = [seat.name for node_id, seat in self.seats.items() if state.node(node_id) is None]
+        gone = [assignment.name for node_id, assignment in self.assignments.items() if state.node(node_id) is None]
         if gone:
             raise ExoLoadError(
                 f"{' and '.join(gone)} left the cluster while the model was loading",
@@ -158,49 +158,49 @@ class _Watch:
             )
 
     def _files_are_there(self, state: ClusterState) -> None:
-        for node_id, seat in self.seats.items():
+        for node_id, assignment in self.assignments.items():
             download = state.downloads.get((node_id, self.model_id))
             if download is None or download.status not in _FETCHING:
                 continue
             raise ExoLoadError(
-                f"{seat.name} does not have the model",
+                f"{assignment.name} does not have the model",
                 expected=f"a complete directory {self.model_id.replace('/', '--')} in its EXO_MODELS_DIRS",
                 found=download.message or "exo began to download all of it",
                 fix="`exo-kimi exo prepare` makes it there; exo looks again within a minute, or when it is restarted",
             )
 
     def _progress(self, state: ClusterState, node_id: str) -> LoadingProgress:
-        seat = self.seats[node_id]
+        assignment = self.assignments[node_id]
         runner = state.runners.get(self.runners[node_id])
         if runner is not None and runner.phase == "RunnerLoading" and runner.total_layers:
-            self._loads_what_was_planned(seat, runner)
-        before = next((each.phase for each in self.last if each.name == seat.name), "")
+            self._loads_what_was_planned(assignment, runner)
+        before = next((each.phase for each in self.last if each.name == assignment.name), "")
         if runner is not None and runner.phase == "RunnerFailed" and before != "Failed":
-            self._failed(seat, runner)
+            self._failed(assignment, runner)
         return LoadingProgress(
-            name=seat.name,
+            name=assignment.name,
             phase=runner.phase.removeprefix("Runner") if runner else "Waiting",
             layers_loaded=runner.layers_loaded if runner else 0,
-            layers=seat.layers,
+            layers=assignment.layers,
         )
 
-    def _loads_what_was_planned(self, seat: NodeAssignment, runner: Runner) -> None:
-        self.layers_seen[seat.name] = runner.total_layers
-        if runner.total_layers != seat.layers:
+    def _loads_what_was_planned(self, assignment: NodeAssignment, runner: Runner) -> None:
+        self.layers_seen[assignment.name] = runner.total_layers
+        if runner.total_layers != assignment.layers:
             raise ExoLoadError(
-                f"{seat.name} loads other layers than planned",
-                expected=f"{seat.layers} layers ({seat.start_layer}:{seat.end_layer})",
+                f"{assignment.name} loads other layers than planned",
+                expected=f"{assignment.layers} layers ({assignment.start_layer}:{assignment.end_layer})",
                 found=f"{runner.total_layers} layers",
             )
 
-    def _failed(self, seat: NodeAssignment, runner: Runner) -> None:
-        messages = self.failures.setdefault(seat.name, [])
+    def _failed(self, assignment: NodeAssignment, runner: Runner) -> None:
+        messages = self.failures.setdefault(assignment.name, [])
         messages.append(runner.message or "no message")
         if len(messages) >= self.deadlines.failures:
             raise ExoLoadError(
-                f"the runner on {seat.name} failed {len(messages)} times",
+                f"the runner on {assignment.name} failed {len(messages)} times",
                 found=messages[-1],
-                fix=f"look at exo's log on {seat.name}; `exo-kimi inspect DIR` says whether the files are sound",
+                fix=f"look at exo's log on {assignment.name}; `exo-kimi inspect DIR` says whether the files are sound",
             )
 
     def _connects(self, now: float) -> None:
@@ -222,7 +222,7 @@ def watch(
     client: ExoClient,
     instance_id: str,
     model_id: str,
-    seats: Mapping[str, NodeAssignment],
+    assignments: Mapping[str, NodeAssignment],
     runners: Mapping[str, str],
     *,
     until_ready: bool,
@@ -236,7 +236,7 @@ def watch(
         client: a node of the cluster.
         instance_id: what was created.
         model_id: its model.
-        seats: node id -> what it was given.
+        assignments: node id -> what it was given.
         runners: node id -> our own runner id; exo also lists those of instances that are gone.
         until_ready: False returns as soon as exo lists the instance.
         deadlines: of the phases.
@@ -249,7 +249,7 @@ def watch(
     Raises:
         ExoLoadError: it will not become ready, with the node and what to do there.
     """
-    return _Watch(client, instance_id, model_id, seats, runners, deadlines, report, timing).run(until_ready)
+    return _Watch(client, instance_id, model_id, assignments, runners, deadlines, report, timing).run(until_ready)
 
 
 def take_back(client: ExoClient, instance_id: str, deadlines: Deadlines, timing: Timing) -> bool:

@@ -1,4 +1,4 @@
-"""From a checkpoint and options to who holds which layers where, all of it checked before anything is started."""
+"""The plan of a served cluster: which stage holds which layers on which machine, checked before anything is started."""
 
 from __future__ import annotations
 

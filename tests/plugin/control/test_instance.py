@@ -11,8 +11,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from exo_kimi.errors import ExoPlacementError
-from exo_kimi.plugin.control.instance import NOBODY, NodeAssignment, check_instance, check_seats, renamed, ring_instance
-from exo_kimi.plugin.control.node_matching import seats_of_plan
+from exo_kimi.plugin.control.instance import (
+    NOBODY,
+    NodeAssignment,
+    assign_nodes,
+    check_assignments,
+    check_instance,
+    renamed,
+    ring_instance,
+)
 from exo_kimi.plugin.control.state import ClusterState, Node
 
 CARD = {"modelId": "lab/kimi-k2-tiny", "storageSize": {"inBytes": 1000}, "nLayers": 61, "hiddenSize": 7168}
@@ -49,7 +56,7 @@ def cluster(count: int, *, free: int = 1000, unreached: Sequence[tuple[str, str]
     )
 
 
-def seats(*counts: int, need_bytes: int = 10) -> tuple[NodeAssignment, ...]:
+def assignments(*counts: int, need_bytes: int = 10) -> tuple[NodeAssignment, ...]:
     ends = [sum(counts[: index + 1]) for index in range(len(counts))]
     return tuple(
         NodeAssignment(
@@ -67,11 +74,11 @@ def body(instance: dict[str, Any]) -> dict[str, Any]:
 @given(st.lists(st.integers(1, 20), min_size=1, max_size=6))
 def test_an_instance_holds_every_layer_once_in_the_order_of_the_ranks(counts: list[int]) -> None:
     card = {**CARD, "nLayers": sum(counts)}
-    chosen, state = seats(*counts), cluster(len(counts))
-    check_seats(chosen, state, card)
+    chosen, state = assignments(*counts), cluster(len(counts))
+    check_assignments(chosen, state, card)
     assigned = body(ring_instance(chosen, state, card, port=50000))["shardAssignments"]
     shards = [
-        assigned["runnerToShard"][assigned["nodeToRunner"][seat.node_id]]["PipelineShardMetadata"] for seat in chosen
+        assigned["runnerToShard"][assigned["nodeToRunner"][each.node_id]]["PipelineShardMetadata"] for each in chosen
     ]
     assert [shard["deviceRank"] for shard in shards] == list(range(len(counts)))
     assert [layer for shard in shards for layer in range(shard["startLayer"], shard["endLayer"])] == list(
@@ -82,10 +89,10 @@ def test_an_instance_holds_every_layer_once_in_the_order_of_the_ranks(counts: li
 
 @given(st.integers(2, 6))
 def test_each_node_knows_itself_its_neighbours_and_nobody_else(count: int) -> None:
-    chosen = seats(*[1] * count)
+    chosen = assignments(*[1] * count)
     hosts = body(ring_instance(chosen, cluster(count), {**CARD, "nLayers": count}, port=50000))["hostsByNode"]
-    for rank, seat in enumerate(chosen):
-        for other, host in enumerate(hosts[seat.node_id]):
+    for rank, each in enumerate(chosen):
+        for other, host in enumerate(hosts[each.node_id]):
             distance = (other - rank) % count
             if distance == 0:
                 assert host == {"ip": "0.0.0.0", "port": 50000}
@@ -96,7 +103,7 @@ def test_each_node_knows_itself_its_neighbours_and_nobody_else(count: int) -> No
 
 
 def test_every_instance_and_every_runner_has_an_id_of_its_own() -> None:
-    state, chosen = cluster(2), seats(44, 17)
+    state, chosen = cluster(2), assignments(44, 17)
     two = [body(ring_instance(chosen, state, CARD, port=50000)) for _ in range(2)]
     ids = [each["instanceId"] for each in two] + [r for each in two for r in each["shardAssignments"]["runnerToShard"]]
     assert len(set(ids)) == 6
@@ -120,17 +127,17 @@ def test_what_exo_would_answer_wrong_text_for_is_refused(ranges: list[tuple[int,
         for index, (start, end) in enumerate(ranges)
     ]
     with pytest.raises(ExoPlacementError, match=told):
-        check_seats(wrong, cluster(2), CARD)
+        check_assignments(wrong, cluster(2), CARD)
 
 
 def test_all_reasons_are_told_at_once() -> None:
     state = cluster(2, free=400, unreached=[("n0", "n1")])
     chosen = [
-        *seats(44, 17, need_bytes=900),
+        *assignments(44, 17, need_bytes=900),
         NodeAssignment(node_id="n9", name="N9", start_layer=61, end_layer=61, need_bytes=1),
     ]
     with pytest.raises(ExoPlacementError) as caught:
-        check_seats(chosen, state, CARD)
+        check_assignments(chosen, state, CARD)
     text = str(caught.value)
     for reason in (
         "empty stage",
@@ -144,19 +151,19 @@ def test_all_reasons_are_told_at_once() -> None:
 
 def test_a_link_in_one_direction_is_not_enough() -> None:
     with pytest.raises(ExoPlacementError, match="N1 has not reached N0"):
-        check_seats(seats(44, 17), cluster(2, unreached=[("n1", "n0")]), CARD)
+        check_assignments(assignments(44, 17), cluster(2, unreached=[("n1", "n0")]), CARD)
 
 
 def test_nodes_that_are_no_neighbours_need_no_link() -> None:
-    check_seats(seats(20, 20, 20, 1), cluster(4, unreached=[("n0", "n2"), ("n2", "n0")]), CARD)
+    check_assignments(assignments(20, 20, 20, 1), cluster(4, unreached=[("n0", "n2"), ("n2", "n0")]), CARD)
 
 
 def test_one_node_needs_no_link() -> None:
-    check_seats(seats(61), cluster(1), CARD)
+    check_assignments(assignments(61), cluster(1), CARD)
 
 
 def test_a_previewed_instance_gets_ids_of_our_own() -> None:
-    preview = ring_instance(seats(44, 17), cluster(2), CARD, port=50000, make_id=iter("abcdef").__next__)
+    preview = ring_instance(assignments(44, 17), cluster(2), CARD, port=50000, make_id=iter("abcdef").__next__)
     mine = renamed(preview)
     old, new = body(preview)["shardAssignments"], body(mine)["shardAssignments"]
     assert not set(old["runnerToShard"]) & set(new["runnerToShard"])
@@ -188,7 +195,7 @@ def break_runner(shards: list[dict[str, Any]], instance: dict[str, Any]) -> None
 
 @pytest.mark.parametrize("damage", [break_rank, break_world, break_layers, break_hosts, break_runner])
 def test_an_instance_that_contradicts_itself_never_leaves(damage: Any) -> None:
-    instance = copy.deepcopy(ring_instance(seats(44, 17), cluster(2), CARD, port=50000))
+    instance = copy.deepcopy(ring_instance(assignments(44, 17), cluster(2), CARD, port=50000))
     shards = [next(iter(shard.values())) for shard in body(instance)["shardAssignments"]["runnerToShard"].values()]
     damage(shards, instance)
     with pytest.raises(ExoPlacementError, match="contradicts itself"):
@@ -197,15 +204,18 @@ def test_an_instance_that_contradicts_itself_never_leaves(damage: Any) -> None:
 
 def test_a_plans_machines_are_found_by_name(make_exo: Any, client_of: Any, plan_of: Any) -> None:
     exo = make_exo()
-    found = seats_of_plan(plan_of(exo), client_of(exo).state())
-    assert [(seat.name, seat.start_layer, seat.end_layer) for seat in found] == [("mini", 0, 2), ("studio", 2, 7)]
+    found = assign_nodes(plan_of(exo), client_of(exo).state())
+    assert [(each.name, each.start_layer, each.end_layer) for each in found] == [
+        ("mini", 0, 2),
+        ("studio", 2, 7),
+    ]
 
 
 def test_a_renamed_machine_is_found_by_chip_and_memory(make_exo: Any, client_of: Any, plan_of: Any) -> None:
     exo = make_exo()
     plan = plan_of(exo)
     exo.nodes[0].name = "atelier"
-    assert [seat.name for seat in seats_of_plan(plan, client_of(exo).state())] == ["mini", "atelier"]
+    assert [each.name for each in assign_nodes(plan, client_of(exo).state())] == ["mini", "atelier"]
 
 
 def test_a_machine_that_could_be_two_nodes_is_asked_for(
@@ -218,16 +228,16 @@ def test_a_machine_that_could_be_two_nodes_is_asked_for(
     exo.nodes[2].name, exo.nodes[2].node_id = "y", "c" * 32
     state = client_of(exo).state()
     with pytest.raises(ExoPlacementError, match=r"--node mini=NODE"):
-        seats_of_plan(plan, state)
-    assert seats_of_plan(plan, state, nodes={"mini": "y"})[0].node_id == "c" * 32
+        assign_nodes(plan, state)
+    assert assign_nodes(plan, state, nodes={"mini": "y"})[0].node_id == "c" * 32
     with pytest.raises(ExoPlacementError, match="nobody is no machine of the plan"):
-        seats_of_plan(plan, state, nodes={"nobody": "y"})
+        assign_nodes(plan, state, nodes={"nobody": "y"})
 
 
 def test_memory_counts_what_is_new_on_a_node(make_exo: Any, client_of: Any, plan_of: Any) -> None:
     """The reserve is for what runs there anyway, and exo's free memory is already without it."""
     exo = make_exo()
     plan = plan_of(exo)
-    stage, seat = plan.stages[0], seats_of_plan(plan, client_of(exo).state())[0]
-    assert seat.need_bytes == stage.weight_bytes + stage.kv_bytes + stage.scratch_bytes
+    stage, each = plan.stages[0], assign_nodes(plan, client_of(exo).state())[0]
+    assert each.need_bytes == stage.weight_bytes + stage.kv_bytes + stage.scratch_bytes
     assert plan.stages[1].weight_bytes + stage.weight_bytes > plan.model.total_bytes, "exo holds the ends on every rank"

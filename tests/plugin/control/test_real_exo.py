@@ -28,8 +28,7 @@ from exo_kimi.checkpoint.tiny.make import make_tiny
 from exo_kimi.errors import ExoLoadError, ExoRefusedError
 from exo_kimi.plugin.control.apply import Applied, apply_plan
 from exo_kimi.plugin.control.http import ExoClient
-from exo_kimi.plugin.control.instance import ring_instance
-from exo_kimi.plugin.control.node_matching import seats_of_plan
+from exo_kimi.plugin.control.instance import assign_nodes, ring_instance
 from exo_kimi.plugin.control.plan import exo_plan
 from exo_kimi.plugin.control.prepare import prepare
 from exo_kimi.plugin.control.texts import status_text
@@ -119,7 +118,7 @@ def test_a_split_answers_as_one_node_does(
         [token for token, _ in answer] for answer in alone
     ]
     assert all(len(answer) == TOKENS for answer in answers)
-    names = [seat.name for seat in applied.seats]
+    names = [each.name for each in applied.assignments]
     assert loaded_layers(cluster, applied, client) == dict(zip(names, split, strict=True))
 
 
@@ -138,7 +137,7 @@ def test_each_node_needs_only_its_share(cluster: Any, client: ExoClient, alone: 
     for instance in client.state().instances:
         client.delete(instance.instance_id)
     applied = apply_plan(client, plan, deadlines=DEADLINES)
-    assert loaded_layers(cluster, applied, client) == {seat.name: seat.layers for seat in applied.seats}
+    assert loaded_layers(cluster, applied, client) == {each.name: each.layers for each in applied.assignments}
     answer = greedy(cluster.url, PROMPTS[0], model=model_id)
     assert [token for token, _ in answer] == [token for token, _ in alone[0]]
     client.delete(applied.instance_id)
@@ -169,7 +168,7 @@ def test_our_hosts_are_those_that_exo_would_give(cluster: Any, client: ExoClient
     swap = {stage.machine: node for stage, node in zip(plan.stages, ranked, strict=True)}
     card = previews[0].card
     assert card is not None
-    ours = ring_instance(seats_of_plan(plan, state, nodes=swap), state, card, port=theirs["ephemeralPort"])
+    ours = ring_instance(assign_nodes(plan, state, nodes=swap), state, card, port=theirs["ephemeralPort"])
     assert ours["MlxRingInstance"]["hostsByNode"] == theirs["hostsByNode"]
 
 
@@ -180,7 +179,7 @@ def test_exo_takes_a_gap_and_answers_so_the_check_is_ours(
     placed = place(5, 2)
     state = client.state()
     card = state.cards[MODEL]
-    instance = ring_instance(placed.seats, state, card, port=50123)
+    instance = ring_instance(placed.assignments, state, card, port=50123)
     shards = instance["MlxRingInstance"]["shardAssignments"]["runnerToShard"]
     next(iter(shards.values()))["PipelineShardMetadata"]["endLayer"] = 4
     client.delete(placed.instance_id)
@@ -202,7 +201,9 @@ def test_a_tensor_parallel_instance_is_placed_and_loads(
 ) -> None:
     """Its first token is right. exo's own decoding hangs at the second, on MLX's CPU and ring backends (b5375f8ce)."""
     applied = place(5, 2, tensor=True, wait=False)
-    assert {(seat.start_layer, seat.end_layer) for seat in applied.seats} == {(0, 7)} and len(applied.seats) == 2
+    assert {(each.start_layer, each.end_layer) for each in applied.assignments} == {(0, 7)} and len(
+        applied.assignments
+    ) == 2
 
     def ready() -> bool:
         state = client.state()
@@ -251,7 +252,7 @@ def test_a_killed_node_is_told_and_placing_again_works_when_it_is_back(
     cluster.start(2)
     cluster.wait_seen()
     applied = apply_plan(client, plan, replace=True, deadlines=DEADLINES)
-    assert loaded_layers(cluster, applied, client) == {seat.name: seat.layers for seat in applied.seats}
+    assert loaded_layers(cluster, applied, client) == {each.name: each.layers for each in applied.assignments}
     assert [token for token, _ in greedy(cluster.url, PROMPTS[0])] == [token for token, _ in alone[0]]
 
 
