@@ -315,7 +315,7 @@ def test_a_link_to_nobody_says_what_to_start() -> None:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         free = probe.getsockname()[1]
-    assert_refused(run("machine", "--link", f"127.0.0.1:{free}"), "exo-kimi bench link_speed --listen")
+    assert_refused(run("machine", "--link", f"127.0.0.1:{free}"), "exo-kimi bench link-speed --listen")
 
 
 def test_tiny_refuses_to_overwrite_somebody_elses_files(tmp_path: Path) -> None:

@@ -17,13 +17,13 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from exo_kimi.bench.frame import Row, figure
-from exo_kimi.bench.outcome import Outcome, missing, run_bench
+from exo_kimi.bench.outcome import BenchOutcome, missing, run_bench
 from exo_kimi.bench.surroundings import Surroundings
 from exo_kimi.errors import UsageError
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Part:
+class BenchPart:
     """One bench: its name, its options here, and after how many seconds it is stopped."""
 
     name: str
@@ -32,22 +32,22 @@ class Part:
 
 
 PARTS = (
-    Part(name="attention", options=("--heads", "8"), limit_s=60.0),
-    Part(name="prefill-memory", limit_s=150.0),
-    Part(name="kv-b", limit_s=30.0),
-    Part(name="router", limit_s=40.0),
-    Part(name="cache-8bit", limit_s=60.0),
-    Part(name="step", options=("--rounds", "2"), limit_s=100.0),
-    Part(name="load", options=("--rounds", "3"), limit_s=90.0),
-    Part(name="turns", limit_s=120.0),
-    Part(name="prefix-restart", options=("--rounds", "1"), limit_s=100.0),
-    Part(name="speculation", limit_s=60.0),
-    Part(name="pipeline", options=("--rounds", "4"), limit_s=170.0),
-    Part(name="exo", options=("--rounds", "2"), limit_s=180.0),
+    BenchPart(name="attention", options=("--lengths", "1,2,8,32,128"), limit_s=150.0),
+    BenchPart(name="prefill-memory", limit_s=150.0),
+    BenchPart(name="kv-b", limit_s=30.0),
+    BenchPart(name="router", limit_s=40.0),
+    BenchPart(name="cache-8bit", limit_s=60.0),
+    BenchPart(name="step", options=("--rounds", "2"), limit_s=100.0),
+    BenchPart(name="load", options=("--rounds", "3"), limit_s=90.0),
+    BenchPart(name="turns", limit_s=120.0),
+    BenchPart(name="prefix-restart", options=("--rounds", "1"), limit_s=100.0),
+    BenchPart(name="speculation", limit_s=60.0),
+    BenchPart(name="pipeline", options=("--rounds", "4"), limit_s=170.0),
+    BenchPart(name="exo", options=("--rounds", "2"), limit_s=180.0),
 )
 LEFT_OUT = {
     "conformance": "checks and no ratios",
-    "link_speed": "needs a listener on another machine",
+    "link-speed": "needs a listener on another machine",
     "plan": "a deviation and no ratio",
 }
 
@@ -74,7 +74,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 1 if any(outcome.ok is False for outcome in outcomes) else 0
 
 
-def chosen(only: str | None) -> list[Part]:
+def chosen(only: str | None) -> list[BenchPart]:
     """The parts of these names, in the order of PARTS; all without names.
 
     Raises:
@@ -91,7 +91,7 @@ def chosen(only: str | None) -> list[Part]:
     return [part for part in PARTS if not names or part.name in names]
 
 
-def run_parts(parts: Sequence[Part]) -> list[Outcome]:
+def run_parts(parts: Sequence[BenchPart]) -> list[BenchOutcome]:
     """Run each and print its table."""
     outcomes = []
     for number, part in enumerate(parts, start=1):
@@ -103,19 +103,19 @@ def run_parts(parts: Sequence[Part]) -> list[Outcome]:
     return outcomes
 
 
-def markdown(outcomes: Sequence[Outcome]) -> str:
+def markdown(outcomes: Sequence[BenchOutcome]) -> str:
     """All claims as a Markdown table."""
     lines = ["| bench | claim | ours | theirs | ratio | bar | |", "|---|---|---|---|---|---|---|"]
     for outcome in outcomes:
         if outcome.skipped or outcome.problem:
             reason = outcome.skipped or outcome.problem or ""
             verdict = "skipped" if outcome.skipped else "**failed**"
-            lines.append(f"| `{outcome.bench}` | {reason.replace('|', ';')[:200]} | | | | | {verdict} |")
-        lines += [f"| `{outcome.bench}` | {' | '.join(_cells(row))} |" for row in outcome.rows]
+            lines.append(f"| `{outcome.words}` | {reason.replace('|', ';')[:200]} | | | | | {verdict} |")
+        lines += [f"| `{outcome.words}` | {' | '.join(_cells(row))} |" for row in outcome.rows]
     return "\n".join(lines)
 
 
-def json_line(outcomes: Sequence[Outcome], surroundings: Surroundings) -> str:
+def json_line(outcomes: Sequence[BenchOutcome], surroundings: Surroundings) -> str:
     """One JSON document; `ratio` and `bar` are those of the claim with the least margin of all."""
     claims = [(outcome.worst, outcome.bench) for outcome in outcomes]
     worst = min(
@@ -138,7 +138,7 @@ def json_line(outcomes: Sequence[Outcome], surroundings: Surroundings) -> str:
     )
 
 
-def _run(part: Part) -> Outcome:
+def _run(part: BenchPart) -> BenchOutcome:
     if find_spec(f"exo_kimi.bench.claims.{part.name.replace('-', '_')}") is None:
         return missing(part.name, "this version does not have it")
     return run_bench(part.name, part.options, limit_s=part.limit_s)

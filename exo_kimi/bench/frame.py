@@ -1,15 +1,16 @@
 """What every comparison shares: runs taken in turn, medians of ratios, a bar for each, a table and one JSON line last.
 
-It knows nothing of what is compared. Ratios travel from machine to machine, times do not.
+Ratios travel from machine to machine, times do not.
 """
 
 from __future__ import annotations
 
+import argparse
 import json
 import statistics
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal, Self, TypeVar
 
 Direction = Literal["at least", "at most"]
@@ -101,6 +102,7 @@ class Result:
 
     Args:
         bench: its name on the command line.
+        command: what gives these rows, with every option; `finish` fills it in.
         against: what it was compared with, with its version.
         rows: at least one, unless `skipped` says why there is none.
         notes: lines below the table.
@@ -108,6 +110,7 @@ class Result:
     """
 
     bench: str
+    command: str = ""
     against: str = ""
     rows: Sequence[Row] = ()
     notes: Sequence[str] = field(default_factory=tuple)
@@ -127,25 +130,44 @@ class Result:
         widths = [max(len(line[column]) for line in lines) for column in range(len(head))]
         text = ["  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)) for line in lines]
         title = f"{self.bench}, against {self.against}" if self.against else self.bench
-        return "\n".join([title, *(line.rstrip() for line in text), *self.notes])
+        command = [self.command] if self.command else []
+        return "\n".join([title, *(line.rstrip() for line in text), *self.notes, *command])
 
     def json_line(self) -> str:
         """One JSON document; `ratio` and `bar` are those of the row with the least margin."""
-        document: dict[str, Any] = {"bench": self.bench, "against": self.against, "ok": self.ok}
+        document: dict[str, Any] = {"bench": self.bench, "command": self.command, "against": self.against, "ok": self.ok}
         if self.skipped:
             return json.dumps({**document, "ratio": None, "bar": None, "skipped": self.skipped})
         worst = min(self.rows, key=lambda row: (row.ok, row.margin))
-        rows = [{**{name: getattr(row, name) for name in Row.__slots__}, "ok": row.ok} for row in self.rows]
+        rows = [
+            {**{name: getattr(row, name) for name in Row.__slots__}, "ok": row.ok, "command": self.command}
+            for row in self.rows
+        ]
         return json.dumps(
             {**document, "ratio": worst.ratio, "bar": worst.bar, "worst": worst.name, "rows": rows, "notes": self.notes}
         )
 
 
-def finish(result: Result) -> int:
-    """Print a result; the exit status: 0 when it passed or was skipped."""
+def finish(result: Result, options: argparse.Namespace | None = None) -> int:
+    """Print a result with the command that gave it; the exit status: 0 when it passed or was skipped.
+
+    Args:
+        result: of a bench.
+        options: of its command line, defaults among them.
+    """
+    result = replace(result, command=" ".join(["exo-kimi bench", result.bench, *_words(options)]))
     print(result.table())
     print(result.json_line(), flush=True)
     return 1 if result.ok is False else 0
+
+
+def _words(options: argparse.Namespace | None) -> list[str]:
+    words = []
+    for name, value in vars(options or argparse.Namespace()).items():
+        if value is not None and value is not False:
+            words.append(f"--{name.replace('_', '-')}")
+            words += [] if value is True else [",".join(map(str, value)) if isinstance(value, list) else str(value)]
+    return words
 
 
 def taken_in_turn(

@@ -1,6 +1,6 @@
 """One bench in a process of its own, and what came of it: its table and rows, or why there are none.
 
-A bench that crashes, hangs or says nothing is an outcome like any other. It knows nothing of what benches measure.
+A bench that crashes, hangs or says nothing is an outcome like any other.
 """
 
 from __future__ import annotations
@@ -24,13 +24,14 @@ _SHOWN_LINES = 5
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Outcome:
+class BenchOutcome:
     """What came of one bench.
 
     Args:
         bench: its name.
         seconds: how long it took.
         text: what it printed, without its JSON line.
+        command: what gives its rows, with every option; empty where it has none.
         against: what it was compared with.
         rows: its claims.
         notes: lines below its table.
@@ -41,11 +42,17 @@ class Outcome:
     bench: str
     seconds: float
     text: str = ""
+    command: str = ""
     against: str = ""
     rows: tuple[Row, ...] = ()
     notes: tuple[str, ...] = ()
     skipped: str | None = None
     problem: str | None = None
+
+    @property
+    def words(self) -> str:
+        """Its name and options, as they are given to `exo-kimi bench`."""
+        return self.command.removeprefix("exo-kimi bench ") or self.bench
 
     @property
     def ok(self) -> bool | None:
@@ -64,6 +71,7 @@ class Outcome:
         worst = self.worst
         return {
             "bench": self.bench,
+            "command": self.command,
             "ratio": worst.ratio if worst else None,
             "bar": worst.bar if worst else None,
             "ok": self.ok,
@@ -73,7 +81,7 @@ class Outcome:
         }
 
 
-def run_bench(bench: str, options: Sequence[str] = (), *, limit_s: float, command: Sequence[str] = COMMAND) -> Outcome:
+def run_bench(bench: str, options: Sequence[str] = (), *, limit_s: float, command: Sequence[str] = COMMAND) -> BenchOutcome:
     """Run a bench to its end, or kill it and all that it started when the time is over.
 
     Args:
@@ -109,21 +117,22 @@ def run_bench(bench: str, options: Sequence[str] = (), *, limit_s: float, comman
     return _read(bench, lines, said.splitlines(), problem, process.returncode, seconds)
 
 
-def missing(bench: str, reason: str) -> Outcome:
+def missing(bench: str, reason: str) -> BenchOutcome:
     """A bench that was not run."""
-    return Outcome(bench=bench, seconds=0.0, text=f"{bench}: skipped: {reason}", skipped=reason)
+    return BenchOutcome(bench=bench, seconds=0.0, text=f"{bench}: skipped: {reason}", skipped=reason)
 
 
-def _read(bench: str, lines: list[str], errors: list[str], problem: str | None, status: int, seconds: float) -> Outcome:
+def _read(bench: str, lines: list[str], errors: list[str], problem: str | None, status: int, seconds: float) -> BenchOutcome:
     document = _document(lines[-1]) if lines else None
     if problem or document is None:
         last = [line.strip() for line in [*lines, *errors] if line.strip()][-_SHOWN_LINES:]
         problem = problem or f"no result, exit status {status}"
-        return Outcome(bench=bench, seconds=seconds, text="\n".join(lines), problem=" | ".join([problem, *last]))
-    return Outcome(
+        return BenchOutcome(bench=bench, seconds=seconds, text="\n".join(lines), problem=" | ".join([problem, *last]))
+    return BenchOutcome(
         bench=bench,
         seconds=seconds,
         text="\n".join(lines[:-1]),
+        command=document.get("command", ""),
         against=document.get("against", ""),
         rows=tuple(Row(**{name: row[name] for name in Row.__slots__ if name in row}) for row in document["rows"]),
         notes=tuple(document.get("notes", ())),

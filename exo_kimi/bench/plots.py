@@ -1,4 +1,4 @@
-"""Plots of outcomes as SVG, by matplotlib, which is optional (`pip install "exo-kimi[report]"`). It knows no HTML."""
+"""Plots of outcomes as SVG, by matplotlib, which is optional (`pip install "exo-kimi[report]"`)."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from importlib.util import find_spec
 from typing import Any
 
 from exo_kimi.bench.frame import Row, figure
-from exo_kimi.bench.outcome import Outcome
+from exo_kimi.bench.outcome import BenchOutcome
 
 OURS, THEIRS, GOOD, BAD, INK, FAINT = "#2563eb", "#b6bdc8", "#15803d", "#c2410c", "#1f2937", "#d8dde5"
 _WIDTH, _ROW, _FRAME = 9.6, 0.44, 0.9  # inches
@@ -34,7 +34,7 @@ def available() -> bool:
     return find_spec("matplotlib") is not None
 
 
-def overview(outcomes: Sequence[Outcome]) -> str:
+def overview(outcomes: Sequence[BenchOutcome]) -> str:
     """How far each claim is on the right side of its bar, as a factor; on the bar's line it is just met."""
     claims = [
         (f"{o.bench}: {row.name}", row) for o in outcomes for row in o.rows if row.bar is not None and row.bar > 0
@@ -60,7 +60,7 @@ def overview(outcomes: Sequence[Outcome]) -> str:
     return _svg(len(claims) * 0.75, 1, lambda panels: draw(panels[0]))
 
 
-def of_bench(outcome: Outcome) -> str:
+def of_bench(outcome: BenchOutcome) -> str:
     """Ours beside theirs, each pair scaled to its greater one; and the ratios with their quartiles and bars."""
     rows = [row for row in outcome.rows if row.theirs is not None or row.bar is not None]
     if not rows:

@@ -7,7 +7,7 @@ from html import escape
 
 from exo_kimi.bench import plots
 from exo_kimi.bench.frame import Row, figure
-from exo_kimi.bench.outcome import Outcome
+from exo_kimi.bench.outcome import BenchOutcome
 from exo_kimi.bench.surroundings import Surroundings
 
 NO_PLOTS = 'Plots need matplotlib: pip install "exo-kimi[report]"'
@@ -39,7 +39,7 @@ a { color: inherit; }
 """
 
 
-def page(outcomes: Sequence[Outcome], surroundings: Surroundings) -> str:
+def page(outcomes: Sequence[BenchOutcome], surroundings: Surroundings) -> str:
     """The page. Without matplotlib it has every figure and says what the plots need."""
     drawn = plots.available()
     body = [
@@ -59,7 +59,7 @@ def page(outcomes: Sequence[Outcome], surroundings: Surroundings) -> str:
     )
 
 
-def _header(outcomes: Sequence[Outcome], surroundings: Surroundings) -> str:
+def _header(outcomes: Sequence[BenchOutcome], surroundings: Surroundings) -> str:
     claims = [row for outcome in outcomes for row in outcome.rows if row.bar is not None]
     met = sum(row.ok for row in claims)
     failed = [outcome.bench for outcome in outcomes if outcome.problem]
@@ -77,7 +77,7 @@ def _header(outcomes: Sequence[Outcome], surroundings: Surroundings) -> str:
     )
 
 
-def _bench(outcome: Outcome, drawn: bool) -> str:
+def _bench(outcome: BenchOutcome, drawn: bool) -> str:
     title = f"{outcome.bench}, against {outcome.against}" if outcome.against else outcome.bench
     if outcome.skipped:
         return _section(outcome.bench, title, f"<p>skipped: {escape(outcome.skipped)}</p>")
@@ -86,7 +86,7 @@ def _bench(outcome: Outcome, drawn: bool) -> str:
         return _section(outcome.bench, title, f'<p class="missed">failed</p><pre>{lines}</pre>')
     notes = "".join(f"<p>{escape(note)}</p>" for note in outcome.notes)
     row_notes = "".join(f"<p>{escape(f'{row.name}: {row.note}')}</p>" for row in outcome.rows if row.note)
-    command = f"<p><code>exo-kimi bench {escape(outcome.bench)}</code>, {outcome.seconds:.0f} s</p>"
+    command = f"<p><code>exo-kimi bench {escape(outcome.words)}</code>, {outcome.seconds:.0f} s</p>"
     plot = plots.of_bench(outcome) if drawn else _table([outcome])
     return _section(outcome.bench, title, command, plot, row_notes, notes)
 
@@ -97,14 +97,14 @@ def _section(anchor: str, title: str, *parts: str) -> str:
     )
 
 
-def _table(outcomes: Sequence[Outcome]) -> str:
+def _table(outcomes: Sequence[BenchOutcome]) -> str:
     head = '<tr><th>bench</th><th>claim</th><th class="n">ours</th><th class="n">theirs</th><th class="n">ratio</th>'
     head += '<th class="n">quartiles</th><th class="n">bar</th><th></th></tr>'
     lines = [line for outcome in outcomes for line in _lines(outcome)]
     return "<table>\n" + "\n".join([head, *lines]) + "\n</table>"
 
 
-def _lines(outcome: Outcome) -> list[str]:
+def _lines(outcome: BenchOutcome) -> list[str]:
     name = f'<td><a href="#{escape(outcome.bench)}">{escape(outcome.bench)}</a></td>'
     if outcome.skipped or outcome.problem:
         verdict = "<td>skipped</td>" if outcome.skipped else '<td class="missed">failed</td>'

@@ -42,7 +42,7 @@ Bench = Literal[  # modules of exo_kimi.bench, with - for _
     "conformance",
     "exo",
     "kv-b",
-    "link_speed",
+    "link-speed",
     "load",
     "pipeline",
     "plan",
@@ -52,8 +52,9 @@ Bench = Literal[  # modules of exo_kimi.bench, with - for _
     "speculation",
     "step",
     "turns",
+    "link_speed",  # as it was spelled until 0.2
 ]
-BENCHES: tuple[str, ...] = get_args(Bench)
+BENCHES: tuple[str, ...] = tuple(name for name in get_args(Bench) if name != "link_speed")
 
 Directory = Annotated[Path, argument("DIR", "a checkpoint")]
 SPLIT, MEMORY, PREFIXES = "Model and split", "Memory", "Prefix cache"
@@ -435,7 +436,7 @@ def machine(
         option(
             "--link",
             metavar="HOST:PORT",
-            help="measure the network to a machine that runs `exo-kimi bench link_speed --listen`",
+            help="measure the network to a machine that runs `exo-kimi bench link-speed --listen`",
         ),
     ] = None,
     output: Annotated[Path | None, option("-o", "--output", metavar="FILE", help="write the profile as TOML")] = None,

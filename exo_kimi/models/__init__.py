@@ -1,1 +1,1 @@
-"""MLX maths of the models. It knows nothing of files, requests or stages."""
+"""MLX maths of the models: attention, experts, caches, and Kimi K2 for any range of layers."""

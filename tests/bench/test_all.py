@@ -10,7 +10,7 @@ import pytest
 from exo_kimi.bench import all as everything
 from exo_kimi.bench import plots, report
 from exo_kimi.bench.frame import Result, Row
-from exo_kimi.bench.outcome import Outcome, missing, run_bench
+from exo_kimi.bench.outcome import BenchOutcome, missing, run_bench
 from exo_kimi.bench.surroundings import Surroundings
 from exo_kimi.cli.commands import BENCHES
 from exo_kimi.errors import UsageError
@@ -37,11 +37,11 @@ HERE = Surroundings(
 )
 
 
-def ran(program: str, limit_s: float = 30.0) -> Outcome:
+def ran(program: str, limit_s: float = 30.0) -> BenchOutcome:
     return run_bench("name", limit_s=limit_s, command=(sys.executable, "-c", program))
 
 
-def printed(result: Result) -> Outcome:
+def printed(result: Result) -> BenchOutcome:
     return ran(f"print({result.table()!r}); print({result.json_line()!r})")
 
 
@@ -108,8 +108,8 @@ def test_a_name_that_no_bench_has_and_a_file_that_cannot_be_written_are_told_fir
 
 
 def test_every_bench_of_the_command_line_is_run_or_left_out_with_a_reason():
-    names = {name.replace("_", "-") for name in BENCHES}
-    known = {part.name for part in everything.PARTS} | {name.replace("_", "-") for name in everything.LEFT_OUT}
+    names = set(BENCHES)
+    known = {part.name for part in everything.PARTS} | everything.LEFT_OUT.keys()
     assert names == known | {"all"}
 
 
@@ -134,10 +134,10 @@ class Balanced(HTMLParser):
 
 
 OUTCOMES = [
-    Outcome(bench="good", seconds=1.0, against="a peer", rows=tuple(GOOD.rows), notes=("a line below",)),
-    Outcome(bench="bad", seconds=1.0, rows=tuple(BAD.rows)),
+    BenchOutcome(bench="good", seconds=1.0, against="a peer", rows=tuple(GOOD.rows), notes=("a line below",)),
+    BenchOutcome(bench="bad", seconds=1.0, rows=tuple(BAD.rows)),
     missing("router", "not <here>"),
-    Outcome(bench="broken", seconds=1.0, problem="no result | Traceback <x>"),
+    BenchOutcome(bench="broken", seconds=1.0, problem="no result | Traceback <x>"),
 ]
 
 

@@ -1,1 +1,1 @@
-"""Checks of OpenAI's documented chat API over plain HTTP, against any server; they know nothing of who answers."""
+"""Checks of OpenAI's documented chat API over plain HTTP, against any server."""

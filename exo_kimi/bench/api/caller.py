@@ -1,4 +1,4 @@
-"""What every API check uses: requests to one server and words for what is wrong; it knows no check."""
+"""What every API check uses: requests to one server and words for what is wrong."""
 
 from __future__ import annotations
 

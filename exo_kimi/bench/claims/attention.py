@@ -1,10 +1,10 @@
 """One K2-shaped attention layer over a cache of 2,048 tokens, against mlx-lm's on the same weights and cache contents.
 
-    python -m exo_kimi.bench.claims.attention [--heads 64] [--hidden 896] [--rounds 1]
+    exo-kimi bench attention [--heads 64] [--hidden 896] [--lengths 1,2,...] [--rounds 1]
 
 Ratios are mlx-lm's time over ours. K2's 64 heads are measured, in two minutes, but an eighth of its hidden_size: what is more
-goes into projections, which both sides compute alike (`--hidden 7168` has all of them). Every cost of attention itself goes
-with the number of heads, so `bench all` takes 8.
+goes into projections, which both sides compute alike (`--hidden 7168` has all of them). `bench all` leaves out 4 and 512 new
+tokens, which take half of the time.
 """
 
 from __future__ import annotations
@@ -33,11 +33,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="exo-kimi bench attention", description="one attention layer by cost")
     parser.add_argument("--heads", type=int, default=64, help="of K2's 64 (default all)")
     parser.add_argument("--hidden", type=int, default=896, help="hidden_size (default 896, an eighth of K2's)")
+    parser.add_argument(
+        "--lengths",
+        type=_lengths,
+        default=",".join(map(str, BARS)),
+        metavar="L,L,...",
+        help=f"new tokens, some of {', '.join(map(str, BARS))} (default all)",
+    )
     parser.add_argument("--rounds", type=int, default=1, help="pairs of runs per length (default 1)")
     options = parser.parse_args(argv)
     layers = Layers.random(layer_config(heads=options.heads, hidden=options.hidden, q_rank=24 * options.heads))
-    rows = [measure(layers, length, options.rounds) for length in BARS]
-    counted = ", ".join(f"L={length} {_counted(length):.3g}" for length in BARS)
+    rows = [measure(layers, length, options.rounds) for length in options.lengths]
+    counted = ", ".join(f"L={length} {_counted(length):.3g}" for length in options.lengths)
     return finish(
         Result(
             bench="attention",
@@ -49,7 +56,8 @@ def main(argv: Sequence[str] | None = None) -> int:
                 "a whole K2 layer has 92.7M weights of projections beside, which both sides read alike; multiplications "
                 f"of theirs over ours with them: {counted}",
             ],
-        )
+        ),
+        options,
     )
 
 
@@ -74,6 +82,13 @@ def measure(layers: Layers, length: int, rounds: int) -> Row:
     return Row.of_pairs(
         f"L={length}", pairs, unit="s", bar=BARS[length], equal=gap <= EQUAL, note=f"relative difference {gap:.0e}"
     )
+
+
+def _lengths(text: str) -> list[int]:
+    lengths = [int(part) for part in text.split(",")]
+    if unknown := [length for length in lengths if length not in BARS]:
+        raise argparse.ArgumentTypeError(f"no bar for {', '.join(map(str, unknown))}")
+    return lengths
 
 
 def _counted(length: int) -> float:

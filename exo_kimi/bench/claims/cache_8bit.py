@@ -1,6 +1,6 @@
 """The 8-bit latent cache against our cache in the dtype of the activations; mlx-lm has none that works for this architecture.
 
-    python -m exo_kimi.bench.claims.cache_8bit [--tokens 400] [--rounds 5]
+    exo-kimi bench cache-8bit [--tokens 400] [--rounds 5]
 
 mlx-lm's error with `kv_bits=8`, bytes at K2's widths, logits against the stated bound on a tiny random checkpoint; the answers
 of the tiny Kimi of the package to held-out questions until the first token that differs; and a decode step at K2's attention
@@ -66,7 +66,8 @@ def main(argv: Sequence[str] | None = None) -> int:
                 f"logits: random checkpoint, 4 layers, kv_lora 128, {PROMPT} tokens of prompt; float32",
                 f"decode: a layer of {HEADS} heads at K2's widths, {KEYS:,} cached tokens; theirs: ours, unpacking all of them",
             ],
-        )
+        ),
+        options,
     )
 
 

@@ -1,7 +1,7 @@
-"""How much of OpenAI's documented API servers honour, check by check; it knows nothing of how any of them works.
+"""How much of OpenAI's documented API servers honour, check by check.
 
-    python -m exo_kimi.bench.claims.conformance http://127.0.0.1:52415 ...     any servers
-    python -m exo_kimi.bench.claims.conformance --peer                         ours beside mlx_lm.server, on one tiny checkpoint
+    exo-kimi bench conformance http://127.0.0.1:52415 ...     any servers
+    exo-kimi bench conformance --peer                         ours beside mlx_lm.server, on one tiny checkpoint
 
 Prints a table of all checks, one of their areas (Markdown), and then one JSON line.
 """
@@ -112,7 +112,7 @@ def summary(checks: Sequence[Check], columns: dict[str, list[Verdict]]) -> str:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the checks; returns 0 when the first server passes all of them."""
     parser = argparse.ArgumentParser(
-        prog="exo_kimi.bench.claims.conformance", description="checks of OpenAI's documented API"
+        prog="exo-kimi bench conformance", description="checks of OpenAI's documented API"
     )
     parser.add_argument("urls", nargs="*", metavar="URL", help="base addresses of running servers")
     parser.add_argument("--peer", action="store_true", help="start ours and mlx_lm.server on a tiny checkpoint")

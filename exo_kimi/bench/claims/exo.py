@@ -1,6 +1,6 @@
 """Our engine against exo's own, inside the same exo: two nodes, the same checkpoint split in the same place, over exo's API.
 
-    EXO_SRC=CHECKOUT EXO_PYTHON=VENV/bin/python python -m exo_kimi.bench.claims.exo [--rounds N] [--tokens N]
+    EXO_SRC=CHECKOUT EXO_PYTHON=VENV/bin/python exo-kimi bench exo [--rounds N] [--tokens N]
 
 Two clusters of two nodes are up at once, one of plain exo and one with our engine in its runners, and the same greedy requests
 go to each in turn; the runners of the one that waits are stopped meanwhile. The figure is what a client of exo sees: tokens of
@@ -59,7 +59,7 @@ ANSWER_S = 90.0  # exo's own engine may hang when two requests decode
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Answer:
+class ChatReply:
     """One stream: its text, how many tokens that was, and when each piece of it came."""
 
     prompt: str
@@ -73,10 +73,10 @@ class Answer:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Answers:
+class ChatReplies:
     """What one cluster gave to all streams of a round."""
 
-    streams: tuple[Answer, ...]
+    streams: tuple[ChatReply, ...]
 
     @property
     def tokens_per_s(self) -> float:
@@ -97,7 +97,7 @@ class Oracle:
         self._tokens = tokens
         self._said: dict[str, str] = {}
 
-    def differing(self, rounds: Sequence[Answers]) -> int:
+    def differing(self, rounds: Sequence[ChatReplies]) -> int:
         """How many texts are others. A character that the last token leaves unfinished counts for nothing."""
         answers = [answer for each in rounds for answer in each.streams]
         return sum(answer.text.rstrip("\ufffd") != self._says(answer.prompt) for answer in answers)
@@ -155,7 +155,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--rounds", type=int, default=3, help="pairs of runs with two streams (default 3)")
     parser.add_argument("--tokens", type=int, default=32, help="of each answer (default 32)")
     options = parser.parse_args(argv)
-    return finish(run(rounds=options.rounds, tokens=options.tokens))
+    return finish(run(rounds=options.rounds, tokens=options.tokens), options)
 
 
 @contextlib.contextmanager
@@ -177,11 +177,11 @@ def _clusters(exo: ExoHere, folder: Path) -> Iterator[tuple[ExoCluster, ExoClust
         yield ours, theirs
 
 
-def _asking(cluster: ExoCluster, other: ExoCluster, streams: int, tokens: int) -> Callable[[], Answers]:
+def _asking(cluster: ExoCluster, other: ExoCluster, streams: int, tokens: int) -> Callable[[], ChatReplies]:
     """Rounds: so many prompts at once, other ones each time, while the other cluster's runners rest."""
     rounds = itertools.count()
 
-    def ask() -> Answers:
+    def ask() -> ChatReplies:
         turn = next(rounds)
         with _resting(other):
             return ask_all(cluster.url, [f"{turn} {streams} {index}: {PROMPT}" for index in range(streams)], tokens)
@@ -201,13 +201,13 @@ def _resting(cluster: ExoCluster) -> Iterator[None]:
             os.kill(pid, signal.SIGCONT)
 
 
-def ask_all(url: str, prompts: Sequence[str], tokens: int) -> Answers:
+def ask_all(url: str, prompts: Sequence[str], tokens: int) -> ChatReplies:
     """Stream a greedy answer to each prompt, all at once.
 
     Raises:
         ExoError: one was not answered.
     """
-    answers: dict[int, Answer] = {}
+    answers: dict[int, ChatReply] = {}
 
     def ask(index: int) -> None:
         with contextlib.suppress(httpx.TransportError, ValueError, KeyError):  # told below
@@ -220,10 +220,10 @@ def ask_all(url: str, prompts: Sequence[str], tokens: int) -> Answers:
         thread.join()
     if len(answers) < len(prompts) or not all(len(each.times) > 1 for each in answers.values()):
         raise ExoError("exo did not answer every request", expected=len(prompts), found=len(answers), where=url)
-    return Answers(streams=tuple(answers[index] for index in range(len(prompts))))
+    return ChatReplies(streams=tuple(answers[index] for index in range(len(prompts))))
 
 
-def _stream(url: str, prompt: str, tokens: int) -> Answer:
+def _stream(url: str, prompt: str, tokens: int) -> ChatReply:
     body: dict[str, Any] = {"model": MODEL, "messages": [{"role": "user", "content": prompt}], "max_tokens": tokens}
     body |= {"temperature": 0, "stream": True, "stream_options": {"include_usage": True}}
     text, count, times = "", 0, []
@@ -239,7 +239,7 @@ def _stream(url: str, prompt: str, tokens: int) -> Answer:
                 if piece := f"{delta.get('reasoning_content') or ''}{delta.get('content') or ''}":
                     text += piece
                     times.append(time.perf_counter())
-    return Answer(prompt=prompt, text=text, tokens=count or tokens, times=tuple(times))
+    return ChatReply(prompt=prompt, text=text, tokens=count or tokens, times=tuple(times))
 
 
 def _versions(exo: ExoHere) -> str:

@@ -1,6 +1,6 @@
 """What each side adds to the error of a quantized kv_b_proj: mlx-lm dequantizes, splits, transposes and quantizes it again.
 
-    python -m exo_kimi.bench.claims.kv_b
+    exo-kimi bench kv-b
 
 The figure is the root mean square of the difference of an attention layer's output from that of the exactly dequantized
 weights, over the root mean square of that output. Ours over the bar; the rest of the layer is float32 and the same.

@@ -1,7 +1,7 @@
 """Latency and bandwidth of the network between two machines, for a [[link]] of cluster.toml.
 
-    exo-kimi bench link_speed --listen 192.168.2.2:52600        on one machine
-    exo-kimi bench link_speed 192.168.2.2:52600                 on the other
+    exo-kimi bench link-speed --listen 192.168.2.2:52600        on one machine
+    exo-kimi bench link-speed 192.168.2.2:52600                 on the other
 
 Plain TCP without delay, as stages talk. A byte there and back gives the latency one way; 64 MiB and an answer the bandwidth.
 Nothing that is received is kept or looked at. It prints the two lines for cluster.toml and one JSON line.
@@ -55,14 +55,14 @@ def measure_link(host: str, port: int) -> dict[str, float]:
             "the other machine does not answer",
             found=error,
             where=f"{host}:{port}",
-            fix="start `exo-kimi bench link_speed --listen HOST:PORT` there first",
+            fix="start `exo-kimi bench link-speed --listen HOST:PORT` there first",
         ) from None
     return {"latency_s": ping_s / 2, "bandwidth_bytes_per_s": BLOCK_BYTES / max(block_s - ping_s, 1e-9)}
 
 
 def main(arguments: Sequence[str], *, announce: Callable[[str], None] = print) -> None:
     """Answer, or measure and print."""
-    parser = argparse.ArgumentParser(prog="exo-kimi bench link_speed", description="latency and bandwidth of a link")
+    parser = argparse.ArgumentParser(prog="exo-kimi bench link-speed", description="latency and bandwidth of a link")
     parser.add_argument("address", nargs="?", metavar="HOST:PORT", help="a machine that listens")
     parser.add_argument("--listen", metavar="HOST:PORT", help="answer one peer")
     options = parser.parse_args(arguments)
@@ -77,7 +77,7 @@ def main(arguments: Sequence[str], *, announce: Callable[[str], None] = print) -
         return
     found = measure_link(host, int(port))
     announce(f"latency_s = {found['latency_s']:.3g}\nbandwidth_bytes_per_s = {found['bandwidth_bytes_per_s']:.4g}")
-    announce(json.dumps({"bench": "link_speed", "address": text, **found}, sort_keys=True))
+    announce(json.dumps({"bench": "link-speed", "address": text, **found}, sort_keys=True))
 
 
 def _exchange(connection: socket.socket, message: bytes) -> float:

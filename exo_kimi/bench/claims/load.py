@@ -18,7 +18,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 from exo_kimi.bench.frame import Result, Row, finish, taken_in_turn
-from exo_kimi.bench.setups.load_child import Loaded, load_once
+from exo_kimi.bench.setups.load_child import LoadedChild, load_once
 from exo_kimi.bench.setups.random_checkpoint import SHAPE, write_random
 
 LAYERS = SHAPE["num_hidden_layers"]
@@ -32,7 +32,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "--drop-caches", action="store_true", help="drop the files from the page cache before each load"
     )
     options = parser.parse_args(arguments)
-    return finish(measure(options.rounds, cold=options.drop_caches))
+    return finish(measure(options.rounds, cold=options.drop_caches), options)
 
 
 def measure(rounds: int, *, cold: bool = False) -> Result:
@@ -63,12 +63,12 @@ def _fresh_processes() -> Executor:
 
 
 def _rows(processes: Executor, directory: Path, start: int, rounds: int, *, cold: bool) -> list[Row]:
-    def run(side: str, *, cold: bool = cold) -> Loaded:
+    def run(side: str, *, cold: bool = cold) -> LoadedChild:
         if cold:
             drop(directory)
         return processes.submit(load_once, side, directory, start, LAYERS).result()
 
-    def again(side: str) -> Loaded:
+    def again(side: str) -> LoadedChild:
         return run(side, cold=False)
 
     pairs = taken_in_turn(lambda: run("ours"), lambda: run("theirs"), rounds=rounds)
@@ -104,7 +104,7 @@ def _rows(processes: Executor, directory: Path, start: int, rounds: int, *, cold
     ]
 
 
-def _speed(name: str, pairs: Sequence[tuple[Loaded, Loaded]], note: str) -> Row:
+def _speed(name: str, pairs: Sequence[tuple[LoadedChild, LoadedChild]], note: str) -> Row:
     speeds = [(ours.gb_per_s, theirs.gb_per_s) for ours, theirs in pairs]
     return Row.of_pairs(name, speeds, unit="GB/s", inverse=True, note=note)
 

@@ -1,6 +1,6 @@
 """Two stages of ours against two ranks of mlx-lm's pipeline on the ring, same weights, same greedy tokens.
 
-    python -m exo_kimi.bench.claims.pipeline [--rounds N]
+    exo-kimi bench pipeline [--rounds N]
 
 Decoding at 1, 2 and 4 streams on a toy whose layers outweigh a hop; then, on a thinner one, whose long prompts finish here,
 the first token of a prompt of 2,000 tokens, alone and while another stream decodes. Ratios above 1 are in our favour, that of
@@ -25,7 +25,7 @@ from exo_kimi.bench.setups.awake import awake
 from exo_kimi.bench.setups.our_stages import OurStages
 from exo_kimi.bench.setups.peer import copy_for_peer
 from exo_kimi.bench.setups.ring import Ring
-from exo_kimi.bench.setups.traffic import Seen, Traffic
+from exo_kimi.bench.setups.traffic import TokenTimes, Traffic
 from exo_kimi.checkpoint.tiny.make import make_tiny
 from exo_kimi.errors import UsageError
 
@@ -55,7 +55,7 @@ SETTLED = 3
 """Tokens of each stream after which a rate is taken: both have filled their pipeline then."""
 CONTEXT = 4096
 DEADLINE_S = 90.0
-Pair = tuple[Seen, Seen]
+Pair = tuple[TokenTimes, TokenTimes]
 
 
 class Measure(Protocol):
@@ -105,7 +105,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--rounds", type=int, default=5, help="pairs of runs per row (default 5), a third of them of long prompts"
     )
-    return finish(run(rounds=parser.parse_args(argv).rounds))
+    options = parser.parse_args(argv)
+    return finish(run(rounds=options.rounds), options)
 
 
 @contextmanager
@@ -121,10 +122,10 @@ def _both(config: dict[str, int]) -> Iterator[Measure]:
             awake(),
         ):
 
-            def theirs(traffic: Traffic, *, alone: bool = False) -> Seen:
+            def theirs(traffic: Traffic, *, alone: bool = False) -> TokenTimes:
                 answer = ring.run(traffic.order() | {"alone": alone}, deadline_s=DEADLINE_S)
                 submitted = [0.0] * len(traffic.prompts)
-                return Seen(
+                return TokenTimes(
                     tokens=answer["tokens"], times=answer["times"], submitted=answer.get("submitted", submitted)
                 )
 
@@ -143,7 +144,7 @@ def _both(config: dict[str, int]) -> Iterator[Measure]:
 def _row(
     name: str,
     pairs: list[Pair],
-    figure: Callable[[Seen], float],
+    figure: Callable[[TokenTimes], float],
     unit: str,
     bar: float | None,
     *,
@@ -156,7 +157,7 @@ def _row(
     return Row.of_pairs(name, figures, unit=unit, bar=bar, direction=direction, inverse=inverse, note=note, equal=equal)
 
 
-def _settled(seen: Seen) -> float:
+def _settled(seen: TokenTimes) -> float:
     return seen.tokens_per_s(after=SETTLED)
 
 

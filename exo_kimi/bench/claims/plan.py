@@ -1,6 +1,6 @@
 """The planner's promise against the clock: a tiny model over three stage processes of this machine.
 
-    python -m exo_kimi.bench.claims.plan [--stages N] [--rounds N]
+    exo-kimi bench plan [--stages N] [--rounds N]
 
 Measures this machine's profile, plans, serves with the plan's split, and times decoding. Prints a table and one JSON line.
 """

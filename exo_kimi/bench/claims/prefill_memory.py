@@ -1,6 +1,6 @@
 """Peak memory and time of prefill against mlx-lm, and whether the peak stays under a given budget.
 
-    python -m exo_kimi.bench.claims.prefill_memory [--rounds N] [--prompt 32768]
+    exo-kimi bench prefill-memory [--rounds N] [--prompt 32768]
 
 Ratios are mlx-lm's peak over ours (beside weights, cache contents and inputs, which both hold), and our time over theirs.
 """
@@ -57,7 +57,7 @@ BUDGETED: dict[str, Any] = TOY | {
 
 
 @dataclass(frozen=True, slots=True)
-class Run:
+class MeasuredRun:
     """Seconds, peak bytes beside what was held before, and the output."""
 
     time_s: float
@@ -85,11 +85,12 @@ def main(argv: Sequence[str] | None = None) -> int:
                 f"prompt: 2 layers of 1 head, chunks of {CHUNK} under 64 MiB against mlx-lm's of 2,048; float32",
                 "budget: 64 heads, 512 new tokens of 4,096; the ratio is peak over budget",
             ],
-        )
+        ),
+        options,
     )
 
 
-def measured(run: Callable[[], mx.array]) -> Run:
+def measured(run: Callable[[], mx.array]) -> MeasuredRun:
     """Run it once, with MLX's buffer cache empty."""
     mx.clear_cache()
     before_bytes = mx.get_active_memory()
@@ -97,10 +98,10 @@ def measured(run: Callable[[], mx.array]) -> Run:
     started_s = time.perf_counter()
     output = run()
     mx.eval(output)
-    return Run(time.perf_counter() - started_s, mx.get_peak_memory() - before_bytes, output)
+    return MeasuredRun(time.perf_counter() - started_s, mx.get_peak_memory() - before_bytes, output)
 
 
-def pair_rows(name: str, pairs: Sequence[tuple[Run, Run]]) -> list[Row]:
+def pair_rows(name: str, pairs: Sequence[tuple[MeasuredRun, MeasuredRun]]) -> list[Row]:
     """Peak and time of runs taken in turn."""
     gap = max(relative_gap(ours.output, theirs.output) for ours, theirs in pairs)
     peaks = [(float(ours.peak_bytes), float(theirs.peak_bytes)) for ours, theirs in pairs]
@@ -119,7 +120,7 @@ def layer_rows(rounds: int) -> list[Row]:
     layers.ours.scratch_bytes = 160 * MIB
     contents, x = layers.contents(cached), layers.tokens(new)
 
-    def run(step: Callable[..., mx.array]) -> Run:
+    def run(step: Callable[..., mx.array]) -> MeasuredRun:
         cache = layers.cache(contents, new)
         return measured(lambda: step(x, cache))
 

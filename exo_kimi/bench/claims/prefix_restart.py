@@ -1,6 +1,6 @@
 """A known prompt after a restart of the server, from the stages' disks, against the same prompt when it was new.
 
-    python -m exo_kimi.bench.claims.prefix_restart [--tokens N] [--rounds N]
+    exo-kimi bench prefix-restart [--tokens N] [--rounds N]
 
 In each round the server is started anew, answers the prompt of the round before from disk, and then a new one. In the end two
 blocks are damaged on disk, one cut short and one with a flipped bit. The ratio is cold over restarted, for the same prompt.
@@ -18,7 +18,7 @@ from pathlib import Path
 import httpx
 
 from exo_kimi.bench.frame import Result, Row, figure, finish
-from exo_kimi.bench.setups.asking import Answer, ask, words_of
+from exo_kimi.bench.setups.asking import TimedReply, ask, words_of
 from exo_kimi.bench.setups.peer import our_server
 from exo_kimi.chat.tokenizer import KimiTokenizer
 from exo_kimi.checkpoint.tiny.make import make_tiny
@@ -51,8 +51,8 @@ def run(*, tokens: int, rounds: int) -> Result:
         options = ("--prefix-disk-bytes", BUDGET, "--prefix-dir", str(disk))
         tokenizer = KimiTokenizer.from_directory(checkpoint)
         prompts = [words_of(tokenizer, tokens, seed=seed) for seed in range(rounds)]
-        cold: list[Answer] = []
-        warm: list[Answer] = []
+        cold: list[TimedReply] = []
+        warm: list[TimedReply] = []
         for turn in range(rounds + 1):
             with our_server(checkpoint, *options) as url:
                 if turn:
@@ -91,7 +91,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--tokens", type=int, default=20480, help="of a prompt (default 20480)")
     parser.add_argument("--rounds", type=int, default=2, help="restarts that count (default 2)")
     options = parser.parse_args(argv)
-    return finish(run(tokens=options.tokens, rounds=options.rounds))
+    return finish(run(tokens=options.tokens, rounds=options.rounds), options)
 
 
 def _wait_written(url: str, blocks: int) -> None:

@@ -31,7 +31,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--tokens", type=int, default=512, help="of each router (default 512)")
     parser.add_argument("--routers", type=int, default=3, help="with other random weights (default 3)")
     options = parser.parse_args(arguments)
-    return finish(measure(options.tokens, options.routers))
+    return finish(measure(options.tokens, options.routers), options)
 
 
 def measure(tokens: int, routers: int) -> Result:

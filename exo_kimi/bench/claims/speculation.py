@@ -27,7 +27,7 @@ from exo_kimi.checkpoint.tiny.make import make_tiny
 from exo_kimi.planner.command import model_bytes
 from exo_kimi.planner.weights.bytes import ModelBytes
 from exo_kimi.runtime.engine.engine import Engine
-from exo_kimi.runtime.engine.speculation import Drafter
+from exo_kimi.runtime.engine.speculation import Drafter, step_bytes_of
 from exo_kimi.runtime.loading.loader import load
 from exo_kimi.runtime.pipeline import Pipeline
 from exo_kimi.runtime.requests import GenerationRequest, SamplingParams
@@ -57,9 +57,7 @@ class Decoded:
 
 def decode(make: Callable[[], Pipeline], request: GenerationRequest, model: ModelBytes, *, limit: int) -> Decoded:
     """Run one request alone; with a limit of 0 nothing is guessed, only counted."""
-    drafter = Drafter.of("auto", model)
-    assert drafter is not None
-    drafter.limit = limit
+    drafter = Drafter(step_bytes=step_bytes_of(model), limit=limit)
 
     async def run() -> tuple[int, ...]:
         async with (
@@ -189,4 +187,4 @@ def main(arguments: Sequence[str]) -> int:
     )
     parser.add_argument("--recipe", default="int4-q8", help="at these bits (default int4-q8)")
     options = parser.parse_args(arguments)
-    return finish(run(published=options.model, recipe=options.recipe))
+    return finish(run(published=options.model, recipe=options.recipe), options)

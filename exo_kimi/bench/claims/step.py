@@ -37,7 +37,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="exo-kimi bench step", description="a decode step beside mlx-lm's")
     parser.add_argument("--rounds", type=int, default=5, help="runs of both, taken in turn (default 5)")
     options = parser.parse_args(arguments)
-    return finish(measure(options.rounds))
+    return finish(measure(options.rounds), options)
 
 
 def measure(rounds: int) -> Result:

@@ -18,7 +18,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 from exo_kimi.bench.frame import Result, Row, finish
-from exo_kimi.bench.setups.asking import Answer, ask, words_of
+from exo_kimi.bench.setups.asking import TimedReply, ask, words_of
 from exo_kimi.bench.setups.peer import our_server, peer_server
 from exo_kimi.chat.tokenizer import KimiTokenizer
 from exo_kimi.checkpoint.tiny.make import make_tiny
@@ -40,7 +40,7 @@ TOY = {  # K2's head sizes, so that 40 tokens cost what they cost there relative
     "qk_rope_head_dim": 64,
     "v_head_dim": 128,
 }
-Pair = tuple[Answer, Answer]
+Pair = tuple[TimedReply, TimedReply]
 
 
 def run(*, history: int, turns: int, tokens: int) -> Result:
@@ -75,7 +75,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--turns", type=int, default=20, help="turns that count (default 20)")
     parser.add_argument("--tokens", type=int, default=40, help="new tokens of a turn (default 40)")
     options = parser.parse_args(argv)
-    return finish(run(history=options.history, turns=options.turns, tokens=options.tokens))
+    return finish(run(history=options.history, turns=options.turns, tokens=options.tokens), options)
 
 
 def _row(name: str, pairs: list[Pair], bar: float | None) -> Row:

@@ -1,4 +1,4 @@
-"""Prompts of a given number of tokens and the time until a server has answered one; it knows no server's options."""
+"""Prompts of a given number of tokens and the time until a server has answered one."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ WORDS = "the reply of a tool says that every file was read and some other lines 
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Answer:
+class TimedReply:
     """What a server said, and when.
 
     Args:
@@ -44,7 +44,7 @@ def words_of(tokenizer: KimiTokenizer, tokens: int, *, seed: int) -> str:
         text += word
 
 
-def ask(url: str, prompt: str, *, max_tokens: int = 1) -> Answer:
+def ask(url: str, prompt: str, *, max_tokens: int = 1) -> TimedReply:
     """A greedy text completion.
 
     Raises:
@@ -59,7 +59,7 @@ def ask(url: str, prompt: str, *, max_tokens: int = 1) -> Answer:
     except httpx.HTTPError as error:
         raise UsageError("a server did not answer", found=repr(error), where=url) from error
     usage = found["usage"]
-    return Answer(
+    return TimedReply(
         seconds=seconds,
         text=found["choices"][0]["text"],
         prompt_tokens=usage["prompt_tokens"],

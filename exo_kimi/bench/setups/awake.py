@@ -1,4 +1,4 @@
-"""Cores that do not fall asleep while something is measured; it knows nothing of what is.
+"""Cores that do not fall asleep while something is measured.
 
 Ours waits asleep and mlx-lm's ring waits spinning. A virtual machine gives a core that sleeps to others, and what wakes on it
 next runs up to 1.6 times slower for a while (measured here: 0.72 ms of a fixed product became 1.18). So one process per core

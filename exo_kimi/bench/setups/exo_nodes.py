@@ -1,6 +1,6 @@
 """Real exo nodes on loopback, for the benchmark `exo` and for tests: exo's own Python with a stand-in for its Rust networking.
 
-Linux only, where all of 127/8 is loopback. What is started says `exo_here`. It knows nothing of plans or models.
+Linux only, where all of 127/8 is loopback. What is started says `exo_here`.
 """
 
 from __future__ import annotations

@@ -1,6 +1,4 @@
 """One attention layer in both implementations, on the same arrays, with the same cache contents; what benches share.
-
-It knows nothing of what is measured.
 """
 
 from __future__ import annotations

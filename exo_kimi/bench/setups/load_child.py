@@ -49,7 +49,7 @@ class Rank:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Loaded:
+class LoadedChild:
     """What one load took: seconds, the most memory beside what was resident before, and the bytes it was asked for."""
 
     seconds: float
@@ -62,7 +62,7 @@ class Loaded:
         return self.own_bytes / self.seconds / 1e9
 
 
-def load_once(side: str, directory: Path, start: int, end: int) -> Loaded:
+def load_once(side: str, directory: Path, start: int, end: int) -> LoadedChild:
     """Load in this process, in which nothing was loaded before. Imports and the start of MLX are not counted."""
     manifest = resolve(open_index(directory), start, end)
     mx.eval(mx.zeros(1))
@@ -74,7 +74,7 @@ def load_once(side: str, directory: Path, start: int, end: int) -> Loaded:
     peak_bytes = _resident("VmHWM") - before_bytes
     model = side in ("ours", "theirs")
     own_bytes = sum(value.nbytes for _, value in tree_flatten(held.parameters())) if model else manifest.disk_bytes
-    return Loaded(seconds=seconds, peak_bytes=peak_bytes, own_bytes=own_bytes)
+    return LoadedChild(seconds=seconds, peak_bytes=peak_bytes, own_bytes=own_bytes)
 
 
 def _ours(manifest: StageManifest) -> Any:

@@ -1,4 +1,4 @@
-"""Our engine over stage processes of this machine, for a bench that is not asynchronous; it knows nothing of any other."""
+"""Our engine over stage processes of this machine, for a bench that is not asynchronous."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-from exo_kimi.bench.setups.traffic import Seen, Traffic
+from exo_kimi.bench.setups.traffic import TokenTimes, Traffic
 from exo_kimi.checkpoint.checkpoint import Checkpoint
 from exo_kimi.runtime.cluster.cluster_plan import make_plan
 from exo_kimi.runtime.cluster.supervisor import ClusterOptions, StageCluster
@@ -41,14 +41,14 @@ class OurStages:
             finally:
                 runner.run(engine.close())
 
-    def run(self, traffic: Traffic) -> Seen:
+    def run(self, traffic: Traffic) -> TokenTimes:
         """Greedy answers to all requests of a traffic."""
         return self._runner.run(self._run(traffic))
 
-    async def _run(self, traffic: Traffic) -> Seen:
+    async def _run(self, traffic: Traffic) -> TokenTimes:
         started_s = time.perf_counter()
         count = len(traffic.prompts)
-        seen = Seen(tokens=[[] for _ in range(count)], times=[[] for _ in range(count)], submitted=[0.0] * count)
+        seen = TokenTimes(tokens=[[] for _ in range(count)], times=[[] for _ in range(count)], submitted=[0.0] * count)
         first_has = [asyncio.Event() for _ in range(max(traffic.new_tokens) + 1)]
         first_has[0].set()
 

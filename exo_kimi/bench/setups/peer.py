@@ -1,7 +1,7 @@
 """Starts our server and its peer, `mlx_lm.server`, on one checkpoint; the peer on a copy that it can read.
 
 The peer's tokenizer code wants a `tokenizer.json`, which Kimi's checkpoints do not have, so the copy gets one with the same
-tokens, merges, split pattern and control tokens. Weights are links. It knows nothing of what is asked of the servers.
+tokens, merges, split pattern and control tokens. Weights are links.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""A thin toy of 61 layers, ours beside mlx-lm's model of the same weights; it knows nothing of what is measured on them.
+"""A thin toy of 61 layers, ours beside mlx-lm's model of the same weights.
 
 Its checkpoint holds `embed_q` and `unembed_out`, which both sides read as they are: mlx-lm would quantize `kv_b_proj` anew.
 """

@@ -1,6 +1,4 @@
 """Greedy answers of the tiny Kimi of the package to held-out questions, for comparing two ways to compute them.
-
-It knows nothing of what the ways are.
 """
 
 from __future__ import annotations
@@ -23,7 +21,7 @@ MOST = 96
 
 
 @dataclass(frozen=True, slots=True)
-class Answer:
+class TinyReply:
     """What came, and whether that is what the question accepts."""
 
     tokens: list[int]
@@ -40,21 +38,21 @@ class TinyAnswers:
         self._template = ChatTemplate.from_directory(directory, self._tokenizer)
         self._cases = question_cases(1, SEED)
 
-    def ask(self, tokens: int, *, before: Callable[[Model], object]) -> list[Answer]:
+    def ask(self, tokens: int, *, before: Callable[[Model], object]) -> list[TinyReply]:
         """Answers, one question after another, until so many tokens came or there are no more questions.
 
         Args:
             tokens: at least so many.
             before: called with the model before each question.
         """
-        answers: list[Answer] = []
+        answers: list[TinyReply] = []
         for case in self._cases:
             if sum(len(answer.tokens) for answer in answers) >= tokens:
                 break
             before(self.model)
             found = self._greedy(self._template.render(case.messages).ids)
             said = self._tokenizer.decode(token for token in found if not self._tokenizer.is_special(token))
-            answers.append(Answer(found, any(said.endswith(reply) for reply in case.accepted)))
+            answers.append(TinyReply(found, any(said.endswith(reply) for reply in case.accepted)))
         return answers
 
     def _greedy(self, prompt: list[int]) -> list[int]:

@@ -1,4 +1,4 @@
-"""The same requests to anybody, and what is read off the times of their tokens; it knows nobody who answers them."""
+"""The same requests to anybody, and what is read off the times of their tokens."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class Traffic:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Seen:
+class TokenTimes:
     """What came back, per request: token ids, when each came, and when the request was submitted; seconds since the start."""
 
     tokens: list[list[int]]

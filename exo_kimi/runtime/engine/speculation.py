@@ -54,16 +54,9 @@ class Drafter:
         """What an option asks for: `off`, `auto` where bytes say so, or a number of guesses whatever they say."""
         if speculate in ("off", 0):
             return None
-        step_bytes = StepBytes(
-            shared_bytes=sum(model.layer_bytes) - sum(model.expert_bytes) + model.head_bytes,
-            expert_bytes=sum(model.expert_bytes),
-            experts=model.config.n_routed_experts,
-            experts_per_token=model.config.num_experts_per_tok,
-            kv_token_bytes=model.kv_layer_bytes * model.layers,
-        )
         if isinstance(speculate, int):
-            return cls(step_bytes=step_bytes, limit=speculate, always=True)
-        return cls(step_bytes=step_bytes)
+            return cls(step_bytes=step_bytes_of(model), limit=speculate, always=True)
+        return cls(step_bytes=step_bytes_of(model))
 
     def draft(self, sequences: Ordered[Sequence], *, others: int, room: int) -> None:
         """Set `drafts` of each sequence.
@@ -114,3 +107,14 @@ class Drafter:
             return [], []
         guess = lookup.guess(limit)
         return guess, lookup.chances(len(guess))
+
+
+def step_bytes_of(model: ModelBytes) -> StepBytes:
+    """What steps of a model read."""
+    return StepBytes(
+        shared_bytes=sum(model.layer_bytes) - sum(model.expert_bytes) + model.head_bytes,
+        expert_bytes=sum(model.expert_bytes),
+        experts=model.config.n_routed_experts,
+        experts_per_token=model.config.num_experts_per_tok,
+        kv_token_bytes=model.kv_layer_bytes * model.layers,
+    )

@@ -5,12 +5,12 @@ import sys
 import pytest
 
 from exo_kimi.bench.setups.ring import Ring
-from exo_kimi.bench.setups.traffic import Seen, Traffic
+from exo_kimi.bench.setups.traffic import TokenTimes, Traffic
 from exo_kimi.errors import UsageError
 
 
-def seen(*streams: list[float], submitted: list[float] | None = None) -> Seen:
-    return Seen(
+def seen(*streams: list[float], submitted: list[float] | None = None) -> TokenTimes:
+    return TokenTimes(
         tokens=[[0] * len(times) for times in streams],
         times=list(streams),
         submitted=submitted or [0.0] * len(streams),
@@ -50,4 +50,4 @@ def test_a_rank_that_dies_or_hangs_is_an_error_within_the_deadline_and_no_proces
     with Ring.started(tmp_path, ranks=2, command=(sys.executable, "-c", RANK + program)) as ring:
         with pytest.raises(UsageError, match=problem):
             ring.run({"x": 1}, deadline_s=0.5 if "sleep" in program else 20)
-        assert all(process.poll() is not None for process in ring._ranks)
+        assert all(rank.process.poll() is not None for rank in ring._ranks)
