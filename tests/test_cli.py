@@ -423,3 +423,8 @@ def test_what_follows_belongs_to_the_other_program(monkeypatch: pytest.MonkeyPat
         (["--node-id", "m3", "--plan"], "PLAN"),
         ["--stages", "2", "--help"],
     ]
+
+
+@pytest.mark.parametrize("name", ["link-speed", "link_speed"])
+def test_a_bench_answers_to_its_old_spelling(name: str) -> None:
+    assert "usage: exo-kimi bench link-speed" in run("bench", name, "--help").stdout

@@ -135,7 +135,12 @@ class Result:
 
     def json_line(self) -> str:
         """One JSON document; `ratio` and `bar` are those of the row with the least margin."""
-        document: dict[str, Any] = {"bench": self.bench, "command": self.command, "against": self.against, "ok": self.ok}
+        document: dict[str, Any] = {
+            "bench": self.bench,
+            "command": self.command,
+            "against": self.against,
+            "ok": self.ok,
+        }
         if self.skipped:
             return json.dumps({**document, "ratio": None, "bar": None, "skipped": self.skipped})
         worst = min(self.rows, key=lambda row: (row.ok, row.margin))

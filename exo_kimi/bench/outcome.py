@@ -81,7 +81,9 @@ class BenchOutcome:
         }
 
 
-def run_bench(bench: str, options: Sequence[str] = (), *, limit_s: float, command: Sequence[str] = COMMAND) -> BenchOutcome:
+def run_bench(
+    bench: str, options: Sequence[str] = (), *, limit_s: float, command: Sequence[str] = COMMAND
+) -> BenchOutcome:
     """Run a bench to its end, or kill it and all that it started when the time is over.
 
     Args:
@@ -122,7 +124,9 @@ def missing(bench: str, reason: str) -> BenchOutcome:
     return BenchOutcome(bench=bench, seconds=0.0, text=f"{bench}: skipped: {reason}", skipped=reason)
 
 
-def _read(bench: str, lines: list[str], errors: list[str], problem: str | None, status: int, seconds: float) -> BenchOutcome:
+def _read(
+    bench: str, lines: list[str], errors: list[str], problem: str | None, status: int, seconds: float
+) -> BenchOutcome:
     document = _document(lines[-1]) if lines else None
     if problem or document is None:
         last = [line.strip() for line in [*lines, *errors] if line.strip()][-_SHOWN_LINES:]

@@ -1,5 +1,6 @@
 """The shared part of the benchmarks: order of runs, medians, bars, the JSON line."""
 
+import argparse
 import json
 
 import pytest
@@ -62,3 +63,13 @@ def test_a_missed_bar_is_an_exit_status_and_a_skip_is_not(capsys):
 
 def test_quartiles_of_one_value_are_that_value():
     assert quartiles([2.0]) == (2.0, 2.0, 2.0)
+
+
+def test_table_json_line_and_each_row_name_the_command_with_every_option(capsys):
+    options = argparse.Namespace(heads=64, lengths=[1, 2], drop_caches=True, quick=False, html=None)
+    finish(Result(bench="b", rows=[Row(name="x", ours=1, unit="s", ratio=1.0)]), options)
+    table, line = capsys.readouterr().out.rsplit("\n", 2)[:2]
+    command = "exo-kimi bench b --heads 64 --lengths 1,2 --drop-caches"
+    assert table.splitlines()[-1] == command
+    document = json.loads(line)
+    assert [document["command"], document["rows"][0]["command"]] == [command, command]

@@ -111,9 +111,7 @@ def summary(checks: Sequence[Check], columns: dict[str, list[Verdict]]) -> str:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the checks; returns 0 when the first server passes all of them."""
-    parser = argparse.ArgumentParser(
-        prog="exo-kimi bench conformance", description="checks of OpenAI's documented API"
-    )
+    parser = argparse.ArgumentParser(prog="exo-kimi bench conformance", description="checks of OpenAI's documented API")
     parser.add_argument("urls", nargs="*", metavar="URL", help="base addresses of running servers")
     parser.add_argument("--peer", action="store_true", help="start ours and mlx_lm.server on a tiny checkpoint")
     parser.add_argument("--api-key", help="bearer token for the URLs")

@@ -1,5 +1,4 @@
-"""One attention layer in both implementations, on the same arrays, with the same cache contents; what benches share.
-"""
+"""One attention layer in both implementations, on the same arrays, with the same cache contents; what benches share."""
 
 from __future__ import annotations
 

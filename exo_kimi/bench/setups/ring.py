@@ -41,7 +41,7 @@ class RingProcess:
     @classmethod
     def started(cls, command: list[str], environment: dict[str, str]) -> RingProcess:
         """One that runs."""
-        log = tempfile.TemporaryFile()  # noqa: SIM115  closed by `close`
+        log = tempfile.TemporaryFile()  # noqa: SIM115  closed by `Ring.started`
         (taken, orders), (answers, given) = os.pipe(), os.pipe()
         try:
             process = subprocess.Popen(

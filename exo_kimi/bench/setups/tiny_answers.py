@@ -1,5 +1,4 @@
-"""Greedy answers of the tiny Kimi of the package to held-out questions, for comparing two ways to compute them.
-"""
+"""Greedy answers of the tiny Kimi of the package to held-out questions, for comparing two ways to compute them."""
 
 from __future__ import annotations
 
