@@ -1,4 +1,4 @@
-"""Errors of a stage on their way to the leader: an error as a message, and the message as an error of the same class."""
+"""Errors of the protocol: a malformed frame; a stage's error as a message to the leader, and the same error back."""
 
 from __future__ import annotations
 
@@ -25,6 +25,11 @@ _CLASSES: dict[FaultKind, type[RuntimeFault]] = {
     "protocol": ProtocolError,
     "link": LinkBroken,
 }
+
+
+def malformed(what: str, *, expected: object, found: object) -> ProtocolError:
+    """A ProtocolError about a frame; `found` is cut short, as it is a stranger's."""
+    return ProtocolError(f"malformed frame: {what}"[:200], expected=expected, found=repr(found)[:200])
 
 
 def to_message(error: ExoKimiError, epoch: int, step_id: int | None) -> StageFault:

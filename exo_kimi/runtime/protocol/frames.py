@@ -1,30 +1,51 @@
-"""Messages as lists of byte parts and back: a JSON header with version, kind and epoch, then raw buffers. No pickle.
+"""Messages as lists of byte parts and back: a JSON header with version and kind, then raw buffers. No pickle.
 
-Whatever the bytes, `decode` returns a message or raises ProtocolError. It knows nothing of sockets.
+Whatever the bytes, `decode` returns a message or raises ProtocolError.
 
     [header JSON] [buffer] [buffer] ...      numbers in buffers are little-endian
 """
 
 from __future__ import annotations
 
-import dataclasses
-import json
+import re
 from collections.abc import Sequence
 
+import msgspec
+
 from exo_kimi.errors import ProtocolError
-from exo_kimi.runtime.protocol import json_fields as fields
-from exo_kimi.runtime.protocol.messages import CONTROL_KINDS, Control
-from exo_kimi.runtime.protocol.step_frames import decode_result, decode_step, encode_result, encode_step
+from exo_kimi.runtime.protocol.faults import malformed
+from exo_kimi.runtime.protocol.messages import PROTOCOL_VERSION, Control
+from exo_kimi.runtime.protocol.step_frames import (
+    COLUMNS,
+    ResultHeader,
+    StepHeader,
+    check_finite,
+    decode_result,
+    decode_step,
+    encode_result,
+    encode_step,
+)
 from exo_kimi.runtime.steps import Step, StepResult
 from exo_kimi.runtime.transport.link import MAX_PART_BYTES
 from exo_kimi.runtime.transport.link import Part as Part
 
-PROTOCOL_VERSION = 4
 MAX_HEADER_BYTES = 8 << 20  # 64 sequences with a logit bias of 1,000 tokens each take 1 MB
 MAX_PARTS = 16_384
 
 Message = Step | StepResult | Control
-_CONTROL_NAMES = {cls: name for name, cls in CONTROL_KINDS.items()}
+
+
+class _AnyHeader(msgspec.Struct):
+    """What can be read of a header of any version."""
+
+    version: object = None
+
+
+_version = msgspec.json.Decoder(_AnyHeader)
+_header: msgspec.json.Decoder[StepHeader | ResultHeader | Control] = msgspec.json.Decoder(
+    StepHeader | ResultHeader | Control
+)
+_encoder = msgspec.json.Encoder()
 
 
 def encode(message: Message) -> list[Part]:
@@ -33,18 +54,19 @@ def encode(message: Message) -> list[Part]:
     Raises:
         ProtocolError: a value that no frame can hold (such as a NaN temperature), or a frame that is too big.
     """
-    if isinstance(message, Step):
-        kind, body, buffers = "step", *encode_step(message)
-    elif isinstance(message, StepResult):
-        kind, body, buffers = "step_result", *encode_result(message)
-    else:
-        kind, body, buffers = _CONTROL_NAMES[type(message)], dataclasses.asdict(message), []
-    header = {"version": PROTOCOL_VERSION, "kind": kind, "epoch": getattr(message, "epoch", 0)} | body
+    header: StepHeader | ResultHeader | Control
+    buffers: list[Part] = []
     try:
-        text = json.dumps(header, separators=(",", ":"), allow_nan=False).encode()
-    except ValueError as error:
-        raise fields.bad("a number that JSON cannot hold", expected="finite numbers", found=str(error)) from error
-    parts = [text, *buffers]
+        if isinstance(message, Step):
+            header, buffers = encode_step(message)
+        elif isinstance(message, StepResult):
+            header, buffers = encode_result(message)
+        else:
+            header = message
+            check_finite(msgspec.structs.astuple(message), type(message).__name__)
+        parts = [_encoder.encode(header), *buffers]
+    except (ValueError, OverflowError) as error:  # msgspec's, or a text that is not Unicode
+        raise malformed("a value that JSON cannot hold", expected="values within bounds", found=error) from error
     _check_sizes(parts)
     return parts
 
@@ -56,13 +78,28 @@ def decode(parts: Sequence[Part]) -> Message:
         ProtocolError: another protocol version (the message has both), or anything that is not a well-formed message.
     """
     if not parts:
-        raise fields.bad("no parts", expected="a header", found=list(parts))
+        raise malformed("no parts", expected="a header", found=list(parts))
     _check_sizes(parts)
     try:
-        header = fields.mapping(json.loads(bytes(parts[0])), "header")
+        # By itself and first: of another version, nothing else is known.
+        _check_version(_version.decode(parts[0]).version)
+        header = _header.decode(parts[0])
+    except msgspec.ValidationError as error:
+        raise _explained(error, parts[0]) from error
     except (ValueError, RecursionError) as error:
-        raise fields.bad("the header is not JSON", expected="a JSON object", found=bytes(parts[0][:80])) from error
-    version = header.get("version")
+        raise malformed(
+            "the header is not JSON", expected="a JSON object", found=f"{bytes(parts[0][:80])!r} ({error})"
+        ) from error
+    if isinstance(header, StepHeader):
+        return decode_step(header, parts[1:])
+    if isinstance(header, ResultHeader):
+        return decode_result(header, parts[1:])
+    if len(parts) > 1:
+        raise malformed("buffers after a control message", expected="1 part", found=len(parts))
+    return header
+
+
+def _check_version(version: object) -> None:
     if version != PROTOCOL_VERSION or type(version) is not int:
         raise ProtocolError(
             "the other side speaks another version of the protocol",
@@ -70,16 +107,31 @@ def decode(parts: Sequence[Part]) -> Message:
             found=f"version {version!r}"[:100] + " (the other side)",
             fix="install the same version of exo-kimi on every machine",
         )
-    kind = header.get("kind")
-    if kind == "step":
-        return decode_step(header, parts[1:])
-    if kind == "step_result":
-        return decode_result(header, parts[1:])
-    if not isinstance(kind, str) or kind not in CONTROL_KINDS:
-        raise fields.bad("unknown kind", expected="a known kind", found=kind)
-    if len(parts) > 1:
-        raise fields.bad("buffers after a control message", expected="1 part", found=len(parts))
-    return fields.record(CONTROL_KINDS[kind], header)
+
+
+def _explained(error: msgspec.ValidationError, header: Part) -> ProtocolError:
+    """The error with the member's name and the value that was there; msgspec tells what it expected and a path."""
+    problem, _, path = str(error).partition(" - at `$")
+    steps = re.findall(r"\.(\w+)|\[(\d+)\]", path)
+    try:
+        found = msgspec.json.decode(header)
+        for member, index in steps:
+            found = found[member or int(index)]
+    except (ValueError, LookupError, TypeError, RecursionError):  # not JSON beyond that place, or a member twice
+        found = bytes(header[:80])
+    if isinstance(found, dict) and problem.startswith("Object "):  # a member that is missing or unknown
+        found = sorted(found)[:20]
+    return malformed(_name(steps), expected=problem.removeprefix("Expected "), found=found)
+
+
+def _name(steps: Sequence[tuple[str, str]]) -> str:
+    """The members and indices on the way to a value; in a row, what its columns are called."""
+    name = shape = ""
+    for member, index in steps:
+        label = member or (COLUMNS[shape][int(index)] if shape in COLUMNS else "")
+        name += f".{label}" if label else f"[{index}]"
+        shape = f"{shape}.{label}".removeprefix(".") if label else f"{shape}[]"
+    return name.removeprefix(".") or "header"
 
 
 def _check_sizes(parts: Sequence[Part]) -> None:

@@ -1,4 +1,4 @@
-"""What the leader and the stages say to each other beside steps; knows nothing of bytes (see `wire`) or sockets (see `link`).
+"""What the leader and the stages say to each other beside steps: one class a message, decoded strictly by msgspec.
 
     leader                                stage
       Hello            ->                 (first frame on every connection)
@@ -14,15 +14,25 @@
                        <-                 BlocksChanged, when its disk has written or lost prefixes
       Goodbye          ->                 frees the weights; a local child ends
 
-Bytes are counts of bytes, `_s` are seconds. Integers are never negative.
+A frame's header is the JSON of one of these classes (`frames`), with its `kind` and the `version` of the protocol. A member that
+is missing, unknown, of another type or out of bounds is refused. `_bytes` are counts of bytes, `_s` are seconds.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Literal
+from typing import Annotated, Literal, get_args
+
+from msgspec import Meta, Struct
 
 from exo_kimi.runtime.requests import StageState
+
+PROTOCOL_VERSION: Literal[4] = 4
+
+Count = Annotated[int, Meta(ge=0, le=2**63 - 1)]
+Positive = Annotated[int, Meta(ge=1, le=2**63 - 1)]
+Name = Annotated[str, Meta(max_length=1024)]
+"""A version, a machine, an address, a device."""
+DirectoryPath = Annotated[str, Meta(max_length=4096)]
 
 Backend = Literal["ring", "jaccl"]
 LinkKind = Literal["zmq", "ring", "jaccl"]
@@ -33,156 +43,190 @@ FaultKind = Literal["oom", "error", "protocol", "link", "checkpoint"]
 FreeScope = Literal["host", "process"]
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Hello:
-    """Who connects. `session` names one run of a leader. After `silence_s` without a frame the stage gives the leader up."""
+class Header(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, tag_field="kind"):
+    """The first part of a frame. `version` is checked before anything else is read (see `frames.decode`)."""
+
+    version: Literal[4] = PROTOCOL_VERSION
+
+
+class Hello(Header, frozen=True, kw_only=True, tag="hello"):
+    """Opens a connection and says who connects. The stage gives the leader up after `silence_s` without a frame.
+
+    Args:
+        role: the leader, or the stage before this one on the leader's behalf.
+        session: names one run of a leader.
+        exo_kimi, mlx, mlx_lm: installed versions.
+        heartbeat_s: how often a Ping comes.
+        silence_s: the leader's stall deadline.
+    """
 
     role: Role
-    session: str
-    exo_kimi: str
-    mlx: str
-    mlx_lm: str
+    session: Name
+    exo_kimi: Name
+    mlx: Name
+    mlx_lm: Name
     heartbeat_s: float
     silence_s: float
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class HelloAck:
-    """Who listens. `host` is equal for stages of one machine, which share its memory; `held_bytes` is what a Load would
-    give back first, `free_bytes` as in Joined. Versions
-    that differ are reported; only the protocol must agree."""
+class HelloAck(Header, frozen=True, kw_only=True, tag="hello_ack"):
+    """Answers a Hello and says who listens. Versions that differ are reported; only the protocol must agree.
 
-    exo_kimi: str
-    mlx: str
-    mlx_lm: str
-    pid: int
-    host: str
-    held_bytes: int
-    free_bytes: int
+    Args:
+        exo_kimi, mlx, mlx_lm: installed versions.
+        pid: process id.
+        host: equal for stages of one machine, which share its memory.
+        held_bytes: weights that the stage holds now and that a Load would give back first.
+        free_bytes, free_scope: as in Joined.
+    """
+
+    exo_kimi: Name
+    mlx: Name
+    mlx_lm: Name
+    pid: Count
+    host: Name
+    held_bytes: Count
+    free_bytes: Count
     free_scope: FreeScope
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Refused:
+class Refused(Header, frozen=True, kw_only=True, tag="refused"):
     """The stage does not serve this peer; `retry` says that it may do so later."""
 
     message: str
     retry: bool
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Ping:
-    """The leader is alive."""
+class Ping(Header, frozen=True, kw_only=True, tag="ping"):
+    """The leader's heartbeat."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Load:
-    """Which layers to hold, half-open, as stage `stage`. The stage's own directory goes before `directory`. `fingerprint` is
-    that of these layers in the leader's checkpoint (see `fingerprint`). Loading again what is held costs nothing.
-    `scratch_bytes` is what a step may take beside weights and caches; None leaves it to the stage's free memory. `kv_bits`
-    is 8, or None for caches in the dtype of the activations."""
+class Load(Header, frozen=True, kw_only=True, tag="load"):
+    """Asks the stage to hold the layers `[start_layer, end_layer)`. Loading again what is held costs nothing.
 
-    stage: int
-    directory: str
-    start_layer: int
-    end_layer: int
-    dtype: str | None
-    fingerprint: str
-    scratch_bytes: int | None = None
-    kv_bits: int | None = None
+    Args:
+        stage: its index.
+        directory: the leader's checkpoint; a directory that the stage was started with goes before it.
+        start_layer, end_layer: half-open.
+        dtype: of the weights that are not quantized; None takes the checkpoint's.
+        fingerprint: of these layers in the leader's checkpoint (see `checkpoint.fingerprint`).
+        scratch_bytes: what a step may take beside weights and caches; None leaves it to the stage's free memory.
+        kv_bits: 8, or None for caches in the dtype of the activations.
+    """
+
+    stage: Count
+    directory: DirectoryPath
+    start_layer: Count
+    end_layer: Count
+    dtype: Name | None
+    fingerprint: Name
+    scratch_bytes: Count | None = None
+    kv_bits: Count | None = None
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Progress:
-    """A heartbeat. `busy_s` is how long the current load, join or step has taken so far, 0 when idle."""
+class Progress(Header, frozen=True, kw_only=True, tag="progress"):
+    """The stage's heartbeat. `busy_s` is how long the current load, join or step has taken so far, 0 when idle."""
 
     state: StageState
-    epoch: int
+    epoch: Count
     busy_s: float
-    loaded_bytes: int
-    total_bytes: int
-    kv_bytes: int
-    active_bytes: int
-    peak_bytes: int
-    sequences: int
-    pid: int
+    loaded_bytes: Count
+    total_bytes: Count
+    kv_bytes: Count
+    active_bytes: Count
+    peak_bytes: Count
+    sequences: Count
+    pid: Count
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Loaded:
+class Loaded(Header, frozen=True, kw_only=True, tag="loaded"):
     """The layers of a Load are in memory. `cache_step`: a cache grows by so many tokens at a time."""
 
-    start_layer: int
-    end_layer: int
-    weights_bytes: int
-    cache_step: int
-    kv_bytes_per_token: int
+    start_layer: Count
+    end_layer: Count
+    weights_bytes: Count
+    cache_step: Count
+    kv_bytes_per_token: Count
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Join:
-    """A new epoch begins: every sequence is gone. `next_address` is None for the last stage; hidden
-    states go to it over `link`. With `prefix_disk_bytes` the
-    stage keeps prefixes of `block_tokens` tokens each on its disk, in `prefix_directory` or else in its user's cache."""
+class Join(Header, frozen=True, kw_only=True, tag="join"):
+    """Begins a new epoch: the stage drops every sequence and links to the next stage.
 
-    epoch: int
-    next_address: str | None
+    Args:
+        epoch: counts from 1.
+        next_address: of the next stage; None for the last one.
+        link: how hidden states go to the next stage.
+        block_tokens: tokens of a block of a prefix on disk.
+        prefix_disk_bytes: budget of the stage's disk for prefixes; 0 keeps none.
+        prefix_directory: where; None takes the cache directory of the stage's user.
+    """
+
+    epoch: Count
+    next_address: DirectoryPath | None
     link: LinkKind
-    block_tokens: int
-    prefix_disk_bytes: int
-    prefix_directory: str | None
+    block_tokens: Count
+    prefix_disk_bytes: Count
+    prefix_directory: DirectoryPath | None
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Joined:
-    """The stage is empty and linked to the next. `free_bytes` is what it could still take: of the machine as a whole when
-    `free_scope` is `host`; as if no other stage ran there when it is `process`. On its disk is room for `disk_blocks` blocks
-    of tokens, and there are `blocks`, the one that was not used for longest first (see `prefix_key.pack_keys`)."""
+class Joined(Header, frozen=True, kw_only=True, tag="joined"):
+    """The stage is empty and linked to the next.
 
-    epoch: int
-    free_bytes: int
+    Args:
+        epoch: of the Join.
+        free_bytes: what the stage could still allocate.
+        free_scope: `host`: of the machine as a whole; `process`: as if no other stage ran there.
+        disk_blocks: blocks of tokens for which its disk has room.
+        blocks: keys of what is there, the one that was not used for longest first (see `prefix_key.pack_keys`).
+    """
+
+    epoch: Count
+    free_bytes: Count
     free_scope: FreeScope
-    disk_blocks: int
+    disk_blocks: Count
     blocks: str
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class BlocksChanged:
-    """Blocks that are on the stage's disk from now on, and blocks that are not: lost, or not written when told to. Both as
-    in Joined."""
+class BlocksChanged(Header, frozen=True, kw_only=True, tag="blocks_changed"):
+    """Blocks that are on the stage's disk from now on (`added`), and blocks that are not (`gone`): lost, or not written when
+    told to. Keys packed as in Joined."""
 
-    epoch: int
+    epoch: Count
     added: str
     gone: str
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class PairOffer:
-    """From a stage to the next: hidden states of an epoch shall go over `mx.distributed` (see `pairing`). `sender` is where
-    this side listens meanwhile, `host` the address of the next stage as seen from here."""
+class PairOffer(Header, frozen=True, kw_only=True, tag="pair_offer"):
+    """Proposes to the next stage that hidden states of an epoch go over `mx.distributed` (see `pairs.pairing`).
 
-    epoch: int
+    Args:
+        epoch: of the Join.
+        backend: of `mx.distributed`.
+        sender: `IP:PORT` where the sending side listens while the pair is made.
+        sender_device: its RDMA device; None for the ring.
+        host: the IP of the next stage as seen from the sender.
+    """
+
+    epoch: Count
     backend: Backend
-    sender: str
-    sender_device: str | None
-    host: str
+    sender: Name
+    sender_device: Name | None
+    host: Name
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class PairAnswer:
-    """The answer to PairOffer: a process that receives is being started, and listens at `receiver` meanwhile."""
+class PairAnswer(Header, frozen=True, kw_only=True, tag="pair_answer"):
+    """Accepts a PairOffer: a process that receives is being started, and listens at `receiver` (`IP:PORT`) meanwhile."""
 
-    epoch: int
-    receiver: str
-    receiver_device: str | None
+    epoch: Count
+    receiver: Name
+    receiver_device: Name | None
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class StageFault:
+class StageFault(Header, frozen=True, kw_only=True, tag="stage_fault"):
     """A load, join or step that failed, as the error's own fields; the stage itself lives and takes a Join."""
 
-    epoch: int
-    step_id: int | None
+    epoch: Count
+    step_id: Count | None
     cause: FaultKind
     what: str
     expected: str | None = None
@@ -191,8 +235,7 @@ class StageFault:
     fix: str | None = None
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Goodbye:
+class Goodbye(Header, frozen=True, kw_only=True, tag="goodbye"):
     """The leader leaves on purpose."""
 
 
@@ -212,19 +255,4 @@ Control = (
     | StageFault
     | Goodbye
 )
-CONTROL_KINDS: dict[str, type[Control]] = {
-    "hello": Hello,
-    "hello_ack": HelloAck,
-    "refused": Refused,
-    "ping": Ping,
-    "load": Load,
-    "progress": Progress,
-    "loaded": Loaded,
-    "join": Join,
-    "joined": Joined,
-    "blocks_changed": BlocksChanged,
-    "pair_offer": PairOffer,
-    "pair_answer": PairAnswer,
-    "stage_fault": StageFault,
-    "goodbye": Goodbye,
-}
+CONTROL_KINDS: dict[str, type[Control]] = {str(cls.__struct_config__.tag): cls for cls in get_args(Control)}

@@ -1,205 +1,300 @@
-"""Steps and their results as the body of a header and raw buffers, and back; the frame around them is `wire`'s.
+"""Steps and their results as a JSON header and raw buffers, and back (see `frames` for the frame around them).
 
     step    [header] [tokens int32] [histories int32] [mask] ... [hidden states]
     result  [header] [log-probabilities float64]
 
-Tokens and masks stay out of the JSON for their size, log-probabilities because they may be infinite.
+Tokens and masks stay out of the JSON for their size, log-probabilities because they may be infinite. What comes in lists is a
+row of values without names, for the same reason: a step of 64 sequences takes 2 kB.
 """
 
 from __future__ import annotations
 
-import dataclasses
 import math
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Iterable, Sequence
+from typing import Annotated
 
+import msgspec
 import numpy as np
+import numpy.typing as npt
+from msgspec import Meta, Struct
 
-from exo_kimi.runtime.protocol import json_fields as fields
-from exo_kimi.runtime.protocol import prefix_frames
+from exo_kimi.runtime.prefix_key import KEY_DIGITS
+from exo_kimi.runtime.protocol.faults import malformed
+from exo_kimi.runtime.protocol.messages import Count, Header, Positive
 from exo_kimi.runtime.requests import SamplingParams
-from exo_kimi.runtime.steps import Hidden, Sampled, Segment, SequenceStart, Step, StepResult
+from exo_kimi.runtime.steps import Blocks, Hidden, HiddenDtype, Sampled, Segment, SequenceStart, Step, StepResult
 from exo_kimi.runtime.transport.link import Part
 
 _HIDDEN_DTYPES = {"float32": 4, "bfloat16": 2, "float16": 2}
 
+Tokens31 = Annotated[int, Meta(ge=0, le=2**31)]
+BlockTokens = Annotated[int, Meta(ge=1, le=2**31)]
+Key = Annotated[str, Meta(pattern=rf"\A[0-9a-f]{{{KEY_DIGITS}}}\Z")]
 
-def encode_step(step: Step) -> tuple[dict[str, Any], list[Part]]:
-    """Body and buffers of a step."""
-    body: dict[str, Any] = {
-        "step_id": step.step_id,
-        "segments": [[s.seq_id, s.offset, s.length, s.sample, s.mask is not None, s.drafts] for s in step.segments],
-        "begin": [
-            [
-                start.seq_id,
-                start.prompt_tokens,
-                len(start.history),
-                dataclasses.asdict(start.sampling),
-                prefix_frames.encode_source(start),
-            ]
-            for start in step.begin
-        ],
-        "free": list(step.free),
-        "prefix": prefix_frames.encode_orders(step),
-        "hidden": None,
-    }
+
+class SamplingHeader(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """`requests.SamplingParams` with its bounds. `seed` is checked by hand: msgspec's bounds end at 63 bits."""
+
+    temperature: float
+    top_p: float
+    top_k: Count
+    min_p: float
+    presence_penalty: float
+    frequency_penalty: float
+    repetition_penalty: float
+    logit_bias: tuple[tuple[Count, float], ...]
+    seed: int | None
+    logprobs: bool
+    top_logprobs: Count
+
+
+SegmentRow = tuple[Count, Count, Positive, bool, bool, Count]
+SourceRow = tuple[Count | None, Tokens31, bool, tuple[Count, ...]]
+BeginRow = tuple[Count, Count, Count, SamplingHeader, SourceRow | None]
+BlocksRow = tuple[Count, Count, BlockTokens, tuple[Key, ...]]
+RestoredRow = tuple[Count, Count]
+OrdersRow = tuple[tuple[BlocksRow, ...], tuple[BlocksRow, ...], tuple[Key, ...], tuple[RestoredRow, ...]]
+HiddenRow = tuple[HiddenDtype, Count, Positive]
+SampledRow = tuple[Count, Count, bool, tuple[Count, ...]]
+
+_BLOCKS_COLUMNS = ("seq_id", "offset", "block_tokens", "keys")
+_RESTORED_COLUMNS = ("seq_id", "tokens")
+COLUMNS = {
+    "segments[]": ("seq_id", "offset", "length", "sample", "mask", "drafts"),
+    "begin[]": ("seq_id", "prompt_tokens", "history", "sampling", "source"),
+    "begin[].source": ("source", "restore", "move", "seen"),
+    "prefix": ("restore", "store", "drop", "restored"),
+    "prefix.restore[]": _BLOCKS_COLUMNS,
+    "prefix.store[]": _BLOCKS_COLUMNS,
+    "prefix.restored[]": _RESTORED_COLUMNS,
+    "hidden": ("dtype", "tokens", "hidden_size"),
+    "sampled[]": ("seq_id", "token_id", "logprob", "top_logprobs"),
+    "restored[]": _RESTORED_COLUMNS,
+}
+"""What the values of each row are called in an error."""
+
+
+class StepHeader(Header, frozen=True, kw_only=True, tag="step"):
+    """A Step without its arrays. `mask` of a segment and `history` of a start say whether and how much of a buffer is theirs;
+    `prefix` is None without orders about blocks, as in most steps."""
+
+    epoch: Count
+    step_id: Count
+    segments: tuple[SegmentRow, ...]
+    begin: tuple[BeginRow, ...]
+    free: tuple[Count, ...]
+    prefix: OrdersRow | None
+    hidden: HiddenRow | None
+
+
+class ResultHeader(Header, frozen=True, kw_only=True, tag="step_result"):
+    """A StepResult without its log-probabilities; `logprob` of a row says whether one is there."""
+
+    epoch: Count
+    step_id: Count
+    sampled: tuple[SampledRow, ...]
+    restored: tuple[RestoredRow, ...]
+
+
+def encode_step(step: Step) -> tuple[StepHeader, list[Part]]:
+    """Header and buffers of a step.
+
+    Raises:
+        ProtocolError: a sampling parameter that no header can hold.
+    """
+    hidden = step.hidden
+    header = StepHeader(
+        epoch=step.epoch,
+        step_id=step.step_id,
+        segments=tuple([(s.seq_id, s.offset, s.length, s.sample, s.mask is not None, s.drafts) for s in step.segments]),
+        begin=tuple([_begin_row(start) for start in step.begin]),
+        free=step.free,
+        prefix=_orders_row(step),
+        hidden=None if hidden is None else (hidden.dtype, hidden.tokens, hidden.hidden_size),
+    )
     history = np.asarray([token for start in step.begin for token in start.history], "<i4")
-    buffers: list[Part] = [_int32_bytes(step.tokens), history.tobytes()]
+    buffers: list[Part] = [np.ascontiguousarray(step.tokens, "<i4").tobytes(), history.tobytes()]
     buffers += [segment.mask for segment in step.segments if segment.mask is not None]
-    if step.hidden is not None:
-        hidden = step.hidden
-        body["hidden"] = [hidden.dtype, hidden.tokens, hidden.hidden_size]
+    if hidden is not None:
         buffers.append(hidden.data)
-    return body, buffers
+    return header, buffers
 
 
-def decode_step(header: dict[str, Any], buffers: Sequence[Part]) -> Step:
+def decode_step(header: StepHeader, buffers: Sequence[Part]) -> Step:
     """The step of a header and the parts after it.
 
     Raises:
-        ProtocolError: they do not describe one.
+        ProtocolError: they do not fit each other.
     """
-    rows = [
-        fields.items(row, "segment", length=6) for row in fields.items(fields.member(header, "segments"), "segments")
-    ]
-    masked = sum(fields.boolean(row[4], "mask") for row in rows)
-    hidden_row = fields.member(header, "hidden")
-    wanted = 2 + masked + (hidden_row is not None)
+    masked = sum([row[4] for row in header.segments])
+    wanted = 2 + masked + (header.hidden is not None)
     if len(buffers) != wanted:
-        raise fields.bad("number of buffers", expected=wanted, found=len(buffers))
+        raise malformed("number of buffers", expected=wanted, found=len(buffers))
     masks = iter(buffers[2 : 2 + masked])
     segments = tuple(
-        Segment(
-            seq_id=fields.integer(row[0], "seq_id"),
-            offset=fields.integer(row[1], "offset"),
-            length=fields.integer(row[2], "length", low=1),
-            sample=fields.boolean(row[3], "sample"),
-            mask=bytes(next(masks)) if row[4] else None,
-            drafts=fields.integer(row[5], "drafts"),
-        )
-        for row in rows
+        [
+            Segment(
+                seq_id=seq_id,
+                offset=offset,
+                length=length,
+                sample=sample,
+                mask=bytes(next(masks)) if mask else None,
+                drafts=drafts,
+            )
+            for seq_id, offset, length, sample, mask, drafts in header.segments
+        ]
     )
     tokens = _int32_array(buffers[0], "tokens")
-    if sum(segment.length for segment in segments) != tokens.size:
-        raise fields.bad(
-            "tokens do not fill the segments", expected=sum(segment.length for segment in segments), found=tokens.size
-        )
+    length = sum([segment.length for segment in segments])
+    if length != tokens.size:
+        raise malformed("tokens do not fill the segments", expected=length, found=tokens.size)
+    restore, store, drop, restored = header.prefix or ((), (), (), ())
     return Step(
-        epoch=fields.integer(fields.member(header, "epoch"), "epoch"),
-        step_id=fields.integer(fields.member(header, "step_id"), "step_id"),
+        epoch=header.epoch,
+        step_id=header.step_id,
         segments=segments,
         tokens=tokens,
-        begin=_decode_begin(header, _int32_array(buffers[1], "history")),
-        free=fields.integers(fields.member(header, "free"), "free"),
-        hidden=None if hidden_row is None else _decode_hidden(hidden_row, buffers[-1], tokens.size),
-        **prefix_frames.decode_orders(fields.member(header, "prefix")),
+        begin=_decode_begin(header.begin, _int32_array(buffers[1], "history")),
+        free=header.free,
+        hidden=None if header.hidden is None else _decode_hidden(header.hidden, buffers[-1], tokens.size),
+        restore=_decode_blocks(restore),
+        store=_decode_blocks(store),
+        drop=drop,
+        restored=restored,
     )
 
 
-def _decode_begin(header: dict[str, Any], history: np.ndarray[Any, np.dtype[np.int32]]) -> tuple[SequenceStart, ...]:
-    starts = []
-    taken = 0
-    for item in fields.items(fields.member(header, "begin"), "begin"):
-        row = fields.items(item, "begin", length=5)
-        count = fields.integer(row[2], "history")
-        starts.append(
-            SequenceStart(
-                seq_id=fields.integer(row[0], "seq_id"),
-                prompt_tokens=fields.integer(row[1], "prompt_tokens"),
-                sampling=_decode_sampling(fields.mapping(row[3], "sampling")),
-                history=tuple(history[taken : taken + count].tolist()),
-                **prefix_frames.decode_source(row[4]),
-            )
-        )
-        taken += count
-    if taken != history.size:
-        raise fields.bad("history", expected=f"{taken} tokens", found=history.size)
-    return tuple(starts)
-
-
-def _decode_sampling(body: dict[str, Any]) -> SamplingParams:
-    pairs = [fields.items(pair, "logit_bias", length=2) for pair in fields.items(body.get("logit_bias"), "logit_bias")]
-    seed = fields.member(body, "seed")
-    return SamplingParams(
-        temperature=fields.number(fields.member(body, "temperature"), "temperature"),
-        top_p=fields.number(fields.member(body, "top_p"), "top_p"),
-        top_k=fields.integer(fields.member(body, "top_k"), "top_k"),
-        min_p=fields.number(fields.member(body, "min_p"), "min_p"),
-        presence_penalty=fields.number(fields.member(body, "presence_penalty"), "presence_penalty"),
-        frequency_penalty=fields.number(fields.member(body, "frequency_penalty"), "frequency_penalty"),
-        repetition_penalty=fields.number(fields.member(body, "repetition_penalty"), "repetition_penalty"),
-        logit_bias=tuple((fields.integer(a, "logit_bias"), fields.number(b, "logit_bias")) for a, b in pairs),
-        seed=None if seed is None else fields.integer(seed, "seed", low=-(2**63), high=2**64 - 1),
-        logprobs=fields.boolean(fields.member(body, "logprobs"), "logprobs"),
-        top_logprobs=fields.integer(fields.member(body, "top_logprobs"), "top_logprobs"),
-    )
-
-
-def _decode_hidden(row: object, data: Part, tokens: int) -> Hidden:
-    dtype, rows, hidden_size = fields.items(row, "hidden", length=3)
-    if not isinstance(dtype, str) or dtype not in _HIDDEN_DTYPES:
-        raise fields.bad("dtype of hidden states", expected=" or ".join(_HIDDEN_DTYPES), found=dtype)
-    rows = fields.integer(rows, "hidden rows")
-    hidden_size = fields.integer(hidden_size, "hidden_size", low=1)
-    view = memoryview(data)
-    if rows != tokens or view.nbytes != rows * hidden_size * _HIDDEN_DTYPES[dtype]:
-        raise fields.bad(
-            "hidden states",
-            expected=f"{tokens} rows of {hidden_size} {dtype}",
-            found=f"{rows} rows, {view.nbytes} bytes",
-        )
-    return Hidden(dtype=dtype, tokens=rows, hidden_size=hidden_size, data=view)  # type: ignore[arg-type]
-
-
-def encode_result(result: StepResult) -> tuple[dict[str, Any], list[Part]]:
-    """Body and buffers of a step's result."""
-    rows = [[s.seq_id, s.token_id, s.logprob is not None, [i for i, _ in s.top_logprobs]] for s in result.sampled]
+def encode_result(result: StepResult) -> tuple[ResultHeader, list[Part]]:
+    """Header and buffer of a step's result."""
     logprobs: list[float] = []
     for sampled in result.sampled:
         logprobs += [] if sampled.logprob is None else [sampled.logprob]
         logprobs += [logprob for _, logprob in sampled.top_logprobs]
-    body = {"step_id": result.step_id, "sampled": rows, "restored": [list(pair) for pair in result.restored]}
-    return body, [np.asarray(logprobs, "<f8").tobytes()]
+    header = ResultHeader(
+        epoch=result.epoch,
+        step_id=result.step_id,
+        sampled=tuple(
+            [
+                (s.seq_id, s.token_id, s.logprob is not None, tuple([token for token, _ in s.top_logprobs]))
+                for s in result.sampled
+            ]
+        ),
+        restored=result.restored,
+    )
+    return header, [np.asarray(logprobs, "<f8").tobytes()]
 
 
-def decode_result(header: dict[str, Any], buffers: Sequence[Part]) -> StepResult:
+def decode_result(header: ResultHeader, buffers: Sequence[Part]) -> StepResult:
     """The result of a header and the part after it.
 
     Raises:
-        ProtocolError: they do not describe one.
+        ProtocolError: they do not fit each other.
     """
     if len(buffers) != 1 or memoryview(buffers[0]).nbytes % 8:
-        raise fields.bad("logprobs", expected="one buffer of doubles", found=len(buffers))
-    logprobs = iter(np.frombuffer(buffers[0], "<f8").tolist())
-    sampled = []
-    for item in fields.items(fields.member(header, "sampled"), "sampled"):
-        seq_id, token_id, has_logprob, top_ids = fields.items(item, "sampled", length=4)
-        logprob = next(logprobs, math.nan) if fields.boolean(has_logprob, "logprob") else None
-        top = tuple((token, next(logprobs, math.nan)) for token in fields.integers(top_ids, "top_logprobs"))
-        sampled.append(
-            Sampled(
-                seq_id=fields.integer(seq_id, "seq_id"),
-                token_id=fields.integer(token_id, "token_id"),
-                logprob=logprob,
-                top_logprobs=top,
-            )
-        )
-    count = sum((s.logprob is not None) + len(s.top_logprobs) for s in sampled)
+        raise malformed("logprobs", expected="one buffer of doubles", found=len(buffers))
+    count = sum([has_logprob + len(top_ids) for _, _, has_logprob, top_ids in header.sampled])
     if count * 8 != memoryview(buffers[0]).nbytes:
-        raise fields.bad("logprobs", expected=f"{count} doubles", found=f"{memoryview(buffers[0]).nbytes} bytes")
+        raise malformed("logprobs", expected=f"{count} doubles", found=f"{memoryview(buffers[0]).nbytes} bytes")
+    logprobs = iter(np.frombuffer(buffers[0], "<f8").tolist())
     return StepResult(
-        epoch=fields.integer(fields.member(header, "epoch"), "epoch"),
-        step_id=fields.integer(fields.member(header, "step_id"), "step_id"),
-        sampled=tuple(sampled),
-        restored=prefix_frames.decode_restored(fields.member(header, "restored")),
+        epoch=header.epoch,
+        step_id=header.step_id,
+        sampled=tuple(
+            [
+                Sampled(
+                    seq_id=seq_id,
+                    token_id=token_id,
+                    logprob=next(logprobs) if has_logprob else None,
+                    top_logprobs=tuple([(token, next(logprobs)) for token in top_ids]),
+                )
+                for seq_id, token_id, has_logprob, top_ids in header.sampled
+            ]
+        ),
+        restored=header.restored,
     )
 
 
-def _int32_bytes(values: Any) -> bytes:
-    return np.ascontiguousarray(values, "<i4").tobytes()
+def check_finite(values: Iterable[object], name: str) -> None:
+    """Refuse NaN and infinity, which JSON cannot hold and msgspec would write as null.
+
+    Raises:
+        ProtocolError: there is one.
+    """
+    for value in values:
+        if isinstance(value, float) and not math.isfinite(value):
+            raise malformed(f"{name}: a number that JSON cannot hold", expected="finite numbers", found=value)
 
 
-def _int32_array(data: Part, name: str) -> np.ndarray[Any, np.dtype[np.int32]]:
+def _begin_row(start: SequenceStart) -> BeginRow:
+    sampling = msgspec.convert(start.sampling, SamplingHeader, from_attributes=True)
+    check_finite(msgspec.structs.astuple(sampling), "sampling")
+    check_finite((bias for _, bias in sampling.logit_bias), "logit_bias")
+    source = None
+    if start.source is not None or start.seen:
+        source = (start.source, start.restore, start.move, start.seen)
+    return (start.seq_id, start.prompt_tokens, len(start.history), sampling, source)
+
+
+def _decode_begin(rows: tuple[BeginRow, ...], history: npt.NDArray[np.int32]) -> tuple[SequenceStart, ...]:
+    starts = []
+    taken = 0
+    for seq_id, prompt_tokens, count, sampling, source_row in rows:
+        if sampling.seed is not None and not -(2**63) <= sampling.seed < 2**64:
+            raise malformed("seed", expected=f"an integer from {-(2**63)} to {2**64 - 1}", found=sampling.seed)
+        source, restore, move, seen = source_row or (None, 0, False, ())
+        if (source is None) != (restore == 0):
+            expected = "0 without a source" if source is None else "at least 1 with a source"
+            raise malformed("restore", expected=expected, found=restore)
+        starts.append(
+            SequenceStart(
+                seq_id=seq_id,
+                prompt_tokens=prompt_tokens,
+                sampling=SamplingParams(**msgspec.structs.asdict(sampling)),
+                history=tuple(history[taken : taken + count].tolist()),
+                source=source,
+                restore=restore,
+                move=move,
+                seen=seen,
+            )
+        )
+        taken += count
+    if taken != history.size:
+        raise malformed("history", expected=f"{taken} tokens", found=history.size)
+    return tuple(starts)
+
+
+def _orders_row(step: Step) -> OrdersRow | None:
+    if not (step.restore or step.store or step.drop or step.restored):
+        return None
+    return (_blocks_rows(step.restore), _blocks_rows(step.store), step.drop, step.restored)
+
+
+def _blocks_rows(orders: Iterable[Blocks]) -> tuple[BlocksRow, ...]:
+    return tuple([(blocks.seq_id, blocks.offset, blocks.block_tokens, blocks.keys) for blocks in orders])
+
+
+def _decode_blocks(rows: Iterable[BlocksRow]) -> tuple[Blocks, ...]:
+    return tuple(
+        [
+            Blocks(seq_id=seq_id, offset=offset, block_tokens=block_tokens, keys=keys)
+            for seq_id, offset, block_tokens, keys in rows
+        ]
+    )
+
+
+def _decode_hidden(row: HiddenRow, data: Part, tokens: int) -> Hidden:
+    dtype, rows, hidden_size = row
+    view = memoryview(data)
+    if rows != tokens or view.nbytes != rows * hidden_size * _HIDDEN_DTYPES[dtype]:
+        raise malformed(
+            "hidden states",
+            expected=f"{tokens} rows of {hidden_size} {dtype}",
+            found=f"{rows} rows, {view.nbytes} bytes",
+        )
+    return Hidden(dtype=dtype, tokens=rows, hidden_size=hidden_size, data=view)
+
+
+def _int32_array(data: Part, name: str) -> npt.NDArray[np.int32]:
     if memoryview(data).nbytes % 4:
-        raise fields.bad(name, expected="a multiple of 4 bytes", found=memoryview(data).nbytes)
+        raise malformed(name, expected="a multiple of 4 bytes", found=memoryview(data).nbytes)
     return np.frombuffer(data, "<i4").astype(np.int32, copy=False)

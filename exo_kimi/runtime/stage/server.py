@@ -10,12 +10,13 @@ import logging
 import time
 from collections.abc import Callable
 from concurrent.futures import Future
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from queue import SimpleQueue
 from typing import Any
 
 import zmq.asyncio
+from msgspec import structs
 
 from exo_kimi.errors import ExoKimiError, ProtocolError, RuntimeFault, StageUnreachableError
 from exo_kimi.runtime.pairs.pairing_handshake import PAIR_DEADLINE_S, IncomingPair, connect_pair
@@ -235,7 +236,7 @@ class StageServer:
     def _send_fault(self, epoch: int, error: RuntimeFault) -> None:
         if epoch == self._status.newest_epoch:
             logger.warning("a link between stages: %s", error)
-            self._send_to_leader(replace(to_message(error, epoch, None), cause="link"))
+            self._send_to_leader(structs.replace(to_message(error, epoch, None), cause="link"))
 
     def _deliver(self, message: Message, parts: list[Part]) -> None:
         epoch = getattr(message, "epoch", None)
@@ -322,7 +323,9 @@ async def open_next(
             deadline_s=CONNECT_DEADLINE_S,
             silence_s=1.5 * leader.silence_s,
         )
-        mine = replace(leader, role="upstream", exo_kimi=versions.exo_kimi, mlx=versions.mlx, mlx_lm=versions.mlx_lm)
+        mine = structs.replace(
+            leader, role="upstream", exo_kimi=versions.exo_kimi, mlx=versions.mlx, mlx_lm=versions.mlx_lm
+        )
         link.send(encode(mine))
         async with asyncio.timeout(CONNECT_DEADLINE_S):
             answer = decode(await link.receive())

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import os
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -15,6 +14,7 @@ import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from msgspec import structs
 
 import exo_kimi
 from exo_kimi.checkpoint.fingerprint import stage_fingerprint
@@ -306,7 +306,7 @@ def test_a_backend_keeps_blocks_for_its_own_layers_and_weights_only(
 
     def joined(directory: Path, **changes: Any) -> tuple[MlxBackend, tuple[int, tuple[str, ...]]]:
         backend = MlxBackend(CheckpointLayers(None))
-        backend.load(replace(load, **changes), lambda *_: None)
+        backend.load(structs.replace(load, **changes), lambda *_: None)
         backend.reset(1)
         order = Join(
             epoch=1,

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from msgspec import structs
 
 from exo_kimi.errors import ProtocolError
 from exo_kimi.runtime.protocol import frames as wire
@@ -112,7 +113,7 @@ def controls() -> st.SearchStrategy[Any]:
 
 def _holdable(message: Any) -> bool:
     """`builds` draws any int and float for a field; a frame holds the natural and the finite ones."""
-    values = dataclasses.asdict(message).values()
+    values = structs.astuple(message)
     return all(
         not (type(value) is int and not 0 <= value < 2**63)
         and not (isinstance(value, float) and not math.isfinite(value))
@@ -180,7 +181,7 @@ def test_a_damaged_frame_is_a_message_or_a_protocol_error(message: Any, data: st
 def test_any_json_in_a_frame_is_a_message_or_a_protocol_error(kind: str, data: st.DataObject) -> None:
     names = {"step_id", "segments", "begin", "free", "hidden", "sampled", "epoch", "role", "session", "address", "pid"}
     body = data.draw(st.dictionaries(st.sampled_from(sorted(names)), json_values))
-    header = json.dumps({"version": wire.PROTOCOL_VERSION, "kind": kind} | body).encode()
+    header = json.dumps({"version": messages.PROTOCOL_VERSION, "kind": kind} | body).encode()
     _decode_or_protocol_error([header, *data.draw(st.lists(st.binary(max_size=16), max_size=4))])
 
 
@@ -196,7 +197,7 @@ def _decode_or_protocol_error(parts: list[bytes]) -> None:
 def test_another_protocol_version_is_refused_with_both_versions() -> None:
     (header,) = wire.encode(messages.Ping())
     other = json.loads(bytes(header)) | {"version": 7}
-    with pytest.raises(ProtocolError, match=rf"(?s)version {wire.PROTOCOL_VERSION} \(this side\).*version 7"):
+    with pytest.raises(ProtocolError, match=rf"(?s)version {messages.PROTOCOL_VERSION} \(this side\).*version 7"):
         wire.decode([json.dumps(other).encode()])
 
 
