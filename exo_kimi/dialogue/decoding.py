@@ -1,146 +1,153 @@
-"""Decoders from generated tokens to pieces of a chat answer or of a plain text; they know nothing of HTTP."""
+"""Generated tokens to the events of a reply: text, reasoning, tool calls, stop strings and counts."""
 
 from __future__ import annotations
 
+import time
+from collections.abc import Callable, Sequence
+from typing import Protocol
+
+from exo_kimi.chat.events import ContentDelta, OutputEvent, ReasoningDelta, ToolCallEvent
 from exo_kimi.chat.markers import StopMatcher
-from exo_kimi.chat.output import ContentDelta, OutputEvent, OutputParser, ReasoningDelta, ToolCallEvent
 from exo_kimi.chat.tokenizer import KimiTokenizer
-from exo_kimi.dialogue.pieces import EndPiece, Piece, Reason, ReasoningPiece, TextPiece, ToolCallPiece
+from exo_kimi.dialogue.events import ContentEvent, EndEvent, EndReason, ReasoningEvent, ReplyEvent
 from exo_kimi.runtime.requests import TokenEvent
 
 
-class ChatDecoder:
-    """Splits an answer into reasoning, text and tool calls.
+class ReplyParser(Protocol):
+    """Token ids to pieces of a reply: `OutputParser` for conversations, `TextParser` for plain text."""
 
-    A token belongs to the piece that its text appears in: the parser may hold a token back (half a character, the begin of
-    a stop string), so tokens wait here for the next piece. That gives log-probabilities to text only, and counts reasoning.
+    def feed(self, token_id: int) -> list[OutputEvent]:
+        """What became certain with this token."""
+        ...
 
-    Args:
-        parser: fresh, used by this decoder only.
-        tokenizer: tells control tokens, which are no text.
-        one_call: end the answer after the first tool call.
-    """
-
-    def __init__(self, parser: OutputParser, tokenizer: KimiTokenizer, *, one_call: bool = False) -> None:
-        self._parser = parser
-        self._tokenizer = tokenizer
-        self._one_call = one_call
-        self._waiting: list[TokenEvent] = []
-        self._calls = 0
-        self._counts = _Counts()
+    def finish(self) -> list[OutputEvent]:
+        """What was held back, now that the generation has ended."""
+        ...
 
     @property
-    def satisfied(self) -> bool:
-        """Whether a stop string was met or the one allowed call was made."""
-        return self._parser.stopped or (self._one_call and self._calls > 0)
-
-    def feed(self, event: TokenEvent) -> list[Piece]:
-        """The pieces that this token completes. The token that ends a turn has no text and is only counted."""
-        self._counts.add(event)
-        if event.finish_reason == "stop" and event.token_id in self._tokenizer.stop_ids:
-            return []
-        self._waiting.append(event)
-        return self._pieces(self._parser.feed(event.token_id))
-
-    def finish(self) -> list[Piece]:
-        """What was held back, then the end."""
-        pieces = [] if self.satisfied else self._pieces(self._parser.finish())
-        reason: Reason = self._counts.reason
-        if self._calls and (reason == "stop" or self.satisfied):
-            reason = "tool_calls"
-        elif self.satisfied:
-            reason = "stop"
-        return [*pieces, self._counts.end(reason)]
-
-    def _pieces(self, events: list[OutputEvent]) -> list[Piece]:
-        pieces: list[Piece] = []
-        for event in events:
-            if self._one_call and self._calls:
-                break
-            match event:
-                case ContentDelta(text=text):
-                    pieces.append(TextPiece(text=text, tokens=self._take_text_tokens()))
-                case ReasoningDelta(text=text):
-                    self._counts.reasoning += len(self._waiting)
-                    self._waiting.clear()
-                    pieces.append(ReasoningPiece(text=text))
-                case ToolCallEvent(index=index, id=id_, name=name, arguments=arguments):
-                    self._calls += 1
-                    self._waiting.clear()
-                    pieces.append(ToolCallPiece(index=index, id=id_, name=name, arguments=arguments))
-        return pieces
-
-    def _take_text_tokens(self) -> tuple[TokenEvent, ...]:
-        tokens = tuple(event for event in self._waiting if not self._tokenizer.is_special(event.token_id))
-        self._waiting.clear()
-        return tokens
+    def stopped(self) -> bool:
+        """Whether a stop string was met."""
+        ...
 
 
-class TextDecoder:
-    """Plain text of a text completion, ended by stop strings.
+class TextParser:
+    """Plain text of a text completion, ended by stop strings; control tokens are shown by their names.
 
     Args:
         tokenizer: makes the text.
-        stops: stop strings; none of them appears in the text.
+        stop: stop strings; none of them appears in the text.
         prefix: text to put before the first (`echo`).
     """
 
-    def __init__(self, tokenizer: KimiTokenizer, *, stops: tuple[str, ...] = (), prefix: str = "") -> None:
-        self._tokenizer = tokenizer
+    def __init__(self, tokenizer: KimiTokenizer, *, stop: Sequence[str] = (), prefix: str = "") -> None:
         self._detokenizer = tokenizer.detokenizer()
-        self._stops = StopMatcher(stops)
+        self._stop = StopMatcher(stop)
         self._prefix = prefix
+
+    @property
+    def stopped(self) -> bool:
+        """Whether a stop string was met."""
+        return self._stop.stopped
+
+    def feed(self, token_id: int) -> list[OutputEvent]:
+        """The text that this token completes."""
+        return self._say(self._stop.feed(self._detokenizer.feed(token_id)))
+
+    def finish(self) -> list[OutputEvent]:
+        """What was held back."""
+        return self._say(self._stop.feed(self._detokenizer.flush()) + self._stop.flush())
+
+    def _say(self, text: str) -> list[OutputEvent]:
+        text, self._prefix = self._prefix + text, ""
+        return [ContentDelta(text)] if text else []
+
+
+class ReplyDecoder:
+    """Turns the tokens of one reply into its events, and counts them.
+
+    A token belongs to the event that its text appears in: the parser may hold a token back (half a character, the begin of
+    a stop string), so tokens wait here for the next event. That gives log-probabilities to text, and counts reasoning.
+
+    Args:
+        parser: fresh, of this reply.
+        stop_ids: token ids that end a turn; the one that ends this reply is counted and not shown.
+        not_text: tells token ids that are no text of an answer: control tokens where they are not shown.
+        one_call: end the reply after the first tool call.
+        clock: seconds; the reply starts when the decoder is made.
+    """
+
+    def __init__(
+        self,
+        parser: ReplyParser,
+        *,
+        stop_ids: frozenset[int],
+        not_text: Callable[[int], bool] = lambda _: False,
+        one_call: bool = False,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._parser = parser
+        self._stop_ids = stop_ids
+        self._not_text = not_text
+        self._one_call = one_call
+        self._clock = clock
         self._waiting: list[TokenEvent] = []
-        self._counts = _Counts()
+        self._calls = self._completion_tokens = self._reasoning_tokens = self._cached_tokens = 0
+        self._reason: EndReason = "stop"
+        self._begun_s = clock()
+        self._first_token_s: float | None = None
 
     @property
     def satisfied(self) -> bool:
-        """Whether a stop string was met."""
-        return self._stops.stopped
+        """Whether the reply is complete although the engine would go on: a stop string, or the one call allowed."""
+        return self._parser.stopped or (self._one_call and self._calls > 0)
 
-    def feed(self, event: TokenEvent) -> list[Piece]:
-        """The text that this token completes."""
-        self._counts.add(event)
-        if event.finish_reason == "stop" and event.token_id in self._tokenizer.stop_ids:
-            return []
-        self._waiting.append(event)
-        return self._pieces(self._stops.feed(self._detokenizer.feed(event.token_id)))
+    def feed(self, token: TokenEvent) -> list[ReplyEvent]:
+        """The events that this token completes."""
+        if self._first_token_s is None:
+            self._first_token_s = self._clock()
+        self._completion_tokens += 1
+        self._cached_tokens = max(self._cached_tokens, token.cached_tokens)
+        if token.finish_reason is not None:
+            self._reason = token.finish_reason
+            if token.finish_reason == "stop" and token.token_id in self._stop_ids:
+                return []
+        self._waiting.append(token)
+        return self._events(self._parser.feed(token.token_id))
 
-    def finish(self) -> list[Piece]:
-        """What was held back, then the end."""
-        pieces: list[Piece] = []
-        if not self.satisfied:
-            pieces = self._pieces(self._stops.feed(self._detokenizer.flush()) + self._stops.flush())
-        return [*pieces, self._counts.end("stop" if self.satisfied else self._counts.reason)]
+    def finish(self) -> list[ReplyEvent]:
+        """What was held back, then the EndEvent."""
+        events = [] if self.satisfied else self._events(self._parser.finish())
+        return [*events, self._end()]
 
-    def _pieces(self, text: str) -> list[Piece]:
-        text, self._prefix = self._prefix + text, ""
-        if not text:
-            return []
-        tokens = tuple(self._waiting)
-        self._waiting.clear()
-        return [TextPiece(text=text, tokens=tokens)]
+    def _events(self, parsed: list[OutputEvent]) -> list[ReplyEvent]:
+        events: list[ReplyEvent] = []
+        for item in parsed:
+            if self._one_call and self._calls:
+                break
+            tokens, self._waiting = self._waiting, []
+            match item:
+                case ContentDelta(text=text):
+                    shown = tuple(token for token in tokens if not self._not_text(token.token_id))
+                    events.append(ContentEvent(text=text, tokens=shown))
+                case ReasoningDelta(text=text):
+                    self._reasoning_tokens += len(tokens)
+                    events.append(ReasoningEvent(text=text, tokens=tuple(tokens)))
+                case ToolCallEvent():
+                    self._calls += 1
+                    events.append(item)
+        return events
 
-
-class _Counts:
-    """Tokens of one choice."""
-
-    def __init__(self) -> None:
-        self.generated = 0
-        self.reasoning = 0
-        self.cached = 0
-        self.reason: Reason = "stop"
-
-    def add(self, event: TokenEvent) -> None:
-        self.generated += 1
-        self.cached = max(self.cached, event.cached_tokens)
-        if event.finish_reason is not None:
-            self.reason = event.finish_reason
-
-    def end(self, reason: Reason) -> EndPiece:
-        return EndPiece(
-            reason=reason,
-            generated_tokens=self.generated,
-            reasoning_tokens=self.reasoning,
-            cached_tokens=self.cached,
+    def _end(self) -> EndEvent:
+        reason = "stop" if self.satisfied else self._reason
+        if self._calls and reason == "stop":
+            reason = "tool_calls"
+        now_s = self._clock()
+        first_s = now_s if self._first_token_s is None else self._first_token_s
+        return EndEvent(
+            finish_reason=reason,
+            completion_tokens=self._completion_tokens,
+            reasoning_tokens=self._reasoning_tokens,
+            cached_tokens=self._cached_tokens,
+            ttft_s=first_s - self._begun_s,
+            decode_s=now_s - first_s,
         )

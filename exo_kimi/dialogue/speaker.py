@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +11,8 @@ from exo_kimi.chat.defaults import GenerationDefaults
 from exo_kimi.chat.template import ChatTemplate
 from exo_kimi.chat.tokenizer import KimiTokenizer
 from exo_kimi.chat.tokenizer_files import read_model_config
+from exo_kimi.dialogue.request import SamplingOverrides
+from exo_kimi.runtime.requests import SamplingParams
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -35,3 +37,15 @@ class Speaker:
             template=ChatTemplate.from_directory(directory, tokenizer, raw_config=config),
             defaults=GenerationDefaults.from_directory(directory, tokenizer, raw_config=config),
         )
+
+    def sampling(self, chosen: SamplingOverrides, *, thinking: bool | None = None) -> SamplingParams:
+        """What the client chose over what the checkpoint recommends.
+
+        Args:
+            chosen: by the client.
+            thinking: as the request says it; None when it does not.
+        """
+        recommended = self.defaults.sampling(thinking)
+        base = {"temperature": recommended.temperature, "top_p": recommended.top_p}
+        given = {name: value for name, value in asdict(chosen).items() if value is not None}
+        return SamplingParams(**{**base, **given}, logprobs=chosen.top_logprobs is not None)

@@ -19,6 +19,7 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
 import exo_kimi
+from exo_kimi.dialogue.prepare import PreparedRequest
 from exo_kimi.dialogue.speaker import Speaker
 from exo_kimi.errors import ExoKimiError
 from exo_kimi.runtime.requests import TextEngine
@@ -42,7 +43,7 @@ from exo_kimi.serve.health import health_report
 from exo_kimi.serve.metrics import Metrics
 from exo_kimi.serve.problems import ApiProblem, answer_error, answer_http_error
 from exo_kimi.serve.request.fields import GenerationFields
-from exo_kimi.serve.request.prepare import Prepared, prepare_chat, prepare_completion
+from exo_kimi.serve.request.prepare import prepare_chat, prepare_completion
 from exo_kimi.serve.request.schemas import ChatRequest, CompletionRequest, parse_chat, parse_completion
 
 MAX_BODY_BYTES = 64 * 2**20
@@ -196,16 +197,14 @@ class _Server:
         """Counts and latencies for Prometheus."""
         return Response(self.metrics.text(), headers={"content-type": METRICS_TYPE})
 
-    def _answer(self, request: GenerationFields, prepared: Prepared, style: Format) -> Response:
+    def _answer(self, request: GenerationFields, prepared: PreparedRequest, style: Format) -> Response:
         for choice in prepared.choices:
             self.engine.check(choice.request)
         start: Callable[[], Generation] = partial(Generation, self.engine, prepared.choices, self.metrics)
         return AnswerStream(
             start,
             style,
-            prompt_tokens=prepared.prompt_tokens,
-            choices=len(prepared.choices),
-            choices_per_prompt=prepared.choices_per_prompt,
+            prepared,
             stream=bool(request.stream),
             include_usage=request.include_usage,
             ping_interval_s=self.ping_interval_s,

@@ -1,4 +1,4 @@
-"""Reads a request body into JSON values that are safe to work with; it knows nothing of their meaning."""
+"""Request bodies read into JSON values that are safe to work with: bounded in size and depth, with finite numbers."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Turns every failure into OpenAI's error object and HTTP status; it knows nothing of what was asked."""
+"""Every failure as OpenAI's error object and HTTP status."""
 
 from __future__ import annotations
 

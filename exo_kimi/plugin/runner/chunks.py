@@ -1,4 +1,4 @@
-"""From generated tokens to exo's chunks; it knows the fields of exo's types and nothing else of exo.
+"""The events of a reply as exo's chunks.
 
 Tool calls come last, in one chunk: exo's API ends a reply at the first chunk that has a finish reason.
 """
@@ -6,14 +6,14 @@ Tool calls come last, in one chunk: exo's API ends a reply at the first chunk th
 from __future__ import annotations
 
 import importlib
-import time
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from exo_kimi.chat.events import ContentDelta, OutputEvent, ReasoningDelta, ToolCallEvent
-from exo_kimi.chat.output import OutputParser
 from exo_kimi.chat.tokenizer import KimiTokenizer
-from exo_kimi.runtime.requests import FinishReason, TokenEvent
+from exo_kimi.dialogue.events import ContentEvent, EndEvent, ReasoningEvent, ReplyEvent, ToolCallEvent
+from exo_kimi.dialogue.prepare import PreparedRequest
+from exo_kimi.runtime.requests import TokenEvent
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -71,76 +71,48 @@ def _endings(responses: Any) -> tuple[Any, Any]:
 
 
 class ChunkWriter:
-    """Chunks of one reply.
+    """Writes the events of one reply as exo's chunks.
 
     Args:
         types: exo's.
         model_id: written into every chunk.
-        parser: fresh, of this reply.
+        prepared: the reply's request, of one choice.
         tokenizer: of the model.
-        prompt_tokens: length of the prompt.
+        peak_bytes: most memory that this rank has used, asked at the end.
     """
 
     def __init__(
-        self, types: ExoTypes, model_id: str, parser: OutputParser, tokenizer: KimiTokenizer, *, prompt_tokens: int
+        self,
+        types: ExoTypes,
+        model_id: str,
+        prepared: PreparedRequest,
+        tokenizer: KimiTokenizer,
+        *,
+        peak_bytes: Callable[[], int],
     ) -> None:
         self._types = types
         self._model_id = model_id
-        self._parser = parser
+        self._prepared = prepared
         self._tokenizer = tokenizer
-        self._prompt_tokens = prompt_tokens
+        self._peak_bytes = peak_bytes
         self._calls: list[ToolCallEvent] = []
-        self._generated = self._reasoning = self._cached = 0
         self._last_id = 0
-        self._reason: FinishReason = "stop"
-        self._begun_s = time.monotonic()
-        self._first_s: float | None = None
 
-    @property
-    def satisfied(self) -> bool:
-        """A stop string was met: the generation can be ended."""
-        return self._parser.stopped
-
-    def feed(self, event: TokenEvent) -> list[Any]:
-        """The chunks that this token completes."""
-        if self._first_s is None:
-            self._first_s = time.monotonic()
-        self._generated += 1
-        self._last_id = event.token_id
-        self._cached = max(self._cached, event.cached_tokens)
-        if self._parser.reasoning_open:
-            self._reasoning += 1
-        if event.finish_reason is not None:
-            self._reason = event.finish_reason
-            if event.finish_reason == "stop" and event.token_id in self._tokenizer.stop_ids:
-                return []
-        return self._chunks(self._parser.feed(event.token_id), event)
-
-    def finish(self, *, peak_bytes: int = 0) -> list[Any]:
-        """What was held back, then the chunk that ends the reply.
-
-        Args:
-            peak_bytes: most memory that this rank has used.
-        """
-        chunks = self._chunks(self._parser.finish(), None)
-        types = self._types
-        ending = {"model": self._model_id, "usage": self._usage(), "stats": self._stats(peak_bytes)}
-        if self._calls:
-            calls = [types.ToolCallItem(id=call.id, name=call.name, arguments=call.arguments) for call in self._calls]
-            return [*chunks, types.ToolCallChunk(tool_calls=calls, **ending)]
-        reason = "stop" if self._parser.stopped else self._reason
-        return [*chunks, types.TokenChunk(text="", token_id=self._last_id, finish_reason=reason, **ending)]
-
-    def _chunks(self, events: list[OutputEvent], token: TokenEvent | None) -> list[Any]:
+    def write(self, token: TokenEvent | None, events: Sequence[ReplyEvent]) -> list[Any]:
+        """The chunks of a token's events; without a token, those of what was held back and of the end."""
+        if token is not None:
+            self._last_id = token.token_id
         chunks = []
         for event in events:
             match event:
-                case ContentDelta(text=text):
+                case ContentEvent(text=text):
                     chunks.append(self._text(text, token, thinking=False))
-                case ReasoningDelta(text=text):
+                case ReasoningEvent(text=text):
                     chunks.append(self._text(text, token, thinking=True))
                 case ToolCallEvent():
                     self._calls.append(event)
+                case EndEvent():
+                    chunks.append(self._end(event))
         return chunks
 
     def _text(self, text: str, token: TokenEvent | None, *, thinking: bool) -> Any:
@@ -159,23 +131,30 @@ class ChunkWriter:
             is_thinking=thinking,
         )
 
-    def _usage(self) -> Any:
+    def _end(self, end: EndEvent) -> Any:
         types = self._types
+        ending = {"model": self._model_id, "usage": self._usage(end), "stats": self._stats(end)}
+        if self._calls:
+            calls = [types.ToolCallItem(id=call.id, name=call.name, arguments=call.arguments) for call in self._calls]
+            return types.ToolCallChunk(tool_calls=calls, **ending)
+        return types.TokenChunk(text="", token_id=self._last_id, finish_reason=end.finish_reason, **ending)
+
+    def _usage(self, end: EndEvent) -> Any:
+        types, usage = self._types, self._prepared.usage([end])
         return types.Usage(
-            prompt_tokens=self._prompt_tokens,
-            completion_tokens=self._generated,
-            total_tokens=self._prompt_tokens + self._generated,
-            prompt_tokens_details=types.PromptTokensDetails(cached_tokens=self._cached),
-            completion_tokens_details=types.CompletionTokensDetails(reasoning_tokens=self._reasoning),
+            prompt_tokens=usage.prompt_tokens,
+            completion_tokens=usage.completion_tokens,
+            total_tokens=usage.total_tokens,
+            prompt_tokens_details=types.PromptTokensDetails(cached_tokens=usage.cached_tokens),
+            completion_tokens_details=types.CompletionTokensDetails(reasoning_tokens=usage.reasoning_tokens),
         )
 
-    def _stats(self, peak_bytes: int) -> Any:
-        now_s = time.monotonic()
-        first_s = self._first_s or now_s
+    def _stats(self, end: EndEvent) -> Any:
+        prompt_tokens, generated = self._prepared.prompt_tokens, end.completion_tokens
         return self._types.GenerationStats(
-            prompt_tps=self._prompt_tokens / max(first_s - self._begun_s, 1e-6),
-            generation_tps=(self._generated - 1) / max(now_s - first_s, 1e-6) if self._generated > 1 else 0.0,
-            prompt_tokens=self._prompt_tokens,
-            generation_tokens=self._generated,
-            peak_memory_usage=self._types.Memory.from_bytes(peak_bytes),
+            prompt_tps=prompt_tokens / max(end.ttft_s, 1e-6),
+            generation_tps=(generated - 1) / max(end.decode_s, 1e-6) if generated > 1 else 0.0,
+            prompt_tokens=prompt_tokens,
+            generation_tokens=generated,
+            peak_memory_usage=self._types.Memory.from_bytes(self._peak_bytes()),
         )

@@ -239,19 +239,15 @@ class Leader:
         writer = ChunkWriter(
             self._types,
             self._own.model_id,
-            prepared.parser,
+            prepared,
             speaker.tokenizer,
-            prompt_tokens=len(prepared.request.prompt_ids),
+            peak_bytes=lambda: engine.pipeline.health()[0].peak_bytes,
         )
-        async with aclosing(engine.generate(prepared.request)) as events:
-            async for event in events:
-                for chunk in writer.feed(event):
+        (choice,) = prepared.choices
+        async with aclosing(choice.generate(engine)) as steps:
+            async for token, events in steps:
+                for chunk in writer.write(token, events):
                     self.outputs.put((task_id, chunk))
-                if writer.satisfied:
-                    break
-        health = engine.pipeline.health()
-        for chunk in writer.finish(peak_bytes=health[0].peak_bytes):
-            self.outputs.put((task_id, chunk))
 
     def _fail(self, task_id: str, message: str) -> None:
         chunk = self._types.ErrorChunk(model=self._own.model_id, error_message=message)

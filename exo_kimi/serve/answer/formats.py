@@ -1,15 +1,25 @@
-"""The JSON of answers: chat and text completions, whole and in chunks; it knows nothing of how they are sent."""
+"""The JSON of answers: chat and text completions, whole and in chunks, with log-probabilities and usage."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 from exo_kimi.chat.tokenizer import KimiTokenizer
-from exo_kimi.dialogue.pieces import EndPiece, Piece, ReasoningPiece, TextPiece, ToolCallPiece
+from exo_kimi.dialogue.events import (
+    ContentEvent,
+    EndEvent,
+    ReasoningEvent,
+    ReplyEvent,
+    ToolCallEvent,
+    Usage,
+    WholeReply,
+)
 from exo_kimi.runtime.requests import TokenEvent
-from exo_kimi.serve.answer.logprobs import chat_logprobs, text_logprobs, token_text
+
+LOWEST = -9999.0  # OpenAI's word for a token that is practically impossible; JSON has no infinity
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -34,22 +44,22 @@ class Head:
 
 
 class Format(Protocol):
-    """How one endpoint writes pieces."""
+    """How one endpoint writes the events of its replies."""
 
     def opening(self, choices: int) -> list[dict[str, Any]]:
-        """Chunks to send before any piece."""
+        """Chunks to send before any event."""
         ...
 
-    def chunk(self, index: int, piece: Piece) -> dict[str, Any]:
-        """One piece as a chunk."""
+    def chunk(self, index: int, event: ReplyEvent) -> dict[str, Any]:
+        """One event as a chunk."""
         ...
 
-    def usage_chunk(self, usage: dict[str, Any]) -> dict[str, Any]:
+    def usage_chunk(self, usage: Usage) -> dict[str, Any]:
         """The chunk that follows the last choice when the client asked for usage."""
         ...
 
-    def whole(self, pieces: Sequence[Sequence[Piece]], usage: dict[str, Any]) -> dict[str, Any]:
-        """The answer in one object; `pieces` by choice."""
+    def whole(self, replies: Sequence[WholeReply], usage: Usage) -> dict[str, Any]:
+        """The answer in one object; `replies` by choice."""
         ...
 
 
@@ -65,38 +75,37 @@ class ChatFormat:
         """The role of each choice."""
         return [self._chunk(index, {"role": "assistant", "content": ""}) for index in range(choices)]
 
-    def chunk(self, index: int, piece: Piece) -> dict[str, Any]:
+    def chunk(self, index: int, event: ReplyEvent) -> dict[str, Any]:
         """One delta, or the finish reason."""
-        match piece:
-            case TextPiece():
-                return self._chunk(index, {"content": piece.text}, logprobs=self._logprobs(piece.tokens))
-            case ReasoningPiece():
-                return self._chunk(index, {"reasoning_content": piece.text})
-            case ToolCallPiece():
-                return self._chunk(index, {"tool_calls": [{"index": piece.index, **_call(piece)}]})
-            case EndPiece():
-                return self._chunk(index, {}, reason=piece.reason)
+        match event:
+            case ContentEvent():
+                return self._chunk(index, {"content": event.text}, logprobs=self._logprobs(event.tokens))
+            case ReasoningEvent():
+                return self._chunk(index, {"reasoning_content": event.text})
+            case ToolCallEvent():
+                return self._chunk(index, {"tool_calls": [{"index": event.index, **_call(event)}]})
+            case EndEvent():
+                return self._chunk(index, {}, reason=event.finish_reason)
 
-    def usage_chunk(self, usage: dict[str, Any]) -> dict[str, Any]:
+    def usage_chunk(self, usage: Usage) -> dict[str, Any]:
         """A chunk without choices."""
-        return {**self.head.wrap("chat.completion.chunk", []), "usage": usage}
+        return {**self.head.wrap("chat.completion.chunk", []), "usage": _usage(usage)}
 
-    def whole(self, pieces: Sequence[Sequence[Piece]], usage: dict[str, Any]) -> dict[str, Any]:
+    def whole(self, replies: Sequence[WholeReply], usage: Usage) -> dict[str, Any]:
         """One message a choice."""
-        choices = [self._choice(index, parts) for index, parts in enumerate(pieces)]
-        return {**self.head.wrap("chat.completion", choices), "usage": usage}
+        choices = [self._choice(index, reply) for index, reply in enumerate(replies)]
+        return {**self.head.wrap("chat.completion", choices), "usage": _usage(usage)}
 
-    def _choice(self, index: int, pieces: Sequence[Piece]) -> dict[str, Any]:
-        text = "".join(piece.text for piece in pieces if isinstance(piece, TextPiece))
-        reasoning = "".join(piece.text for piece in pieces if isinstance(piece, ReasoningPiece))
-        calls = [_call(piece) for piece in pieces if isinstance(piece, ToolCallPiece)]
-        message: dict[str, Any] = {"role": "assistant", "content": text if text or not calls else None, "refusal": None}
-        if reasoning:
-            message["reasoning_content"] = reasoning
+    def _choice(self, index: int, reply: WholeReply) -> dict[str, Any]:
+        calls = [_call(call) for call in reply.tool_calls]
+        content = reply.content if reply.content or not calls else None
+        message: dict[str, Any] = {"role": "assistant", "content": content, "refusal": None}
+        if reply.reasoning:
+            message["reasoning_content"] = reply.reasoning
         if calls:
             message["tool_calls"] = calls
-        logprobs = self._logprobs(_tokens(pieces))
-        return {"index": index, "message": message, "logprobs": logprobs, "finish_reason": _end(pieces).reason}
+        logprobs = self._logprobs(reply.tokens)
+        return {"index": index, "message": message, "logprobs": logprobs, "finish_reason": reply.end.finish_reason}
 
     def _logprobs(self, tokens: Sequence[TokenEvent]) -> dict[str, Any] | None:
         return None if self.top_logprobs is None else chat_logprobs(tokens, self.tokenizer, self.top_logprobs)
@@ -127,29 +136,24 @@ class TextFormat:
         """Nothing: a text has no role."""
         return []
 
-    def chunk(self, index: int, piece: Piece) -> dict[str, Any]:
-        """Some text, or the finish reason."""
-        if isinstance(piece, EndPiece):
-            return self._wrap([self._choice(index, "", [], reason=piece.reason)])
-        assert isinstance(piece, TextPiece), "a text completion has neither reasoning nor tool calls"
-        return self._wrap([self._choice(index, piece.text, piece.tokens)])
+    def chunk(self, index: int, event: ReplyEvent) -> dict[str, Any]:
+        """Some text, or the finish reason; a text completion has neither reasoning nor tool calls."""
+        if isinstance(event, ContentEvent):
+            return self._wrap([self._choice(index, event.text, event.tokens)])
+        reason = event.finish_reason if isinstance(event, EndEvent) else None
+        return self._wrap([self._choice(index, "", [], reason=reason)])
 
-    def usage_chunk(self, usage: dict[str, Any]) -> dict[str, Any]:
+    def usage_chunk(self, usage: Usage) -> dict[str, Any]:
         """A chunk without choices."""
-        return {**self._wrap([]), "usage": usage}
+        return {**self._wrap([]), "usage": _usage(usage)}
 
-    def whole(self, pieces: Sequence[Sequence[Piece]], usage: dict[str, Any]) -> dict[str, Any]:
+    def whole(self, replies: Sequence[WholeReply], usage: Usage) -> dict[str, Any]:
         """One text a choice."""
         choices = [
-            self._choice(
-                index,
-                "".join(piece.text for piece in parts if isinstance(piece, TextPiece)),
-                _tokens(parts),
-                reason=_end(parts).reason,
-            )
-            for index, parts in enumerate(pieces)
+            self._choice(index, reply.content, reply.tokens, reason=reply.end.finish_reason)
+            for index, reply in enumerate(replies)
         ]
-        return {**self._wrap(choices), "usage": usage}
+        return {**self._wrap(choices), "usage": _usage(usage)}
 
     def _choice(self, index: int, text: str, tokens: Sequence[TokenEvent], reason: str | None = None) -> dict[str, Any]:
         logprobs = None
@@ -163,35 +167,71 @@ class TextFormat:
         return self._head.wrap("text_completion", choices)
 
 
-def usage_of(prompt_tokens: int, ends: Sequence[EndPiece], *, choices_per_prompt: int) -> dict[str, Any]:
-    """OpenAI's `usage`. The choices of one prompt share it: it is counted once, and as cached as far as it was for all of
-    them, since what one choice took from another was computed for this request.
-
-    Args:
-        prompt_tokens: of all prompts together.
-        ends: the end of every choice, by choice index.
-        choices_per_prompt: `n`.
-    """
-    generated = sum(end.generated_tokens for end in ends)
-    groups = [ends[begin : begin + choices_per_prompt] for begin in range(0, len(ends), choices_per_prompt)]
+def _usage(usage: Usage) -> dict[str, Any]:
+    """OpenAI's `usage`."""
     return {
-        "prompt_tokens": prompt_tokens,
-        "completion_tokens": generated,
-        "total_tokens": prompt_tokens + generated,
-        "prompt_tokens_details": {"cached_tokens": sum(min(end.cached_tokens for end in group) for group in groups)},
-        "completion_tokens_details": {"reasoning_tokens": sum(end.reasoning_tokens for end in ends)},
+        "prompt_tokens": usage.prompt_tokens,
+        "completion_tokens": usage.completion_tokens,
+        "total_tokens": usage.total_tokens,
+        "prompt_tokens_details": {"cached_tokens": usage.cached_tokens},
+        "completion_tokens_details": {"reasoning_tokens": usage.reasoning_tokens},
     }
 
 
-def _call(piece: ToolCallPiece) -> dict[str, Any]:
-    return {"id": piece.id, "type": "function", "function": {"name": piece.name, "arguments": piece.arguments}}
+def _call(call: ToolCallEvent) -> dict[str, Any]:
+    return {"id": call.id, "type": "function", "function": {"name": call.name, "arguments": call.arguments}}
 
 
-def _tokens(pieces: Sequence[Piece]) -> list[TokenEvent]:
-    return [event for piece in pieces if isinstance(piece, TextPiece) for event in piece.tokens]
+def chat_logprobs(tokens: Sequence[TokenEvent], tokenizer: KimiTokenizer, top: int) -> dict[str, Any]:
+    """`choices[].logprobs` of a chat answer.
+
+    Args:
+        tokens: those of the text, not of reasoning or tool calls.
+        tokenizer: gives a token's text and bytes.
+        top: how many alternatives to show for each.
+    """
+    content = [
+        {
+            **_entry(event.token_id, event.logprob, tokenizer),
+            "top_logprobs": [_entry(token_id, logprob, tokenizer) for token_id, logprob in event.top_logprobs[:top]],
+        }
+        for event in tokens
+    ]
+    return {"content": content, "refusal": None}
 
 
-def _end(pieces: Sequence[Piece]) -> EndPiece:
-    end = pieces[-1]
-    assert isinstance(end, EndPiece), "a choice ends with its EndPiece"
-    return end
+def text_logprobs(tokens: Sequence[TokenEvent], tokenizer: KimiTokenizer, top: int, offset: int) -> dict[str, Any]:
+    """`choices[].logprobs` of a text completion.
+
+    Args:
+        tokens: the tokens of some text.
+        tokenizer: gives a token's text.
+        top: how many alternatives to show for each.
+        offset: characters of the answer before this text.
+    """
+    texts = [token_text(event.token_id, tokenizer) for event in tokens]
+    offsets = [offset + sum(map(len, texts[:position])) for position in range(len(texts))]
+    tops = [
+        {token_text(token_id, tokenizer): _finite(logprob) for token_id, logprob in event.top_logprobs[:top]}
+        for event in tokens
+    ]
+    return {
+        "tokens": texts,
+        "token_logprobs": [_finite(event.logprob) for event in tokens],
+        "top_logprobs": tops if top else None,
+        "text_offset": offsets,
+    }
+
+
+def token_text(token_id: int, tokenizer: KimiTokenizer) -> str:
+    """A token alone as text; bytes that are no whole character show as the replacement character."""
+    return tokenizer.token_bytes(token_id).decode("utf-8", errors="replace")
+
+
+def _entry(token_id: int, logprob: float | None, tokenizer: KimiTokenizer) -> dict[str, Any]:
+    data = tokenizer.token_bytes(token_id)
+    return {"token": data.decode("utf-8", errors="replace"), "logprob": _finite(logprob), "bytes": list(data)}
+
+
+def _finite(logprob: float | None) -> float:
+    return logprob if logprob is not None and math.isfinite(logprob) else LOWEST

@@ -1,4 +1,4 @@
-"""Runs the choices of one API request on the engine, all at once, and stops them when nobody listens any more."""
+"""The choices of one API request on the engine, all at once, stopped when nobody listens any more."""
 
 from __future__ import annotations
 
@@ -8,7 +8,8 @@ from collections.abc import Sequence
 from contextlib import aclosing
 from typing import Protocol
 
-from exo_kimi.dialogue.pieces import Choice, EndPiece, Piece
+from exo_kimi.dialogue.events import EndEvent, ReplyEvent
+from exo_kimi.dialogue.prepare import Choice
 from exo_kimi.runtime.requests import TextEngine
 
 
@@ -43,13 +44,13 @@ class Generation:
         self._open = len(choices)
         self._seen_token = False
         self._closed = False
-        self._queue: asyncio.Queue[tuple[int, Piece] | BaseException] = asyncio.Queue()
+        self._queue: asyncio.Queue[tuple[int, ReplyEvent] | BaseException] = asyncio.Queue()
         self._tasks = [asyncio.create_task(self._run(index, choice)) for index, choice in enumerate(choices)]
         for task in self._tasks:
             task.add_done_callback(self._hand_over)
 
-    async def next(self) -> tuple[int, Piece]:
-        """The next piece of any choice; to be called while `running`. May be cancelled without losing a piece.
+    async def next(self) -> tuple[int, ReplyEvent]:
+        """The next event of any choice; to be called while `running`. May be cancelled without losing an event.
 
         Raises:
             ExoKimiError: what the engine raised; the other choices are cancelled.
@@ -58,7 +59,7 @@ class Generation:
         if isinstance(item, BaseException):
             self.close("failed")
             raise item
-        if isinstance(item[1], EndPiece):
+        if isinstance(item[1], EndEvent):
             self._open -= 1
             if not self._open:
                 self.close("ok")
@@ -66,7 +67,7 @@ class Generation:
 
     @property
     def running(self) -> bool:
-        """Whether more pieces are to come."""
+        """Whether more events are to come."""
         return self._open > 0
 
     def close(self, outcome: str = "cancelled") -> None:
@@ -80,17 +81,13 @@ class Generation:
                 task.cancel()
 
     async def _run(self, index: int, choice: Choice) -> None:
-        async with aclosing(self._engine.generate(choice.request)) as events:
-            async for event in events:
-                if not self._seen_token:
+        async with aclosing(choice.generate(self._engine)) as steps:
+            async for token, events in steps:
+                if token is not None and not self._seen_token:
                     self._seen_token = True
                     self._observer.first_token(time.monotonic() - self._begun_s)
-                for piece in choice.decoder.feed(event):
-                    self._queue.put_nowait((index, piece))
-                if choice.decoder.satisfied:
-                    break
-        for piece in choice.decoder.finish():
-            self._queue.put_nowait((index, piece))
+                for event in events:
+                    self._queue.put_nowait((index, event))
 
     def _hand_over(self, task: asyncio.Task[None]) -> None:
         """A choice that failed: whoever awaits `next` raises the error."""

@@ -11,9 +11,10 @@ from typing import Any
 from starlette.responses import JSONResponse, Response
 from starlette.types import Receive, Scope, Send
 
-from exo_kimi.dialogue.pieces import EndPiece, Piece
+from exo_kimi.dialogue.events import EndEvent, ReplyEvent, WholeReply
+from exo_kimi.dialogue.prepare import PreparedRequest
 from exo_kimi.errors import ExoKimiError
-from exo_kimi.serve.answer.formats import Format, usage_of
+from exo_kimi.serve.answer.formats import Format
 from exo_kimi.serve.answer.generation import Generation
 from exo_kimi.serve.problems import to_problem
 
@@ -31,10 +32,8 @@ class AnswerStream(Response):
 
     Args:
         start: begins the generation; called once the response is under way.
-        style: writes the pieces.
-        prompt_tokens: of all prompts together.
-        choices: number of choices, `choices_per_prompt` for each prompt.
-        choices_per_prompt: `n`.
+        style: writes the events.
+        prepared: what is generated.
         stream: server-sent events instead of one object.
         include_usage: end the stream with the usage.
         ping_interval_s: a comment is sent when nothing else was for this long (a long prefill), so that no proxy or
@@ -45,10 +44,8 @@ class AnswerStream(Response):
         self,
         start: Callable[[], Generation],
         style: Format,
+        prepared: PreparedRequest,
         *,
-        prompt_tokens: int,
-        choices: int,
-        choices_per_prompt: int = 1,
         stream: bool = False,
         include_usage: bool = False,
         ping_interval_s: float = 5.0,
@@ -56,9 +53,8 @@ class AnswerStream(Response):
         super().__init__()
         self._start = start
         self._style = style
-        self._prompt_tokens = prompt_tokens
-        self._choices = choices
-        self._choices_per_prompt = choices_per_prompt
+        self._prepared = prepared
+        self._choices = len(prepared.choices)
         self._stream = stream
         self._include_usage = include_usage
         self._ping_interval_s = ping_interval_s
@@ -87,16 +83,17 @@ class AnswerStream(Response):
     async def _send_whole(
         self, generation: Generation, send: Send, finish: Callable[[Response], Awaitable[None]]
     ) -> None:
-        pieces: list[list[Piece]] = [[] for _ in range(self._choices)]
+        events: list[list[ReplyEvent]] = [[] for _ in range(self._choices)]
         try:
             while generation.running:
-                index, piece = await generation.next()
-                pieces[index].append(piece)
+                index, event = await generation.next()
+                events[index].append(event)
         except ExoKimiError as error:
             await finish(to_problem(error).response())
             return
-        ends = [parts[-1] for parts in pieces]
-        await finish(JSONResponse(self._style.whole(pieces, self._usage(ends))))
+        replies = [WholeReply.of(each) for each in events]
+        usage = self._prepared.usage([reply.end for reply in replies])
+        await finish(JSONResponse(self._style.whole(replies, usage)))
 
     async def _send_events(
         self, generation: Generation, send: Send, finish: Callable[[Response], Awaitable[None]]
@@ -116,33 +113,33 @@ class AnswerStream(Response):
         for chunk in self._style.opening(self._choices):
             await put(self._event(chunk))
         try:
-            await self._send_pieces(generation, first, put)
+            await self._send_replies(generation, first, put)
         except Exception as error:  # noqa: BLE001  # the edge: the status is sent, so the error goes in the stream
             await put(_data(to_problem(error).body()))
         await put(DONE)
         await send({"type": "http.response.body", "body": b"", "more_body": False})
 
-    async def _send_pieces(
-        self, generation: Generation, item: tuple[int, Piece] | None, put: Callable[[bytes], Awaitable[None]]
+    async def _send_replies(
+        self, generation: Generation, item: tuple[int, ReplyEvent] | None, put: Callable[[bytes], Awaitable[None]]
     ) -> None:
-        ends: dict[int, Piece] = {}
+        ends: dict[int, EndEvent] = {}
         while True:
             if item is None:
                 await put(PING)
             else:
-                index, piece = item
-                if isinstance(piece, EndPiece):
-                    ends[index] = piece
-                await put(self._event(self._style.chunk(index, piece)))
+                index, event = item
+                if isinstance(event, EndEvent):
+                    ends[index] = event
+                await put(self._event(self._style.chunk(index, event)))
             if not generation.running:
                 break
             item = await self._next(generation)
         if self._include_usage:
-            usage = self._usage([ends[index] for index in range(self._choices)])
+            usage = self._prepared.usage([ends[index] for index in range(self._choices)])
             await put(_data(self._style.usage_chunk(usage)))
 
-    async def _next(self, generation: Generation) -> tuple[int, Piece] | None:
-        """The next piece, or None when none came for the length of a ping interval."""
+    async def _next(self, generation: Generation) -> tuple[int, ReplyEvent] | None:
+        """The next event, or None when none came for the length of a ping interval."""
         try:
             async with asyncio.timeout(self._ping_interval_s):
                 return await generation.next()
@@ -152,10 +149,6 @@ class AnswerStream(Response):
     def _event(self, chunk: dict[str, Any]) -> bytes:
         # OpenAI: with usage asked for, every chunk but the last has it as null.
         return _data({**chunk, "usage": None} if self._include_usage else chunk)
-
-    def _usage(self, ends: list[Piece]) -> dict[str, Any]:
-        closed = [end for end in ends if isinstance(end, EndPiece)]
-        return usage_of(self._prompt_tokens, closed, choices_per_prompt=self._choices_per_prompt)
 
 
 def _data(value: dict[str, Any]) -> bytes:

@@ -1,4 +1,4 @@
-"""The request fields that chat and text completions share, each with its documented range; knows nothing of messages."""
+"""The request fields that chat and text completions share, each with its documented range."""
 
 from __future__ import annotations
 

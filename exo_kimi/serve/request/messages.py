@@ -1,4 +1,4 @@
-"""From the messages and tools of a request to what a chat template renders; it knows nothing of templates."""
+"""Checks the messages of a chat request, and writes them as a chat template reads them."""
 
 from __future__ import annotations
 
@@ -26,11 +26,6 @@ def template_messages(messages: Sequence[Message]) -> list[dict[str, Any]]:
         UnsupportedError: images, audio, files.
     """
     return [_template_message(message, f"messages[{index}]") for index, message in enumerate(messages)]
-
-
-def count_tool_calls(messages: Sequence[Message]) -> int:
-    """Calls made so far: Kimi numbers them over the whole conversation."""
-    return sum(len(message.tool_calls or ()) for message in messages)
 
 
 def _template_message(message: Message, where: str) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""What a client may write in a chat or text completion; anything else is refused by name. It knows nothing of tokens."""
+"""What a client may write in a chat or text completion; anything else is refused by name."""
 
 from __future__ import annotations
 

@@ -11,10 +11,11 @@ from typing import Any
 import pytest
 
 from exo_kimi.checkpoint.tiny.make import make_tiny
+from exo_kimi.dialogue.prepare import PreparedRequest
 from exo_kimi.dialogue.speaker import Speaker
 from exo_kimi.errors import RequestError, UnsupportedError
 from exo_kimi.plugin.runner.chunks import ChunkWriter
-from exo_kimi.plugin.runner.task import Prepared, prepare_task
+from exo_kimi.plugin.runner.task import prepare_task
 from exo_kimi.runtime.requests import TokenEvent
 
 TOOL = {"type": "function", "function": {"name": "get_weather", "parameters": {"type": "object"}, "strict": True}}
@@ -38,7 +39,7 @@ def thinker(tmp_path_factory: pytest.TempPathFactory) -> Speaker:
 
 
 @pytest.fixture
-def prepared(exo_shapes: ModuleType, speaker: Speaker) -> Callable[..., Prepared]:
+def prepared(exo_shapes: ModuleType, speaker: Speaker) -> Callable[..., PreparedRequest]:
     return lambda prompt="Hi", **options: prepare_task("t", exo_shapes.task_params(prompt, **options), speaker)
 
 
@@ -46,16 +47,18 @@ def prepared(exo_shapes: ModuleType, speaker: Speaker) -> Callable[..., Prepared
 def write(exo_shapes: ModuleType) -> Write:
     """The chunks of a reply whose text is given; control tokens by their names."""
 
-    def run(speaker: Speaker, task: Prepared, reply: str, *, end: str | None = "<|im_end|>") -> list[Any]:
-        writer = ChunkWriter(exo_shapes.exo_types(), "lab/k2", task.parser, speaker.tokenizer, prompt_tokens=7)
+    def run(speaker: Speaker, task: PreparedRequest, reply: str, *, end: str | None = "<|im_end|>") -> list[Any]:
+        writer = ChunkWriter(exo_shapes.exo_types(), "lab/k2", task, speaker.tokenizer, peak_bytes=lambda: 9)
+        decoder = task.choices[0].decoder
         ids = encode(speaker, reply) + ([speaker.tokenizer.special[end]] if end else [])
         chunks: list[Any] = []
         for place, token_id in enumerate(ids):
             reason = None if place < len(ids) - 1 else "stop" if end else "length"
-            chunks += writer.feed(TokenEvent(token_id=token_id, finish_reason=reason, logprob=-0.5))  # type: ignore[arg-type]
-            if writer.satisfied:
+            token = TokenEvent(token_id=token_id, finish_reason=reason, logprob=-0.5)  # type: ignore[arg-type]
+            chunks += writer.write(token, decoder.feed(token))
+            if decoder.satisfied:
                 break
-        return chunks + writer.finish(peak_bytes=9)
+        return chunks + writer.write(None, decoder.finish())
 
     return run
 
@@ -75,31 +78,37 @@ def encode(speaker: Speaker, text: str) -> list[int]:
 
 
 def test_text_comes_as_it_is_generated_and_usage_with_the_end(
-    speaker: Speaker, prepared: Callable[..., Prepared], write: Write
+    speaker: Speaker, prepared: Callable[..., PreparedRequest], write: Write
 ) -> None:
-    chunks = write(speaker, prepared(), "Blue 看见 sky")
+    task = prepared()
+    chunks = write(speaker, task, "Blue 看见 sky")
     assert "".join(chunk.text for chunk in chunks) == "Blue 看见 sky"
     assert {(chunk.kind, chunk.model, chunk.is_thinking) for chunk in chunks[:-1]} == {("TokenChunk", "lab/k2", False)}
     last = chunks[-1]
     generated = len(speaker.tokenizer.encode("Blue 看见 sky")) + 1
-    assert (last.finish_reason, last.usage.prompt_tokens, last.usage.completion_tokens) == ("stop", 7, generated)
+    prompt = len(task.choices[0].request.prompt_ids)
+    assert (last.finish_reason, last.usage.prompt_tokens, last.usage.completion_tokens) == ("stop", prompt, generated)
     assert last.stats.peak_memory_usage == 9
     assert all(chunk.finish_reason is None for chunk in chunks[:-1] if hasattr(chunk, "finish_reason"))
 
 
-def test_a_reply_that_is_cut_says_length(speaker: Speaker, prepared: Callable[..., Prepared], write: Write) -> None:
+def test_a_reply_that_is_cut_says_length(
+    speaker: Speaker, prepared: Callable[..., PreparedRequest], write: Write
+) -> None:
     assert write(speaker, prepared(), "Blue sky", end=None)[-1].finish_reason == "length"
 
 
 def test_a_stop_string_ends_the_reply_and_is_not_shown(
-    speaker: Speaker, prepared: Callable[..., Prepared], write: Write
+    speaker: Speaker, prepared: Callable[..., PreparedRequest], write: Write
 ) -> None:
     chunks = write(speaker, prepared(stop="sky"), "Blue sky and more")
     assert "".join(chunk.text for chunk in chunks) == "Blue "
     assert chunks[-1].finish_reason == "stop"
 
 
-def test_tool_calls_come_last_in_one_chunk(speaker: Speaker, prepared: Callable[..., Prepared], write: Write) -> None:
+def test_tool_calls_come_last_in_one_chunk(
+    speaker: Speaker, prepared: Callable[..., PreparedRequest], write: Write
+) -> None:
     """exo's API ends a reply at the first chunk with a finish reason, so what follows a call would be lost."""
     chunks = write(speaker, prepared(tools=[TOOL]), f"Let me see.{CALL}")
     assert "".join(chunk.text for chunk in chunks[:-1]) == "Let me see."
@@ -113,7 +122,7 @@ def test_tool_calls_come_last_in_one_chunk(speaker: Speaker, prepared: Callable[
 
 
 def test_without_tools_a_call_is_text_and_nothing_is_lost(
-    speaker: Speaker, prepared: Callable[..., Prepared], write: Write
+    speaker: Speaker, prepared: Callable[..., PreparedRequest], write: Write
 ) -> None:
     chunks = write(speaker, prepared(), CALL)
     assert "".join(chunk.text for chunk in chunks) == CALL
@@ -130,15 +139,21 @@ def test_reasoning_is_marked_and_counted(thinker: Speaker, exo_shapes: ModuleTyp
 
 
 def test_what_the_client_chose_goes_before_what_the_checkpoint_recommends(
-    prepared: Callable[..., Prepared], speaker: Speaker
+    prepared: Callable[..., PreparedRequest], speaker: Speaker
 ) -> None:
-    chosen = prepared(temperature=0.2, top_k=5, seed=3, max_output_tokens=9, logprobs=True, top_logprobs=2).request
+    chosen = (
+        prepared(temperature=0.2, top_k=5, seed=3, max_output_tokens=9, logprobs=True, top_logprobs=2)
+        .choices[0]
+        .request
+    )
     assert (chosen.sampling.temperature, chosen.sampling.top_k, chosen.sampling.seed) == (0.2, 5, 3)
     assert (chosen.max_tokens, chosen.sampling.logprobs, chosen.sampling.top_logprobs) == (9, True, 2)
-    assert prepared(temperature=None).request.sampling.temperature == speaker.defaults.sampling().temperature
+    assert prepared(temperature=None).choices[0].request.sampling.temperature == speaker.defaults.sampling().temperature
 
 
-def test_the_prompt_is_the_templates_with_every_message(prepared: Callable[..., Prepared], speaker: Speaker) -> None:
+def test_the_prompt_is_the_templates_with_every_message(
+    prepared: Callable[..., PreparedRequest], speaker: Speaker
+) -> None:
     messages = [
         {"role": "system", "content": "Be brief."},
         {"role": "user", "content": "Hi"},
@@ -155,27 +170,29 @@ def test_the_prompt_is_the_templates_with_every_message(prepared: Callable[..., 
         },
         {"role": "tool", "tool_call_id": "functions.f:0", "content": "42"},
     ]
-    shown = speaker.tokenizer.decode(prepared(chat_template_messages=messages).request.prompt_ids)
+    shown = speaker.tokenizer.decode(prepared(chat_template_messages=messages).choices[0].request.prompt_ids)
     assert "Be brief." in shown and "functions.f:0" in shown and "42" in shown
 
 
-def test_exos_other_apis_give_input_and_instructions(prepared: Callable[..., Prepared], speaker: Speaker) -> None:
+def test_exos_other_apis_give_input_and_instructions(
+    prepared: Callable[..., PreparedRequest], speaker: Speaker
+) -> None:
     class Message:
         role, content = "user", "Hello"
 
     task = prepared(chat_template_messages=None, instructions="Be brief.", input=[Message()])
-    shown = speaker.tokenizer.decode(task.request.prompt_ids)
+    shown = speaker.tokenizer.decode(task.choices[0].request.prompt_ids)
     assert "Be brief." in shown and "Hello" in shown
 
 
-def test_a_begun_reply_is_gone_on_with(prepared: Callable[..., Prepared], speaker: Speaker) -> None:
+def test_a_begun_reply_is_gone_on_with(prepared: Callable[..., PreparedRequest], speaker: Speaker) -> None:
     messages = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Once upon"}]
-    ids = prepared(chat_template_messages=messages).request.prompt_ids
+    ids = prepared(chat_template_messages=messages).choices[0].request.prompt_ids
     assert speaker.tokenizer.decode(ids).endswith("Once upon")
-    assert ids[: len(prepared().request.prompt_ids)] == prepared().request.prompt_ids
+    assert ids[: len(prepared().choices[0].request.prompt_ids)] == prepared().choices[0].request.prompt_ids
 
 
-def test_images_and_malformed_messages_are_refused(prepared: Callable[..., Prepared]) -> None:
+def test_images_and_malformed_messages_are_refused(prepared: Callable[..., PreparedRequest]) -> None:
     with pytest.raises(UnsupportedError, match="images"):
         prepared(images=["..."])
     with pytest.raises(RequestError):

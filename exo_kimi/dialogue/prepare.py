@@ -1,0 +1,226 @@
+"""From a request to the sequences that the engine generates, each with the decoder of its reply, and to their events.
+
+A prompt is rendered once; each of its `n` replies has a seed, a decoder and a grammar of its own.
+"""
+
+from __future__ import annotations
+
+import uuid
+from collections.abc import AsyncGenerator, Mapping, Sequence
+from contextlib import aclosing
+from dataclasses import dataclass, replace
+from typing import Any
+
+from exo_kimi.chat.constraint import json_object, json_schema, no_tools_bias, strict_tools, tool_call
+from exo_kimi.chat.output import OutputParser
+from exo_kimi.chat.template import Prompt, ReasoningMode
+from exo_kimi.chat.tokenizer import KimiTokenizer
+from exo_kimi.dialogue.decoding import ReplyDecoder, TextParser
+from exo_kimi.dialogue.events import EndEvent, ReplyEvent, Usage
+from exo_kimi.dialogue.request import ConversationRequest, ReplyOptions, TextRequest, ToolMode
+from exo_kimi.dialogue.speaker import Speaker
+from exo_kimi.errors import RequestError, UnsupportedError
+from exo_kimi.runtime.requests import GenerationRequest, SamplingParams, TextEngine, TokenConstraint, TokenEvent
+
+_SEED_RANGE = 2**63
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Choice:
+    """One sequence to generate and the decoder of its reply; both serve once."""
+
+    request: GenerationRequest
+    decoder: ReplyDecoder
+
+    async def generate(self, engine: TextEngine) -> AsyncGenerator[tuple[TokenEvent | None, list[ReplyEvent]], None]:
+        """Each token with the events that it completes; at last None with what was held back and the EndEvent.
+
+        Closing the generator cancels the sequence on every stage.
+
+        Raises:
+            ExoKimiError: what the engine raises.
+        """
+        async with aclosing(engine.generate(self.request)) as tokens:
+            async for token in tokens:
+                yield token, self.decoder.feed(token)
+                if self.decoder.satisfied:
+                    break
+        yield None, self.decoder.finish()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PreparedRequest:
+    """The sequences of one request.
+
+    Args:
+        choices: `choices_per_prompt` for each prompt, prompt after prompt.
+        prompt_tokens: of all prompts together.
+        choices_per_prompt: `n`.
+    """
+
+    choices: tuple[Choice, ...]
+    prompt_tokens: int
+    choices_per_prompt: int
+
+    def usage(self, ends: Sequence[EndEvent]) -> Usage:
+        """What the whole request took. The choices of one prompt share it: it is counted once, and as cached as far as it was
+        for all of them, since what one choice took from another was computed for this request.
+
+        Args:
+            ends: the end of every choice, by choice index.
+        """
+        count = self.choices_per_prompt
+        groups = [ends[begin : begin + count] for begin in range(0, len(ends), count)]
+        return Usage(
+            prompt_tokens=self.prompt_tokens,
+            completion_tokens=sum(end.completion_tokens for end in ends),
+            cached_tokens=sum(min(end.cached_tokens for end in group) for group in groups),
+            reasoning_tokens=sum(end.reasoning_tokens for end in ends),
+        )
+
+
+def prepare(request: ConversationRequest | TextRequest, speaker: Speaker) -> PreparedRequest:
+    """Render, encode and constrain. Slow for long prompts: call it in a thread.
+
+    Raises:
+        RequestError: a message, tool, prompt or option that cannot be honoured.
+        TemplateError: the template refuses the messages.
+    """
+    if isinstance(request, TextRequest):
+        return _prepare_texts(request, speaker)
+    return _prepare_conversation(request, speaker)
+
+
+def _prepare_conversation(request: ConversationRequest, speaker: Speaker) -> PreparedRequest:
+    tokenizer = speaker.tokenizer
+    mode: ToolMode = request.tool_choice.mode if request.tools else "none"
+    prompt = speaker.template.render(
+        request.messages, tools=_declarations(request.tools) or None, thinking=request.thinking
+    )
+    if request.must_follow_thinking:
+        _check_thinking(request.thinking, prompt)
+    sampling = speaker.sampling(request.sampling, thinking=request.thinking)
+    if request.tools and mode == "none":
+        biases = dict(sampling.logit_bias) | dict(no_tools_bias(tokenizer))
+        sampling = replace(sampling, logit_bias=tuple(biases.items()))
+    ids = (*prompt.ids, *tokenizer.encode(request.begun_reply or ""))
+    first_call = _calls_made(request.messages)
+    choices = []
+    for index in range(request.n):
+        constraint = _constraint(request, mode, tokenizer, reasoning=prompt.reasoning)
+        parser = OutputParser(
+            tokenizer,
+            reasoning_open=prompt.reasoning_open and request.begun_reply is None,
+            tools=request.tools if mode != "none" else (),
+            stop=request.stop,
+            next_call_index=first_call,
+        )
+        choices.append(
+            Choice(
+                request=_sequence(request, index, ids, sampling, tokenizer, constraint),
+                decoder=ReplyDecoder(
+                    parser,
+                    stop_ids=tokenizer.stop_ids,
+                    not_text=tokenizer.is_special,
+                    one_call=bool(request.tools) and not request.tool_choice.parallel,
+                ),
+            )
+        )
+    return PreparedRequest(choices=tuple(choices), prompt_tokens=len(ids), choices_per_prompt=request.n)
+
+
+def _prepare_texts(request: TextRequest, speaker: Speaker) -> PreparedRequest:
+    tokenizer = speaker.tokenizer
+    prompts = [tuple(tokenizer.encode(each)) if isinstance(each, str) else each for each in request.prompts]
+    if not prompts or not all(prompts):
+        raise RequestError("a prompt has no tokens", expected="at least one in each prompt", param="prompt")
+    sampling = speaker.sampling(request.sampling)
+    choices = []
+    for ids in prompts:
+        prefix = tokenizer.decode(ids) if request.echo else ""
+        for index in range(request.n):
+            parser = TextParser(tokenizer, stop=request.stop, prefix=prefix)
+            sequence = _sequence(request, index, ids, sampling, tokenizer)
+            choices.append(Choice(request=sequence, decoder=ReplyDecoder(parser, stop_ids=tokenizer.stop_ids)))
+    return PreparedRequest(choices=tuple(choices), prompt_tokens=sum(map(len, prompts)), choices_per_prompt=request.n)
+
+
+def _sequence(
+    options: ReplyOptions,
+    index: int,
+    ids: tuple[int, ...],
+    sampling: SamplingParams,
+    tokenizer: KimiTokenizer,
+    constraint: TokenConstraint | None = None,
+) -> GenerationRequest:
+    """One reply for the engine. Each has a random stream of its own, and the whole answer is repeatable."""
+    if sampling.seed is not None:
+        sampling = replace(sampling, seed=(sampling.seed + index) % _SEED_RANGE)
+    return GenerationRequest(
+        request_id=uuid.uuid4().hex
+        if options.request_id is None
+        else options.request_id + (f"-{index}" if index else ""),
+        prompt_ids=ids,
+        max_tokens=options.max_tokens,
+        sampling=sampling,
+        stop_ids=tokenizer.stop_ids,
+        constraint=constraint,
+    )
+
+
+def _constraint(
+    request: ConversationRequest, mode: ToolMode, tokenizer: KimiTokenizer, *, reasoning: ReasoningMode
+) -> TokenConstraint | None:
+    """A fresh grammar for one reply, or None for a reply that is free.
+
+    A call that must be made leaves no text, so a response format has nothing to say then.
+
+    Raises:
+        RequestError: a schema is malformed or cannot be enforced.
+        UnsupportedError: a response format beside tools that the model may or may not call, or a form for a begun reply.
+    """
+    form = request.response_format
+    if request.begun_reply is not None and (mode == "required" or form is not None):
+        raise UnsupportedError("a reply that is begun already cannot be held to a form", param="messages")
+    if mode == "required":
+        choice = request.tool_choice
+        return tool_call(tokenizer, request.tools, choice.name, parallel=choice.parallel, reasoning=reasoning)
+    if form is None:
+        return strict_tools(tokenizer, request.tools) if mode == "auto" else None
+    if mode == "auto":
+        raise UnsupportedError(
+            "'response_format' is not supported beside tools that the model may call",
+            fix="send tool_choice 'none' or 'required', or no tools",
+            param="response_format",
+            code="unsupported_value",
+        )
+    if form.schema is None:
+        return json_object(tokenizer, reasoning=reasoning)
+    return json_schema(tokenizer, form.schema, reasoning=reasoning)
+
+
+def _check_thinking(thinking: bool | None, prompt: Prompt) -> None:
+    """A wish about reasoning that the checkpoint's template cannot carry out is refused, not ignored."""
+    if thinking is None or thinking == (prompt.reasoning != "none"):
+        return
+    raise UnsupportedError(
+        "this model does not reason" if thinking else "this model's reasoning cannot be turned off",
+        fix="leave 'thinking' and 'reasoning_effort' out",
+        param="thinking",
+        code="unsupported_value",
+    )
+
+
+def _declarations(tools: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+    """The tools as the model reads them; `strict` is for the server, the model was never trained on it."""
+    return [
+        {**tool, "function": {key: value for key, value in tool["function"].items() if key != "strict"}}
+        if isinstance(tool.get("function"), Mapping)
+        else tool
+        for tool in tools
+    ]
+
+
+def _calls_made(messages: Sequence[Mapping[str, Any]]) -> int:
+    """Calls made so far: Kimi numbers them over the whole conversation."""
+    return sum(len(message.get("tool_calls") or ()) for message in messages)

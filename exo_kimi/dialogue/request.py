@@ -1,0 +1,131 @@
+"""What a front door asks for: a conversation or texts to go on with, and the options of the reply.
+
+Each door (chat completions, text completions, exo's tasks) translates its own fields to these, and checks them in its own words.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+ToolMode = Literal["none", "auto", "required"]
+_SAME_NAMES = (
+    "temperature",
+    "top_p",
+    "top_k",
+    "min_p",
+    "presence_penalty",
+    "frequency_penalty",
+    "repetition_penalty",
+    "seed",
+)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SamplingOverrides:
+    """What a client chose of sampling; None leaves it to what the checkpoint recommends, or off.
+
+    The names and meanings are those of `SamplingParams`, but for `top_logprobs`: None asks for no log-probabilities, 0 for
+    those of the generated tokens alone.
+    """
+
+    temperature: float | None = None
+    top_p: float | None = None
+    top_k: int | None = None
+    min_p: float | None = None
+    presence_penalty: float | None = None
+    frequency_penalty: float | None = None
+    repetition_penalty: float | None = None
+    seed: int | None = None
+    logit_bias: tuple[tuple[int, float], ...] = ()
+    top_logprobs: int | None = None
+
+    @classmethod
+    def of(
+        cls, source: object, *, logit_bias: tuple[tuple[int, float], ...] = (), top_logprobs: int | None = None
+    ) -> SamplingOverrides:
+        """Those that a door's own request holds under the same names, from `temperature` to `seed`."""
+        chosen = {name: getattr(source, name) for name in _SAME_NAMES}
+        return cls(**chosen, logit_bias=logit_bias, top_logprobs=top_logprobs)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ToolChoice:
+    """Whether the reply must, may or must not call a tool.
+
+    Args:
+        mode: "required" also stands for one named function.
+        name: the only function that may be called, with "required".
+        parallel: whether one reply may hold several calls.
+    """
+
+    mode: ToolMode = "auto"
+    name: str | None = None
+    parallel: bool = True
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class JsonFormat:
+    """A reply that is JSON.
+
+    Args:
+        schema: JSON Schema to obey; None takes any object.
+    """
+
+    schema: Mapping[str, Any] | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ReplyOptions:
+    """What every kind of request says of its reply.
+
+    Args:
+        sampling: the client's choices.
+        max_tokens: most tokens of each reply; None takes as many as the context holds.
+        stop: strings that end a reply; they are not shown.
+        n: replies to each prompt.
+        request_id: of the first reply, unique among those in flight; None draws one. Further replies get a number behind it.
+    """
+
+    sampling: SamplingOverrides = field(default_factory=SamplingOverrides)
+    max_tokens: int | None = None
+    stop: tuple[str, ...] = ()
+    n: int = 1
+    request_id: str | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ConversationRequest(ReplyOptions):
+    """A conversation that the model is to answer.
+
+    Args:
+        messages: OpenAI-shaped, as `ChatTemplate.render` takes them.
+        tools: OpenAI-shaped function tools; `strict` ones have their arguments held to their schema.
+        tool_choice: counts only when there are tools.
+        thinking: whether the model should reason first; None leaves it to the template.
+        must_follow_thinking: refuse a `thinking` that the template cannot carry out, rather than answer without it.
+        response_format: the form of the reply's text; None leaves it free.
+        begun_reply: the begin of the reply, which the model goes on with; it is not repeated in the events.
+    """
+
+    messages: tuple[Mapping[str, Any], ...]
+    tools: tuple[Mapping[str, Any], ...] = ()
+    tool_choice: ToolChoice = field(default_factory=ToolChoice)
+    thinking: bool | None = None
+    must_follow_thinking: bool = False
+    response_format: JsonFormat | None = None
+    begun_reply: str | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TextRequest(ReplyOptions):
+    """Texts to go on with, without a conversation.
+
+    Args:
+        prompts: each a text or token ids.
+        echo: begin each reply with its prompt.
+    """
+
+    prompts: tuple[str | tuple[int, ...], ...]
+    echo: bool = False
