@@ -1,8 +1,8 @@
-"""What the engine needs of a chain of stages; it knows neither how steps travel nor what is scheduled.
+"""The contract between the engine and a chain of stages: steps go in, results and changes of state come out.
 
     engine --send(Step)--> [stage 0 .. stage S-1] --receive()--> StepResult | DiskBlocks | Ready | Failed
 
-`inline.InlinePipeline` (one thread of this process) and `supervisor.Cluster` (processes over ZeroMQ) implement it.
+`stage.inline.InlinePipeline` (one thread of this process) and `cluster.supervisor.StageCluster` (processes over ZeroMQ) implement it.
 """
 
 from __future__ import annotations

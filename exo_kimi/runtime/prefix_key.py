@@ -1,4 +1,4 @@
-"""Names of blocks of tokens: each binds all tokens before it, so that equal names mean equal prefixes. It knows no weights.
+"""Names of blocks of tokens: each binds all tokens before it, so that equal names mean equal prefixes.
 
 What else a cache depends on (weights, layers, dtype) is the stage's own to bind: see `prefix_disk.cache_identity`.
 """

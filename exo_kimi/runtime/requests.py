@@ -1,4 +1,4 @@
-"""What a caller asks of the engine and what comes back, token by token; knows nothing of text, HTTP or stages."""
+"""Requests to the engine, the tokens that answer them, and the health of the stages: the contract of everything above it."""
 
 from __future__ import annotations
 

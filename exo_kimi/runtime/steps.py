@@ -1,7 +1,5 @@
 """The work that walks through the stages: one step is one forward pass over a ragged group of sequences.
 
-It knows nothing of sockets (see `wire`) nor of why the scheduler chose this group (see `scheduler`).
-
     leader --Step(tokens)--> stage 0 --Step(hidden)--> ... --> last stage --StepResult(token ids)--> leader
 
 Frames keep their order along the chain, so a `free` that follows a step is carried out after that step everywhere.

@@ -1,4 +1,4 @@
-"""Addresses of stages: parsed strictly, printed one way, and judged loopback or not. It opens no socket."""
+"""Addresses of stages: parsed strictly, printed one way, and judged loopback or not."""
 
 from __future__ import annotations
 

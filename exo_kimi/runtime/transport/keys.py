@@ -1,6 +1,6 @@
-"""The cluster key: one secret that every member holds, from which both ends' CURVE keys come. It opens no socket.
+"""The cluster key: one secret that every member holds, from which both ends' CURVE keys come.
 
-A file with the key is readable by its owner only; so are the machines' users the ones who may join.
+A file with the key is readable by its owner only, so that a machine's other users cannot join.
 """
 
 from __future__ import annotations

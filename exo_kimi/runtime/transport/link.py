@@ -1,4 +1,4 @@
-"""What the runtime needs of a connection between members; it knows frames as parts of bytes, and no carrier.
+"""A connection between the leader and a stage, or between two stages: frames of byte parts, whatever carries them.
 
 A link joins one connecting side to one listener. Frames arrive whole, in order and once, or the link is lost. ZeroMQ carries
 them (`zmq_link`, `zmq_listener`); another carrier, such as RDMA over Thunderbolt, can take its place behind these protocols.
@@ -12,8 +12,6 @@ from typing import Protocol
 from exo_kimi.runtime.transport.address import Address
 
 MAX_PART_BYTES = 1 << 30  # K2's hidden states of a chunk of 16,384 tokens in float32 take 470 MB
-
-
 Part = bytes | memoryview
 
 

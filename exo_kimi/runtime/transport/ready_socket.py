@@ -1,4 +1,4 @@
-"""A ZeroMQ socket in an asyncio loop, read when its file descriptor says so; it knows frames as parts of bytes.
+"""A ZeroMQ socket in an asyncio loop, read when its file descriptor says so; a frame is a list of byte parts.
 
 `zmq.asyncio` makes a future, and several turns of the loop, of every frame. A token takes as many hops as there are stages and
 one more, so here a frame is taken in the callback that hears of it, and sent in the call that hands it over.
