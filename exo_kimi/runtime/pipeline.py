@@ -2,7 +2,7 @@
 
     engine --send(Step)--> [stage 0 .. stage S-1] --receive()--> StepResult | DiskBlocks | Ready | Failed
 
-`stage.inline.InlinePipeline` (one thread of this process) and `cluster.supervisor.StageCluster` (processes over ZeroMQ) implement it.
+`stage.inline.InlinePipeline` (one thread) and `cluster.supervisor.StageCluster` (processes over ZeroMQ) implement it.
 """
 
 from __future__ import annotations

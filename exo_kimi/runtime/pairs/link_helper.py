@@ -1,8 +1,8 @@
 """A process that carries bytes over `mx.distributed` for a stage: `python -m exo_kimi.runtime.pairs.link_helper`.
 
 A process of its own, because what is stuck in MLX's communication cannot be ended otherwise, and because a group cannot be made
-twice in one process. It is killed and started anew while the stage keeps its weights. Every operation is evaluated by itself, on the
-CPU's stream.
+twice in one process. It is killed and started anew while the stage keeps its weights. Every operation is evaluated by itself, on
+the CPU's stream.
 
     stage -> helper   rank 0: 8 bytes length, data     rank 1: 8 bytes length
     helper -> stage   one JSON line when the group is made; then rank 0: 1 byte when it is sent, rank 1: the data
