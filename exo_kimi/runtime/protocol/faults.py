@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import TypeVar
+
 from exo_kimi.errors import (
     CheckpointError,
     ExoKimiError,
@@ -13,6 +15,8 @@ from exo_kimi.errors import (
     UsageError,
 )
 from exo_kimi.runtime.protocol.messages import FaultKind, StageFault
+
+_Text = TypeVar("_Text", str, str | None)
 
 
 class LinkBroken(StageUnreachableError):
@@ -44,17 +48,22 @@ def to_message(error: ExoKimiError, epoch: int, step_id: int | None) -> StageFau
     elif isinstance(error, CheckpointError | UsageError):
         cause = "checkpoint"
     if type(error).__str__ is not ExoKimiError.__str__:
-        return StageFault(epoch=epoch, step_id=step_id, cause=cause, what=str(error))
+        return StageFault(epoch=epoch, step_id=step_id, cause=cause, what=_unicode(str(error)))
     return StageFault(
         epoch=epoch,
         step_id=step_id,
         cause=cause,
-        what=error.what,
-        expected=error.expected,
-        found=error.found,
-        where=error.where,
-        fix=error.fix,
+        what=_unicode(error.what),
+        expected=_unicode(error.expected),
+        found=_unicode(error.found),
+        where=_unicode(error.where),
+        fix=_unicode(error.fix),
     )
+
+
+def _unicode(text: _Text) -> _Text:
+    """A text with the names of files escaped that are no UTF-8: JSON cannot hold them, and the error must arrive."""
+    return text.encode(errors="backslashreplace").decode() if text is not None else text
 
 
 def from_message(fault: StageFault, *, stage: int, address: str) -> ExoKimiError:

@@ -9,12 +9,22 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from typing import get_args
 
 import msgspec
 
 from exo_kimi.errors import ProtocolError
 from exo_kimi.runtime.protocol.faults import malformed
-from exo_kimi.runtime.protocol.messages import PROTOCOL_VERSION, Control
+from exo_kimi.runtime.protocol.messages import (
+    CONTROL_KINDS,
+    PROTOCOL_VERSION,
+    Backend,
+    Control,
+    FaultKind,
+    FreeScope,
+    LinkKind,
+    Role,
+)
 from exo_kimi.runtime.protocol.step_frames import (
     COLUMNS,
     ResultHeader,
@@ -25,7 +35,8 @@ from exo_kimi.runtime.protocol.step_frames import (
     encode_result,
     encode_step,
 )
-from exo_kimi.runtime.steps import Step, StepResult
+from exo_kimi.runtime.requests import StageState
+from exo_kimi.runtime.steps import HiddenDtype, Step, StepResult
 from exo_kimi.runtime.transport.link import MAX_PART_BYTES
 from exo_kimi.runtime.transport.link import Part as Part
 
@@ -46,6 +57,17 @@ _header: msgspec.json.Decoder[StepHeader | ResultHeader | Control] = msgspec.jso
     StepHeader | ResultHeader | Control
 )
 _encoder = msgspec.json.Encoder()
+_CHOICES = {
+    "kind": ("step", "step_result", *CONTROL_KINDS),
+    "role": get_args(Role),
+    "state": get_args(StageState),
+    "cause": get_args(FaultKind),
+    "free_scope": get_args(FreeScope),
+    "link": get_args(LinkKind),
+    "backend": get_args(Backend),
+    "dtype": get_args(HiddenDtype),
+}
+"""Values of members that take few; msgspec does not tell them."""
 
 
 def encode(message: Message) -> list[Part]:
@@ -119,9 +141,18 @@ def _explained(error: msgspec.ValidationError, header: Part) -> ProtocolError:
             found = found[member or int(index)]
     except (ValueError, LookupError, TypeError, RecursionError):  # not JSON beyond that place, or a member twice
         found = bytes(header[:80])
-    if isinstance(found, dict) and problem.startswith("Object "):  # a member that is missing or unknown
-        found = sorted(found)[:20]
-    return malformed(_name(steps), expected=problem.removeprefix("Expected "), found=found)
+    name = _name(steps)
+    if problem.startswith("Object missing"):
+        return malformed(f"{name}: a member is missing", expected=problem.split("`")[1], found=_members(found))
+    if problem.startswith("Object contains"):
+        return malformed(f"{name}: an unknown member", expected=f"no {problem.split('`')[1]}", found=_members(found))
+    choices = _CHOICES.get(name.rpartition(".")[2], ())
+    expected = " or ".join(choices) if problem.startswith("Invalid") and choices else problem.removeprefix("Expected ")
+    return malformed(name, expected=expected, found=found)
+
+
+def _members(found: object) -> object:
+    return sorted(found)[:20] if isinstance(found, dict) else found
 
 
 def _name(steps: Sequence[tuple[str, str]]) -> str:

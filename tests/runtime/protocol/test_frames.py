@@ -13,9 +13,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from msgspec import structs
 
-from exo_kimi.errors import ProtocolError
+from exo_kimi.errors import ProtocolError, StageError
 from exo_kimi.runtime.protocol import frames as wire
 from exo_kimi.runtime.protocol import messages
+from exo_kimi.runtime.protocol.faults import to_message
 from exo_kimi.runtime.requests import SamplingParams
 from exo_kimi.runtime.steps import Blocks, Hidden, Sampled, Segment, SequenceStart, Step, StepResult
 
@@ -234,3 +235,35 @@ def test_hidden_states_are_not_copied_on_arrival() -> None:
     arrived = wire.decode(wire.encode(step))
     assert isinstance(arrived, Step) and arrived.hidden is not None
     assert memoryview(arrived.hidden.data).obj is data
+
+
+@pytest.mark.parametrize(
+    ("change", "name", "expected", "found"),
+    [
+        ({"segments": [[1, -5, 1, True, False, 0]]}, "segments[0].offset", ">= 0", "-5"),
+        ({"segments": [[1, 0]]}, "segments[0]", "length 6", "[1, 0]"),
+        ({"epoch": "x"}, "epoch", "`int`", "'x'"),
+        ({"step_id": 2**63}, "step_id", "<= 9223372036854775807", str(2**63)),
+        ({"extra": 1}, "an unknown member", "no extra", "'extra'"),
+        ({"kind": "nope"}, "kind", "step or step_result or hello", "'nope'"),
+        ({"hidden": ["int8", 1, 2]}, "hidden.dtype", "float32 or bfloat16 or float16", "'int8'"),
+        ({"prefix": [[], [[1, 2, 3, ["zz"]]], [], []]}, "prefix.store[0].keys[0]", "{32}", "'zz'"),
+    ],
+)
+def test_a_malformed_header_is_told_by_member_expectation_and_value(
+    change: dict[str, object], name: str, expected: str, found: str
+) -> None:
+    segment = Segment(seq_id=1, offset=0, length=1, sample=True)
+    header, *buffers = wire.encode(Step(epoch=1, step_id=1, segments=(segment,), tokens=np.zeros(1, np.int32)))
+    with pytest.raises(ProtocolError) as caught:
+        wire.decode([json.dumps(json.loads(bytes(header)) | change).encode(), *buffers])
+    assert name in caught.value.what
+    assert expected in (caught.value.expected or "")
+    assert found in (caught.value.found or "")
+
+
+def test_an_error_about_a_file_whose_name_is_no_utf_8_arrives() -> None:
+    fault = to_message(StageError("cannot read", where="/models/\udcff.safetensors"), 1, None)
+    arrived = wire.decode(wire.encode(fault))
+    assert isinstance(arrived, messages.StageFault)
+    assert arrived.where == "/models/\\udcff.safetensors"
