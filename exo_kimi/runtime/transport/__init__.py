@@ -1,0 +1,1 @@
+"""Links between machines: addresses, keys, ZeroMQ sockets, and a small control channel."""
