@@ -1,6 +1,6 @@
 """Checkpoint tensors in any published layout under the model's names, for mlx-lm's own loaders (exo uses them).
 
-The project's loader does not come here: it fills the model tensor by tensor from the file (see `runtime.loader`).
+The project's loader does not come here: it fills the model tensor by tensor from the file (see `runtime.loading.loader`).
 """
 
 from __future__ import annotations

@@ -92,7 +92,7 @@ class Plan:
         stages: first layers first.
         link: how hidden states go between machines: `jaccl` where every link it was priced with is RDMA, else `zmq`.
         left_out: machines that the split is better without.
-        prediction: by the laws of `planner.cost`.
+        prediction: by the laws of `planner.search.cost`.
         assumptions: values that nobody has published or measured, as `machine: what`.
     """
 

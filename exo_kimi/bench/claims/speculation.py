@@ -2,7 +2,7 @@
 
 Two kinds of rows. `tiny`: a real random model in this process, two stages, answers compared token by token. `K2`: a text replayed
 through the real scheduler and guesses, with the bytes of Kimi K2 (4-bit experts, 8-bit rest): an agent that reads a file and
-writes it again with changes. Bytes are counted by the laws of `planner.bytes`, not timed: on the CPU decoding is not bound by
+writes it again with changes. Bytes are counted (`planner.weights.bytes`), not timed: on the CPU decoding is not bound by
 them. The ratio is bytes without / bytes with, so 1.5 means a third fewer; where text does not repeat it is with / without.
 """
 

@@ -12,7 +12,7 @@ from exo_kimi.checkpoint.index import TensorEntry
 from exo_kimi.checkpoint.manifest import ModuleSource
 from exo_kimi.errors import DtypeError, QuantizationError
 from exo_kimi.models.sanitize import dequantize_fp8, int4_biases
-from exo_kimi.runtime.loading.parameter_memory import Derived, ParameterMemory, Target
+from exo_kimi.runtime.loading.parameter_memory import DerivedParameter, ParameterMemory, Target
 from exo_kimi.runtime.loading.tensor_reader import TensorReader
 
 STAGING_BYTES = 32 * 1024**2
@@ -30,7 +30,7 @@ class Job:
     fill: Callable[[TensorReader, ParameterMemory], None]
 
 
-def jobs_of(source: ModuleSource, dtype: mx.Dtype | None) -> tuple[list[Job], dict[str, Target | Derived]]:
+def jobs_of(source: ModuleSource, dtype: mx.Dtype | None) -> tuple[list[Job], dict[str, Target | DerivedParameter]]:
     """What to read for one module, and the parameters that it fills, by path.
 
     Args:
@@ -42,7 +42,7 @@ def jobs_of(source: ModuleSource, dtype: mx.Dtype | None) -> tuple[list[Job], di
     """
     path, parts = source.spec.path, source.parts
     jobs: list[Job] = []
-    targets: dict[str, Target | Derived] = {}
+    targets: dict[str, Target | DerivedParameter] = {}
     rest = dict(parts)
     if source.layout == "fp8":
         jobs, targets[f"{path}.weight"] = _fp8(source, dtype or mx.bfloat16)
@@ -56,7 +56,7 @@ def jobs_of(source: ModuleSource, dtype: mx.Dtype | None) -> tuple[list[Job], di
         jobs += leaf_jobs
         targets[f"{path}.{leaf}"] = target
         if source.layout == "int4" and leaf == "scales":
-            targets[f"{path}.biases"] = Derived(target.shape, target.dtype, derive=int4_biases, source=target)
+            targets[f"{path}.biases"] = DerivedParameter(target.shape, target.dtype, derive=int4_biases, source=target)
     return jobs, targets
 
 

@@ -21,7 +21,7 @@ from exo_kimi.errors import MissingTensorError, ShapeMismatchError, UnexpectedTe
 from exo_kimi.models.kimi_k2 import Model
 from exo_kimi.models.projection import LEAVES, adopt
 from exo_kimi.runtime.loading.filling import Job, jobs_of
-from exo_kimi.runtime.loading.parameter_memory import Derived, ParameterMemory, Target, can_share
+from exo_kimi.runtime.loading.parameter_memory import DerivedParameter, ParameterMemory, Target, can_share
 from exo_kimi.runtime.loading.tensor_reader import TensorReader
 
 Progress = Callable[[int, int], None]
@@ -89,7 +89,7 @@ def load_stage(
     model = Model(manifest.config, manifest.start_layer, manifest.end_layer, layers_only=layers_only)
     _shape_modules(model, sources)
     jobs: list[Job] = []
-    targets: dict[str, Target | Derived] = {}
+    targets: dict[str, Target | DerivedParameter] = {}
     for source in sources:
         source_jobs, source_targets = jobs_of(source, DTYPES[dtype] if dtype else None)
         twice = targets.keys() & source_targets
@@ -156,7 +156,7 @@ def _shape_modules(model: Model, sources: list[ModuleSource]) -> None:
     nn.quantize(model, class_predicate=packing)
 
 
-def _check_targets(model: Model, targets: dict[str, Target | Derived], *, where: Path) -> None:
+def _check_targets(model: Model, targets: dict[str, Target | DerivedParameter], *, where: Path) -> None:
     """Every parameter is filled exactly once and by something of its shape."""
     expected = {path: tuple(value.shape) for path, value in tree_flatten(model.parameters())}
     missing, extra = sorted(expected.keys() - targets), sorted(targets.keys() - expected)
@@ -178,7 +178,7 @@ class _FusedGroup:
     module: Any
     names: tuple[str, ...]
     paths: tuple[str, ...]
-    members: dict[str, list[Target | Derived]]
+    members: dict[str, list[Target | DerivedParameter]]
 
     def filled(self) -> Iterator[list[Target]]:
         """The targets that lie in one array, for each leaf that is read and not derived."""
@@ -191,7 +191,7 @@ class _FusedGroup:
         return {leaf: memory.take(members[0]) for leaf, members in self.members.items()}
 
 
-def _fused_groups(model: Model, targets: dict[str, Target | Derived]) -> list[_FusedGroup]:
+def _fused_groups(model: Model, targets: dict[str, Target | DerivedParameter]) -> list[_FusedGroup]:
     groups = []
     for path, module, names in model.groups():
         leaves = [leaf for leaf in LEAVES if f"{path}.{names[0]}.{leaf}" in targets]

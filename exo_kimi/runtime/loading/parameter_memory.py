@@ -36,7 +36,7 @@ class Target:
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Derived:
+class DerivedParameter:
     """A parameter that is made from another once that is filled."""
 
     shape: tuple[int, ...]
@@ -45,10 +45,10 @@ class Derived:
     source: Target
 
 
-def can_share(parameters: Sequence[Target | Derived]) -> bool:
+def can_share(parameters: Sequence[Target | DerivedParameter]) -> bool:
     """Whether rows of these parameters fit in one array."""
     forms = {
-        (each.derive if isinstance(each, Derived) else None, each.dtype, *each.shape[:-2], each.shape[-1])
+        (each.derive if isinstance(each, DerivedParameter) else None, each.dtype, *each.shape[:-2], each.shape[-1])
         for each in parameters
     }
     return len(forms) == 1 and all(len(each.shape) > 1 for each in parameters)
@@ -92,13 +92,13 @@ class ParameterMemory:
         starts = [(matrix * rows + first_row) * row_bytes for matrix in range(part * each, (part + 1) * each)]
         return [block.piece(start, start + target.shape[-2] * row_bytes) for start in starts]
 
-    def take(self, parameter: Target | Derived) -> mx.array:
+    def take(self, parameter: Target | DerivedParameter) -> mx.array:
         """The filled array of a parameter, or of the group that it lies in; not evaluated.
 
         Raises:
             MissingTensorError: not all of it was filled.
         """
-        if isinstance(parameter, Derived):
+        if isinstance(parameter, DerivedParameter):
             return parameter.derive(self.take(parameter.source))
         return self._places[parameter][0].array()
 
