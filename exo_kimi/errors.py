@@ -182,8 +182,16 @@ class PlanInfeasibleError(PlanError):
         changes: the smallest changes that would make it fit, one sentence or block each.
     """
 
-    def __init__(self, what: str, *, short: Mapping[str, int], changes: Sequence[str], where: object = None) -> None:
-        super().__init__(what, where=where)
+    def __init__(
+        self,
+        what: str,
+        *,
+        short: Mapping[str, int],
+        changes: Sequence[str],
+        where: object = None,
+        fix: str | None = None,
+    ) -> None:
+        super().__init__(what, where=where, fix=fix)
         self.short = dict(short)
         self.changes = tuple(changes)
 

@@ -124,6 +124,9 @@ def serve(
     plan: Annotated[
         Path | None, option("--plan", metavar="PLAN.json", help="the split of an `exo-kimi plan` file", panel=SPLIT)
     ] = None,
+    force: Annotated[
+        bool, flag("--force", help="take --plan even where a machine is over its limit", panel=SPLIT)
+    ] = False,
     stages: Annotated[
         int | None,
         option(
@@ -406,6 +409,7 @@ def plan(
         Sequence[int] | None,
         option("--split", parser=counts, metavar="N,N,...", help="judge this split instead of searching"),
     ] = None,
+    force: Annotated[bool, flag("--force", help="take --split even where a machine is over its limit")] = False,
     explained: Annotated[
         bool, flag("--explain", help="why this split, what binds, and what would change it", panel=OUTPUT)
     ] = False,

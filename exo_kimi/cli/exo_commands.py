@@ -15,6 +15,7 @@ from exo_kimi.cli.values import (
     byte_count,
     counts,
     flag,
+    names,
     one_of,
     option,
     positive,
@@ -63,6 +64,11 @@ def plan(
         Sequence[int] | None,
         option("--split", parser=counts, metavar="N,N,...", help="judge this split instead of searching"),
     ] = None,
+    nodes: Annotated[
+        Sequence[str] | None,
+        option("--nodes", parser=names, metavar="A,B,...", help="these nodes, first layers first (default: the best)"),
+    ] = None,
+    force: Annotated[bool, flag("--force", help="take --split even where a machine is over its limit")] = False,
     output: Annotated[
         Path | None, option("-o", "--output", metavar="PLAN.json", help="write the plan, for `exo apply`")
     ] = None,
@@ -77,7 +83,7 @@ def plan(
 def apply(
     path: Annotated[Path, argument("PLAN", "a file of `exo plan -o`")],
     url: Url = DEFAULT_URL,
-    wait: Annotated[bool, flag("--wait", help="until it answers")] = False,
+    wait: Annotated[bool, flag("--wait", help="for the nodes, and until it answers")] = False,
     model_id: Annotated[
         str | None, option("--model-id", metavar="ORG/NAME", help="exo's id, where the plan does not say")
     ] = None,
@@ -87,7 +93,11 @@ def apply(
     tensor: Annotated[
         bool, flag("--tensor", help="tensor parallel over the plan's nodes, on exo's own engine")
     ] = False,
-    replace: Annotated[bool, flag("--replace", help="end what is placed of this model first")] = False,
+    replace: Annotated[
+        bool,
+        flag("--replace", help="end what is placed of this model first, if the plan then fits; back when it fails"),
+    ] = False,
+    force: Annotated[bool, flag("--force", help="place it even where it says that a node is over its limit")] = False,
     our_engine: OurEngine = False,
     connect_s: Annotated[
         float | None,
@@ -177,6 +187,7 @@ def legacy(
         str | None,
         option("--api-host", metavar="HOST", help="where exo's API listens (default: exo's, every interface)"),
     ] = None,
+    force: Annotated[bool, flag("--force", help="take the plan even where a machine is over its limit")] = False,
 ) -> None:
     """Start exo 0.0.x with our model and plan: exo-kimi exo-legacy --plan PLAN -- ARGS."""
     options: dict[str, Any] = {name: value for name, value in locals().items() if name != "rest"}

@@ -99,6 +99,12 @@ def counts(text: str) -> list[int]:
 
 
 @_parser
+def names(text: str) -> list[str]:
+    """Names of nodes, such as studio,mini."""
+    return [part.strip() for part in text.split(",")]
+
+
+@_parser
 def guesses(text: str) -> str | int:
     """`off`, `auto`, or a number of tokens to guess."""
     return text if text in ("off", "auto") else positive(text)

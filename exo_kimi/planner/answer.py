@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from itertools import pairwise
 
 from exo_kimi.errors import PlanInfeasibleError
 from exo_kimi.planner import data
 from exo_kimi.planner.machines.cluster import Cluster
-from exo_kimi.planner.plan import VERSION, Plan, PlanModel, PlanPrediction, PlanStage
+from exo_kimi.planner.plan import VERSION, Plan, PlanModel, PlanPrediction, PlanStage, check_headroom
 from exo_kimi.planner.question import Question
 from exo_kimi.planner.search.advice import changes_that_fit
 from exo_kimi.planner.search.cost import Placed, PlacedSplit
@@ -39,6 +40,26 @@ class Answer:
     def of(cls, split: PlacedSplit, *, explained: bool = False) -> Answer:
         """A split as an answer, whether it was found or given; given, it may be over a limit."""
         return cls(split=split, plan=plan_of(split), explained=explained)
+
+    @classmethod
+    def given(
+        cls, question: Question, split: str | Sequence[int], *, force: bool = False, called: str = "machines"
+    ) -> Answer:
+        """Layer counts over the question's machines, in the order asked for, else the largest first.
+
+        Args:
+            question: what the split is for.
+            split: layers of each, as text or as numbers.
+            force: take it even where a machine is over its limit.
+            called: what an error calls the machines.
+
+        Raises:
+            SplitError: they do not place every layer once, or there are more of them than machines.
+            PlanInfeasibleError: a machine is over its limit.
+        """
+        made = cls.of(PlacedSplit.given(question, split, question.machines_in_order, called=called))
+        check_headroom(made.plan, force=force, where="--split")
+        return made
 
     @property
     def text(self) -> str:

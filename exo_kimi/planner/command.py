@@ -16,7 +16,6 @@ from exo_kimi.errors import UsageError
 from exo_kimi.planner.answer import Answer, answer
 from exo_kimi.planner.machines.cluster import read_cluster
 from exo_kimi.planner.question import Question
-from exo_kimi.planner.search.cost import PlacedSplit
 from exo_kimi.planner.weights.bytes import ModelBytes, bytes_of_manifest, bytes_of_recipe
 from exo_kimi.planner.weights.catalog import model_names, published_model
 from exo_kimi.planner.weights.recipes import load_recipe
@@ -39,6 +38,7 @@ def plan_answer(
     ends_everywhere: bool = False,
     kv_bits: int | None = None,
     split: str | Sequence[int] | None = None,
+    force: bool = False,
     explained: bool = False,
 ) -> Answer:
     """The best plan for a checkpoint directory, or for a published model in a recipe.
@@ -58,12 +58,13 @@ def plan_answer(
         ends_everywhere: every stage holds embedding and head, as exo's own engine does.
         kv_bits: of the cache, as `serve --kv-bits`; bf16 when not given.
         split: judge these layer counts, over the machines by memory, the largest first, instead of searching.
+        force: take that split even where a machine is over its limit.
         explained: add the explanation to the text.
 
     Raises:
         UsageError: arguments that contradict each other or cannot be read, or a split that cannot be.
         CheckpointError: the directory is not a checkpoint that can be served.
-        PlanInfeasibleError: nothing fits.
+        PlanInfeasibleError: nothing fits, or the given split does not.
     """
     if objective not in OBJECTIVES:
         raise UsageError("unknown objective", expected=", ".join(OBJECTIVES), found=objective, where="--objective")
@@ -88,7 +89,7 @@ def plan_answer(
         question = question.with_raised_limits()
     if split is None:
         return answer(question, explained=explained)
-    return Answer.of(PlacedSplit.given(question, split, question.machines_by_memory))
+    return Answer.given(question, split, force=force)
 
 
 def model_bytes(

@@ -10,8 +10,9 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
-from exo_kimi.errors import PlanError
+from exo_kimi.errors import PlanError, PlanInfeasibleError
 from exo_kimi.planner.workload import OBJECTIVES, Workload
+from exo_kimi.units import format_bytes
 
 VERSION = 2
 LINKS = ("zmq", "jaccl")
@@ -170,6 +171,37 @@ def read_plan(path: str | Path) -> Plan:
     except (OSError, ValueError) as error:
         raise PlanError("cannot read the plan", found=error, where=path) from None
     return Plan.from_json(text, where=path)
+
+
+def check_headroom(plan: Plan, *, force: bool = False, where: object = None) -> None:
+    """Refuse a plan that asks more of a machine than its limit, as a split that was given can.
+
+    Args:
+        plan: a search never makes such a one.
+        force: take it all the same.
+        where: the plan's file or the option that gave the split, for the message.
+
+    Raises:
+        PlanInfeasibleError: with every machine that is short, and by how much.
+    """
+    short = {stage.machine: -stage.headroom_bytes for stage in plan.stages if stage.headroom_bytes < 0}
+    if force or not short:
+        return
+    lines = [
+        f"{stage.machine} (layers {stage.start_layer}:{stage.end_layer}) needs {format_bytes(stage.need_bytes)} and has "
+        f"a limit of {format_bytes(stage.limit_bytes)}: short by {format_bytes(-stage.headroom_bytes)} "
+        f"({-stage.headroom_bytes} bytes)"
+        for stage in plan.stages
+        if stage.headroom_bytes < 0
+    ]
+    raise PlanInfeasibleError(
+        f"the split {plan.split} does not fit with a context of {plan.workload.context} tokens:\n  "
+        + "\n  ".join(lines),
+        short=short,
+        changes=(),
+        where=where,
+        fix="plan without --split, which finds what fits, or give --force to take this one all the same",
+    )
 
 
 def _checked(cls: type, raw: object, where: object) -> dict[str, Any]:

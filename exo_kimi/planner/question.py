@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+from exo_kimi.errors import UsageError
 from exo_kimi.planner.machines.cluster import Cluster
 from exo_kimi.planner.machines.hardware import Machine
 from exo_kimi.planner.weights.bytes import ModelBytes
@@ -36,12 +38,15 @@ class Question:
         cluster: machines and links.
         workload: what is timed and kept in memory.
         objective: what shall be least: the time of a request, of a token, of a round, or to the first token.
+        order: names of all machines of the cluster, first layers first, where the split must take every one in this order;
+            empty leaves which and how to the search.
     """
 
     model: ModelBytes
     cluster: Cluster
     workload: Workload
     objective: Objective = "request"
+    order: tuple[str, ...] = ()
 
     @property
     def machines(self) -> tuple[Machine, ...]:
@@ -49,8 +54,10 @@ class Question:
         return self.cluster.machines
 
     @property
-    def machines_by_memory(self) -> tuple[Machine, ...]:
-        """The largest first, as a split that names no machines is dealt out."""
+    def machines_in_order(self) -> tuple[Machine, ...]:
+        """As a given split is dealt out: in the order that was asked for, else the largest first."""
+        if self.order:
+            return tuple(sorted(self.machines, key=lambda machine: self.order.index(machine.name)))
         return tuple(sorted(self.machines, key=lambda machine: (-machine.memory_bytes, machine.name)))
 
     @property
@@ -78,6 +85,28 @@ class Question:
             reserve_bytes=self.workload.reserve_bytes,
             server_bytes=self.workload.server_bytes if start_layer == 0 else 0,
         )
+
+    def with_order(self, names: Sequence[str], *, called: str = "machines") -> Question:
+        """The same question for these machines alone, each with a stage, in this order.
+
+        Args:
+            names: of machines of the cluster, first layers first.
+            called: what an error calls the machines.
+
+        Raises:
+            UsageError: a name that is no machine's, or one given twice.
+        """
+        known = [machine.name for machine in self.machines]
+        wrong = next((name for name in names if name not in known or list(names).count(name) > 1), None)
+        if wrong is not None or not names:
+            raise UsageError(
+                f"{wrong} is given twice" if wrong in known else f"no {called[:-1]} is named {wrong}",
+                expected=f"different ones of {', '.join(known)}",
+                found=",".join(names) or "none",
+                where=f"--{called}",
+            )
+        others = [name for name in known if name not in names]
+        return replace(self, cluster=self.cluster.without(*others), order=tuple(names))
 
     def with_raised_limits(self) -> Question:
         """The same question with every wired limit at its ceiling."""

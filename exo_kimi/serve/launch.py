@@ -13,7 +13,7 @@ from exo_kimi.checkpoint.doctor.doctor import text_errors
 from exo_kimi.dialogue.speaker import Speaker
 from exo_kimi.errors import CheckpointProblems, UsageError
 from exo_kimi.planner.matching import check_matches
-from exo_kimi.planner.plan import Plan, read_plan
+from exo_kimi.planner.plan import Plan, check_headroom, read_plan
 from exo_kimi.planner.weights.bytes import bytes_of_manifest
 from exo_kimi.runtime.cluster.cluster_plan import make_plan
 from exo_kimi.runtime.cluster.supervisor import ClusterOptions, StageCluster
@@ -36,6 +36,7 @@ class ServeOptions:
     port: int = DEFAULT_PORT
     split: str | None = None
     plan: Path | None = None
+    force: bool = False
     stages: int | None = None
     stage: Sequence[str] = field(default_factory=tuple)
     api_key: str | None = None
@@ -64,7 +65,7 @@ def serve(options: ServeOptions, *, announce: Callable[[str], None] | None = Non
 
     Raises:
         CheckpointError, TokenizerError, TemplateError: the directory cannot be served; no weight was read.
-        PlanError: the plan cannot be read, or is for another checkpoint.
+        PlanError: the plan cannot be read, does not fit its machines, or is for another checkpoint.
         UsageError: an option cannot be followed, or the address is taken.
         RuntimeFault: the stages did not become ready the first time.
     """
@@ -131,6 +132,7 @@ def _following(plan: Plan, options: ServeOptions, checkpoint: Checkpoint) -> Ser
     """
     if options.split is not None:
         raise UsageError("--plan and --split both say how to split", fix="give one of them")
+    check_headroom(plan, force=options.force, where=options.plan)
     check_matches(plan, checkpoint.manifest())
     planned = plan.workload.context
     if options.context is not None and options.context > planned:

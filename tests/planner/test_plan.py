@@ -234,7 +234,10 @@ def test_golden_plans_are_made_again_byte_for_byte() -> None:
 
 
 def test_a_given_split_is_judged_and_not_changed() -> None:
-    answer = plan_answer(model="kimi-k2.6", recipe="int4", cluster="m3-ultra-512, m2-ultra-192", split=(44, 17))
+    asked: dict[str, Any] = {"model": "kimi-k2.6", "recipe": "int4", "cluster": "m3-ultra-512, m2-ultra-192"}
+    with pytest.raises(PlanInfeasibleError, match=r"m3-ultra-512(.|\n)*short by(.|\n)*m2-ultra-192(.|\n)*--force"):
+        plan_answer(**asked, split=(44, 17))
+    answer = plan_answer(**asked, split=(44, 17), force=True)
     assert answer.plan.split == "44,17"
     assert [stage.headroom_bytes < 0 for stage in answer.plan.stages] == [True, True]
     assert "m2-ultra-192  layers 44:61 (17)              186.97 GiB of 144.00 GiB, short by 42.97 GiB" in answer.text

@@ -113,7 +113,9 @@ def plan_of(tiny: Path, client_of: Callable[[Any], ExoClient]) -> Callable[..., 
     """A plan of the tiny Kimi for a fake's cluster, over the nodes by name: `mini` first, then `studio`."""
 
     def plan(exo: Any, split: tuple[int, ...] = (2, 5), **options: Any) -> Any:
-        return exo_plan(client_of(exo).state(), tiny, model_id=MODEL, context=4096, split=split, **options).plan
+        state = client_of(exo).state()
+        options.setdefault("nodes", sorted(state.names.values())[: len(split)])
+        return exo_plan(state, tiny, model_id=MODEL, context=4096, split=split, **options).plan
 
     return plan
 

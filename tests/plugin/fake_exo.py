@@ -50,6 +50,9 @@ class FakeExo:
         cards: model id -> card of every model that exo knows or could make a card of.
         unreached: (from, to) pairs without a link.
         fails: node id -> message with which its runner fails, always.
+        most_layers: node id -> layers of which its runner can load no more, as if its memory ended there.
+        held_bytes: node id -> memory that a runner there holds, whatever it is asked to load.
+        linked: look at which the links of `unreached` are there after all.
         hangs: nodes whose runner never says that it connects.
         leaves: node id -> look at which it has left the cluster.
         vanishes: look at which somebody deletes every instance.
@@ -62,6 +65,9 @@ class FakeExo:
     cards: dict[str, dict[str, Any]] = field(default_factory=dict)
     unreached: set[tuple[str, str]] = field(default_factory=set)
     fails: dict[str, str] = field(default_factory=dict)
+    most_layers: dict[str, int] = field(default_factory=dict)
+    held_bytes: dict[str, int] = field(default_factory=dict)
+    linked: int | None = None
     hangs: set[str] = field(default_factory=set)
     leaves: dict[str, int] = field(default_factory=dict)
     vanishes: int | None = None
@@ -106,6 +112,8 @@ class FakeExo:
         self.nodes = [node for node in self.nodes if node.node_id not in gone]
         if self.vanishes is not None and self.looks >= self.vanishes:
             self.instances.clear()
+        if self.linked is not None and self.looks >= self.linked:
+            self.unreached = set()
         for instance in list(self.instances.values()):
             self._advance(instance)
         for instance in self.waiting:
@@ -135,9 +143,12 @@ class FakeExo:
             if node_id not in ids:
                 continue
             step = self.steps.get(runner, -1)
-            if node_id in self.fails and step >= 3:
+            shard = next(iter(assigned["runnerToShard"][runner].values()))
+            layers = shard["endLayer"] - shard["startLayer"]
+            fails = "Insufficient Memory" if layers > self.most_layers.get(node_id, layers) else self.fails.get(node_id)
+            if fails is not None and step >= 3:
                 self.failures[runner] = self.failures.get(runner, 0) + 1
-                self.runners[runner] = {"RunnerFailed": {"errorMessage": self.fails[node_id], "diagnostics": []}}
+                self.runners[runner] = {"RunnerFailed": {"errorMessage": fails, "diagnostics": []}}
                 self.steps[runner] = -1
                 if self.failures[runner] >= RETRIES:
                     del self.instances[body["instanceId"]]
@@ -145,10 +156,16 @@ class FakeExo:
             stuck = (step >= 0 and node_id in self.hangs) or (step >= 0 and not complete) or step > slowest
             if not stuck and step < len(PHASES) - 1:
                 self.steps[runner] = step = step + 1
-            shard = next(iter(assigned["runnerToShard"][runner].values()))
-            layers = self.loads.get(node_id, shard["endLayer"] - shard["startLayer"])
+            layers = self.loads.get(node_id, layers)
             detail = {"layersLoaded": 0, "totalLayers": layers} if PHASES[max(step, 0)] == "Loading" else {}
             self.runners[runner] = {f"Runner{PHASES[max(step, 0)]}": detail}
+
+    def _free_bytes(self, node: FakeNode) -> int:
+        here = sum(
+            node.node_id in body_of(instance)["shardAssignments"]["nodeToRunner"]
+            for instance in self.instances.values()
+        )
+        return node.free_bytes - here * self.held_bytes.get(node.node_id, 0)
 
     def _snapshot(self) -> dict[str, Any]:
         ids = [node.node_id for node in self.nodes]
@@ -187,7 +204,7 @@ class FakeExo:
             "nodeMemory": {
                 node.node_id: {
                     "ramTotal": {"inBytes": node.total_bytes},
-                    "ramAvailable": {"inBytes": node.free_bytes},
+                    "ramAvailable": {"inBytes": self._free_bytes(node)},
                     "swapTotal": {"inBytes": 0},
                     "swapAvailable": {"inBytes": 0},
                 }
@@ -233,7 +250,7 @@ class FakeExo:
 
     def _preview(self, model_id: str, sharding: str, meta: str, wanted: list[str]) -> tuple[Any, str | None]:
         card = self.cards[model_id]
-        if sum(node.free_bytes for node in self.nodes) < card["storageSize"]["inBytes"]:
+        if sum(self._free_bytes(node) for node in self.nodes) < card["storageSize"]["inBytes"]:
             return None, "No cycles found with sufficient memory"
         if meta == "MlxJaccl":
             return None, "Requested RDMA (MlxJaccl) but no RDMA-connected cycles available"
@@ -270,7 +287,7 @@ class FakeExo:
                 422, json={"detail": [{"loc": ["body", "instance", wrong], "msg": "Extra inputs are not permitted"}]}
             )
         needed = self.cards[body_of(instance)["shardAssignments"]["modelId"]]["storageSize"]["inBytes"]
-        free = sum(node.free_bytes for node in self.nodes)
+        free = sum(self._free_bytes(node) for node in self.nodes)
         if needed > free:
             return error(400, f"Insufficient memory to create instance. Required: {needed}, Available: {free}")
         self.posted.append(instance)

@@ -6,6 +6,7 @@ import asyncio
 import sys
 from collections import Counter
 from collections.abc import Awaitable, Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ import pytest
 
 from exo_kimi.checkpoint import index
 from exo_kimi.checkpoint.tiny.make import make_tiny
+from exo_kimi.errors import PlanInfeasibleError
 from exo_kimi.planner.command import plan_answer
 from exo_kimi.serve import launch
 from exo_kimi.serve.launch import ServeOptions, serve
@@ -63,3 +65,18 @@ def test_headers_and_config_are_read_once(tmp_path: Path, monkeypatch: pytest.Mo
     assert headers == {f"model-0000{number}-of-00003.safetensors": 1 for number in (1, 2, 3)}
     assert times["config.json"] == 1
     assert times["model.safetensors.index.json"] == 1
+
+
+def test_a_plan_over_a_limit_is_refused_unless_forced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    directory = make_tiny(tmp_path / "tiny")
+    plan = plan_answer(directory=directory, cluster="2x m1-max-64", context=256).plan
+    path = tmp_path / "plan.json"
+    replace(plan, stages=(replace(plan.stages[0], headroom_bytes=-3), *plan.stages[1:])).save(path)
+    started: list[object] = []
+    monkeypatch.setattr(launch, "run", lambda factory, **_: started.append(factory))
+    options = ServeOptions(directory=directory, dtype="float32", plan=path)
+    with pytest.raises(PlanInfeasibleError, match=r"short by(.|\n)*\(3 bytes\)(.|\n)*plan.json(.|\n)*--force"):
+        serve(options)
+    assert not started
+    serve(replace(options, force=True))
+    assert started

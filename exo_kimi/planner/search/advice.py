@@ -109,7 +109,8 @@ def _lighter_recipe(question: Question) -> Iterator[str]:
 
 
 def _another_machine(question: Question) -> Iterator[str]:
-    """The fewest further machines of one kind, and of those the smallest."""
+    """The fewest further machines of one kind, and of those the smallest; in any order."""
+    question = replace(question, order=())
     for count in range(1, MOST_MACHINES - len(question.machines) + 1):
         for machine in machines_by_memory():
             larger = question.cluster

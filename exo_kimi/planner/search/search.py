@@ -34,7 +34,9 @@ def best_split(question: Question) -> PlacedSplit | None:
     Exact: the least time over all subsets, orders and cuts, with a thousandth of the stages' time on every boundary towards
     a machine with more memory.
     """
-    counts = range(1, len(question.machines) + 1) if question.objective == "throughput" else (0,)
+    counts: Sequence[int] = (len(question.order),)
+    if question.objective == "throughput" and not question.order:
+        counts = range(1, len(question.machines) + 1)
     best: Split | None = None
     for count in counts:
         problem = prefer_order(split_problem(question, stages=count), question.machines)

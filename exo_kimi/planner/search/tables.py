@@ -79,7 +79,7 @@ def split_problem(question: Question, *, stages: int = 0) -> SplitProblem:
         return decodes * step + chunk, chunk if chunks else (step if objective == "throughput" else 0)
 
     hops = [[(0, 0) if one is other else hop(one, other) for other in question.machines] for one in question.machines]
-    hop_total = np.array([[cost[0] for cost in row] for row in hops], np.int64)
+    hop_total = _only_in_order(question, np.array([[cost[0] for cost in row] for row in hops], np.int64))
     hop_peak = np.array([[cost[1] for cost in row] for row in hops], np.int64)
     return SplitProblem(
         total=np.stack([pair[0] for pair in pairs]),
@@ -87,7 +87,7 @@ def split_problem(question: Question, *, stages: int = 0) -> SplitProblem:
         hop_total=hop_total,
         hop_peak=hop_peak,
         kinds=_kinds(question.machines, hop_total, hop_peak),
-        stages=stages,
+        stages=len(question.order) or stages,
     )
 
 
@@ -96,12 +96,14 @@ def shortage_problem(question: Question) -> SplitProblem:
     need, machines = need_table(question), question.machines
     over = np.stack([np.maximum(need - machine.limit_bytes, 0) for machine in machines])
     nothing = np.zeros((len(machines), len(machines)), np.int64)
+    hops = _only_in_order(question, nothing)
     return SplitProblem(
         total=np.where(_proper(question.layers), over, INFINITE),
         peak=over,
-        hop_total=nothing,
+        hop_total=hops,
         hop_peak=nothing,
-        kinds=_kinds(machines, nothing, nothing),
+        kinds=_kinds(machines, hops, nothing),
+        stages=len(question.order),
     )
 
 
@@ -138,6 +140,15 @@ def _ranges(each: Int64s) -> Int64s:
     sums = np.concatenate([np.zeros(1, np.int64), np.cumsum(each)])
     ranges: Int64s = sums[None, :] - sums[:, None]
     return ranges
+
+
+def _only_in_order(question: Question, hop_total: Int64s) -> Int64s:
+    """The costs of boundaries, without those that the asked-for order does not have."""
+    if not question.order:
+        return hop_total
+    place = [question.order.index(machine.name) for machine in question.machines]
+    follows = np.array([[other == one + 1 for other in place] for one in place])
+    return np.where(follows, hop_total, INFINITE)
 
 
 def _proper(layers: int) -> NDArray[np.bool_]:

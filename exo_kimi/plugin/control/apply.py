@@ -7,16 +7,27 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from exo_kimi.errors import ExoLoadError, ExoPlacementError, UsageError
-from exo_kimi.planner.plan import Engine, Plan
+from exo_kimi.errors import ExoKimiError, ExoLoadError, ExoPlacementError, UsageError
+from exo_kimi.planner.plan import Engine, Plan, check_headroom
 from exo_kimi.plugin.control.http import ExoClient, Preview
-from exo_kimi.plugin.control.instance import NodeAssignment, assign_nodes, check_assignments, renamed, ring_instance
+from exo_kimi.plugin.control.instance import (
+    NodeAssignment,
+    assign_nodes,
+    check_assignments,
+    check_machines,
+    missing_links,
+    renamed,
+    ring_instance,
+    unmeasured,
+)
 from exo_kimi.plugin.control.model_card import Card
 from exo_kimi.plugin.control.model_names import check_model_id
+from exo_kimi.plugin.control.replace import Replacement, with_memory_back
 from exo_kimi.plugin.control.state import ClusterState
 from exo_kimi.plugin.control.watch import Deadlines, LoadingProgress, Timing, take_back, watch
 
 Report = Callable[[Sequence[LoadingProgress]], None]
+Say = Callable[[str], None]
 _PORTS = (49153, 65535)
 _PROBE_TOKENS = 2  # the first comes from prefill alone; decoding may still hang
 _TENSOR_METAS = ("MlxJaccl", "MlxRing")  # RDMA first: 122 all-reduces a token want it
@@ -53,10 +64,12 @@ def apply_plan(
     nodes: Mapping[str, str] | None = None,
     tensor: bool = False,
     replace: bool = False,
+    force: bool = False,
     wait: bool = True,
     our_engine: bool | None = None,
     deadlines: Deadlines | None = None,
     report: Report = lambda progress: None,
+    say: Say = lambda line: None,
     timing: Timing | None = None,
 ) -> Applied:
     """Place a plan.
@@ -67,61 +80,62 @@ def apply_plan(
         model_id: `org/name`; from the plan when it was made for such a name.
         nodes: machine of the plan -> name or id of a node, where the names differ.
         tensor: the plan's nodes, but every one with a slice of every layer, as exo places it.
-        replace: end instances of this model first, instead of refusing.
-        wait: until it answers; else until exo has taken the instance.
+        replace: end instances of this model first, instead of refusing; once the plan is known to fit with their memory
+            counted back, and with the same placed again when it fails.
+        force: place a plan that has a machine over its limit.
+        wait: until its nodes have found each other, and until it answers; else until exo has taken the instance.
         our_engine: whether exo was started by `exo-kimi exo run`; None follows the plan, which was made for one engine.
         deadlines: of the phases.
         report: called when anything has changed.
+        say: told what is waited for, ended and placed again.
         timing: clock and sleep, for tests.
 
     Raises:
         UsageError: no model id, or another engine than the plan was made for.
-        ExoPlacementError: the cluster cannot take it; nothing was sent.
-        ExoLoadError: it did not become ready; it was taken back.
+        PlanInfeasibleError: the plan itself has a machine over its limit.
+        ExoPlacementError: the cluster cannot take it; nothing was sent, and what was ended is placed again.
+        ExoLoadError: it did not become ready; it was taken back, and what was ended is placed again.
         ExoUnreachableError, ExoVersionError, ExoRefusedError: as `ExoClient`.
     """
     limits, times = deadlines or Deadlines(), timing or Timing()
+    check_headroom(plan, force=force)
     name = check_model_id(model_id or plan.model.name.replace("--", "/", 1))
     engine = _engine(plan, our_engine, tensor=tensor)
-    state = client.state()
-    assignments = assign_nodes(plan, state, nodes=nodes)
-    state = _without_older(client, state, name, replace, limits, times)
-    card = _card(client, name, assignments, times)
-    _check_card(card, plan)
-    if tensor:
-        assignments, instance = _tensor(client, card, assignments, state)
-    else:
-        check_assignments(assignments, state, card)
-        instance = ring_instance(assignments, state, card, port=random.randint(*_PORTS))
-    body = next(iter(instance.values()))
-    runners = body["shardAssignments"]["nodeToRunner"]
-    started = times.clock()
-    client.create(instance)
-    seen: Mapping[str, int] = {}
-    answer = None
-    try:
-        seen = watch(
-            client,
-            body["instanceId"],
-            name,
-            {each.node_id: each for each in assignments},
-            runners,
-            until_ready=wait,
-            deadlines=limits,
-            report=report,
-            timing=times,
+    check_machines(plan, nodes or {})
+    state, assignments = _assigned(client, plan, nodes or {}, limits, times, say, wait=wait)
+    older = [instance for instance in state.instances if instance.model_id == name]
+    if older and not replace:
+        raise ExoPlacementError(
+            f"{name} is placed already",
+            found=", ".join(instance.instance_id for instance in older),
+            where=client.url,
+            fix="--replace ends it first",
         )
-        if wait:
-            answer = client.answer(name, "Hello", max_tokens=_PROBE_TOKENS, timeout_s=limits.answer_s)
+    card = older[0].card if older else _card(client, name, assignments, times)
+    _check_card(card, plan)
+    without = with_memory_back(state, older)
+    if tensor:
+        _check_slices(card, assignments, without)
+    else:
+        check_assignments(assignments, without, card)
+    replacement = Replacement(client, older, limits, times, say)
+    try:
+        replacement.end()
+        state = client.state() if older else state
+        if tensor:
+            assignments, instance = _tensor(client, card, assignments, state)
+        else:
+            check_assignments(assignments, state, card)
+            instance = ring_instance(assignments, state, card, port=random.randint(*_PORTS))
+        started = times.clock()
+        seen, answer = _placed(client, instance, name, assignments, limits, times, report, wait=wait)
     except BaseException as error:
-        gone = take_back(client, body["instanceId"], limits, times)
-        if isinstance(error, ExoLoadError) and not gone:
-            error.fix = (
-                f"{error.fix or ''}; the instance {body['instanceId']} is still there: DELETE /instance/ID".lstrip("; ")
-            )
+        told = replacement.put_back(until_ready=wait and isinstance(error, ExoKimiError))
+        if told and isinstance(error, ExoKimiError):
+            error.what = f"{error.what}; {told}"
         raise
     return Applied(
-        instance_id=body["instanceId"],
+        instance_id=next(iter(instance.values()))["instanceId"],
         model_id=name,
         engine=engine,
         assignments=assignments,
@@ -129,6 +143,83 @@ def apply_plan(
         seconds=times.clock() - started if wait else 0.0,
         answer=answer,
     )
+
+
+def _assigned(
+    client: ExoClient,
+    plan: Plan,
+    nodes: Mapping[str, str],
+    deadlines: Deadlines,
+    timing: Timing,
+    say: Say,
+    *,
+    wait: bool,
+) -> tuple[ClusterState, tuple[NodeAssignment, ...]]:
+    """The cluster, and a node of it for every stage; with `wait`, once these nodes are measured and have found each other.
+
+    A node that has just come back is listed before exo has measured it and before its links are, and twice while exo
+    remembers what it was called before.
+    """
+    end, said = timing.clock() + (deadlines.links_s if wait else 0.0), ""
+    while True:
+        state = client.state()
+        try:
+            assignments = assign_nodes(plan, state, nodes=nodes)
+        except ExoPlacementError as error:
+            if timing.clock() >= end:
+                raise
+            missing = error.what
+        else:
+            lacking = [*unmeasured(assignments, state), *missing_links(assignments, state)]
+            if not lacking or timing.clock() >= end:
+                return state, assignments
+            missing = lacking[0].partition(":")[0]
+        if missing != said:
+            said = missing
+            say(f"waiting for the nodes: {missing}")
+        timing.sleep(deadlines.poll_s)
+
+
+def _placed(
+    client: ExoClient,
+    instance: Mapping[str, Any],
+    model_id: str,
+    assignments: Sequence[NodeAssignment],
+    deadlines: Deadlines,
+    timing: Timing,
+    report: Report,
+    *,
+    wait: bool,
+) -> tuple[Mapping[str, int], str | None]:
+    """Create an instance and watch it; taken back when that fails.
+
+    Returns:
+        Node name -> layers that it said it was loading, and the first answer when it was waited for.
+    """
+    body = next(iter(instance.values()))
+    client.create(instance)
+    try:
+        seen = watch(
+            client,
+            body["instanceId"],
+            model_id,
+            {each.node_id: each for each in assignments},
+            body["shardAssignments"]["nodeToRunner"],
+            until_ready=wait,
+            deadlines=deadlines,
+            report=report,
+            timing=timing,
+        )
+        if not wait:
+            return seen, None
+        return seen, client.answer(model_id, "Hello", max_tokens=_PROBE_TOKENS, timeout_s=deadlines.answer_s)
+    except BaseException as error:
+        gone = take_back(client, body["instanceId"], deadlines, timing)
+        if isinstance(error, ExoLoadError) and not gone:
+            error.fix = (
+                f"{error.fix or ''}; the instance {body['instanceId']} is still there: DELETE /instance/ID".lstrip("; ")
+            )
+        raise
 
 
 def _engine(plan: Plan, our_engine: bool | None, *, tensor: bool) -> Engine:
@@ -153,27 +244,6 @@ def _engine(plan: Plan, our_engine: bool | None, *, tensor: bool) -> Engine:
             fix="plan with `exo-kimi exo plan`; for our engine leave --tensor out and start exo by `exo-kimi exo run`",
         )
     return asked
-
-
-def _without_older(
-    client: ExoClient, state: ClusterState, model_id: str, replace: bool, deadlines: Deadlines, timing: Timing
-) -> ClusterState:
-    """The cluster without instances of the model: two of them would share a name and the memory."""
-    older = [instance.instance_id for instance in state.instances if instance.model_id == model_id]
-    if not older:
-        return state
-    if not replace:
-        raise ExoPlacementError(
-            f"{model_id} is placed already",
-            found=", ".join(older),
-            where=client.url,
-            fix="--replace ends it first",
-        )
-    for instance_id in older:
-        if not take_back(client, instance_id, deadlines, timing):
-            raise ExoPlacementError("an older instance does not end", found=instance_id, fix="restart exo on its nodes")
-    timing.sleep(deadlines.settle_s)  # exo measures free memory once a second
-    return client.state()
 
 
 def _card(client: ExoClient, model_id: str, assignments: Sequence[NodeAssignment], timing: Timing) -> Card:
@@ -206,10 +276,7 @@ def _check_card(card: Card, plan: Plan) -> None:
         )
 
 
-def _tensor(
-    client: ExoClient, card: Card, assignments: Sequence[NodeAssignment], state: ClusterState
-) -> tuple[tuple[NodeAssignment, ...], dict[str, Any]]:
-    """exo's own tensor-parallel placement over the plan's nodes; the slices are equal, whatever the plan's shares were."""
+def _check_slices(card: Card, assignments: Sequence[NodeAssignment], state: ClusterState) -> None:
     slice_bytes = int(card["storageSize"]["inBytes"]) // len(assignments)
     small = [node for each in assignments if (node := state.node(each.node_id)) and node.available_bytes < slice_bytes]
     if small:
@@ -218,6 +285,13 @@ def _tensor(
             expected=f"{slice_bytes} bytes free",
             found=f"{small[0].available_bytes} bytes",
         )
+
+
+def _tensor(
+    client: ExoClient, card: Card, assignments: Sequence[NodeAssignment], state: ClusterState
+) -> tuple[tuple[NodeAssignment, ...], dict[str, Any]]:
+    """exo's own tensor-parallel placement over the plan's nodes; the slices are equal, whatever the plan's shares were."""
+    _check_slices(card, assignments, state)
     wanted = frozenset(each.node_id for each in assignments)
     previews = [p for p in client.previews(card["modelId"], sorted(wanted)) if p.sharding == "Tensor"]
     able = [p for meta in _TENSOR_METAS for p in previews if p.meta == meta and p.node_ids == wanted]

@@ -49,6 +49,8 @@ def plan(
     raise_limits: bool = False,
     our_engine: bool = False,
     split: Sequence[int] | None = None,
+    nodes: Sequence[str] | None = None,
+    force: bool = False,
 ) -> str:
     """Our plan for the cluster as exo sees it, with exo's own beside it; written to `output` when given.
 
@@ -70,6 +72,8 @@ def plan(
         our_engine=our_engine,
         raise_limits=raise_limits,
         split=split,
+        nodes=nodes or (),
+        force=force,
     )
     if output is None:
         return made.text + "\n"
@@ -85,6 +89,7 @@ def apply(
     nodes: Sequence[str] = (),
     tensor: bool = False,
     replace: bool = False,
+    force: bool = False,
     wait: bool = True,
     our_engine: bool = False,
     connect_s: float | None = None,
@@ -98,7 +103,8 @@ def apply(
         model_id: as exo names it, where the plan does not say.
         nodes: `MACHINE=NODE` where names differ.
         tensor: as tensor parallel, which exo's own engine runs.
-        replace: end what is placed of this model first.
+        replace: end what is placed of this model first; it is placed again when the plan fails.
+        force: place a plan that has a machine over its limit.
         wait: until it answers.
         our_engine: exo was started by `exo-kimi exo run`; the plan knows, and must agree.
         connect_s: until the nodes have found each other.
@@ -117,10 +123,12 @@ def apply(
             nodes=pairs,
             tensor=tensor,
             replace=replace,
+            force=force,
             wait=wait,
             our_engine=our_engine or None,  # a flag that was not given says nothing
             deadlines=deadlines,
             report=lambda progress: echo(progress_line(progress)),
+            say=echo,
         )
     return applied_text(applied)
 

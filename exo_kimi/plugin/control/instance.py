@@ -61,14 +61,8 @@ def assign_nodes(
         ExoPlacementError: a machine of the plan is not found, or could be several nodes.
     """
     given = dict(nodes or {})
-    strangers = sorted(set(given) - {stage.machine for stage in plan.stages})
-    if strangers:
-        raise ExoPlacementError(
-            f"{strangers[0]} is no machine of the plan",
-            expected=", ".join(stage.machine for stage in plan.stages),
-            where="--node",
-        )
-    named = {stage.machine: _named(given.get(stage.machine, stage.machine), state) for stage in plan.stages}
+    check_machines(plan, given)
+    named = {stage.machine: state.find(given.get(stage.machine, stage.machine)) for stage in plan.stages}
     taken = [node.node_id for node in named.values() if node is not None]
     for stage in plan.stages:
         if named[stage.machine] is None and stage.machine not in given:
@@ -78,6 +72,21 @@ def assign_nodes(
     if missing:
         raise _no_node(missing[0], given.get(missing[0].machine, missing[0].machine), state)
     return tuple(_assignment(stage, node, state) for stage in plan.stages if (node := named[stage.machine]) is not None)
+
+
+def check_machines(plan: Plan, nodes: Mapping[str, str]) -> None:
+    """Refuse a node that is given for a machine which the plan does not have.
+
+    Raises:
+        ExoPlacementError: with the plan's machines.
+    """
+    strangers = sorted(set(nodes) - {stage.machine for stage in plan.stages})
+    if strangers:
+        raise ExoPlacementError(
+            f"{strangers[0]} is no machine of the plan",
+            expected=", ".join(stage.machine for stage in plan.stages),
+            where="--node",
+        )
 
 
 def check_assignments(assignments: Sequence[NodeAssignment], state: ClusterState, card: Card) -> None:
@@ -94,7 +103,7 @@ def check_assignments(assignments: Sequence[NodeAssignment], state: ClusterState
     problems = [
         *_layer_problems([(each.start_layer, each.end_layer) for each in assignments], int(card["nLayers"])),
         *_node_problems(assignments, state),
-        *_link_problems(assignments, state),
+        *missing_links(assignments, state),
         *_memory_problems(assignments, state, int(card["storageSize"]["inBytes"])),
     ]
     if problems:
@@ -225,9 +234,20 @@ def _node_problems(assignments: Sequence[NodeAssignment], state: ClusterState) -
     return problems + [f"{each.name} has two stages" for each in assignments if ids.count(each.node_id) > 1]
 
 
-def _link_problems(assignments: Sequence[NodeAssignment], state: ClusterState) -> list[str]:
+def unmeasured(assignments: Sequence[NodeAssignment], state: ClusterState) -> list[str]:
+    """Nodes whose memory exo has not measured yet: one sentence each."""
     return [
-        f"{one.name} has not reached {other.name}: check cable, addresses and firewall"
+        f"{each.name} is not measured yet"
+        for each in assignments
+        if (node := state.node(each.node_id)) is not None and not node.total_bytes
+    ]
+
+
+def missing_links(assignments: Sequence[NodeAssignment], state: ClusterState) -> list[str]:
+    """What the ring needs and exo has not seen working: one sentence each."""
+    return [
+        f"{one.name} has not reached {other.name}: check cable, addresses and firewall; "
+        "a node that has just come is found within some 15 s, and --wait waits for that"
         for one, other in _neighbours(assignments)
         if state.node(one.node_id) and state.node(other.node_id) and (one.node_id, other.node_id) not in state.sockets
     ]
@@ -292,10 +312,6 @@ def _assignment(stage: PlanStage, node: Node, state: ClusterState) -> NodeAssign
         end_layer=stage.end_layer,
         need_bytes=stage.weight_bytes + stage.kv_bytes + stage.scratch_bytes + added_bytes,
     )
-
-
-def _named(wanted: str, state: ClusterState) -> Node | None:
-    return next((node for node in state.nodes if wanted in (state.names[node.node_id], node.node_id)), None)
 
 
 def _alike(

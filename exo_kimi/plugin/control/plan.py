@@ -74,6 +74,8 @@ def exo_plan(
     our_engine: bool = False,
     raise_limits: bool = False,
     split: Sequence[int] | None = None,
+    nodes: Sequence[str] = (),
+    force: bool = False,
 ) -> ExoPlan:
     """The best plan for a running exo cluster.
 
@@ -90,26 +92,29 @@ def exo_plan(
         our_engine: for an exo that `exo-kimi exo run` started; exo's own engine holds embedding and head on every rank, and
             its scores in memory.
         raise_limits: count on raised wired limits.
-        split: judge these layer counts, over the nodes in the order of their names, instead of searching.
+        split: judge these layer counts, over `nodes`, else over the nodes by memory, the largest first, instead of searching.
+        nodes: names or ids of those that get a stage, first layers first; which and how is searched when not given.
+        force: take `split` even where a node is over its limit.
 
     Raises:
         UsageError: the model is not found, or an id that exo would not take for a Kimi.
         CheckpointError: the checkpoint is not sound.
         ExoPlacementError: exo has measured no node.
-        PlanInfeasibleError: nothing fits.
+        PlanInfeasibleError: nothing fits, or the given split does not.
     """
     weights, cluster = _weights(model, model_id, recipe, models_dirs), cluster_of_state(state)
-    nodes = len(split or cluster.machines)
-    workload = _workload(weights.config, context, concurrency, reserve_bytes, 0 if our_engine else nodes)
-    question = Question(model=weights, cluster=cluster, workload=workload, objective=objective)
+    count = len(split or nodes or cluster.machines)
+    workload = _workload(weights.config, context, concurrency, reserve_bytes, 0 if our_engine else count)
+    everywhere = Question(model=weights, cluster=cluster, workload=workload, objective=objective)
     if raise_limits:
-        question = question.with_raised_limits()
-    given = None if split is None else PlacedSplit.given(question, split, question.machines, called="nodes")
-    ours = answer(question) if given is None else Answer.of(given)
+        everywhere = everywhere.with_raised_limits()
+    named = [state.names.get(node, node) for node in nodes]
+    question = everywhere.with_order(named, called="nodes") if named else everywhere
+    ours = answer(question) if split is None else Answer.given(question, split, force=force, called="nodes")
     best = min(tensor_options(question), key=lambda option: option.tpot_s, default=None)
     return ExoPlan(
         answer=ours,
-        alone=_alone(state, question),
+        alone=_alone(state, everywhere),
         tensor=best if best is not None and best.tpot_s < ours.plan.prediction.tpot_s else None,
     )
 

@@ -44,11 +44,19 @@ class Shard:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Instance:
-    """A placed model; shards in rank order."""
+    """A placed model; shards in rank order. `placed` is the whole of it as exo tells it, to place the same again."""
 
     instance_id: str
     model_id: str
     shards: tuple[Shard, ...]
+    placed: Mapping[str, Any]
+
+    @property
+    def card(self) -> Card:
+        """exo's full card of the model."""
+        (body,) = self.placed.values()
+        shard = next(iter(body["shardAssignments"]["runnerToShard"].values()))
+        return dict(_tagged(shard)[1]["modelCard"])
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -114,9 +122,26 @@ class ClusterState:
             for node in self.nodes
         }
 
+    def find(self, wanted: str) -> Node | None:
+        """The node of an id or a name; None when there is none, or when it could be several.
+
+        A name with an address stays that node's when the other of that name has left, and the plain name stays while a
+        restarted node is listed twice, as long as only one of both can be meant.
+        """
+        exact = [node for node in self.nodes if wanted in (node.node_id, self.names[node.node_id])]
+        alike = [
+            node for node in self.nodes if wanted in (node.name, *(f"{node.name}-{a}" for a in self._addresses(node)))
+        ]
+        found = exact or alike
+        return found[0] if len(found) == 1 else None
+
     def _address_of(self, node: Node) -> str:
+        return min(self._addresses(node))
+
+    def _addresses(self, node: Node) -> list[str]:
+        """By which others have reached it; its own where nobody has."""
         reached = [address for (_, sink), found in self.sockets.items() if sink == node.node_id for address in found]
-        return min(reached or node.interfaces or [node.node_id[:8]])
+        return reached or list(node.interfaces) or [node.node_id[:8]]
 
 
 def parse_state(raw: object, *, where: object) -> ClusterState:
@@ -202,6 +227,7 @@ def _instance(entry: Mapping[str, Any]) -> Instance:
         instance_id=body["instanceId"],
         model_id=assigned["modelId"],
         shards=tuple(sorted(shards, key=lambda shard: shard.rank)),
+        placed=entry,
     )
 
 

@@ -33,7 +33,11 @@ def status_text(state: ClusterState, *, where: str) -> str:
         kind = link_kind(one, other, state)
         rdma = " and RDMA" if (one.node_id, other.node_id) in state.rdma else ""
         addresses = ", ".join(state.sockets.get((one.node_id, other.node_id), ()))
-        way = f"{kind} {addresses}{rdma}" if kind != "none" else "not reached: check cable, addresses and firewall"
+        way = (
+            f"{kind} {addresses}{rdma}"
+            if kind != "none"
+            else "not reached: check cable, addresses and firewall (a node that has just come takes some 15 s)"
+        )
         lines.append(f"{names[one.node_id]} -> {names[other.node_id]}  {way}")
     lines.append("")
     lines += [line for instance in state.instances for line in _instance_lines(instance, state)] or ["no instances"]

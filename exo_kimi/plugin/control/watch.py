@@ -31,6 +31,7 @@ class Deadlines:
         answer_s: for the first token.
         delete_s: until a deleted instance is gone.
         settle_s: for free memory to be measured again.
+        links_s: for a node that has just come to be measured and to find the others; exo took 15 s.
         poll_s: between two looks.
         lost_looks: looks in a row that may fail before exo counts as gone.
         failures: of one runner; exo itself tries five times.
@@ -42,6 +43,7 @@ class Deadlines:
     answer_s: float = 300.0
     delete_s: float = 20.0
     settle_s: float = 3.0
+    links_s: float = 45.0
     poll_s: float = 1.0
     lost_looks: int = 5
     failures: int = 2

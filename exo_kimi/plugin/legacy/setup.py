@@ -13,7 +13,7 @@ from exo_kimi.checkpoint.checkpoint import Checkpoint
 from exo_kimi.checkpoint.doctor.doctor import text_errors
 from exo_kimi.errors import CheckpointError, CheckpointProblems, PlanMismatchError, UsageError
 from exo_kimi.planner.matching import check_matches
-from exo_kimi.planner.plan import Plan, read_plan
+from exo_kimi.planner.plan import Plan, check_headroom, read_plan
 from exo_kimi.plugin.legacy.plan import PinnedPlan, pin
 from exo_kimi.plugin.legacy.tokenizer import LegacyTokenizer
 
@@ -30,6 +30,7 @@ class LegacyOptions:
         preload: load at start, and ask the other nodes to.
         source: a checkout of exo; None takes the installed one.
         api_host: where exo's API listens; None leaves it to exo, which takes every interface.
+        force: take a plan that has a machine over its limit.
     """
 
     plan: Path
@@ -39,11 +40,12 @@ class LegacyOptions:
     preload: bool = False
     source: Path | None = None
     api_host: str | None = None
+    force: bool = False
 
     @classmethod
     def from_environment(cls, environment: Mapping[str, str]) -> LegacyOptions:
         """For a patched exo, started bare: EXO_KIMI_PLAN, and as wanted EXO_KIMI_MODEL, EXO_KIMI_NAME, EXO_KIMI_NODES
-        (`MACHINE=NODE_ID,...`), EXO_KIMI_PRELOAD=1 and EXO_KIMI_API_HOST."""
+        (`MACHINE=NODE_ID,...`), EXO_KIMI_PRELOAD=1, EXO_KIMI_API_HOST and EXO_KIMI_FORCE=1."""
         model = environment.get("EXO_KIMI_MODEL")
         return cls(
             plan=Path(environment["EXO_KIMI_PLAN"]),
@@ -52,6 +54,7 @@ class LegacyOptions:
             nodes=[part for part in environment.get("EXO_KIMI_NODES", "").split(",") if part],
             preload=environment.get("EXO_KIMI_PRELOAD", "") not in ("", "0"),
             api_host=environment.get("EXO_KIMI_API_HOST") or None,
+            force=environment.get("EXO_KIMI_FORCE", "") not in ("", "0"),
         )
 
 
@@ -89,11 +92,12 @@ def prepare_legacy(options: LegacyOptions, arguments: Sequence[str]) -> LegacySe
 
     Raises:
         UsageError: an option or exo's arguments cannot be followed.
-        PlanError: the plan cannot be read, or is for another checkpoint.
+        PlanError: the plan cannot be read, does not fit its machines, or is for another checkpoint.
         CheckpointError: this node's layers are not there; what is missing is named.
         TokenizerError, TemplateError: the tokenizer's files are not there.
     """
     plan = read_plan(options.plan)
+    check_headroom(plan, force=options.force, where=options.plan)
     theirs = _their_arguments(arguments)
     pinned = pin(plan, node_id=theirs.node_id, nodes=options.nodes, name=options.name)
     directory = _directory(options, plan)

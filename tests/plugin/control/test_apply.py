@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
 
-from exo_kimi.errors import ExoLoadError, ExoPlacementError, ExoRefusedError, UsageError
+from exo_kimi.errors import ExoLoadError, ExoPlacementError, ExoRefusedError, PlanInfeasibleError, UsageError
 from exo_kimi.plugin.control.apply import Applied, apply_plan
 from exo_kimi.plugin.control.texts import applied_text, progress_line, status_text
 from exo_kimi.plugin.control.watch import Deadlines
@@ -135,6 +136,124 @@ def test_an_instance_of_the_model_is_in_the_way_until_replaced(make_exo: Any, ap
         apply(exo)
     second = apply(exo, replace=True)
     assert list(exo.instances) == [second.instance_id]
+
+
+def test_what_serves_goes_on_when_the_new_plan_cannot_fit(make_exo: Any, apply: Any, plan_of: Any) -> None:
+    exo = make_exo()
+    first, plan = apply(exo), plan_of(exo, split=(4, 3))
+    exo.nodes[1].total_bytes = exo.nodes[1].free_bytes = 1 << 20
+    with pytest.raises(ExoPlacementError, match=r"mini needs(.|\n)*short"):
+        apply(exo, plan=plan, replace=True, nodes={"mini": "mini"})
+    assert list(exo.instances) == [first.instance_id] and exo.deleted == []
+
+
+def test_memory_of_what_is_replaced_is_counted_back(make_exo: Any, apply: Any, plan_of: Any) -> None:
+    exo = make_exo()
+    plan = plan_of(exo, split=(4, 3))
+    exo.held_bytes = {MINI: exo.nodes[1].free_bytes - (1 << 20), STUDIO: exo.nodes[0].free_bytes - (1 << 20)}
+    first, second = apply(exo), apply(exo, plan=plan, replace=True)
+    assert exo.deleted == [first.instance_id] and list(exo.instances) == [second.instance_id]
+
+
+@pytest.mark.parametrize("older", [False, True])
+def test_what_served_is_placed_again_when_the_new_plan_fails(
+    make_exo: Any, apply: Any, plan_of: Any, client_of: Any, older: bool
+) -> None:
+    exo = make_exo(older=older, most_layers={STUDIO: 5})
+    first, told = apply(exo), []
+    with pytest.raises(
+        ExoLoadError, match=r"runner on studio failed(.|\n)*what was there before is placed again"
+    ) as caught:
+        apply(exo, plan=plan_of(exo, split=(1, 6)), replace=True, say=told.append)
+    again, *others = client_of(exo).state().instances
+    assert not others and again.instance_id != first.instance_id and again.instance_id in str(caught.value)
+    assert [layers_of(instance) for instance in exo.posted] == [
+        {MINI: (0, 2), STUDIO: (2, 7)}, {MINI: (0, 1), STUDIO: (1, 7)}, {MINI: (0, 2), STUDIO: (2, 7)},
+    ]  # fmt: skip
+    assert client_of(exo).answer(MODEL, "Hello") == "sea"
+    assert told[0] == f"ending {MODEL}, instance {first.instance_id}" and "and ready" in told[-1]
+
+
+def test_what_served_is_placed_again_when_memory_turns_out_to_be_somebody_elses(
+    make_exo: Any, apply: Any, plan_of: Any
+) -> None:
+    """Everything used counts as the older one's until it has ended; then it is measured."""
+    exo = make_exo()
+    apply(exo)
+    plan = plan_of(exo, split=(4, 3))
+    exo.nodes[1].free_bytes = 1 << 20
+    with pytest.raises(ExoPlacementError, match=r"mini needs(.|\n)*"):
+        apply(exo, plan=plan, replace=True)
+    assert len(exo.instances) == 1 and layers_of(exo.posted[-1]) == {MINI: (0, 2), STUDIO: (2, 7)}
+
+
+def test_what_cannot_be_placed_again_is_told(make_exo: Any, apply: Any, plan_of: Any) -> None:
+    exo = make_exo()
+    apply(exo)
+    exo.fails = {STUDIO: "Insufficient Memory"}
+    with pytest.raises(ExoLoadError, match="what was there before could not be placed again"):
+        apply(exo, plan=plan_of(exo, split=(4, 3)), replace=True)
+
+
+def test_an_interrupted_replacement_places_again_what_served(make_exo: Any, apply: Any, plan_of: Any) -> None:
+    exo = make_exo()
+    apply(exo)
+
+    def interrupt(progress: Any) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        apply(exo, plan=plan_of(exo, split=(4, 3)), replace=True, report=interrupt)
+    assert len(exo.instances) == 1 and layers_of(exo.posted[-1]) == {MINI: (0, 2), STUDIO: (2, 7)}
+
+
+def test_a_plan_over_a_limit_is_refused_unless_forced(make_exo: Any, apply: Any, plan_of: Any) -> None:
+    exo = make_exo()
+    plan = plan_of(exo)
+    over = replace(plan, stages=(replace(plan.stages[0], headroom_bytes=-1), *plan.stages[1:]))
+    with pytest.raises(PlanInfeasibleError, match=r"mini(.|\n)*\(1 bytes\)(.|\n)*--force"):
+        apply(exo, plan=over)
+    assert exo.posted == []
+    assert apply(exo, plan=over, force=True).answer == "sea"
+
+
+def test_nodes_that_have_just_come_are_waited_for(make_exo: Any, apply: Any, plan_of: Any, clock: Any) -> None:
+    """exo lists a node some 15 s before its links."""
+    told: list[str] = []
+    exo = make_exo(unreached={(STUDIO, MINI), (MINI, STUDIO)}, linked=15)
+    assert apply(exo, say=told.append).answer == "sea" and 10 < clock.now < 40
+    assert len(told) == 1 and told[0].startswith("waiting for the nodes: mini has not reached studio")
+    unlinked = make_exo(unreached={(STUDIO, MINI)})
+    for wait in (True, False):
+        began = clock.now
+        with pytest.raises(ExoPlacementError, match=r"studio has not reached mini: check cable(.|\n)*--wait"):
+            apply(unlinked, wait=wait)
+        assert (clock.now - began > 40) is wait
+
+
+def test_a_twin_that_comes_or_goes_does_not_rename_the_plans_nodes(make_exo: Any, apply: Any, plan_of: Any) -> None:
+    exo = make_exo()
+    exo.nodes[1].name = "studio"
+    plan = plan_of(exo, split=(7,), nodes=["studio-169.254.1.1"])
+    twin = exo.nodes.pop()
+    exo.nodes[0].total_bytes += 1  # so that its memory does not tell
+    assert [each.node_id for each in apply(exo, plan=plan).assignments] == [STUDIO]
+    alone = make_exo()
+    plan = plan_of(alone, split=(7,), nodes=["studio"])
+    alone.nodes[0].total_bytes += 1
+    twin.name = "studio-ii"
+    alone.nodes.append(twin)
+    assert [each.node_id for each in apply(alone, plan=plan).assignments] == [STUDIO]
+
+
+def test_a_restarted_node_that_exo_lists_twice_is_waited_for(
+    make_exo: Any, apply: Any, plan_of: Any, fake_exo: Any
+) -> None:
+    exo = make_exo()
+    plan = plan_of(exo)
+    exo.nodes.append(replace(exo.nodes[0], node_id="c" * 32))
+    exo.leaves = {STUDIO: exo.looks + 8}
+    assert [each.node_id for each in apply(exo, plan=plan).assignments] == [MINI, "c" * 32]
 
 
 def test_a_node_without_the_files_is_named_and_the_instance_taken_back(make_exo: Any, apply: Any) -> None:

@@ -52,7 +52,7 @@ def test_from_a_look_at_the_cluster_to_a_placed_plan(served: tuple[Any, str], ti
     assert "exo alone: studio 7 layers" in text and "exo-kimi exo apply" in text
     lines: list[str] = []
     told = exo_command.apply(url, tmp_path / "PLAN.json", wait=False, echo=lines.append)
-    assert "rank 0  mini  layers 0:2" in told
+    assert "rank 0  studio  layers 0:2" in told
     assert lines and len(exo.instances) == 1
 
 

@@ -119,3 +119,43 @@ def test_a_cluster_without_measured_nodes_is_no_cluster(make_exo: Any, client_of
         node.total_bytes = 0
     with pytest.raises(ExoPlacementError, match="has not measured any node"):
         cluster_of_state(client_of(exo).state())
+
+
+@pytest.mark.parametrize("names", [("studio-m3", "studio-m2"), ("m3", "m2"), ("a", "b")])
+def test_a_split_is_dealt_out_by_memory_whatever_the_nodes_are_called(
+    make_exo: Any, client_of: Any, names: tuple[str, str]
+) -> None:
+    exo = make_exo()
+    exo.nodes[0].name, exo.nodes[1].name = names
+    asked: dict[str, Any] = {"recipe": "founding", "context": 8192, "our_engine": True}
+    for nodes in (exo.nodes, exo.nodes[::-1]):
+        exo.nodes = nodes
+        plan = exo_plan(client_of(exo).state(), "kimi-k2-instruct", split=(44, 17), **asked).plan
+        assert [(stage.machine, stage.layers) for stage in plan.stages] == [(names[0], 44), (names[1], 17)]
+
+
+def test_a_split_that_does_not_fit_is_refused_unless_forced(make_exo: Any, client_of: Any) -> None:
+    state = client_of(make_exo()).state()
+    asked: dict[str, Any] = {"recipe": "founding", "context": 8192, "our_engine": True, "split": (44, 17)}
+    with pytest.raises(PlanInfeasibleError, match=r"mini \(layers 0:44\)(.|\n)*short by(.|\n)*--force") as caught:
+        exo_plan(state, "kimi-k2-instruct", nodes=["mini", "studio"], **asked)
+    assert set(caught.value.short) == {"mini"}
+    forced = exo_plan(state, "kimi-k2-instruct", nodes=["mini", "studio"], force=True, **asked).plan
+    assert forced.stages[0].headroom_bytes == -caught.value.short["mini"]
+
+
+def test_named_nodes_each_get_a_stage_in_their_order(make_exo: Any, client_of: Any, tiny: Path) -> None:
+    """A toy fits one node; that two are asked for is how it is tried on two."""
+    state = client_of(make_exo()).state()
+    options: dict[str, Any] = {"model_id": MODEL, "context": 4096}
+    assert len(exo_plan(state, tiny, **options).plan.stages) == 1
+    for nodes in (["studio", "mini"], ["mini", "studio"], ["b" * 32, "a" * 32]):
+        plan = exo_plan(state, tiny, nodes=nodes, **options).plan
+        assert [stage.machine for stage in plan.stages] == [state.names.get(node, node) for node in nodes]
+    for objective in ("latency", "ttft", "throughput"):
+        plan = exo_plan(state, tiny, nodes=["mini", "studio"], objective=objective, **options).plan
+        assert [stage.machine for stage in plan.stages] == ["mini", "studio"]
+    assert exo_plan(state, tiny, nodes=["mini"], **options).plan.left_out == ()
+    for wrong, word in ((["mini", "mini"], "mini is given twice"), (["moon"], "no node is named moon")):
+        with pytest.raises(UsageError, match=word):
+            exo_plan(state, tiny, nodes=wrong, **options)

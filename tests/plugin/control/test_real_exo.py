@@ -256,6 +256,26 @@ def test_a_killed_node_is_told_and_placing_again_works_when_it_is_back(
     assert [token for token, _ in greedy(cluster.url, PROMPTS[0])] == [token for token, _ in alone[0]]
 
 
+def test_what_served_is_placed_again_when_its_replacement_fails(
+    cluster: Any, client: ExoClient, place: Any, alone: Any
+) -> None:
+    first = place(5, 2)
+    names = [each.name for each in first.assignments]
+    plan = exo_plan(client.state(), cluster.models / "lab--kimi-k2-tiny", context=4096, nodes=names[::-1]).plan
+    assert [stage.machine for stage in plan.stages] == names[::-1]
+
+    def fail(progress: Any) -> None:
+        if any(each.phase != "Waiting" for each in progress):
+            raise ExoLoadError("a test ends it here")
+
+    with pytest.raises(ExoLoadError, match=r"what was there before is placed again, instance .* and ready"):
+        apply_plan(client, plan, replace=True, deadlines=DEADLINES, report=fail)
+    (instance,) = client.state().instances
+    assert instance.instance_id != first.instance_id
+    assert [(shard.start_layer, shard.end_layer) for shard in instance.shards] == [(0, 5), (5, 7)]
+    assert [token for token, _ in greedy(cluster.url, PROMPTS[0])] == [token for token, _ in alone[0]]
+
+
 def test_a_node_without_the_files_is_named(cluster: Any, client: ExoClient, tiny: Path) -> None:
     """Offline, exo says so itself; the card is known because the other model's directory was there when it was added."""
     other = "lab/kimi-k2-gone"

@@ -7,6 +7,7 @@ import json
 import shutil
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
@@ -21,6 +22,7 @@ from exo_kimi.errors import (
     ExoLoadError,
     ExoVersionError,
     OverloadedError,
+    PlanInfeasibleError,
     PlanMismatchError,
     UnsupportedError,
     UsageError,
@@ -446,6 +448,15 @@ class TestSetup:
         legacy_shapes.plan_of_shape((30, 31), layers=61, width=7168).save(path)
         with pytest.raises(PlanMismatchError, match="another architecture"):
             prepare_legacy(LegacyOptions(plan=path, model=tiny), ["--node-id", "node1"])
+
+    def test_a_plan_over_a_limit_is_refused_unless_forced(self, legacy_shapes: Any, tiny: Path, tmp_path: Path) -> None:
+        plan, path = legacy_shapes.plan_of_shape(), tmp_path / "plan.json"
+        replace(plan, stages=(replace(plan.stages[0], headroom_bytes=-3), *plan.stages[1:])).save(path)
+        environment = {"EXO_KIMI_PLAN": str(path), "EXO_KIMI_MODEL": str(tiny)}
+        with pytest.raises(PlanInfeasibleError, match=r"node1(.|\n)*\(3 bytes\)(.|\n)*--force"):
+            prepare_legacy(LegacyOptions.from_environment(environment), ["--node-id", "node1"])
+        forced = LegacyOptions.from_environment({**environment, "EXO_KIMI_FORCE": "1"})
+        assert prepare_legacy(forced, ["--node-id", "node1"]).pinned.stage == 0
 
     def test_exos_own_download_is_the_default(
         self, legacy_plan: Path, tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
