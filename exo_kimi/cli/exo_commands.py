@@ -40,7 +40,7 @@ def plan(
     url: Url = DEFAULT_URL,
     model_id: Annotated[
         str | None,
-        option("--model-id", metavar="ORG/NAME", help="exo's id (default: from the directory's name)"),
+        option("--model-id", metavar="ORG/NAME", help="exo's id (default: made of the directory's name)"),
     ] = None,
     recipe: Annotated[
         str | None, option("--recipe", metavar="RECIPE", help="bits per module, for a published model")
@@ -116,7 +116,7 @@ def prepare(
     models_dir: Annotated[Path, option("--models-dir", metavar="DIR", help="one of exo's models directories")],
     model_id: Annotated[
         str | None,
-        option("--model-id", metavar="ORG/NAME", help="with kimi-k2 in it (default: from the directory's name)"),
+        option("--model-id", metavar="ORG/NAME", help="with kimi-k2 in it (default: made of the directory's name)"),
     ] = None,
     layers: Annotated[
         str | None,

@@ -19,7 +19,7 @@ from exo_kimi.plugin.control.apply import apply_plan
 from exo_kimi.plugin.control.http import DEFAULT_URL, ExoClient
 from exo_kimi.plugin.control.plan import exo_plan
 from exo_kimi.plugin.control.prepare import Linking, prepare
-from exo_kimi.plugin.control.texts import applied_text, prepared_text, progress_line, status_text
+from exo_kimi.plugin.control.texts import applied_text, planned_text, prepared_text, progress_line, status_text
 from exo_kimi.plugin.control.watch import Deadlines
 
 _MODEL_DIRS = ("EXO_MODELS_READ_ONLY_DIRS", "EXO_MODELS_DIRS", "EXO_DEFAULT_MODELS_DIR")
@@ -75,10 +75,9 @@ def plan(
         nodes=nodes or (),
         force=force,
     )
-    if output is None:
-        return made.text + "\n"
-    made.plan.save(output)
-    return f"{made.text}\n\nwritten to {output}; place it: exo-kimi exo apply {output} --wait\n"
+    if output is not None:
+        made.plan.save(output)
+    return planned_text(made, output=output, url=client.url)
 
 
 def apply(
@@ -130,7 +129,7 @@ def apply(
             report=lambda progress: echo(progress_line(progress)),
             say=echo,
         )
-    return applied_text(applied)
+    return applied_text(applied, url=client.url)
 
 
 def make_directory(
@@ -146,7 +145,7 @@ def make_directory(
     Args:
         directory: the checkpoint.
         models_dir: one of exo's models directories.
-        model_id: `org/name` with `kimi-k2`.
+        model_id: `org/name` with `kimi-k2`; made of the directory's name when not given.
         layers: `44:61` for one node's share; all when not given.
         symbolic: symbolic links instead of hard ones.
 

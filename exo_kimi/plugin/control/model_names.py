@@ -11,6 +11,10 @@ from pathlib import Path
 from exo_kimi.errors import UsageError
 
 FAMILY = "kimi-k2"
+# The only end of a turn that exo's own engine knows for it, whatever the tokenizer's files say.
+# Source: exo `worker/engines/mlx/utils_mlx.py: get_eos_token_ids_for_model` at b5375f8ce.
+EXO_END_TOKEN = 163586
+_ORGANIZATION = "local"
 _ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*/[A-Za-z0-9][A-Za-z0-9._-]*")
 
 
@@ -37,12 +41,26 @@ def check_model_id(model_id: str) -> str:
     return model_id
 
 
+def default_model_id(directory: Path) -> str:
+    """The id of a directory for which none was given: its own where exo would take that for a Kimi, else one made of its name.
+
+    `lab--kimi-k2-mixed` is lab/kimi-k2-mixed, `lab--mixed` lab/kimi-k2-mixed, `K2 mixed` local/kimi-k2-K2-mixed, and a snapshot
+    in Hugging Face's cache has the name of its repository.
+    """
+    path = directory.resolve()
+    cached = path.parent.name == "snapshots" and path.parent.parent.name.startswith("models--")
+    name = path.parent.parent.name.removeprefix("models--") if cached else path.name
+    organization, separator, rest = name.partition("--")
+    owner, model = (organization, rest) if separator else (_ORGANIZATION, name)
+    owner, model = _plain(owner) or _ORGANIZATION, _plain(model) or FAMILY
+    return f"{owner}/{model}" if FAMILY in f"{owner}/{model}".lower() else f"{owner}/{FAMILY}-{model}"
+
+
+def _plain(text: str) -> str:
+    """Text of the characters that an id may have; a double dash would be read as the end of the organization."""
+    return re.sub(r"-{2,}", "-", re.sub(r"[^A-Za-z0-9._-]+", "-", text)).strip("-._")
+
+
 def directory_name(model_id: str) -> str:
     """`org--name`, the directory that exo looks for."""
     return model_id.replace("/", "--")
-
-
-def model_id_of(directory: Path) -> str | None:
-    """`org/name` of a directory that is named as exo wants it, or lies in one named `org`; None when it is neither."""
-    name = directory.name.replace("--", "/", 1)
-    return name if _ID.fullmatch(name) else None

@@ -19,7 +19,7 @@ from exo_kimi.planner.weights.bytes import ModelBytes, bytes_of_manifest
 from exo_kimi.planner.workload import RESERVE_BYTES, SCORE_BYTES, Objective, Workload, make_workload
 from exo_kimi.plugin.control.cluster import cluster_of_state
 from exo_kimi.plugin.control.exo_default_split import layers_by_memory, nodes_by_memory
-from exo_kimi.plugin.control.model_names import check_model_id, directory_name, model_id_of
+from exo_kimi.plugin.control.model_names import check_model_id, default_model_id, directory_name
 from exo_kimi.plugin.control.state import ClusterState
 from exo_kimi.units import format_bytes
 
@@ -53,9 +53,12 @@ class ExoPlan:
         """Both, for the terminal."""
         parts = [self.answer.text, "exo alone: " + _alone_line(self.alone, self.plan)]
         if self.tensor is not None:
+            machines = self.tensor.machines
+            fits = self.plan.engine == "exo" and {stage.machine for stage in self.plan.stages} == set(machines)
+            first = "" if fits else f"plan without --our-engine and with --nodes {','.join(machines)}, then "
             parts.append(
-                f"tensor parallel over {', '.join(self.tensor.machines)} is faster: {1 / self.tensor.tpot_s:.1f} tokens/s. "
-                "Place it with exo's own engine: exo-kimi exo apply PLAN --tensor"
+                f"tensor parallel over {', '.join(machines)} is faster: {1 / self.tensor.tpot_s:.1f} tokens/s. "
+                f"Place it with exo's own engine: {first}`exo-kimi exo apply PLAN.json --tensor`"
             )
         return "\n".join(parts)
 
@@ -82,7 +85,7 @@ def exo_plan(
     Args:
         state: the cluster.
         model: a checkpoint directory with all layers, an exo id whose directory is in `models_dirs`, or a published name.
-        model_id: exo's id of it; from the directory's name when that is `org--name`.
+        model_id: exo's id of it; `default_model_id` of the directory when not given.
         recipe: for a published name.
         models_dirs: where exo ids are looked up.
         context: tokens of one sequence.
@@ -131,7 +134,7 @@ def _weights(
         return replace(weights, name=check_model_id(model_id)) if model_id else weights
     if recipe is not None:
         raise UsageError("--recipe is for a published name: a directory's headers say what it holds", found=str(recipe))
-    name = check_model_id(model_id or model_id_of(directory.resolve()) or directory.resolve().name)
+    name = check_model_id(model_id or default_model_id(directory))
     return bytes_of_manifest(Checkpoint(directory).manifest(), name=name)
 
 

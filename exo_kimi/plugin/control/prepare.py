@@ -21,7 +21,7 @@ from exo_kimi.checkpoint.shards import INDEX_NAME
 from exo_kimi.checkpoint.text_files import read_json
 from exo_kimi.errors import MissingTensorError, TokenizerError, UsageError
 from exo_kimi.plugin.control.model_card import card_toml, make_card
-from exo_kimi.plugin.control.model_names import check_model_id, directory_name, model_id_of
+from exo_kimi.plugin.control.model_names import EXO_END_TOKEN, check_model_id, default_model_id, directory_name
 
 Linking = Literal["hard", "symbolic"]
 MARK = "exo_kimi_share.json"
@@ -37,6 +37,7 @@ class PreparedDirectory:
     """What was made.
 
     Args:
+        source: the checkpoint, of which a plan can be made.
         directory: as exo will find it.
         model_id: as exo's API names it.
         start_layer: first layer of the share.
@@ -47,6 +48,7 @@ class PreparedDirectory:
         notes: what the user should know.
     """
 
+    source: Path
     directory: Path
     model_id: str
     start_layer: int
@@ -71,7 +73,7 @@ def prepare(
     Args:
         directory: the checkpoint.
         models_dir: one of EXO_MODELS_DIRS or EXO_MODELS_READ_ONLY_DIRS of the node.
-        model_id: `org/name`; from the directory's name when that is `org--name`.
+        model_id: `org/name`; `default_model_id` of the directory when not given.
         start_layer: first layer of the node's share.
         end_layer: one past its last; None for all.
         linking: hard links, or symbolic ones where the file system has no others (chosen by itself across disks).
@@ -83,7 +85,7 @@ def prepare(
         SplitError: no such layers.
     """
     source, root = Path(directory).resolve(), Path(models_dir)
-    name = check_model_id(model_id or model_id_of(source) or source.name)
+    name = check_model_id(model_id or default_model_id(source))
     checkpoint = Checkpoint(source)
     index, manifest = checkpoint.index, checkpoint.manifest(start_layer, end_layer)
     entries = [entry for part in manifest.sources for held in part.parts.values() for entry in held] + _ends(index)
@@ -95,13 +97,14 @@ def prepare(
     links = _link_weights(source, target, entries, linking)
     total_bytes = _total_bytes(source, index)
     _write_json(target / "config.json", _config_for_exo(index, manifest))
-    notes += _small_files(source, target)
+    notes += [*_small_files(source, target), *_end_notes(source)]
     card = make_card(name, index.config, total_bytes)
     (target / CARD_FILE).write_text(card_toml(card), encoding="utf-8")
     # Last: without an index exo does not take the directory, so it never finds half of one.
     weight_map = {entry.name: links[entry.file] for entry in index.tensors.values() if entry.file in links}
     _write_json(target / INDEX_NAME, {"metadata": {"total_size": total_bytes}, "weight_map": weight_map})
     return PreparedDirectory(
+        source=source,
         directory=target,
         model_id=name,
         start_layer=manifest.start_layer,
@@ -216,6 +219,20 @@ def _small_files(source: Path, target: Path) -> Sequence[str]:
         return [f"exo will run {TOKENIZER_CODE} of this checkpoint"]
     (target / TOKENIZER_CODE).write_text(_own_tokenizer(), encoding="utf-8")
     return [f"the checkpoint has no {TOKENIZER_CODE}: exo-kimi's own was written, which exo will run"]
+
+
+def _end_notes(source: Path) -> list[str]:
+    """A warning where exo's own engine does not know this checkpoint's end of a turn, and would go on to the last token."""
+    from exo_kimi.chat.tokenizer import KimiTokenizer  # tiktoken: only where it is needed
+
+    tokenizer = KimiTokenizer.from_directory(source)
+    if EXO_END_TOKEN in tokenizer.stop_ids:
+        return []
+    ends = ", ".join(map(str, sorted(tokenizer.stop_ids)))
+    return [
+        f"exo's own engine ends a reply at token {EXO_END_TOKEN} only, and this checkpoint at {ends}: its replies would run to "
+        "max_tokens. Our engine knows the right ones: `exo-kimi exo run`, and `exo-kimi exo plan --our-engine`"
+    ]
 
 
 def _own_tokenizer() -> str:

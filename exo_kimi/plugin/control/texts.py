@@ -4,9 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from itertools import permutations
+from pathlib import Path
+from shlex import quote
 
 from exo_kimi.plugin.control.apply import Applied
 from exo_kimi.plugin.control.cluster import link_kind
+from exo_kimi.plugin.control.http import DEFAULT_URL
+from exo_kimi.plugin.control.plan import ExoPlan
 from exo_kimi.plugin.control.prepare import PreparedDirectory
 from exo_kimi.plugin.control.state import ClusterState, Instance
 from exo_kimi.plugin.control.watch import LoadingProgress
@@ -52,8 +56,18 @@ def progress_line(progress: Sequence[LoadingProgress]) -> str:
     )
 
 
-def applied_text(applied: Applied) -> str:
-    """What was placed where, and how to ask it."""
+def planned_text(made: ExoPlan, *, output: str | Path | None, url: str) -> str:
+    """The plan, and the command that places it where it was written to `output`."""
+    if output is None:
+        return made.text + "\n"
+    named = "" if "/" in made.plan.model.name else " --model-id ORG/NAME"
+    why = "; ORG/NAME is what `exo-kimi exo prepare` called it" if named else ""
+    command = f"exo-kimi exo apply {quote(str(output))}{named}{_at(url)} --wait"
+    return f"{made.text}\n\nwritten to {output}; place it: {command}{why}\n"
+
+
+def applied_text(applied: Applied, *, url: str = DEFAULT_URL) -> str:
+    """What was placed where, and how far it is."""
     lines = [f"{applied.model_id} is placed, instance {applied.instance_id}"]
     for rank, each in enumerate(applied.assignments):
         seen = applied.layers_seen.get(each.name)
@@ -64,7 +78,7 @@ def applied_text(applied: Applied) -> str:
     if applied.answer is not None:
         lines.append(f"it answers, {format_seconds(applied.seconds)} after it was asked for")
     else:
-        lines.append("it is loading: `exo-kimi exo status` shows how far")
+        lines.append(f"it is loading: `exo-kimi exo status{_at(url)}` shows how far")
     return "\n".join(lines) + "\n"
 
 
@@ -76,7 +90,9 @@ def prepared_text(prepared: PreparedDirectory) -> str:
         f"  {_count(len(prepared.weight_files), 'weight file')} linked, {format_bytes(prepared.linked_bytes)}; "
         f"the whole model has {format_bytes(prepared.total_bytes)}",
         *(f"  note: {note}" for note in prepared.notes),
-        f"start exo on this node with EXO_MODELS_READ_ONLY_DIRS={prepared.directory.parent.resolve()}",
+        f"start exo on this node with EXO_MODELS_READ_ONLY_DIRS={quote(str(prepared.directory.parent.resolve()))}",
+        "then, on a machine with all layers: "
+        f"exo-kimi exo plan {quote(str(prepared.source))} --model-id {prepared.model_id} -o PLAN.json",
     ]
     return "\n".join(lines) + "\n"
 
@@ -98,6 +114,11 @@ def _instance_lines(instance: Instance, state: ClusterState) -> list[str]:
             phase, told, why = "its node has left the cluster", "", "; `exo-kimi exo apply PLAN --replace` places anew"
         lines.append(f"  rank {shard.rank}  {name or shard.node_id}  {where}  {phase}{told}{why}")
     return lines
+
+
+def _at(url: str) -> str:
+    """The option that says where exo is, where that is not the default."""
+    return "" if url == DEFAULT_URL else f" --exo {quote(url)}"
 
 
 def _count(number: int, what: str) -> str:

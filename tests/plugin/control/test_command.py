@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import threading
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -11,6 +12,7 @@ from typing import Any
 import httpx
 import pytest
 
+from exo_kimi import cli
 from exo_kimi.errors import ExoUnreachableError, UsageError
 from exo_kimi.plugin.control import command as exo_command
 
@@ -54,6 +56,35 @@ def test_from_a_look_at_the_cluster_to_a_placed_plan(served: tuple[Any, str], ti
     told = exo_command.apply(url, tmp_path / "PLAN.json", wait=False, echo=lines.append)
     assert "rank 0  studio  layers 0:2" in told
     assert lines and len(exo.instances) == 1
+
+
+def test_the_printed_next_commands_work_as_they_are(
+    served: tuple[Any, str], tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """From `prepare` on, each command is the one that the last printed; only exo's address is added to the first."""
+    exo, url = served
+    exo.cards[f"local/kimi-k2-{tiny.name}"] = {**exo.cards[MODEL], "modelId": f"local/kimi-k2-{tiny.name}"}
+    for node in exo.nodes:
+        node.has.add(f"local/kimi-k2-{tiny.name}")
+    folder = tmp_path / "a folder"
+    folder.mkdir()
+    told = exo_command.make_directory(tiny, folder / "models")
+    words = shlex.split(told.partition("all layers: exo-kimi exo plan ")[2])
+    words[words.index("PLAN.json")] = str(folder / "PLAN.json")
+    assert cli.main(["exo", "plan", *words, "--exo", url, "--context", "4096", "--nodes", "studio,mini"]) == 0
+    printed = capsys.readouterr().out.partition("place it: exo-kimi ")[2].partition("\n")[0]
+    assert cli.main(shlex.split(printed.replace("--wait", ""))) == 0
+    assert len(exo.instances) + len(exo.waiting) == 1
+    printed = capsys.readouterr().out.partition("`exo-kimi ")[2].partition("`")[0]
+    assert cli.main(shlex.split(printed)) == 0
+    assert f"local/kimi-k2-{tiny.name}  instance" in capsys.readouterr().out
+
+
+def test_a_plan_of_a_published_name_is_placed_with_an_id(served: tuple[Any, str], tmp_path: Path) -> None:
+    _, url = served
+    path = tmp_path / "PLAN.json"
+    text = exo_command.plan(url, "kimi-k2-instruct", recipe="founding", context=8192, our_engine=True, output=path)
+    assert f"exo-kimi exo apply {path} --model-id ORG/NAME --exo {url} --wait; ORG/NAME is what" in text
 
 
 def test_a_prepared_directory_is_told_with_what_to_start_exo_with(tiny: Path, tmp_path: Path) -> None:

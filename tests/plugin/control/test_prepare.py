@@ -11,12 +11,13 @@ from typing import Any
 
 import pytest
 
-from exo_kimi.chat.tokenizer import SPLIT_PATTERN
+from exo_kimi.chat.tokenizer import SPLIT_PATTERN, KimiTokenizer
 from exo_kimi.checkpoint.index import open_index
 from exo_kimi.checkpoint.manifest import resolve
 from exo_kimi.checkpoint.tiny.make import make_tiny
 from exo_kimi.errors import CheckpointProblems, SplitError, TokenizerError, UsageError
-from exo_kimi.plugin.control.model_names import check_model_id, directory_name
+from exo_kimi.plugin.control.model_names import check_model_id, default_model_id, directory_name
+from exo_kimi.plugin.control.plan import exo_plan
 from exo_kimi.plugin.control.prepare import prepare
 from exo_kimi.plugin.control.texts import prepared_text
 
@@ -177,3 +178,46 @@ def test_the_card_is_toml_with_the_models_bytes(tiny: Path, tmp_path: Path) -> N
     assert (card["model_id"], card["n_layers"], card["hidden_size"]) == (MODEL, 7, 256)
     assert card["storage_size"]["in_bytes"] == made.total_bytes
     assert card["tasks"] == ["TextGeneration"]
+
+
+@pytest.mark.parametrize(
+    ("name", "model_id"),
+    [
+        ("lab--kimi-k2-mixed", "lab/kimi-k2-mixed"),
+        ("mlx-community--Kimi-K2-Thinking", "mlx-community/Kimi-K2-Thinking"),
+        ("lab--mixed", "lab/kimi-k2-mixed"),
+        ("Kimi-K2.6", "local/Kimi-K2.6"),
+        ("k2 mixed (3 bits)", "local/kimi-k2-k2-mixed-3-bits"),
+        ("a--b--c", "a/kimi-k2-b-c"),
+        ("_--_", "local/kimi-k2"),
+        ("models--lab--Kimi-K2/snapshots/0f3a", "lab/Kimi-K2"),
+    ],
+)
+def test_an_id_is_made_of_the_directorys_name(name: str, model_id: str, tmp_path: Path) -> None:
+    assert default_model_id(tmp_path / name) == model_id
+    assert check_model_id(model_id) == model_id
+
+
+def test_without_an_id_prepare_and_plan_agree_on_one(tiny: Path, tmp_path: Path, make_exo: Any, client_of: Any) -> None:
+    source = tmp_path / "my toy"
+    source.symlink_to(tiny)
+    made = prepare(source, tmp_path / "models")
+    assert made.model_id == f"local/kimi-k2-{tiny.name}" and made.directory.name == f"local--kimi-k2-{tiny.name}"
+    state = client_of(make_exo()).state()
+    assert exo_plan(state, source, context=4096).plan.model.name == made.model_id
+    assert exo_plan(state, made.directory, context=4096).plan.model.name == made.model_id
+
+
+def test_a_checkpoint_whose_end_of_turn_exo_does_not_know_is_told(tiny: Path, tmp_path: Path) -> None:
+    """The tiny Kimi has a small vocabulary; exo's engine would wait for token 163586."""
+    (note,) = [note for note in prepare(tiny, tmp_path).notes if "163586" in note]
+    assert "max_tokens" in note and "--our-engine" in note
+
+
+def test_a_checkpoint_whose_end_of_turn_exo_knows_needs_no_word(
+    tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(
+        "exo_kimi.plugin.control.prepare.EXO_END_TOKEN", min(KimiTokenizer.from_directory(tiny).stop_ids)
+    )
+    assert not any("max_tokens" in note for note in prepare(tiny, tmp_path).notes)
