@@ -1,0 +1,1 @@
+"""The leader's head: scheduler, sequences, admission, prefix-cache policy, speculation."""

@@ -1,7 +1,4 @@
-"""What may enter: requests that can never fit are refused with the numbers, and KV memory is counted in tokens.
-
-It knows nothing of stages or of the order in which sequences run.
-"""
+"""Request admission and KV-token accounting: a request that can never fit is refused with the numbers."""
 
 from __future__ import annotations
 

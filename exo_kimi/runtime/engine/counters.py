@@ -1,4 +1,4 @@
-"""What an engine counted and what happened to it, for /health and /metrics; it decides nothing."""
+"""What an engine counted and what happened to it, for /health and /metrics."""
 
 from __future__ import annotations
 
@@ -54,32 +54,33 @@ class Counters:
         """The engine's state now.
 
         Args:
-            scheduler: of the engine; it has a ledger while the stages are ready.
+            scheduler: of the engine.
             limits: None before the stages were ever ready.
             closed: whether the engine was closed.
             context: what it was told to allow, shown until there are limits.
             stages: their health.
             sequences: those with a reader.
         """
-        ledger, prefixes = scheduler.ledger, scheduler.prefixes
+        current, counts = scheduler.current, scheduler.counts
+        kept_tokens = current.prefixes.kept_tokens if current is not None else 0
         drafts = scheduler.drafter.counts if scheduler.drafter is not None else DraftCounts()
         return EngineSnapshot(
-            ready=ledger is not None and not closed,
+            ready=current is not None and not closed,
             stages=stages,
             requests=tuple(s.progress() for s in sorted(sequences, key=lambda s: s.order) if s.state != "ended"),
             context=limits.context if limits else context or 0,
             kv_capacity_tokens=limits.kv_capacity_tokens if limits else 0,
-            kv_reserved_tokens=ledger.reserved_tokens - prefixes.kept_tokens if ledger else 0,
-            kv_prefix_tokens=prefixes.kept_tokens,
-            disk_blocks=len(prefixes.blocks),
+            kv_reserved_tokens=current.ledger.reserved_tokens - kept_tokens if current is not None else 0,
+            kv_prefix_tokens=kept_tokens,
+            disk_blocks=len(current.prefixes.blocks) if current is not None else 0,
             requests_total=self.requests,
             requests_failed_total=self.failed,
             requests_cancelled_total=self.cancelled,
-            prompt_tokens_total=scheduler.prompt_tokens,
-            cached_tokens_total=prefixes.hit_tokens,
-            prefix_evictions_total=prefixes.evictions,
+            prompt_tokens_total=counts.prompt_tokens,
+            cached_tokens_total=counts.prefixes.cached_tokens,
+            prefix_evictions_total=counts.prefixes.evictions,
             generated_tokens_total=self.generated,
-            preemptions_total=scheduler.preemptions,
+            preemptions_total=counts.preemptions,
             steps_total=self.steps,
             restarts_total=max(0, self.epochs - 1),
             draft_tokens_total=drafts.drafted,

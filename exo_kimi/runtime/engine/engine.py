@@ -1,4 +1,8 @@
-"""The engine behind the API: requests in, tokens out, over any Pipeline; it knows nothing of text, HTTP or sockets."""
+"""The engine behind the API: requests in, tokens out, over any Pipeline.
+
+Two loops. The sending one asks the Scheduler for the next step and hands it to the pipeline; the receiving one gives results back
+to the Scheduler and each new token to the caller who waits for it in `generate`.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +16,6 @@ from typing import Any, Self
 
 from exo_kimi.errors import EngineStoppedError, ExoKimiError, OverloadedError, RequestError, RuntimeFault, StageError
 from exo_kimi.runtime.engine.admission import Limits, check_request
-from exo_kimi.runtime.engine.constraint_steps import next_mask
 from exo_kimi.runtime.engine.counters import Counters
 from exo_kimi.runtime.engine.pacing import PrefillPacer
 from exo_kimi.runtime.engine.prefix_cache import PrefixOptions
@@ -20,8 +23,9 @@ from exo_kimi.runtime.engine.scheduler import Scheduler
 from exo_kimi.runtime.engine.sequence import Sequence, StepOutcome
 from exo_kimi.runtime.engine.speculation import Drafter
 from exo_kimi.runtime.pipeline import DiskBlocks, Failed, Pipeline, Ready
-from exo_kimi.runtime.requests import EngineSnapshot, GenerationRequest, TokenEvent
+from exo_kimi.runtime.requests import EngineSnapshot, GenerationRequest, TokenConstraint, TokenEvent
 from exo_kimi.runtime.steps import Step, StepResult
+from exo_kimi.runtime.token_mask import allowed
 
 logger = logging.getLogger(__name__)
 
@@ -199,7 +203,7 @@ class Engine:
                     self._stop(event.error)
             elif isinstance(event, DiskBlocks):
                 if event.epoch == self._scheduler.epoch:
-                    self._scheduler.prefixes.on_disk(event)
+                    self._scheduler.on_disk_blocks(event)
             elif event.epoch == self._scheduler.epoch:
                 self._on_result(event)
             self._wake.set()
@@ -219,7 +223,7 @@ class Engine:
     def _on_ready(self, event: Ready) -> None:
         self._fail(StageError("the stages started again"))  # only what a Failed should have ended already
         self._limits = Limits.of(event.info, context=self._context)
-        self._scheduler.open(event.epoch, self._limits, event)
+        self._scheduler.open(event, self._limits)
         self._pacer.forget()
         self._counters.epochs += 1
         self._down = None
@@ -263,7 +267,7 @@ class Engine:
     def _update_mask(self, sequence: Sequence, *, accept: int | None = None) -> None:
         if sequence.request.constraint is not None:
             vocab_size = self._limits.vocab_size if self._limits else None
-            sequence.mask = next_mask(sequence.request.constraint, accept=accept, vocab_size=vocab_size)
+            sequence.mask = _next_mask(sequence.request.constraint, accept=accept, vocab_size=vocab_size)
 
     def _fail(self, fault: RuntimeFault) -> None:
         """The stages lost their sequences: end those that had touched them."""
@@ -295,3 +299,32 @@ class Engine:
             raise EngineStoppedError("the server is shutting down")
         if self._down is not None:
             raise copy.copy(self._down)
+
+
+def _next_mask(constraint: TokenConstraint, *, accept: int | None, vocab_size: int | None) -> bytes | None:
+    """Advance a request's grammar by a token, if there is one, and ask what may follow. It is foreign code: whatever it raises
+    must fail that request and no other.
+
+    Args:
+        constraint: the request's own.
+        accept: the token that was just sampled; None before the first.
+        vocab_size: rows of the model's head; None while it is not known.
+
+    Returns:
+        A mask that allows at least one token, or None when all are allowed.
+
+    Raises:
+        StageError: it raised, or it allows nothing.
+    """
+    try:
+        if accept is not None:
+            constraint.accept(accept)
+        mask = constraint.mask()
+    except ExoKimiError:
+        raise
+    except Exception as error:
+        logger.exception("a request's grammar failed")
+        raise StageError(f"the request's grammar failed: {type(error).__name__}: {error}") from error
+    if mask is not None and not allowed(mask, len(mask) * 8 if vocab_size is None else vocab_size).any():
+        raise StageError("the request's grammar allows no token")
+    return mask

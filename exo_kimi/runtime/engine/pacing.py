@@ -1,4 +1,4 @@
-"""How many prompt tokens the next step takes: from how long steps took so far. It knows nothing of who runs in a step.
+"""Prefill pacing: how many tokens the next step takes, from how long steps took so far.
 
 While others decode, a step carries their tokens too, so a chunk is as long as the wait that it puts between two of their
 tokens allows. A prompt alone is cut into enough chunks that every stage has one to work on most of the time.
@@ -70,7 +70,7 @@ class PrefillPacer:
 
     def chunk(self, running: Sequence[sequence.Sequence]) -> int:
         """Tokens of the next step, for these sequences."""
-        pending = sum(each.pending for each in running if not each.decoding)
+        pending = sum(each.num_new_tokens for each in running if not each.decoding)
         if pending and any(each.decoding for each in running):
             return self._while_decoding()
         if self._stages == 1 or not pending:

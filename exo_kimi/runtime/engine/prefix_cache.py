@@ -1,4 +1,4 @@
-"""Who begins from whose caches: the leader's decisions about prefixes, in memory and on disk; every stage obeys.
+"""Prefix-cache policy: which cached prefix each sequence reuses, in memory and on disk.
 
 Caches of sequences that ended stay on the stages, within the KV memory's account, until that memory is wanted. The next turn of
 the same conversation takes them over as they are; who shares only a beginning gets a copy of it, also from a sequence that
@@ -11,8 +11,14 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from exo_kimi.runtime.engine.admission import KvLedger
-from exo_kimi.runtime.engine.prefix_blocks import DiskBlockIndex
-from exo_kimi.runtime.engine.prefix_index import CachedPrefix, PrefixIndex, Tokens, as_tokens, common_tokens
+from exo_kimi.runtime.engine.prefix_index import (
+    CachedPrefix,
+    DiskBlockIndex,
+    PrefixIndex,
+    Tokens,
+    as_tokens,
+    common_tokens,
+)
 from exo_kimi.runtime.engine.sequence import DiskRestore, PrefixSource, Sequence
 from exo_kimi.runtime.pipeline import DiskBlocks, Ready
 from exo_kimi.runtime.prefix_key import block_keys
@@ -25,83 +31,84 @@ FEW_BLOCKS = 16  # a prefix shorter than a sixteenth of a block is not worth a d
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PrefixOptions:
-    """Args:
-    memory_bytes: KV memory of each stage that prefixes may take while nobody uses them; None: all that is left.
+    """What the prefix cache may take.
+
+    Args:
+        memory_bytes: KV memory of each stage that prefixes may take while nobody uses them; None: all that is left.
     """
 
     memory_bytes: int | None = None
 
 
+@dataclass(slots=True, kw_only=True)
+class PrefixCounts:
+    """Totals since the start: prompt tokens that were not computed, and cached prefixes that gave way to something else."""
+
+    cached_tokens: int = 0
+    evictions: int = 0
+
+
 class PrefixCache:
-    """The prefixes of one scheduler.
+    """The prefixes that the stages hold in one epoch.
 
     Args:
         options: None keeps nothing.
+        ledger: the stages' KV memory.
+        frees: takes the names of caches to drop.
+        ready: tells of the stages' disks, and of the bytes of a token.
+        counts: totals of all epochs.
     """
 
-    def __init__(self, options: PrefixOptions | None) -> None:
+    def __init__(
+        self, options: PrefixOptions | None, ledger: KvLedger, frees: list[int], ready: Ready, counts: PrefixCounts
+    ) -> None:
         self.options = options
-        self.hit_tokens = 0
-        self.evictions = 0
-        self.blocks = DiskBlockIndex()
-        self._index = PrefixIndex()
-        self._ledger: KvLedger | None = None
-        self._frees: list[int] = []
-        self._budget_tokens: int | None = 0
-
-    @property
-    def kept_tokens(self) -> int:
-        """KV memory that kept caches take."""
-        assert self._ledger is not None or not len(self._index)
-        return sum(self._ledger.held(kept.seq_id) for kept in self._index) if self._ledger is not None else 0
-
-    def open(self, ledger: KvLedger, frees: list[int], ready: Ready | None) -> None:
-        """The stages are empty, but for their disks.
-
-        Args:
-            ledger: of their KV memory.
-            frees: takes the names of caches to drop.
-            ready: None: nothing is known of disks or bytes.
-        """
-        self._ledger, self._frees, self._index = ledger, frees, PrefixIndex()
-        info = ready.info if ready is not None else None
-        budget_bytes = self.options.memory_bytes if self.options is not None else 0
-        per_token = info.kv_bytes_per_token if info is not None else 0
+        self.counts = counts
+        self.index = PrefixIndex()
+        self._ledger = ledger
+        self._frees = frees
+        info = ready.info
+        budget_bytes = options.memory_bytes if options is not None else 0
+        per_token = info.kv_bytes_per_token
         self._budget_tokens = budget_bytes // per_token if budget_bytes is not None and per_token else budget_bytes
-        self.blocks = DiskBlockIndex(block_tokens=ledger.limits.cache_step)
-        if info is not None and ready is not None and self.options is not None and info.disk_blocks:
+        if options is not None and info.disk_blocks:
             self.blocks = DiskBlockIndex(
                 block_tokens=info.cache_step, capacity_blocks=info.disk_blocks, stages=ready.blocks
             )
+        else:
+            self.blocks = DiskBlockIndex(block_tokens=ledger.limits.cache_step)
 
-    def close(self) -> None:
-        """The stages lost everything."""
-        self._ledger, self._index = None, PrefixIndex()
-        self.blocks = DiskBlockIndex()
+    @property
+    def kept_tokens(self) -> int:
+        """KV memory, in tokens, that caches of ended sequences take."""
+        return sum(self._ledger.held(kept.seq_id) for kept in self.index)
 
-    def on_disk(self, event: DiskBlocks) -> None:
+    def on_disk_blocks(self, event: DiskBlocks) -> None:
         """A stage's disk changed."""
-        self.blocks.hear(event)
+        self.blocks.on_disk_blocks(event)
 
-    def leave(self, sequence: Sequence) -> None:
+    def release(self, sequence: Sequence) -> None:
         """A sequence ends, or gives way: its caches stay, or are dropped with its hold on KV memory."""
-        assert self._ledger is not None
-        whole = sequence.begun and sequence.restoring is None and sequence.sent > 0
+        whole = sequence.registered and sequence.restoring is None and sequence.num_computed_tokens > 0
         if self.options is None or self._budget_tokens == 0 or not whole:
-            self.blocks.forget(sequence.seq_id)
+            self.blocks.cancel_stores(sequence.seq_id)
             self._ledger.release(sequence.seq_id)
-            if sequence.begun:
+            if sequence.registered:
                 self._frees.append(sequence.seq_id)
             elif sequence.source is not None and sequence.source.move:
                 self._frees.append(sequence.source.seq_id)
             return
         # A sequence may end within an answer: the caches hold all of it but its newest token.
-        known = len(sequence.tokens) - 1 if sequence.decoding and not sequence.sampling else sequence.sent
-        sequence.sent = known
+        known = (
+            len(sequence.tokens) - 1
+            if sequence.decoding and not sequence.awaiting_token
+            else sequence.num_computed_tokens
+        )
+        sequence.num_computed_tokens = known
         kept = CachedPrefix(sequence.seq_id, as_tokens(sequence.tokens[:known]))
-        covered = self._index.add(kept)
+        covered = self.index.add(kept)
         if kept not in covered:
-            self._want(sequence)
+            self._request_stores(sequence)
         for other in covered:
             self._drop(other)
         while self._budget_tokens is not None and self.kept_tokens > self._budget_tokens:
@@ -109,9 +116,9 @@ class PrefixCache:
 
     def evict_one(self) -> bool:
         """Give back the memory of the caches that were not used for longest; False when there are none."""
-        if not len(self._index):
+        if not len(self.index):
             return False
-        self._evict(next(iter(self._index)))
+        self._evict(next(iter(self.index)))
         return True
 
     def make_room(self, sequence: Sequence, needed: int) -> bool:
@@ -119,37 +126,35 @@ class PrefixCache:
 
         A conversation that goes on takes its own caches over, so its need is less by what they hold.
         """
-        assert self._ledger is not None
         if needed > self._ledger.free_tokens + self.kept_tokens:
             return False
         source = self._best(as_tokens(sequence.tokens[:-1]))
         whole = source is not None and len(source[0].tokens) - source[1] < self._block_tokens
-        sequence.takes = source if whole else None  # when next to nothing of them would be lost
-        while needed - self._held(sequence.takes) > self._ledger.free_tokens:
-            victim = next((kept for kept in self._index if source is None or kept is not source[0]), None)
+        sequence.takes_over = source if whole else None  # when next to nothing of them would be lost
+        while needed - self._held(sequence.takes_over) > self._ledger.free_tokens:
+            victim = next((kept for kept in self.index if source is None or kept is not source[0]), None)
             if victim is not None:
                 self._evict(victim)
             else:
-                sequence.takes = source  # too little memory for a copy: it takes all there is
+                sequence.takes_over = source  # too little memory for a copy: it takes all there is
         return True
 
-    def enter(self, sequence: Sequence) -> None:
+    def take_over(self, sequence: Sequence) -> None:
         """A sequence that got its name takes over the caches that it continues, or will read them from disk."""
-        assert self._ledger is not None
-        if sequence.takes is not None:
-            kept, count = sequence.takes
-            self.blocks.forget(kept.seq_id)
-            self._index.remove(kept)
+        if sequence.takes_over is not None:
+            kept, count = sequence.takes_over
+            self.blocks.cancel_stores(kept.seq_id)
+            self.index.remove(kept)
             self._ledger.transfer(kept.seq_id, sequence.seq_id)
             sequence.begin_from(PrefixSource(seq_id=kept.seq_id, tokens=count, move=True))
-        sequence.takes = None
+        sequence.takes_over = None
 
-    def chosen(self, sequence: Sequence, running: Iterable[Sequence]) -> bool:
+    def choose_start(self, sequence: Sequence, running: Iterable[Sequence]) -> bool:
         """Decide where a sequence begins, when its first chunk is due; False while it waits for an older one that is just
         computing what it needs, or for the disk."""
         if sequence.restoring is not None:
             return False
-        if not self.options or sequence.begun or (sequence.source is not None and sequence.source.move):
+        if not self.options or sequence.registered or (sequence.source is not None and sequence.source.move):
             return True
         sequence.begin_from(None)  # what was chosen before may be gone
         tokens = as_tokens(sequence.tokens[:-1])
@@ -157,10 +162,10 @@ class PrefixCache:
         source = PrefixSource(seq_id=best[0].seq_id, tokens=best[1]) if best is not None else None
         to_come = 0
         for other in running:
-            if other is sequence or not (other.begun or other.order < sequence.order):
+            if other is sequence or not (other.registered or other.order < sequence.order):
                 continue
             shared = common_tokens(tokens, other.prompt_ids)
-            there = min(shared, other.sent) if other.begun and other.restoring is None else 0
+            there = min(shared, other.num_computed_tokens) if other.registered and other.restoring is None else 0
             if there > (source.tokens if source is not None else 0):
                 source = PrefixSource(seq_id=other.seq_id, tokens=there)
             if not other.decoding:
@@ -170,18 +175,18 @@ class PrefixCache:
             return False
         if source is not None and self._worthwhile(count):
             if best is not None and best[0].seq_id == source.seq_id:
-                self._index.touch(best[0])
+                self.index.touch(best[0])
             sequence.begin_from(source)
         return True
 
-    def filled(self, sequence: Sequence) -> None:
+    def on_prompt_sent(self, sequence: Sequence) -> None:
         """All that was known of a sequence has been sent."""
-        self._want(sequence)
+        self._request_stores(sequence)
 
-    def began(self, sequence: Sequence) -> None:
+    def count_hit(self, sequence: Sequence) -> None:
         """A sequence is about to be registered on the stages."""
         if sequence.restoring is None:
-            self._hit(sequence, sequence.sent)
+            self._hit(sequence, sequence.num_computed_tokens)
 
     @property
     def has_orders(self) -> bool:
@@ -193,7 +198,7 @@ class PrefixCache:
         store = self.blocks.take_stores(STORE_BLOCKS if busy else IDLE_STORE_BLOCKS)
         return store, self.blocks.take_drops()
 
-    def restores(self, running: Iterable[Sequence]) -> dict[Sequence, Blocks]:
+    def restore_orders(self, running: Iterable[Sequence]) -> dict[Sequence, Blocks]:
         """What to read from disk in the next step."""
         size = self._block_tokens
         orders = {}
@@ -207,7 +212,7 @@ class PrefixCache:
                 work.due.append(work.ordered * size)
         return orders
 
-    def restored(self, sequence: Sequence, tokens: int) -> None:
+    def on_restored(self, sequence: Sequence, tokens: int) -> None:
         """All stages hold so many tokens of a sequence after the oldest order that is due."""
         work = sequence.restoring
         if work is None or not work.due:
@@ -216,14 +221,14 @@ class PrefixCache:
         if work.due or (work.ordered < len(work.keys) and not work.failed):
             return
         sequence.restoring = None
-        sequence.sent = min(tokens, len(sequence.tokens) - 1)
-        self._hit(sequence, sequence.sent)
+        sequence.num_computed_tokens = min(tokens, len(sequence.tokens) - 1)
+        self._hit(sequence, sequence.num_computed_tokens)
 
     def _plan_restore(self, sequence: Sequence, count: int) -> bool:
         if not self.blocks.capacity_blocks:
             return False
         keys = block_keys(sequence.tokens[:-1], self._block_tokens)
-        known = self.blocks.known(keys)
+        known = self.blocks.count_complete(keys)
         if known * self._block_tokens < count + self._block_tokens:
             return False
         self.blocks.touch(keys[:known])
@@ -233,31 +238,30 @@ class PrefixCache:
     def _hit(self, sequence: Sequence, tokens: int) -> None:
         if sequence.cached_tokens is None:
             sequence.cached_tokens = min(tokens, sequence.prompt_tokens)
-            self.hit_tokens += sequence.cached_tokens
+            self.counts.cached_tokens += sequence.cached_tokens
 
     def _best(self, tokens: Tokens) -> tuple[CachedPrefix, int] | None:
-        best = self._index.best(tokens)
+        best = self.index.best(tokens)
         return best if best is not None and self._worthwhile(best[1]) else None
 
     def _held(self, takes: tuple[CachedPrefix, int] | None) -> int:
-        return self._ledger.held(takes[0].seq_id) if takes is not None and self._ledger is not None else 0
+        return self._ledger.held(takes[0].seq_id) if takes is not None else 0
 
     def _worthwhile(self, count: int) -> bool:
         return count >= max(1, self._block_tokens // FEW_BLOCKS)
 
-    def _want(self, sequence: Sequence) -> None:
+    def _request_stores(self, sequence: Sequence) -> None:
         if self.blocks.capacity_blocks:
-            keys = block_keys(sequence.tokens[: sequence.sent], self._block_tokens)
-            self.blocks.want(sequence.seq_id, keys)
+            keys = block_keys(sequence.tokens[: sequence.num_computed_tokens], self._block_tokens)
+            self.blocks.request_stores(sequence.seq_id, keys)
 
     def _evict(self, kept: CachedPrefix) -> None:
-        self.evictions += 1
-        self._index.remove(kept)
+        self.counts.evictions += 1
+        self.index.remove(kept)
         self._drop(kept)
 
     def _drop(self, kept: CachedPrefix) -> None:
-        assert self._ledger is not None
-        self.blocks.forget(kept.seq_id)
+        self.blocks.cancel_stores(kept.seq_id)
         self._ledger.release(kept.seq_id)
         self._frees.append(kept.seq_id)
 

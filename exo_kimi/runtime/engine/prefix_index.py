@@ -1,16 +1,19 @@
-"""The leader's knowledge of caches that ended sequences left on the stages: which tokens they hold, which was used last.
-
-Pure bookkeeping: it knows nothing of memory, steps or disks.
-"""
+"""Where prefixes are cached: in the stages' memory (PrefixIndex) and on their disks (DiskBlockIndex). Bookkeeping alone; what is
+done with it is decided in `prefix_cache`."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections import deque
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
 
+from exo_kimi.runtime.pipeline import DiskBlocks
+from exo_kimi.runtime.steps import Blocks
+
+WINDOW_BLOCKS = 16  # on their way at a time: fewer than a stage queues, so that none is refused
 Tokens = npt.NDArray[np.int32]
 
 
@@ -36,7 +39,7 @@ def common_tokens(one: Tokens, other: Tokens) -> int:
 
 
 class PrefixIndex:
-    """CachedPrefix caches, the one that was not used for longest first."""
+    """Caches that ended sequences left on the stages, the one that was not used for longest first."""
 
     def __init__(self) -> None:
         self._kept: dict[int, CachedPrefix] = {}
@@ -74,3 +77,112 @@ class PrefixIndex:
             return None
         count, _, kept = max(found, key=lambda item: item[:2])
         return kept, count
+
+
+class DiskBlockIndex:
+    """Blocks on the stages' disks: which every stage has, which to write, which to delete. A block counts once every stage has
+    told that it has it.
+
+    Args:
+        block_tokens: tokens of one.
+        capacity_blocks: for how many the disk of every stage has room.
+        stages: for each, the keys of what is there, the one that was not used for longest first.
+    """
+
+    def __init__(
+        self, *, block_tokens: int = 1, capacity_blocks: int = 0, stages: Sequence[Sequence[str]] = ()
+    ) -> None:
+        self.block_tokens = block_tokens
+        self.capacity_blocks = capacity_blocks
+        everywhere = set.intersection(*map(set, stages)) if stages else set()
+        self._complete = dict.fromkeys(key for key in (stages[0] if stages else ()) if key in everywhere)
+        self._stages = len(stages)
+        self._drops = sorted({key for keys in stages for key in keys} - everywhere)
+        self._queue: deque[tuple[int, int, str]] = deque()
+        self._queued: set[str] = set()
+        self._answers: dict[str, set[int]] = {}
+        self._refused: set[str] = set()
+
+    def __len__(self) -> int:
+        return len(self._complete)
+
+    def count_complete(self, keys: Sequence[str]) -> int:
+        """How many of a prefix's first blocks every stage has."""
+        for count, key in enumerate(keys):
+            if key not in self._complete:
+                return count
+        return len(keys)
+
+    def touch(self, keys: Sequence[str]) -> None:
+        """These blocks were used now: the first last, since without it the others are of no use."""
+        for key in reversed(keys):
+            if key in self._complete:
+                self._complete[key] = self._complete.pop(key)
+
+    def request_stores(self, seq_id: int, keys: Sequence[str]) -> None:
+        """Have a sequence's first blocks written, as far as they are not and there is room for so many."""
+        self.touch(keys)
+        for index, key in enumerate(keys[: self.capacity_blocks]):
+            if key not in self._complete and key not in self._queued and key not in self._answers:
+                self._queue.append((seq_id, index * self.block_tokens, key))
+                self._queued.add(key)
+
+    def cancel_stores(self, seq_id: int) -> None:
+        """The sequence's caches are gone, or about to change: what was not ordered yet is not to be."""
+        gone = [item for item in self._queue if item[0] == seq_id]
+        if gone:
+            self._queue = deque(item for item in self._queue if item[0] != seq_id)
+            self._queued.difference_update(key for _, _, key in gone)
+
+    @property
+    def has_orders(self) -> bool:
+        """Whether `take_stores` or `take_drops` would give something."""
+        return bool(self._drops) or (
+            bool(self._queue) and len(self._answers) < min(WINDOW_BLOCKS, self.capacity_blocks)
+        )
+
+    def take_stores(self, most: int) -> tuple[Blocks, ...]:
+        """The next blocks to write; what has to go for them is among the next drops."""
+        orders: list[Blocks] = []
+        while self._queue and len(orders) < most and len(self._answers) < WINDOW_BLOCKS:
+            if not self._make_room():
+                break
+            seq_id, offset, key = self._queue.popleft()
+            self._queued.discard(key)
+            self._answers[key] = set()
+            orders.append(Blocks(seq_id=seq_id, offset=offset, block_tokens=self.block_tokens, keys=(key,)))
+        return tuple(orders)
+
+    def take_drops(self) -> tuple[str, ...]:
+        """Blocks to delete."""
+        drops, self._drops = tuple(self._drops), []
+        return drops
+
+    def on_disk_blocks(self, event: DiskBlocks) -> None:
+        """One stage wrote, refused or lost blocks."""
+        for key in event.gone:
+            if key in self._complete:
+                del self._complete[key]
+                self._drops.append(key)  # the others may still have it
+            elif key in self._answers:
+                self._refused.add(key)
+        self._answered([key for key in (*event.added, *event.gone) if key in self._answers], event.stage)
+
+    def _answered(self, keys: Iterable[str], stage: int) -> None:
+        for key in keys:
+            self._answers[key].add(stage)
+            if len(self._answers[key]) < self._stages:
+                continue
+            del self._answers[key]
+            if key in self._refused:
+                self._refused.discard(key)
+                self._drops.append(key)
+            else:
+                self._complete[key] = None
+
+    def _make_room(self) -> bool:
+        while self._complete and len(self._complete) + len(self._answers) >= self.capacity_blocks:
+            oldest = next(iter(self._complete))
+            del self._complete[oldest]
+            self._drops.append(oldest)
+        return len(self._answers) < self.capacity_blocks

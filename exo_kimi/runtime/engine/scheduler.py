@@ -1,30 +1,47 @@
-"""Who runs in the next step: a pure state machine, with no clock, no asyncio and no constraint in it.
+"""Scheduler: which sequences run in the next step, and with how many tokens. A state machine without a clock and without asyncio.
 
 Sequences that decode are dealt out over as many groups as there are stages, one group in flight per stage, so that no stage
 idles while another works; what is left of a step's token budget goes to prefill chunks, which follow each other without
-waiting for results. When the KV memory runs out, the youngest sequence gives its memory back and waits for another turn.
+waiting for results. When the KV memory runs out, the youngest sequence is preempted: it gives its memory back and waits for
+another turn.
+
+    Scheduler        as long as the engine lives: the waiting queue, and totals
+    EpochScheduler   from a Ready to the next Failed: running sequences, KV memory, prefixes, steps in flight
 """
 
 from __future__ import annotations
 
+from bisect import insort
 from collections import deque
 from collections.abc import Callable, Iterator
-from itertools import groupby
-from operator import gt
+from dataclasses import dataclass, field
+from itertools import count, groupby
+from operator import attrgetter, gt
 
 import numpy as np
 
 from exo_kimi.errors import ProtocolError
 from exo_kimi.runtime.engine.admission import KvLedger, Limits
-from exo_kimi.runtime.engine.prefix_cache import PrefixCache, PrefixOptions
-from exo_kimi.runtime.engine.sequence import InFlight, ScheduledChunk, Sequence, StepOutcome
+from exo_kimi.runtime.engine.prefix_cache import PrefixCache, PrefixCounts, PrefixOptions
+from exo_kimi.runtime.engine.sequence import ScheduledChunk, Sequence, StepInFlight, StepOutcome
 from exo_kimi.runtime.engine.speculation import Drafter
-from exo_kimi.runtime.pipeline import Ready
+from exo_kimi.runtime.pipeline import DiskBlocks, Ready
 from exo_kimi.runtime.steps import Blocks, Sampled, Step, StepResult
+
+_by_arrival = attrgetter("order")
+
+
+@dataclass(slots=True, kw_only=True)
+class SchedulerCounts:
+    """Totals since the start. `prompt_tokens` are those that the last stage has in its cache, each counted once."""
+
+    preemptions: int = 0
+    prompt_tokens: int = 0
+    prefixes: PrefixCounts = field(default_factory=PrefixCounts)
 
 
 class Scheduler:
-    """The sequences of one engine.
+    """The sequences of one engine, through all epochs of its stages.
 
     Args:
         stages: steps that may be in flight.
@@ -48,35 +65,48 @@ class Scheduler:
         self.prefill_chunk = prefill_chunk
         self.max_running = max_running
         self.drafter = drafter
-        self.epoch: int | None = None
-        self.ledger: KvLedger | None = None
-        self.prefixes = PrefixCache(prefixes)
-        # Both by arrival, and who runs came before who waits: the head is let in first, the youngest gives way first.
+        self.counts = SchedulerCounts()
         self.waiting: list[Sequence] = []
-        self.running: list[Sequence] = []
-        self.preemptions = 0
-        self.prompt_tokens = 0  # done, each counted once
-        self._decode_turns: deque[Sequence] = deque()
-        self._in_flight: deque[InFlight] = deque()
-        self._frees: list[int] = []
-        self._next_seq_id = 0
-        self._next_step_id = 0
+        """By arrival: the head is let in first."""
+        self.current: EpochScheduler | None = None
+        """What runs; None while the stages are not ready."""
+        self._prefixes = prefixes
+        # Of all epochs, so that nothing late is taken for something new.
+        self._seq_ids = count()
+        self._step_ids = count()
 
     @property
-    def steps_in_flight(self) -> int:
-        """Steps sent and not yet answered."""
-        return len(self._in_flight)
+    def epoch(self) -> int | None:
+        """The stages' epoch; None while they are not ready."""
+        return self.current.epoch if self.current is not None else None
 
-    def open(self, epoch: int, limits: Limits, ready: Ready | None = None) -> None:
-        """The stages are ready and empty, but for their disks, of which `ready` tells."""
-        self.epoch = epoch
-        self.ledger = KvLedger(limits)
-        self.prefixes.open(self.ledger, self._frees, ready)
+    @property
+    def running(self) -> list[Sequence]:
+        """Sequences with caches, by arrival; all of them came before those that wait."""
+        return self.current.running if self.current is not None else []
+
+    def open(self, ready: Ready, limits: Limits) -> None:
+        """The stages are ready, and empty but for their disks."""
+        ledger, frees = KvLedger(limits), list[int]()
+        self.current = EpochScheduler(
+            ready.epoch,
+            stages=self.stages,
+            max_running=self.max_running,
+            waiting=self.waiting,
+            ledger=ledger,
+            prefixes=PrefixCache(self._prefixes, ledger, frees, ready, self.counts.prefixes),
+            frees=frees,
+            drafter=self.drafter,
+            counts=self.counts,
+            seq_ids=self._seq_ids,
+            step_ids=self._step_ids,
+        )
 
     def fail(self) -> list[Sequence]:
         """The stages lost everything: no step until `open`. Ends and returns the sequences that touched the stages in
         this epoch; the others wait, also those that were admitted but not yet sent."""
-        every = sorted((*self.running, *self.waiting), key=lambda s: s.order)
+        every = [*self.running, *self.waiting]
+        every.sort(key=_by_arrival)
         touched = [s for s in every if s.epoch is not None and s.epoch == self.epoch]
         for sequence in every:
             sequence.state = "waiting"
@@ -84,46 +114,32 @@ class Scheduler:
         for sequence in touched:
             sequence.state = "ended"
         self.waiting = [s for s in every if s.state == "waiting"]
-        self.running.clear()
-        self._decode_turns.clear()
-        self._in_flight.clear()
-        self._frees.clear()
-        self.epoch = None
-        self.ledger = None
-        self.prefixes.close()
+        self.current = None
         return touched
 
     def add(self, sequence: Sequence) -> None:
-        """Put a sequence in the queue."""
-        self._enqueue(sequence)
+        """Put a sequence in the waiting queue."""
+        sequence.state = "waiting"
+        insort(self.waiting, sequence, key=_by_arrival)
 
     def end(self, sequence: Sequence) -> None:
         """A sequence is finished or cancelled: its memory is free for the next step, on every stage; idempotent."""
-        if sequence.state == "running":
-            self._release(sequence)
+        if sequence.state == "running" and self.current is not None:
+            self.current.release(sequence)
         elif sequence.state == "waiting":
             self.waiting.remove(sequence)
         sequence.state = "ended"
 
-    def next_step(self, chunk: Callable[[list[Sequence]], int] | None = None) -> Step | None:
+    def next_step(self, choose_budget: Callable[[list[Sequence]], int] | None = None) -> Step | None:
         """The next step to send; None while nothing can be sent before a result comes.
 
         Args:
-            chunk: chooses `prefill_chunk` for those that run once the step has let in who fits; None leaves it.
+            choose_budget: the step's token budget, for the sequences that run once the step has let in who fits; None takes
+                `prefill_chunk`.
         """
-        if self.epoch is None or len(self._in_flight) >= self.stages:
+        if self.current is None:
             return None
-        decodes = self._take_decodes()
-        self._admit()
-        if chunk is not None:
-            self.prefill_chunk = chunk(self.running)
-        self._draft(decodes)
-        chunks = self._take_chunks(decodes)
-        shares = [(s, 1) for s in decodes] + chunks
-        restores = self.prefixes.restores(self.running)
-        if not shares and not self._frees and not restores and not self.prefixes.has_orders:
-            return None
-        return self._send(shares, restores)
+        return self.current.next_step(choose_budget or (lambda _: self.prefill_chunk))
 
     def complete(self, result: StepResult) -> Iterator[StepOutcome]:
         """Take the answer of the oldest step in flight.
@@ -135,21 +151,92 @@ class Scheduler:
         Raises:
             ProtocolError: the answer is not the one that is due.
         """
-        if not self._in_flight or self._in_flight[0].step_id != result.step_id or result.epoch != self.epoch:
-            due = self._in_flight[0].step_id if self._in_flight else "no step"
-            raise ProtocolError(
-                "a result that is not due",
-                expected=f"epoch {self.epoch}, step {due}",
-                found=f"epoch {result.epoch}, step {result.step_id}",
-            )
-        step = self._in_flight.popleft()
-        asked = [part for part in step.parts if part.sample]
+        if self.current is None:
+            raise _not_due(result, None, "no step")
+        return self.current.complete(result)
+
+    def on_disk_blocks(self, event: DiskBlocks) -> None:
+        """A stage's disk changed."""
+        if self.current is not None:
+            self.current.prefixes.on_disk_blocks(event)
+
+
+class EpochScheduler:
+    """What runs while the stages are ready; made by Scheduler.open, and given up with all caches when they fail.
+
+    Args:
+        epoch: of the stages.
+        stages: steps that may be in flight.
+        max_running: most sequences with caches at a time.
+        waiting: the Scheduler's queue, which both change.
+        ledger: KV memory of the stages.
+        prefixes: what is cached of sequences that ended.
+        frees: names of caches to drop with the next step; `prefixes` appends to it.
+        drafter: see Scheduler.
+        counts: the Scheduler's.
+        seq_ids, step_ids: names that were not used yet.
+    """
+
+    def __init__(
+        self,
+        epoch: int,
+        *,
+        stages: int,
+        max_running: int,
+        waiting: list[Sequence],
+        ledger: KvLedger,
+        prefixes: PrefixCache,
+        frees: list[int],
+        drafter: Drafter | None,
+        counts: SchedulerCounts,
+        seq_ids: Iterator[int],
+        step_ids: Iterator[int],
+    ) -> None:
+        self.epoch = epoch
+        self.ledger = ledger
+        self.prefixes = prefixes
+        # By arrival, and who runs came before who waits: the youngest is preempted first.
+        self.running: list[Sequence] = []
+        self.in_flight: deque[StepInFlight] = deque()
+        self._stages = stages
+        self._max_running = max_running
+        self._waiting = waiting
+        self._frees = frees
+        self._drafter = drafter
+        self._counts = counts
+        self._seq_ids = seq_ids
+        self._step_ids = step_ids
+        self._decode_turns: deque[Sequence] = deque()
+
+    def next_step(self, choose_budget: Callable[[list[Sequence]], int]) -> Step | None:
+        """See Scheduler.next_step."""
+        if len(self.in_flight) >= self._stages:
+            return None
+        decodes = self._take_decodes()
+        self._admit()
+        token_budget = choose_budget(self.running)
+        self._draft(decodes, token_budget)
+        scheduled = [(s, 1) for s in decodes] + self._take_chunks(decodes, token_budget)
+        restores = self.prefixes.restore_orders(self.running)
+        if not scheduled and not self._frees and not restores and not self.prefixes.has_orders:
+            return None
+        return self._make_step(scheduled, restores)
+
+    def complete(self, result: StepResult) -> Iterator[StepOutcome]:
+        """See Scheduler.complete."""
+        due = self.in_flight[0].step_id if self.in_flight else "no step"
+        if due != result.step_id or result.epoch != self.epoch:
+            raise _not_due(result, self.epoch, due)
+        step = self.in_flight.popleft()
+        asked = [chunk for chunk in step.chunks if chunk.sample]
         runs = [list(run) for _, run in groupby(result.sampled, key=lambda sampled: sampled.seq_id)]
-        lengths = [1 + part.drafts for part in asked]
-        if [part.seq_id for part in asked] != [run[0].seq_id for run in runs] or any(map(gt, map(len, runs), lengths)):
+        lengths = [1 + chunk.drafts for chunk in asked]
+        if [chunk.seq_id for chunk in asked] != [run[0].seq_id for run in runs] or any(
+            map(gt, map(len, runs), lengths)
+        ):
             raise ProtocolError(
                 f"the result of step {step.step_id} is for other sequences",
-                expected=[f"{part.seq_id} (at most {1 + part.drafts})" for part in asked],
+                expected=[f"{chunk.seq_id} (at most {1 + chunk.drafts})" for chunk in asked],
                 found=[sampled.seq_id for sampled in result.sampled],
             )
         if [seq_id for _, seq_id in step.restores] != [seq_id for seq_id, _ in result.restored]:
@@ -160,18 +247,18 @@ class Scheduler:
             )
         for (sequence, seq_id), (_, tokens) in zip(step.restores, result.restored, strict=True):
             if sequence.seq_id == seq_id:
-                self.prefixes.restored(sequence, tokens)
-        for part in step.parts:
-            if part.sequence.seq_id == part.seq_id and part.sequence.state == "running":
-                self.prompt_tokens += part.sequence.reached(part.end)
-        if self.drafter is not None and asked:
-            self.drafter.count(step, kept=len(result.sampled))
+                self.prefixes.on_restored(sequence, tokens)
+        for chunk in step.chunks:
+            if chunk.sequence.seq_id == chunk.seq_id and chunk.sequence.state == "running":
+                self._counts.prompt_tokens += chunk.sequence.reached(chunk.end)
+        if self._drafter is not None and asked:
+            self._drafter.count(step, kept=len(result.sampled))
         return self._outcomes(asked, runs)
 
     def _outcomes(self, asked: list[ScheduledChunk], runs: list[list[Sampled]]) -> Iterator[StepOutcome]:
-        for part, run in zip(asked, runs, strict=True):
-            sequence = part.sequence
-            sequence.sampling = False
+        for chunk, run in zip(asked, runs, strict=True):
+            sequence = chunk.sequence
+            sequence.awaiting_token = False
             if sequence.state == "ended":
                 continue
             # A sequence that was preempted meanwhile keeps the tokens: they are the same that it would draw again.
@@ -180,15 +267,10 @@ class Scheduler:
             if sequence.state == "running":
                 self._decode_turns.append(sequence)
 
-    def _enqueue(self, sequence: Sequence) -> None:
-        sequence.state = "waiting"
-        self.waiting.append(sequence)
-        self.waiting.sort(key=lambda s: s.order)
-
     def _take_decodes(self) -> list[Sequence]:
         """The next group: an equal share of all that decode, those that waited longest first, each with its memory."""
         decoding = sum(s.decoding for s in self.running)
-        share = -(-decoding // self.stages)
+        share = -(-decoding // self._stages)
         group: list[Sequence] = []
         while self._decode_turns and len(group) < share:
             sequence = self._decode_turns.popleft()
@@ -199,101 +281,98 @@ class Scheduler:
 
     def _grow(self, sequence: Sequence) -> bool:
         """Reserve room for one more token, taking it from the youngest; False when that is the sequence itself."""
-        assert self.ledger is not None
-        while sequence.state == "running" and not self.ledger.reserve(sequence.seq_id, sequence.sent + 1):
+        while sequence.state == "running" and not self.ledger.reserve(
+            sequence.seq_id, sequence.num_computed_tokens + 1
+        ):
             if not self.prefixes.evict_one():
-                self._preempt(self.running[-1])
+                self.preempt(self.running[-1])
         return sequence.state == "running"
 
-    def _draft(self, decodes: list[Sequence]) -> None:
+    def _draft(self, decodes: list[Sequence], token_budget: int) -> None:
         """Let the drafter put guesses on sequences of the group, in memory that is free, at most half of the step."""
-        assert self.ledger is not None
-        if self.drafter is None or not decodes:
+        if self._drafter is None or not decodes:
             return
-        filling = sum(s.pending for s in self.running if not s.decoding)
-        room = self.prefill_chunk // 2 - len(decodes)
-        self.drafter.draft(decodes, others=min(filling, self.prefill_chunk), room=room)
+        filling = sum(s.num_new_tokens for s in self.running if not s.decoding)
+        room = token_budget // 2 - len(decodes)
+        self._drafter.draft(decodes, others=min(filling, token_budget), room=room)
         for sequence in decodes:
             while sequence.drafts and not self.ledger.reserve(
-                sequence.seq_id, sequence.sent + 1 + len(sequence.drafts)
+                sequence.seq_id, sequence.num_computed_tokens + 1 + len(sequence.drafts)
             ):
                 sequence.drafts = sequence.drafts[:-1]
 
-    def _preempt(self, sequence: Sequence) -> None:
-        self.preemptions += 1
-        self._release(sequence)
-        self._enqueue(sequence)
+    def preempt(self, sequence: Sequence) -> None:
+        """Take a running sequence's memory; it waits for another turn, and keeps its tokens."""
+        self._counts.preemptions += 1
+        self.release(sequence)
+        sequence.state = "waiting"
+        insort(self._waiting, sequence, key=_by_arrival)
 
-    def _release(self, sequence: Sequence) -> None:
-        assert self.ledger is not None
+    def release(self, sequence: Sequence) -> None:
+        """A sequence stops running: its caches are kept as a prefix, or dropped with the next step."""
         self.running.remove(sequence)
         if sequence in self._decode_turns:
             self._decode_turns.remove(sequence)
-        self.prefixes.leave(sequence)
+        self.prefixes.release(sequence)
         sequence.forget()
 
     def _admit(self) -> None:
         """Let the head of the queue in while it fits; nobody overtakes it."""
-        assert self.ledger is not None
-        while self.waiting and len(self.running) < self.max_running:
-            sequence = self.waiting[0]
+        while self._waiting and len(self.running) < self._max_running:
+            sequence = self._waiting[0]
             # A preempted sequence whose last token is still on its way waits for it.
             needed = self.ledger.limits.rounded(len(sequence.tokens))
-            if sequence.sampling or not self.prefixes.make_room(sequence, needed + self._growth()):
+            if sequence.awaiting_token or not self.prefixes.make_room(sequence, needed + self._growth()):
                 return
-            self.waiting.pop(0)
+            self._waiting.pop(0)
             sequence.state = "running"
-            sequence.seq_id = self._next_seq_id
-            self._next_seq_id += 1
-            self.prefixes.enter(sequence)
+            sequence.seq_id = next(self._seq_ids)
+            self.prefixes.take_over(sequence)
             self.ledger.reserve(sequence.seq_id, len(sequence.tokens))
             self.running.append(sequence)
 
     def _growth(self) -> int:
         """Room for the next growth of all that run, kept free so that admitting one does not preempt another at once."""
-        assert self.ledger is not None
         step = self.ledger.limits.cache_step
         return sum(min(step, self.ledger.missing(s.seq_id, s.final_cache_tokens)) for s in self.running)
 
-    def _take_chunks(self, decodes: list[Sequence]) -> list[tuple[Sequence, int]]:
+    def _take_chunks(self, decodes: list[Sequence], token_budget: int) -> list[tuple[Sequence, int]]:
         """Prefill chunks, oldest first; the oldest leaves up to half of the budget to those behind it."""
-        budget = max(self.prefill_chunk - sum(1 + len(s.drafts) for s in decodes), -(-self.prefill_chunk // 4))
-        filling = [s for s in self.running if not s.decoding and self.prefixes.chosen(s, self.running)]
+        budget = max(token_budget - sum(1 + len(s.drafts) for s in decodes), -(-token_budget // 4))
+        filling = [s for s in self.running if not s.decoding and self.prefixes.choose_start(s, self.running)]
         chunks: list[tuple[Sequence, int]] = []
         for position, sequence in enumerate(filling):
-            behind = sum(s.pending for s in filling[position + 1 :]) if position == 0 else 0
-            length = min(sequence.pending, max(budget - behind, -(-budget // 2)) if position == 0 else budget)
+            behind = sum(s.num_new_tokens for s in filling[position + 1 :]) if position == 0 else 0
+            length = min(sequence.num_new_tokens, max(budget - behind, -(-budget // 2)) if position == 0 else budget)
             if length <= 0:
                 break
             chunks.append((sequence, length))
             budget -= length
         return chunks
 
-    def _send(self, shares: list[tuple[Sequence, int]], restores: dict[Sequence, Blocks]) -> Step:
-        assert self.epoch is not None
-        step_id = self._next_step_id
-        self._next_step_id += 1
-        beginning = [sequence for sequence in (*restores, *(s for s, _ in shares)) if not sequence.begun]
+    def _make_step(self, scheduled: list[tuple[Sequence, int]], restores: dict[Sequence, Blocks]) -> Step:
+        step_id = next(self._step_ids)
+        beginning = [sequence for sequence in (*restores, *(s for s, _ in scheduled)) if not sequence.registered]
         begin = tuple(sequence.begin(self.epoch) for sequence in beginning)
         for sequence in beginning:
-            self.prefixes.began(sequence)
-        tokens = [token for sequence, length in shares for token in sequence.next_tokens(length)]
-        taken = [sequence.take(length) for sequence, length in shares]
+            self.prefixes.count_hit(sequence)
+        tokens = [token for sequence, length in scheduled for token in sequence.next_tokens(length)]
+        taken = [sequence.take(length) for sequence, length in scheduled]
         cached = sum(segment.offset + segment.length for segment, _ in taken)
-        parts = tuple(part for _, part in taken)
-        for part in parts:
-            if part.sample and part.end == len(part.sequence.tokens) and part.sequence.generated_tokens == 0:
-                self.prefixes.filled(part.sequence)
-        self._in_flight.append(
-            InFlight(
+        chunks = tuple(chunk for _, chunk in taken)
+        for chunk in chunks:
+            if chunk.sample and chunk.end == len(chunk.sequence.tokens) and chunk.sequence.generated_tokens == 0:
+                self.prefixes.on_prompt_sent(chunk.sequence)
+        self.in_flight.append(
+            StepInFlight(
                 step_id=step_id,
-                parts=parts,
+                chunks=chunks,
                 tokens=len(tokens),
                 cached_tokens=cached,
                 restores=tuple((sequence, sequence.seq_id) for sequence in restores),
             )
         )
-        store, drop = self.prefixes.disk_orders(busy=bool(shares))
+        store, drop = self.prefixes.disk_orders(busy=bool(scheduled))
         frees = tuple(self._frees)
         self._frees.clear()
         return Step(
@@ -307,3 +386,11 @@ class Scheduler:
             store=store,
             drop=drop,
         )
+
+
+def _not_due(result: StepResult, epoch: int | None, due: int | str) -> ProtocolError:
+    return ProtocolError(
+        "a result that is not due",
+        expected=f"epoch {epoch}, step {due}",
+        found=f"epoch {result.epoch}, step {result.step_id}",
+    )

@@ -1,4 +1,4 @@
-"""One request as the leader sees it while it waits, is fed and generates; it knows nothing of other sequences."""
+"""A request while it waits, is fed to the stages and generates, and its share of the steps in flight."""
 
 from __future__ import annotations
 
@@ -6,8 +6,8 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Literal
 
-from exo_kimi.runtime.engine.lookup import Lookup
 from exo_kimi.runtime.engine.prefix_index import CachedPrefix, Tokens, as_tokens
+from exo_kimi.runtime.engine.speculation import PromptLookup
 from exo_kimi.runtime.requests import FinishReason, GenerationRequest, RequestProgress
 from exo_kimi.runtime.steps import Sampled, Segment, SequenceStart
 
@@ -23,7 +23,8 @@ class PrefixSource:
 
 @dataclass(slots=True, kw_only=True)
 class DiskRestore:
-    """Blocks that a sequence begins with from disk: how many were ordered, and where each unanswered order is to end."""
+    """Reading the blocks that a sequence begins with from disk: their keys, how many were ordered, and for each unanswered order
+    the position, in tokens, where it is to end."""
 
     keys: tuple[str, ...]
     ordered: int = 0
@@ -36,7 +37,7 @@ State = Literal["waiting", "running", "ended"]
 
 @dataclass(slots=True, eq=False, kw_only=True)
 class Sequence:
-    """A request and how far it is.
+    """A request and how far it is, as the scheduler sees it.
 
     Args:
         request: with a seed.
@@ -53,24 +54,24 @@ class Sequence:
     state: State = field(default="waiting", init=False)
     seq_id: int = field(default=-1, init=False)
     """Its name on the stages; a new one each time that it is admitted."""
-    sent: int = field(default=0, init=False)
-    """Known tokens in the caches once every step sent so far is done: the offset of its next segment."""
-    done: int = field(default=0, init=False)
-    """Tokens in the last stage's cache, as far as results tell."""
-    counted: int = field(default=0, init=False)
-    """The most prompt tokens that were ever done; unlike `done` it survives a preemption."""
-    begun: bool = field(default=False, init=False)
+    num_computed_tokens: int = field(default=0, init=False)
+    """Tokens in the caches once every step sent so far is done: the offset of its next segment. As in vLLM's scheduler."""
+    num_confirmed_tokens: int = field(default=0, init=False)
+    """Tokens in the last stage's cache, as far as results tell; at most `num_computed_tokens`."""
+    num_counted_prompt_tokens: int = field(default=0, init=False)
+    """The most prompt tokens that were ever done; unlike `num_confirmed_tokens` it survives a preemption."""
+    registered: bool = field(default=False, init=False)
     epoch: int | None = field(default=None, init=False)
     """The last epoch in which it touched the stages."""
-    sampling: bool = field(default=False, init=False)
+    awaiting_token: bool = field(default=False, init=False)
     """A step in flight will answer with its next token."""
     decoding: bool = field(default=False, init=False)
     """All that was known when it was admitted has been sent; from now on it is fed one token at a time, and drafts."""
     drafts: tuple[int, ...] = field(default=(), init=False)
     """Guesses of what follows its newest token, to be sent after it."""
-    lookup: Lookup | None = field(default=None, init=False)
+    lookup: PromptLookup | None = field(default=None, init=False)
     """Where its drafts come from, made with the first ones."""
-    takes: tuple[CachedPrefix, int] | None = field(default=None, init=False)
+    takes_over: tuple[CachedPrefix, int] | None = field(default=None, init=False)
     """Caches that it takes over when it is admitted, and how many of their tokens."""
     source: PrefixSource | None = field(default=None, init=False)
     restoring: DiskRestore | None = field(default=None, init=False)
@@ -93,9 +94,9 @@ class Sequence:
         return len(self.tokens) - self.prompt_tokens
 
     @property
-    def pending(self) -> int:
-        """Known tokens that were not yet sent."""
-        return len(self.tokens) - self.sent
+    def num_new_tokens(self) -> int:
+        """Known tokens that were not sent yet."""
+        return len(self.tokens) - self.num_computed_tokens
 
     @property
     def final_cache_tokens(self) -> int:
@@ -104,17 +105,17 @@ class Sequence:
 
     def next_tokens(self, length: int) -> list[int]:
         """The next tokens to send, with the drafts after the newest one."""
-        found = self.tokens[self.sent : self.sent + length]
-        return [*found, *self.drafts] if self.sent + length == len(self.tokens) else found
+        found = self.tokens[self.num_computed_tokens : self.num_computed_tokens + length]
+        return [*found, *self.drafts] if self.num_computed_tokens + length == len(self.tokens) else found
 
     def begin_from(self, source: PrefixSource | None) -> None:
         """Begin with what is cached, or with nothing."""
         self.source = source
-        self.sent = source.tokens if source is not None else 0
+        self.num_computed_tokens = source.tokens if source is not None else 0
 
     def begin(self, epoch: int) -> SequenceStart:
         """How it is registered on the stages, as of now."""
-        self.begun = True
+        self.registered = True
         self.epoch = epoch
         return SequenceStart(
             seq_id=self.seq_id,
@@ -122,7 +123,7 @@ class Sequence:
             sampling=self.request.sampling,
             history=tuple(self.tokens[self.prompt_tokens :]),
             source=self.source.seq_id if self.source is not None else None,
-            restore=self.sent,
+            restore=self.num_computed_tokens,
             move=self.source is not None and self.source.move,
             seen=self._seen(),
         )
@@ -134,10 +135,10 @@ class Sequence:
 
     def take(self, length: int) -> tuple[Segment, ScheduledChunk]:
         """Its next segment, which counts as sent; the one that reaches its newest token takes the drafts and samples."""
-        offset, end = self.sent, self.sent + length
+        offset, end = self.num_computed_tokens, self.num_computed_tokens + length
         sample = end == len(self.tokens)
-        self.sent = end
-        self.sampling = sample
+        self.num_computed_tokens = end
+        self.awaiting_token = sample
         self.decoding = self.decoding or sample
         mask = self.mask if sample else None
         drafts, self.drafts = len(self.drafts) if sample else 0, ()
@@ -154,22 +155,22 @@ class Sequence:
             yield sampled
             if self.state == "ended" or self.mask is not None:
                 break
-        if self.begun and self.decoding:  # the caches hold all of it but the newest
-            self.sent = len(self.tokens) - 1
+        if self.registered and self.decoding:  # the caches hold all of it but the newest
+            self.num_computed_tokens = len(self.tokens) - 1
 
     def reached(self, end: int) -> int:
         """The last stage's cache holds `end` tokens. Returns how many prompt tokens that are new to it ever."""
-        self.done = end
-        fresh = max(0, min(end, self.prompt_tokens) - self.counted)
-        self.counted += fresh
+        self.num_confirmed_tokens = end
+        fresh = max(0, min(end, self.prompt_tokens) - self.num_counted_prompt_tokens)
+        self.num_counted_prompt_tokens += fresh
         return fresh
 
     def forget(self) -> None:
         """It holds nothing on the stages any more; a token on its way is still its next one."""
-        self.sent = self.done = 0
+        self.num_computed_tokens = self.num_confirmed_tokens = 0
         self.drafts = ()
-        self.begun = self.decoding = False
-        self.takes = self.source = self.restoring = None
+        self.registered = self.decoding = False
+        self.takes_over = self.source = self.restoring = None
         self.seq_id = -1
 
     def finish_reason(self) -> FinishReason | None:
@@ -185,7 +186,7 @@ class Sequence:
             request_id=self.request.request_id,
             state=running if self.state == "running" else "waiting",
             prompt_tokens=self.prompt_tokens,
-            prompt_done=min(self.done, self.prompt_tokens),
+            prompt_done=min(self.num_confirmed_tokens, self.prompt_tokens),
             generated_tokens=self.generated_tokens,
             cached_tokens=self.cached_tokens or 0,
         )
@@ -193,7 +194,8 @@ class Sequence:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ScheduledChunk:
-    """One sequence's share of a step in flight; `seq_id` tells whether it was preempted since."""
+    """The tokens of one sequence in a step in flight, a prefill chunk or one token to decode (and drafts). `end` is the position
+    after them, drafts apart. `seq_id` tells whether the sequence was preempted since."""
 
     sequence: Sequence
     seq_id: int
@@ -203,11 +205,11 @@ class ScheduledChunk:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class InFlight:
-    """A step that was sent and not yet answered, with how many tokens it has and how many its sequences cache."""
+class StepInFlight:
+    """A step that was sent and not answered yet: how many tokens it has, and how many its sequences hold in their caches."""
 
     step_id: int
-    parts: tuple[ScheduledChunk, ...]
+    chunks: tuple[ScheduledChunk, ...]
     tokens: int
     cached_tokens: int
     restores: tuple[tuple[Sequence, int], ...] = ()
@@ -216,7 +218,7 @@ class InFlight:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StepOutcome:
-    """A token that came back for a sequence that still wants it."""
+    """One token that a step gave to a sequence that still wants it."""
 
     sequence: Sequence
     sampled: Sampled

@@ -1,26 +1,41 @@
-"""Speculation without a draft model: guesses from each sequence's own past, sent where their bytes pay, and counted.
+"""Speculation without a draft model: draft tokens from each sequence's own past, as many as pay for the bytes they read.
 
-The last stage verifies them (`verify`), so they change no token; it knows nothing of stages or links.
+The last stage verifies them (`stage.sampling`), so they change no token. Three parts, from the top down: the Drafter puts draft
+tokens on the sequences of a step and counts what came of them; `choose_drafts` weighs chances against bytes; PromptLookup finds
+what may follow.
+
+Decoding is bound by the bytes that a step reads. What all tokens share is read once, but a mixture of experts reads more
+experts for every further token, so a guess costs bytes whether it is right or not.
+
+Source: prompt lookup decoding, Saxena 2023; going on inside what is being copied as LZ77 does, Ziv and Lempel 1977.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from collections.abc import Sequence as Ordered
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal
 
 from exo_kimi.planner.weights.bytes import ModelBytes
-from exo_kimi.runtime.engine.draft_policy import StepBytes, choose_drafts
-from exo_kimi.runtime.engine.lookup import Lookup
 
 if TYPE_CHECKING:
-    from exo_kimi.runtime.engine.sequence import InFlight, Sequence
+    from exo_kimi.runtime.engine.sequence import Sequence, StepInFlight
 
 Speculate = Literal["off", "auto"] | int
 MAX_DRAFTS = 8
 """Guesses of one sequence in a step, by default."""
 MAX_STEP_DRAFTS = 64
 """Of all sequences: the last stage holds a row of logits for each, 0.65 MB for K2."""
+NGRAM = 3
+"""Tokens that must have stood together before."""
+PRIOR = 0.25
+"""Chance of a guess while nothing is known, worth one observation: low enough that nothing is sent on hope."""
+KEEP = 0.97
+"""Weight of an observation after each newer one: the last thirty or so count."""
+_CLASSES = 4  # by tokens guessed right in a row: 0, 1-2, 3-6, more
+_BITS = 20
+_MASK = (1 << _BITS * NGRAM) - 1
 
 
 @dataclass(slots=True, kw_only=True)
@@ -36,7 +51,7 @@ class DraftCounts:
 
 @dataclass(slots=True, kw_only=True)
 class Drafter:
-    """Puts guesses on the sequences of a step.
+    """Puts draft tokens on the sequences of a step, and counts what came of them.
 
     Args:
         step_bytes: what steps read.
@@ -70,7 +85,7 @@ class Drafter:
         room = min(room, MAX_STEP_DRAFTS)
         if room <= 0 or not any(guess for guess, _ in guesses):
             return
-        cached = sum(sequence.sent + 1 for sequence in sequences)
+        cached = sum(sequence.num_computed_tokens + 1 for sequence in sequences)
         chances = [[1.0] * len(guess) if self.always else chance for guess, chance in guesses]
         counts = choose_drafts(
             chances,
@@ -81,14 +96,14 @@ class Drafter:
         for sequence, (guess, _), count in zip(sequences, guesses, counts, strict=True):
             sequence.drafts = tuple(guess[:count])
 
-    def count(self, step: InFlight, *, kept: int) -> None:
+    def count(self, step: StepInFlight, *, kept: int) -> None:
         """A step was answered with `kept` tokens; the first token of an answer is prefill's."""
-        asked = [part for part in step.parts if part.sample]
-        decoding = [part for part in asked if part.end > part.sequence.prompt_tokens]
+        asked = [chunk for chunk in step.chunks if chunk.sample]
+        decoding = [chunk for chunk in asked if chunk.end > chunk.sequence.prompt_tokens]
         if not decoding:
             return
         kept -= len(asked) - len(decoding)
-        drafts = sum(part.drafts for part in step.parts)
+        drafts = sum(chunk.drafts for chunk in step.chunks)
         read = self.step_bytes.read(step.tokens, cached_tokens=step.cached_tokens)
         plain = self.step_bytes.read(step.tokens - drafts, cached_tokens=step.cached_tokens - drafts)
         self.counts.drafted += drafts
@@ -99,7 +114,7 @@ class Drafter:
     def _guess(self, sequence: Sequence) -> tuple[list[int], list[float]]:
         lookup = sequence.lookup
         if lookup is None:
-            lookup = sequence.lookup = Lookup(sequence.tokens, sequence.prompt_tokens)
+            lookup = sequence.lookup = PromptLookup(sequence.tokens, sequence.prompt_tokens)
         lookup.catch_up()
         # The last token of all is never fed, and under a mask only what the grammar allows may follow.
         limit = min(self.limit, sequence.max_new_tokens - sequence.generated_tokens - 1)
@@ -118,3 +133,136 @@ def step_bytes_of(model: ModelBytes) -> StepBytes:
         experts_per_token=model.config.num_experts_per_tok,
         kv_token_bytes=model.kv_layer_bytes * model.layers,
     )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StepBytes:
+    """Bytes that a step reads from memory, as a function of how many tokens it has.
+
+    Args:
+        shared_bytes: by every step: all weights but routed experts and the embedding.
+        expert_bytes: of all routed experts together.
+        experts: of a layer.
+        experts_per_token: of them that a token goes through.
+        kv_token_bytes: cache of one token, all layers.
+    """
+
+    shared_bytes: int
+    expert_bytes: int
+    experts: int
+    experts_per_token: int
+    kv_token_bytes: int
+
+    def read(self, tokens: float, *, cached_tokens: int = 0) -> float:
+        """Bytes that a step of `tokens` tokens reads, whose sequences hold `cached_tokens` in all.
+
+        E (1 - (1 - K/E)^m) distinct experts are expected when m tokens choose independently; a cache is read once for all
+        the tokens of its sequence.
+        """
+        share: float = 1.0 - (1.0 - self.experts_per_token / self.experts) ** tokens
+        return self.shared_bytes + self.expert_bytes * share + self.kv_token_bytes * cached_tokens
+
+
+def choose_drafts(
+    chances: Ordered[Ordered[float]], read: Callable[[int], float], *, others: int = 0, room: int | None = None
+) -> list[int]:
+    """How many guesses each sequence of a group gets, for the most expected tokens per byte.
+
+    All orders of adding guesses cost the same bytes, so for any number of them the likeliest are best; every number is tried.
+
+    Args:
+        chances: for each sequence, for each of its guesses the chance that it and all before it are right (none rises).
+        read: bytes of a step of so many tokens.
+        others: tokens of the step that are of other sequences.
+        room: most guesses in all.
+
+    Returns:
+        One number a sequence, 0 where guesses do not pay.
+    """
+    counts = [0] * len(chances)
+    ranked = sorted(
+        ((-chance, place, row) for row, line in enumerate(chances) for place, chance in enumerate(line)),
+    )
+    ranked = ranked if room is None else ranked[: max(0, room)]
+    tokens = len(chances) + others
+    expected = float(len(chances))
+    best, best_rate = 0, expected / read(tokens)
+    for added, (minus_chance, _, _) in enumerate(ranked, start=1):
+        expected -= minus_chance
+        rate = expected / read(tokens + added)
+        if rate > best_rate:
+            best, best_rate = added, rate
+    for _, _, row in ranked[:best]:
+        counts[row] += 1
+    return counts
+
+
+class PromptLookup:
+    """What may follow in one sequence: the tokens that came after its last few when they stood there before.
+
+    A constant amount of work for each token. Every generated token also judges what would have been guessed, whether it was sent
+    or not, so the chances are known before the first guess costs anything.
+
+    Args:
+        tokens: of the sequence; the list that grows.
+        prompt_tokens: so many of them were given and judge nothing.
+    """
+
+    __slots__ = ("_hits", "_index", "_key", "_prompt_tokens", "_read", "_run", "_source", "_tokens", "_tries")
+
+    def __init__(self, tokens: Ordered[int], prompt_tokens: int) -> None:
+        self._tokens = tokens
+        self._prompt_tokens = prompt_tokens
+        self._index: dict[int, int] = {}  # the last tokens, packed: where what followed them stands
+        self._key = 0
+        self._read = 0
+        self._source: int | None = None  # where the next token is guessed from
+        self._run = 0  # tokens that were guessed right in a row
+        self._hits = [0.0] * _CLASSES
+        self._tries = [0.0] * _CLASSES
+
+    def catch_up(self) -> None:
+        """Take in the tokens that came since the last call."""
+        for position in range(self._read, len(self._tokens)):
+            self._push(position)
+        self._read = len(self._tokens)
+
+    def guess(self, limit: int) -> list[int]:
+        """At most `limit` tokens that may follow; empty when nothing like the end stood there before."""
+        if self._source is None:
+            return []
+        known, found = len(self._tokens), list[int]()
+        for position in range(self._source, self._source + limit):
+            found.append(self._tokens[position] if position < known else found[position - known])
+        return found
+
+    def chances(self, count: int) -> list[float]:
+        """For each of `count` guessed tokens the chance that it and all before it are right; they never rise."""
+        found, chance = [], 1.0
+        for ahead in range(count):
+            kind = _kind(self._run + ahead)
+            chance *= (self._hits[kind] + PRIOR) / (self._tries[kind] + 1.0)
+            found.append(chance)
+        return found
+
+    def _push(self, position: int) -> None:
+        token = self._tokens[position]
+        source, self._source = self._source, None
+        right = source is not None and self._tokens[source] == token
+        if source is not None and position >= self._prompt_tokens:
+            kind = _kind(self._run)
+            self._hits[kind] = self._hits[kind] * KEEP + right
+            self._tries[kind] = self._tries[kind] * KEEP + 1.0
+        self._key = (self._key << _BITS | token) & _MASK
+        earlier: int | None = None
+        if position + 1 >= NGRAM:
+            earlier = self._index.get(self._key)
+            self._index[self._key] = position + 1
+        if source is not None and right:
+            self._source, self._run = source + 1, self._run + 1
+        else:
+            self._source, self._run = earlier, 0
+
+
+def _kind(run: int) -> int:
+    return min((run + 1).bit_length() - 1, _CLASSES - 1)

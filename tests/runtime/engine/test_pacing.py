@@ -27,8 +27,8 @@ class Machine:
 
 
 def running(*pending: int, decoding: int = 0) -> list[SimpleNamespace]:
-    filling = [SimpleNamespace(pending=tokens, decoding=False) for tokens in pending]
-    return [*filling, *(SimpleNamespace(pending=1, decoding=True) for _ in range(decoding))]
+    filling = [SimpleNamespace(num_new_tokens=tokens, decoding=False) for tokens in pending]
+    return [*filling, *(SimpleNamespace(num_new_tokens=1, decoding=True) for _ in range(decoding))]
 
 
 def settled(machine: Machine, *, gap_s: float, first: tuple[int, ...] = (512, 300)) -> tuple[int, float]:

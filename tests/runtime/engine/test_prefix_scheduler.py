@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from exo_kimi.runtime.engine.admission import Limits, check_request
 from exo_kimi.runtime.engine.prefix_cache import PrefixOptions
-from exo_kimi.runtime.engine.scheduler import Scheduler
+from exo_kimi.runtime.engine.scheduler import EpochScheduler, Scheduler
 from exo_kimi.runtime.engine.sequence import Sequence
 from exo_kimi.runtime.pipeline import DiskBlocks, PipelineInfo, Ready
 from exo_kimi.runtime.requests import GenerationRequest
@@ -55,7 +55,12 @@ class Traffic:
 
     def open(self, epoch: int) -> None:
         blocks = tuple(tuple(self.stages.disk) for _ in range(2))
-        self.scheduler.open(epoch, self.limits, Ready(epoch=epoch, info=self.info, blocks=blocks))
+        self.scheduler.open(Ready(epoch=epoch, info=self.info, blocks=blocks), self.limits)
+
+    @property
+    def current(self) -> EpochScheduler:
+        assert self.scheduler.current is not None
+        return self.scheduler.current
 
     def add(self, prompt: tuple[int, ...], new: int) -> Sequence:
         request = GenerationRequest(request_id="", prompt_ids=prompt, max_tokens=new)
@@ -72,7 +77,7 @@ class Traffic:
         self.steps.append(step)
         self.results.append(self.stages.execute(step))
         self.news += [blocks.keys for blocks in step.store]
-        reserved = self.scheduler.ledger.reserved_tokens  # type: ignore[union-attr]
+        reserved = self.current.ledger.reserved_tokens
         assert self.stages.kv_tokens <= reserved <= self.info.kv_capacity_tokens
         return True
 
@@ -92,7 +97,7 @@ class Traffic:
         for stage in range(2):
             event = DiskBlocks(epoch=0, stage=stage, added=tuple(k for k in keys if k in self.stages.disk))
             gone = tuple(key for key in keys if key not in self.stages.disk)
-            self.scheduler.prefixes.on_disk(DiskBlocks(epoch=0, stage=stage, added=event.added, gone=gone))
+            self.scheduler.on_disk_blocks(DiskBlocks(epoch=0, stage=stage, added=event.added, gone=gone))
         return True
 
     def lose(self) -> None:
@@ -172,10 +177,9 @@ def test_random_traffic_answers_as_without_a_cache(fakes: SimpleNamespace, data:
         found = sequence.tokens[len(prompt) :]
         assert found == expected[: len(found)]
         assert sequence in cancelled or found == expected
-    kept = traffic.scheduler.prefixes.kept_tokens
-    assert traffic.scheduler.ledger is not None
-    assert traffic.scheduler.ledger.reserved_tokens == kept
-    assert len(traffic.stages.held) == sum(1 for _ in traffic.scheduler.prefixes._index)
+    kept = traffic.current.prefixes.kept_tokens
+    assert traffic.current.ledger.reserved_tokens == kept
+    assert len(traffic.stages.held) == sum(1 for _ in traffic.current.prefixes.index)
 
 
 def test_the_next_turn_feeds_only_what_is_new_and_copies_nothing(fakes: SimpleNamespace) -> None:
@@ -214,8 +218,8 @@ def test_unused_prefixes_give_way_before_a_request_waits_or_is_preempted(fakes: 
     traffic = Traffic(fakes, capacity=16 * BLOCK)
     for start in (0, 300, 600):
         traffic.run(tuple(range(start, start + 30)), new=20)
-    assert traffic.scheduler.preemptions == 0
-    assert traffic.scheduler.prefixes.evictions == 2
+    assert traffic.scheduler.counts.preemptions == 0
+    assert traffic.scheduler.counts.prefixes.evictions == 2
 
 
 def test_without_memory_for_a_copy_the_caches_are_taken_over(fakes: SimpleNamespace) -> None:
@@ -230,7 +234,7 @@ def test_a_memory_budget_is_kept(fakes: SimpleNamespace) -> None:
     traffic = Traffic(fakes, memory_bytes=10 * BLOCK)
     for start in range(0, 900, 100):
         traffic.run(tuple(range(start, start + 12)))
-        assert traffic.scheduler.prefixes.kept_tokens <= 10 * BLOCK
+        assert traffic.current.prefixes.kept_tokens <= 10 * BLOCK
 
 
 def test_after_a_restart_a_known_prefix_comes_from_the_disks(fakes: SimpleNamespace) -> None:

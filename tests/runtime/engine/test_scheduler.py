@@ -11,11 +11,10 @@ from hypothesis import strategies as st
 
 from exo_kimi.errors import ContextLengthError, ProtocolError, RequestError
 from exo_kimi.runtime.engine.admission import KvLedger, Limits, check_request
-from exo_kimi.runtime.engine.draft_policy import StepBytes
 from exo_kimi.runtime.engine.scheduler import Scheduler
 from exo_kimi.runtime.engine.sequence import Sequence
-from exo_kimi.runtime.engine.speculation import Drafter
-from exo_kimi.runtime.pipeline import PipelineInfo
+from exo_kimi.runtime.engine.speculation import Drafter, StepBytes
+from exo_kimi.runtime.pipeline import PipelineInfo, Ready
 from exo_kimi.runtime.requests import GenerationRequest, SamplingParams
 from exo_kimi.runtime.steps import Step, StepResult
 
@@ -34,8 +33,8 @@ class Bench:
     def __init__(self, fakes: SimpleNamespace, info: PipelineInfo = INFO, **options: Any) -> None:
         options = {"stages": 2, "prefill_chunk": 32, "max_running": 100} | options
         self.scheduler = Scheduler(**options)
-        self.limits = Limits.of(info)
-        self.scheduler.open(1, self.limits)
+        self.info, self.limits = info, Limits.of(info)
+        self.scheduler.open(Ready(epoch=1, info=info), self.limits)
         self.stages = fakes.Stages(info)
         self.results: list[StepResult] = []
         self.order = 0
@@ -62,7 +61,7 @@ class Bench:
         for queue in (self.scheduler.waiting, self.scheduler.running):
             assert [s.order for s in queue] == sorted(s.order for s in queue)
         for sequence in self.scheduler.running:
-            assert sequence.done <= sequence.sent <= len(sequence.tokens)
+            assert sequence.num_confirmed_tokens <= sequence.num_computed_tokens <= len(sequence.tokens)
 
     def answer(self) -> None:
         for outcome in self.scheduler.complete(self.results.pop(0)):
@@ -72,15 +71,16 @@ class Bench:
 
     def fail(self) -> list[Sequence]:
         """The stages lose everything and come back in a new epoch."""
-        epoch = self.scheduler.epoch
-        assert epoch is not None
-        in_flight = [part.sequence for step in self.scheduler._in_flight for part in step.parts]
+        current = self.scheduler.current
+        assert current is not None
+        epoch = current.epoch
+        in_flight = [chunk.sequence for step in current.in_flight for chunk in step.chunks]
         ended = self.scheduler.fail()
         assert all(s.state == "ended" for s in in_flight)
         assert self.scheduler.next_step() is None
         self.results.clear()
         self.stages.held.clear()
-        self.scheduler.open(epoch + 1, self.limits)
+        self.scheduler.open(Ready(epoch=epoch + 1, info=self.info), self.limits)
         return ended
 
     def send_all(self) -> list[Step]:
@@ -149,11 +149,11 @@ def test_whatever_comes_every_sequence_gets_its_own_tokens_and_all_memory_comes_
             prompt = sequence.request.prompt_ids
             assert generated(sequence) == fakes.generation(prompt, sequence.max_new_tokens, model)
     assert bench.stages.held == {}
-    assert bench.scheduler.ledger is not None
-    assert bench.scheduler.ledger.reserved_tokens == 0
+    assert bench.scheduler.current is not None
+    assert bench.scheduler.current.ledger.reserved_tokens == 0
     assert bench.scheduler.running == bench.scheduler.waiting == []
     begun = [start.seq_id for step in bench.steps for start in step.begin]
-    if not bench.scheduler.preemptions:
+    if not bench.scheduler.counts.preemptions:
         assert begun == sorted(begun)
 
 
@@ -230,7 +230,7 @@ def test_a_short_prompt_does_not_wait_for_the_end_of_a_long_one(fakes: SimpleNam
     bench.send_all()
     bench.answer()
     assert short.generated_tokens == 1
-    assert long.done == 22
+    assert long.num_confirmed_tokens == 22
 
 
 def test_the_head_of_the_queue_is_not_overtaken_by_what_would_fit(fakes: SimpleNamespace) -> None:
@@ -249,7 +249,7 @@ def test_the_youngest_gives_way_when_memory_runs_out_and_generates_the_same(fake
     bench = Bench(fakes, info, stages=2)
     sequences = [bench.add(10, 60) for _ in range(3)]
     bench.run()
-    assert bench.scheduler.preemptions > 0
+    assert bench.scheduler.counts.preemptions > 0
     for sequence in sequences:
         assert generated(sequence) == fakes.generation(sequence.request.prompt_ids, 60)
     resumed = [start for step in bench.steps for start in step.begin if start.history]
@@ -265,7 +265,7 @@ def test_a_preempted_sequence_waits_for_its_token_on_the_way_before_it_is_fed_ag
     bench = Bench(fakes, info, stages=3)
     sequences = [bench.add(5 + i, 40) for i in range(4)]
     waiting = bench.scheduler.waiting
-    while not (waiting and waiting[0].sampling and waiting[0].epoch):
+    while not (waiting and waiting[0].awaiting_token and waiting[0].epoch):
         if bench.send() is None:
             bench.answer()
     victim = waiting[0]
@@ -283,11 +283,12 @@ def test_a_result_of_before_a_preemption_says_nothing_about_the_caches_of_after(
     bench = Bench(fakes, stages=2, prefill_chunk=16)
     sequence = bench.add(50, 5)
     bench.send_all()
-    bench.scheduler._preempt(sequence)
+    assert bench.scheduler.current is not None
+    bench.scheduler.current.preempt(sequence)
     bench.answer()
     bench.send()
     bench.answer()
-    assert sequence.done == 0
+    assert sequence.num_confirmed_tokens == 0
     bench.run()
     assert generated(sequence) == fakes.generation(sequence.request.prompt_ids, 5)
 

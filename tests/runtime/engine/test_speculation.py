@@ -21,11 +21,9 @@ from exo_kimi.checkpoint.tiny.make import make_tiny
 from exo_kimi.errors import ProtocolError
 from exo_kimi.models.kimi_k2 import CACHE_STEP
 from exo_kimi.planner.weights.bytes import bytes_of_manifest
-from exo_kimi.runtime.engine.draft_policy import StepBytes, choose_drafts
 from exo_kimi.runtime.engine.engine import Engine
-from exo_kimi.runtime.engine.lookup import NGRAM, PRIOR, Lookup
 from exo_kimi.runtime.engine.prefix_cache import PrefixOptions
-from exo_kimi.runtime.engine.speculation import Drafter
+from exo_kimi.runtime.engine.speculation import NGRAM, PRIOR, Drafter, PromptLookup, StepBytes, choose_drafts
 from exo_kimi.runtime.requests import GenerationRequest, SamplingParams, TokenEvent
 from exo_kimi.runtime.stage.inline import InlinePipeline, run_chain
 from exo_kimi.runtime.stage.sampling import SequenceSampler, sample, sample_runs
@@ -69,7 +67,7 @@ def slow_guess(tokens: Sequence[int], limit: int) -> list[int]:
 
 @given(st.lists(st.integers(0, 3), max_size=60), st.integers(1, 9))
 def test_a_guess_is_what_followed_the_same_tokens_before(tokens: list[int], limit: int) -> None:
-    lookup = Lookup(tokens, len(tokens))
+    lookup = PromptLookup(tokens, len(tokens))
     lookup.catch_up()
     found = lookup.guess(limit)
     expected = slow_guess(tokens, limit)
@@ -82,10 +80,10 @@ def test_a_guess_is_what_followed_the_same_tokens_before(tokens: list[int], limi
 
 @given(st.lists(st.integers(0, 3), max_size=80), st.lists(st.integers(0, 80), max_size=4))
 def test_it_does_not_matter_in_how_many_turns_the_tokens_come(tokens: list[int], cuts: list[int]) -> None:
-    at_once = Lookup(tokens, 10)
+    at_once = PromptLookup(tokens, 10)
     at_once.catch_up()
     grown: list[int] = []
-    in_turns = Lookup(grown, 10)
+    in_turns = PromptLookup(grown, 10)
     for start, end in pairwise(sorted({0, len(tokens), *(min(cut, len(tokens)) for cut in cuts)})):
         grown += tokens[start:end]
         in_turns.catch_up()
@@ -95,7 +93,7 @@ def test_it_does_not_matter_in_how_many_turns_the_tokens_come(tokens: list[int],
 
 @given(st.lists(st.integers(0, 4), max_size=120))
 def test_chances_are_chances_and_never_rise(tokens: list[int]) -> None:
-    lookup = Lookup(tokens, 3)
+    lookup = PromptLookup(tokens, 3)
     lookup.catch_up()
     chances = lookup.chances(8)
     assert all(0 < after <= before < 1 for before, after in pairwise(chances))
@@ -103,7 +101,7 @@ def test_chances_are_chances_and_never_rise(tokens: list[int]) -> None:
 
 def test_a_loop_is_learnt_and_the_prompt_judges_nothing() -> None:
     loop = [1, 2, 3, 4, 5] * 40
-    learnt, given_ = Lookup(loop, 5), Lookup(loop, len(loop))
+    learnt, given_ = PromptLookup(loop, 5), PromptLookup(loop, len(loop))
     learnt.catch_up()
     given_.catch_up()
     assert learnt.guess(7) == given_.guess(7) == [1, 2, 3, 4, 5, 1, 2]

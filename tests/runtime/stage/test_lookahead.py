@@ -14,7 +14,7 @@ from exo_kimi.models.kimi_k2 import CACHE_STEP, Model
 from exo_kimi.runtime.engine.admission import Limits, check_request
 from exo_kimi.runtime.engine.scheduler import Scheduler
 from exo_kimi.runtime.engine.sequence import Sequence
-from exo_kimi.runtime.pipeline import PipelineInfo
+from exo_kimi.runtime.pipeline import PipelineInfo, Ready
 from exo_kimi.runtime.requests import GenerationRequest, SamplingParams
 from exo_kimi.runtime.stage.worker import StageWorker
 from exo_kimi.runtime.steps import Segment, SequenceStart, Step, StepResult
@@ -55,7 +55,7 @@ def run(model: Model, arrivals: list[Arrival], *, ahead: bool) -> tuple[list[lis
     info = PipelineInfo(context=4096, kv_capacity_tokens=20 * CACHE_STEP, cache_step=CACHE_STEP, vocab_size=512)
     limits = Limits.of(info)
     scheduler = Scheduler(stages=1, prefill_chunk=64, max_running=10)
-    scheduler.open(1, limits)
+    scheduler.open(Ready(epoch=1, info=info), limits)
     worker = StageWorker(model, epoch=1, ahead=ahead)
     sequences: dict[int, Sequence] = {}
     results, at = list[StepResult](), 0
@@ -75,8 +75,8 @@ def run(model: Model, arrivals: list[Arrival], *, ahead: bool) -> tuple[list[lis
         if (step := scheduler.next_step()) is not None:
             result = worker.execute(step)
             worker.run_ahead()
-            assert isinstance(result, StepResult) and scheduler.ledger is not None
-            assert worker.kv_nbytes <= scheduler.ledger.reserved_tokens * bytes_of_token(model)
+            assert isinstance(result, StepResult) and scheduler.current is not None
+            assert worker.kv_nbytes <= scheduler.current.ledger.reserved_tokens * bytes_of_token(model)
             results.append(result)
             for outcome in scheduler.complete(result):
                 if outcome.sequence.finish_reason() is not None:
