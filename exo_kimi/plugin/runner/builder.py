@@ -20,6 +20,7 @@ from exo_kimi.checkpoint.index import open_index
 from exo_kimi.checkpoint.manifest import StageManifest, resolve
 from exo_kimi.dialogue.speaker import Speaker
 from exo_kimi.errors import ExoLoadError
+from exo_kimi.plugin.runner.advice import advising
 from exo_kimi.plugin.runner.assignment import NodeLayers, key_of, node_layers_of
 from exo_kimi.plugin.runner.chunks import ExoTypes
 from exo_kimi.plugin.runner.engine import CancelReceiver, Follower, KimiEngine, Leading
@@ -79,7 +80,8 @@ class KimiBuilder:
             ExoPlacementError, AddressError: the instance or its addresses cannot be used.
             StageUnreachableError, StageStalledError: a rank did not come in time.
         """
-        self._connect(bound_instance)
+        with advising():
+            self._connect(bound_instance)
 
     def load(self, bound_instance: Any) -> Iterator[Any]:
         """Load this rank's layers, with progress.
@@ -88,6 +90,10 @@ class KimiBuilder:
             CheckpointError: see `connect`.
             StageOutOfMemoryError: they do not fit.
         """
+        with advising():
+            yield from self._load(bound_instance)
+
+    def _load(self, bound_instance: Any) -> Iterator[Any]:
         connected = self._connected or self._connect(bound_instance)  # an instance of one node has no group to connect
         own = connected.own
         manifest = self._manifest = self._manifest or self._resolve(own)

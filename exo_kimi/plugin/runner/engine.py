@@ -12,6 +12,7 @@ from queue import Empty
 from typing import Any, Protocol
 
 from exo_kimi.errors import ExoError, StageDiedError
+from exo_kimi.plugin.runner.advice import advising
 from exo_kimi.plugin.runner.chunks import ExoTypes
 from exo_kimi.plugin.runner.leader import ENDED, READY_S, Leader
 from exo_kimi.plugin.runner.rank_messages import RankMessagesReader
@@ -98,7 +99,8 @@ class Leading(KimiEngine):
 
     def warmup(self) -> None:
         """Bring the stages together; every other rank has loaded and waits in its own warm-up."""
-        self._warm_up()
+        with advising():
+            self._warm_up()
 
     def submit(self, task: Any) -> None:
         """Begin a task."""
@@ -162,7 +164,8 @@ class Follower(KimiEngine):
 
     def warmup(self) -> None:
         """Wait for rank 0, which exo warms up last."""
-        self._reader.wait_ready(READY_S)
+        with advising():
+            self._reader.wait_ready(READY_S)
 
     def submit(self, task: Any) -> None:
         """Take note of a task."""

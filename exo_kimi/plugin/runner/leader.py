@@ -22,6 +22,7 @@ import zmq.asyncio
 from exo_kimi.arch.config import KimiConfig
 from exo_kimi.dialogue.speaker import Speaker
 from exo_kimi.errors import ExoKimiError, RuntimeFault, StageError
+from exo_kimi.plugin.runner.advice import advise
 from exo_kimi.plugin.runner.assignment import NodeLayers
 from exo_kimi.plugin.runner.chunks import ChunkWriter, ExoTypes
 from exo_kimi.plugin.runner.options import EngineOptions
@@ -221,7 +222,7 @@ class Leader:
         except asyncio.CancelledError:
             logger.info("task %s was cancelled", task_id)
         except ExoKimiError as error:
-            logger.warning("task %s failed: %s", task_id, error)
+            logger.warning("task %s failed: %s", task_id, advise(error))
             self._fail(task_id, str(error))
         except Exception as error:
             logger.exception("task %s failed", task_id)

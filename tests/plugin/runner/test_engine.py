@@ -13,9 +13,20 @@ import pytest
 
 from exo_kimi.checkpoint.tiny.make import make_tiny
 from exo_kimi.dialogue.speaker import Speaker
-from exo_kimi.errors import CheckpointProblems, ExoError, ExoKimiError, StageDiedError
+from exo_kimi.errors import (
+    CheckpointProblems,
+    ExoError,
+    ExoKimiError,
+    KeyMismatchError,
+    StageDiedError,
+    StageOutOfMemoryError,
+    StageStalledError,
+    StageUnreachableError,
+)
 from exo_kimi.plugin.control.prepare import prepare
+from exo_kimi.plugin.runner import builder as exo_builder
 from exo_kimi.plugin.runner import engine as exo_engine
+from exo_kimi.plugin.runner.advice import advise
 from exo_kimi.plugin.runner.builder import KimiBuilder
 from exo_kimi.plugin.runner.chunks import ExoTypes
 
@@ -344,3 +355,25 @@ def test_a_prompt_that_was_answered_before_is_not_read_again(
     finally:
         ranks.close()
     assert said[0] == said[1] and cached[0] == 0 < cached[1]
+
+
+def test_an_error_inside_exo_tells_what_can_be_done_at_exo(
+    exo_instance: Any, tiny: Path, types: ExoTypes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nobody starts `exo-kimi stage` there: rank 0 listens nowhere, and rank 1 says so."""
+    monkeypatch.setattr(exo_builder, "READY_S", 0.5)
+    made = KimiBuilder(MODEL, None, Cancelled(), types=types, find_directory=lambda _: tiny)
+    try:
+        with pytest.raises((StageUnreachableError, StageStalledError)) as caught:  # whichever deadline is first
+            made.connect(exo_instance((4, 3), 1))
+    finally:
+        made.close()
+    assert "exo" in str(caught.value.fix) and "exo-kimi stage" not in str(caught.value)
+
+
+@pytest.mark.parametrize("kind", [StageUnreachableError, StageStalledError, StageOutOfMemoryError, KeyMismatchError])
+def test_remedies_speak_of_exo_and_one_that_does_already_stays(kind: type[ExoKimiError]) -> None:
+    told = advise(kind("x", fix="start it with `exo-kimi stage --listen ADDR`")).fix
+    assert told is not None and "exo" in told and "exo-kimi stage" not in told
+    assert advise(kind("x", fix="see `exo-kimi exo run`")).fix == "see `exo-kimi exo run`"
+    assert advise(ExoKimiError("x", fix="as it was")).fix == "as it was"
