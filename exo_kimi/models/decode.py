@@ -9,7 +9,6 @@ Axes: N tokens, one of each sequence, as (N, 1, 1, D); K experts of each token.
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import partial
 from operator import is_
 from typing import Generic, TypeVar
 
@@ -31,18 +30,22 @@ class DecodeStep:
         offsets: each sequence's tokens before this one.
         dtype: of the activations.
         chosen: K.
+
+    Attributes:
+        tokens: N.
+        rows, choices: which token each expert's input is of, and which choice; (N, 1, 1, K) uint32.
+        by_products: whether norms and rotations are matrix products like any other, where MLX has no kernels for them: in float32
+            on a CPU.
     """
 
     def __init__(self, rope: Rope, offsets: list[int], dtype: mx.Dtype, *, chosen: int) -> None:
-        tokens = len(offsets)
+        tokens = self.tokens = len(offsets)
         self.rows = mx.array(np.repeat(np.arange(tokens, dtype=np.uint32), chosen).reshape(tokens, 1, 1, chosen))
         self.choices = mx.array(np.arange(tokens * chosen, dtype=np.uint32).reshape(tokens, 1, 1, chosen))
+        self.by_products = ops.on_cpu() and dtype == mx.float32
         self._rope = rope
         self._positions = mx.array(offsets, dtype=mx.int32)
-        self._matrix: mx.array | None = None
-        if ops.on_cpu() and dtype == mx.float32:
-            # Where MLX has no kernel for it, a rotation is a matrix product like any other.
-            self._matrix = mx.array(rope.matrices(np.array(offsets))[:, None])
+        self._matrix = mx.array(rope.matrices(np.array(offsets))[:, None]) if self.by_products else None
 
     def turned(self, x: mx.array) -> mx.array:
         """(N, 1, heads, rope) at the positions of its tokens."""
@@ -76,29 +79,38 @@ class Derived(Generic[T]):
         return self._value
 
 
+class NormOperands:
+    """What a norm's `decode` takes of its weight (D,): it as (1, 1, 1, D), eps as (1, 1, 1, 1) and 1 / D.
+
+    No `Derived`, whose call costs as much as an operation: four norms in each layer would feel it.
+    """
+
+    __slots__ = ("eps", "is_float32", "row", "share", "weight")
+
+    def __init__(self, weight: mx.array, eps: float) -> None:
+        self.weight, self.is_float32, self.share = weight, weight.dtype == mx.float32, 1 / weight.size
+        self.row, self.eps = weight[None, None, None], mx.full((1, 1, 1, 1), eps)
+        mx.eval(self.row, self.eps)
+
+
 class RMSNorm(nn.RMSNorm):
     """x / sqrt(mean(x^2) + eps) * weight."""
 
     def __init__(self, dims: int, eps: float) -> None:
         super().__init__(dims, eps)
-        self._operands = Derived(partial(_operands, eps))
+        self._operands: NormOperands | None = None
 
-    def decode(self, x: mx.array) -> mx.array:
+    def decode(self, x: mx.array, step: DecodeStep) -> mx.array:
         """The same of single tokens (N, 1, 1, D).
 
         The CPU backend has no kernel for it and takes seven operations, of which handing each over costs more than it computes.
         In float32 the mean is a product of each row with itself there, which saves three; shapes that need no broadcast for one
         token save as many nodes.
         """
-        weight = self["weight"]
-        if not (ops.on_cpu() and x.dtype == weight.dtype == mx.float32):
-            return mx.fast.rms_norm(x, weight, self.eps)
-        row, least = self._operands(weight)
-        mean = mx.addmm(least, x, x.swapaxes(-1, -2), alpha=1 / x.shape[-1])
-        return x * mx.rsqrt(mean) * row
-
-
-def _operands(eps: float, weight: mx.array) -> tuple[mx.array, mx.array]:
-    row, least = weight[None, None, None], mx.full((1, 1, 1, 1), eps)
-    mx.eval(row, least)
-    return row, least
+        operands = self._operands
+        if operands is None or operands.weight is not self["weight"]:
+            operands = self._operands = NormOperands(self["weight"], self.eps)
+        if not (step.by_products and operands.is_float32):
+            return mx.fast.rms_norm(x, operands.weight, self.eps)
+        mean = mx.addmm(operands.eps, x, x.swapaxes(-1, -2), alpha=operands.share)
+        return x * mx.rsqrt(mean) * operands.row

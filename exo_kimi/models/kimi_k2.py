@@ -57,8 +57,8 @@ class DecoderLayer(nn.Module):
 
     def decode(self, x: mx.array, step: DecodeStep, caches: Sequence[Any]) -> mx.array:
         """The same of single tokens, (N, 1, 1, D) to (N, 1, 1, D); arguments as in `Attention.decode`."""
-        h = x + self["self_attn"].decode(self["input_layernorm"].decode(x), step, caches)
-        return h + self["mlp"].decode(self["post_attention_layernorm"].decode(h), step)
+        h = x + self["self_attn"].decode(self["input_layernorm"].decode(x, step), step, caches)
+        return h + self["mlp"].decode(self["post_attention_layernorm"].decode(h, step), step)
 
 
 class KimiK2Model(nn.Module):

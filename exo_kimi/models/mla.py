@@ -121,19 +121,19 @@ class Attention(nn.Module):
         Returns:
             (N, 1, 1, D).
         """
-        tokens, heads = x.shape[0], self.heads
+        tokens, heads = step.tokens, self.heads
         if self.fused is not None:
             q, latent, k_pe = mx.split(self.fused(x), [self.q_rank, self.q_rank + self.rank], axis=-1)
         else:
             latent, k_pe = mx.split(self["kv_a_proj_with_mqa"](x), [self.rank], axis=-1)
             q = self["q_proj"](x) if "q_proj" in self else self["q_a_proj"](x)
         if "q_proj" not in self:
-            q = self["q_b_proj"](self["q_a_layernorm"].decode(q))
+            q = self["q_b_proj"](self["q_a_layernorm"].decode(q, step))
         q_nope, q_pe = mx.split(q.reshape(tokens, 1, heads, -1), [self.nope], axis=-1)
         q_pe, k_pe = step.turned(q_pe), step.turned(k_pe)
-        latent = self["kv_a_layernorm"].decode(latent)
+        latent = self["kv_a_layernorm"].decode(latent, step)
         absorb, unembed = self._per_head()
-        q = _by_token(absorb(_by_head(q_nope)))
+        q = _by_token(absorb(_by_head(q_nope, heads)), tokens, heads)
         if tokens == 1:
             attended = self._attend_one(q, q_pe, extend(caches[0], latent, k_pe))
         else:
@@ -144,7 +144,7 @@ class Attention(nn.Module):
                     for row, cache in zip(rows, caches, strict=True)
                 ]
             )
-        values = unembed(_by_head(attended))
+        values = unembed(_by_head(attended, heads))
         out = values if tokens == 1 else values.swapaxes(0, 1)
         return self["o_proj"](out.reshape(tokens, 1, 1, -1))
 
@@ -283,11 +283,11 @@ def _halves(heads: int, nope: int, kv_b: nn.Module, *_: mx.array | None) -> tupl
     return partial(k_nope, transpose=False), v
 
 
-def _by_head(x: mx.array) -> mx.array:
+def _by_head(x: mx.array, heads: int) -> mx.array:
     """(H, N, width) of single tokens (N, 1, H, width)."""
-    return x.reshape(x.shape[2], 1, -1) if x.shape[0] == 1 else x[:, 0].swapaxes(0, 1)
+    return x.reshape(heads, 1, -1) if x.shape[0] == 1 else x[:, 0].swapaxes(0, 1)
 
 
-def _by_token(x: mx.array) -> mx.array:
+def _by_token(x: mx.array, tokens: int, heads: int) -> mx.array:
     """(N, 1, H, width) of (H, N, width)."""
-    return x.reshape(1, 1, x.shape[0], -1) if x.shape[1] == 1 else x.swapaxes(0, 1)[:, None]
+    return x.reshape(1, 1, heads, -1) if tokens == 1 else x.swapaxes(0, 1)[:, None]

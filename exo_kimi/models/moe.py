@@ -121,11 +121,11 @@ class Router(nn.Module):
         indices, weights = self.choose(logits, self.e_score_correction_bias.astype(mx.float32))
         return indices, weights * self.factor
 
-    def decode(self, x: mx.array) -> tuple[mx.array, mx.array]:
+    def decode(self, x: mx.array, step: DecodeStep) -> tuple[mx.array, mx.array]:
         """Experts (N, 1, 1, K) and their weights, not yet times the factor, of single tokens (N, 1, 1, D)."""
         matrix, row, bias = self._operands(self["weight"], self["e_score_correction_bias"])
         # A matrix of two axes would make MLX flatten a single token and unflatten the product.
-        logits = x.astype(mx.float32) @ (row if x.shape[0] == 1 else matrix)
+        logits = x.astype(mx.float32) @ (row if step.tokens == 1 else matrix)
         return self._choose(logits, bias)
 
 
@@ -193,7 +193,7 @@ class ExpertGLU(SwitchGLU):
             both = map(Projection.of, (self["gate_proj"], self["up_proj"]))
             gate, up = (one.of_experts(x, experts, rows=step.rows) for one in both)
         y = Projection.of(self["down_proj"]).of_experts(ops.swiglu(gate, up), experts, rows=step.choices)
-        return y.reshape(x.shape[0], 1, experts.shape[-1], -1)
+        return y.reshape(step.tokens, 1, experts.shape[-1], -1)
 
 
 class MoE(nn.Module):
@@ -215,7 +215,7 @@ class MoE(nn.Module):
 
     def decode(self, x: mx.array, step: DecodeStep) -> mx.array:
         """The same of single tokens, (N, 1, 1, D) to (N, 1, 1, D)."""
-        experts, weights = self["gate"].decode(x)
+        experts, weights = self["gate"].decode(x, step)
         y = self["switch_mlp"].decode(x, experts, step)
         shared = self["shared_experts"].decode(x, step) if "shared_experts" in self else None
         if shared is not None and y.dtype == mx.float32:

@@ -39,12 +39,14 @@ CACHE_STEP: int = KVCache.step
 SCRATCH_BYTES = 512 * 1024**2
 """Most bytes of a pass beside weights and caches where nobody says otherwise."""
 
+_CPU = mx.Device(mx.cpu)
+
 Args = ParamSpec("Args")
 
 
 def on_cpu() -> bool:
     """Whether operations run on the CPU backend by default."""
-    return bool(mx.default_device() == mx.Device(mx.cpu))
+    return bool(mx.default_device() == _CPU)
 
 
 def compiled_on_gpu(function: Callable[Args, Any], *, shapeless: bool = True) -> Callable[Args, Any]:

@@ -12,6 +12,7 @@ import pytest
 from mlx.utils import tree_flatten
 
 from exo_kimi.arch.config import KimiConfig
+from exo_kimi.models.decode import DecodeStep
 from exo_kimi.models.kimi_k2 import Model
 from exo_kimi.models.rope import Rope
 
@@ -167,9 +168,10 @@ def test_what_decoding_derives_of_weights_is_no_parameter_and_follows_them(raw_c
     assert {path for path, _ in tree_flatten(model.parameters())} == names
     norm = model.layers[0].input_layernorm
     x = mx.random.normal((2, 1, 1, model.args.hidden_size))
+    step = DecodeStep(model.layers[0].self_attn.rope, [3, 4], x.dtype, chosen=2)
     for scale in (1.0, 3.0):
         norm.weight = mx.full(norm.weight.shape, scale)
-        np.testing.assert_allclose(np.array(norm.decode(x)), np.array(norm(x)), rtol=1e-5)
+        np.testing.assert_allclose(np.array(norm.decode(x, step)), np.array(norm(x)), rtol=1e-5)
 
 
 def test_rotations_turn_as_the_oracle_does(config: KimiConfig, rotate: Callable[..., Any]) -> None:
