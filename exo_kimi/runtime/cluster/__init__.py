@@ -1,0 +1,1 @@
+"""The leader's hands: stages are started, connected, watched and restarted here."""

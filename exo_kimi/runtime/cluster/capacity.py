@@ -1,7 +1,4 @@
-"""How many tokens the stages' memory can cache, and whether their weights fit at all; stages of one machine share it.
-
-It knows nothing of who asks: pure arithmetic over what the stages reported.
-"""
+"""How many tokens the stages' memory can cache, and whether their weights fit at all; stages of one machine share it."""
 
 from __future__ import annotations
 
@@ -53,18 +50,18 @@ def kv_capacity_tokens(stages: Sequence[StageMemory], *, kv_bytes: int | None) -
         StageOutOfMemoryError: not one token fits.
     """
     capacities = []
-    for members in _by_host(stages):
+    for neighbours in _by_host(stages):
         if kv_bytes is None:
-            free_bytes = _host_free_bytes(members)
+            free_bytes = _host_free_bytes(neighbours)
             budget_bytes = free_bytes - reserve_bytes(free_bytes)
-            per_token_bytes = sum(member.kv_bytes_per_token for member in members)
+            per_token_bytes = sum(stage.kv_bytes_per_token for stage in neighbours)
         else:
             budget_bytes = kv_bytes
-            per_token_bytes = max(member.kv_bytes_per_token for member in members)
+            per_token_bytes = max(stage.kv_bytes_per_token for stage in neighbours)
         if budget_bytes < per_token_bytes:
             fix = _FEWER_LAYERS if kv_bytes is None else "a larger --kv-bytes"
             short_bytes = per_token_bytes - budget_bytes
-            raise _short(members, "caches", short_bytes=short_bytes, free_bytes=budget_bytes, fix=fix)
+            raise _short(neighbours, "caches", short_bytes=short_bytes, free_bytes=budget_bytes, fix=fix)
         capacities.append(budget_bytes // per_token_bytes)
     return min(capacities)
 
@@ -78,11 +75,11 @@ def check_weights_fit(stages: Sequence[StageMemory]) -> None:
     Raises:
         StageOutOfMemoryError: with the machine's stages and the bytes that are missing.
     """
-    for members in _by_host(stages):
-        free_bytes = _host_free_bytes(members)
-        needed_bytes = sum(member.weights_bytes for member in members)
+    for neighbours in _by_host(stages):
+        free_bytes = _host_free_bytes(neighbours)
+        needed_bytes = sum(stage.weights_bytes for stage in neighbours)
         if needed_bytes > free_bytes:
-            raise _short(members, "weights", short_bytes=needed_bytes - free_bytes, free_bytes=free_bytes)
+            raise _short(neighbours, "weights", short_bytes=needed_bytes - free_bytes, free_bytes=free_bytes)
 
 
 def _by_host(stages: Iterable[StageMemory]) -> list[list[StageMemory]]:
@@ -92,23 +89,23 @@ def _by_host(stages: Iterable[StageMemory]) -> list[list[StageMemory]]:
     return list(hosts.values())
 
 
-def _host_free_bytes(members: Sequence[StageMemory]) -> int:
+def _host_free_bytes(neighbours: Sequence[StageMemory]) -> int:
     """A stage that knows Metal's limit and its own share of it does not see what its neighbours hold."""
-    active_bytes = sum(member.active_bytes for member in members)
+    active_bytes = sum(stage.active_bytes for stage in neighbours)
     return min(
-        member.free_bytes - (active_bytes - member.active_bytes if member.free_scope == "process" else 0)
-        for member in members
+        stage.free_bytes - (active_bytes - stage.active_bytes if stage.free_scope == "process" else 0)
+        for stage in neighbours
     )
 
 
 def _short(
-    members: Sequence[StageMemory], what: str, *, short_bytes: int, free_bytes: int, fix: str = _FEWER_LAYERS
+    neighbours: Sequence[StageMemory], what: str, *, short_bytes: int, free_bytes: int, fix: str = _FEWER_LAYERS
 ) -> StageOutOfMemoryError:
-    names = ("stages " if len(members) > 1 else "stage ") + " and ".join(str(member.stage) for member in members)
+    names = ("stages " if len(neighbours) > 1 else "stage ") + " and ".join(str(stage.stage) for stage in neighbours)
     return StageOutOfMemoryError(
         f"the {what} of {names} do not fit: {format_bytes(short_bytes)} short ({short_bytes} bytes)",
-        stage=members[0].stage,
-        expected=f"{format_bytes(free_bytes + short_bytes)} free on {members[0].host}",
+        stage=neighbours[0].stage,
+        expected=f"{format_bytes(free_bytes + short_bytes)} free on {neighbours[0].host}",
         found=format_bytes(free_bytes),
         fix=fix,
     )

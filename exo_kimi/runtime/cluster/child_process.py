@@ -1,4 +1,4 @@
-"""A stage process that this process starts, hears die, and ends; it knows nothing of what the child does.
+"""A local stage process: started, watched and ended by the leader.
 
 The two ends of a socket pair tie them together: the key goes in, the bound address comes out, and when the parent's end
 closes, for whatever reason, the child ends itself.
@@ -16,6 +16,7 @@ import tempfile
 from collections import deque
 from collections.abc import Sequence
 from pathlib import Path
+from typing import cast
 
 from exo_kimi.errors import StageDiedError
 from exo_kimi.runtime.transport.address import Address, parse_address
@@ -44,7 +45,8 @@ class ChildProcess:
         self._tie = tie
         self._name = name
         self._lines: deque[str] = deque(maxlen=_KEPT_LINES)
-        self._reading = asyncio.create_task(self._read_lines())
+        stderr = cast(asyncio.StreamReader, process.stderr)  # a pipe, see `start`
+        self._reading = asyncio.create_task(self._read_lines(stderr))
 
     @classmethod
     async def start(
@@ -79,7 +81,7 @@ class ChildProcess:
         child = cls(process, tie, name)
         try:
             async with asyncio.timeout(START_DEADLINE_S):
-                address = await child._introduce(key)
+                address = await child._exchange_key(key)
         except TimeoutError:
             await child.end(grace_s=0)
             raise StageDiedError(f"{name} did not start in {START_DEADLINE_S:g} s", found=child._last_words()) from None
@@ -120,7 +122,7 @@ class ChildProcess:
             await self._process.wait()
         self._reading.cancel()
 
-    async def _introduce(self, key: ClusterKey | None) -> Address:
+    async def _exchange_key(self, key: ClusterKey | None) -> Address:
         loop = asyncio.get_running_loop()
         secret = None if key is None else [key.secret.decode(), key.explicit]
         answer = b""
@@ -135,11 +137,10 @@ class ChildProcess:
             raise await self.died() from None
         return parse_address(json.loads(answer)["address"], option="the stage process's address")
 
-    async def _read_lines(self) -> None:
-        assert self._process.stderr is not None
+    async def _read_lines(self, stderr: asyncio.StreamReader) -> None:
         rest = b""
         # Not readline: a line longer than its limit would end the reading, and a full pipe would stop the child.
-        while chunk := await self._process.stderr.read(_CHUNK_BYTES):
+        while chunk := await stderr.read(_CHUNK_BYTES):
             *lines, rest = (rest + chunk).split(b"\n")
             if len(rest) > _CHUNK_BYTES:
                 lines, rest = [*lines, rest], b""

@@ -1,4 +1,4 @@
-"""What a leader and all its stages have in common, fixed when the cluster starts."""
+"""How a cluster of stages is run: options of the user, and settings of one run that the leader and all its stages share."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ class ClusterOptions:
     Args:
         context: most positions of one sequence; None takes the model's.
         kv_bytes: budget of each stage for caches; None takes what is free.
-        heartbeat_s: how often members say that they live.
+        heartbeat_s: how often leader and stages say that they live.
         stall_s: silence after which a stage counts as stalled.
         connect_s: how long to try to reach a stage.
         reconnect_s: the same for a stage on another machine that was lost; it is tried again and again, and requests
@@ -43,13 +43,21 @@ class ClusterOptions:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RunSettings:
-    """Of one run of a leader, which `session` names. Local stages, if there are any, listen in `socket_directory`."""
+    """What all stages of one run have in common.
+
+    Args:
+        session: names the run.
+        options: of the user.
+        key: for stages on other machines.
+        versions: installed here.
+        socket_directory: where local stages listen.
+    """
 
     session: str
     options: ClusterOptions
     key: ClusterKey | None
     versions: Versions
-    socket_directory: Path | None
+    socket_directory: Path
 
     def hello(self) -> Hello:
         """The leader's introduction."""

@@ -1,4 +1,5 @@
-"""One link with one stage: what is asked is answered, what is told unasked is passed on. It knows no process and no plan."""
+"""StageClient: the leader's link with one stage. Requests get their response, what comes unasked goes to
+callbacks."""
 
 from __future__ import annotations
 
@@ -6,7 +7,7 @@ import asyncio
 import logging
 import time
 from collections.abc import Callable
-from typing import TypeVar
+from typing import Any, Generic, TypeVar
 
 from exo_kimi.errors import ExoKimiError, ProtocolError, RuntimeFault, StageDiedError, StageUnreachableError
 from exo_kimi.runtime.protocol.faults import from_message
@@ -25,12 +26,29 @@ from exo_kimi.runtime.steps import NO_EPOCH, StepResult
 from exo_kimi.runtime.transport.link import Link
 
 logger = logging.getLogger(__name__)
-Answer = TypeVar("Answer", HelloAck, Loaded, Joined)
+Response = TypeVar("Response", bound=HelloAck | Loaded | Joined)
 RETRY_S = 0.5
 
 
+class _Request(Generic[Response]):
+    """A request that waits for a response of one class, about one epoch."""
+
+    def __init__(self, answer: type[Response], epoch: int) -> None:
+        self.epoch = epoch
+        self.response: asyncio.Future[Response] = asyncio.get_running_loop().create_future()
+        self._answer: type[Response] = answer
+
+    def take(self, message: Message) -> bool:
+        """Whether a message is the response."""
+        if not isinstance(message, self._answer) or _epoch_of(message) != self.epoch:
+            return False
+        if not self.response.done():
+            self.response.set_result(message)
+        return True
+
+
 class StageClient:
-    """Runs from the link's handshake to its loss.
+    """One stage, from the link's handshake to its loss; one request at a time.
 
     Args:
         link: to the stage.
@@ -55,18 +73,18 @@ class StageClient:
         self._on_result = on_result
         self._on_fault = on_fault
         self._on_lost = on_lost
-        self._asked: tuple[type[Message], int, asyncio.Future[Message]] | None = None
-        self._heard_s = time.monotonic()
+        self._request: _Request[Any] | None = None
+        self._last_frame_s = time.monotonic()
         self._reading = asyncio.create_task(self._read())
 
     @property
     def silent_s(self) -> float:
         """Time since the last frame."""
-        return time.monotonic() - self._heard_s
+        return time.monotonic() - self._last_frame_s
 
-    def forgive(self, gap_s: float) -> None:
-        """Do not count a time in which this side was suspended."""
-        self._heard_s += gap_s
+    def extend_deadline(self, gap_s: float) -> None:
+        """Do not count, as silence, a time in which this side was suspended."""
+        self._last_frame_s += gap_s
 
     async def send(self, message: Message) -> None:
         """Queue what needs no answer.
@@ -76,23 +94,21 @@ class StageClient:
         """
         self._link.send(encode(message))
 
-    async def ask(self, message: Message, answer: type[Answer], *, epoch: int) -> Answer:
+    async def ask(self, message: Message, answer: type[Response], *, epoch: int) -> Response:
         """Send a question and wait for its answer, one at a time. Only what is about `epoch` counts.
 
         Raises:
             ExoKimiError: what the stage answered instead, or the loss of the link.
         """
-        future: asyncio.Future[Message] = asyncio.get_running_loop().create_future()
-        self._asked = answer, epoch, future
+        request = _Request(answer, epoch)
+        self._request = request
         try:
             await self.send(message)
-            found = await future
+            return await request.response
         finally:
-            self._asked = None
-        assert isinstance(found, answer)
-        return found
+            self._request = None
 
-    async def greet(self, hello: Hello, *, deadline_s: float) -> HelloAck:
+    async def handshake(self, hello: Hello, *, deadline_s: float) -> HelloAck:
         """Introduce this side; a stage that still serves another leader is asked again until the deadline.
 
         Raises:
@@ -114,9 +130,9 @@ class StageClient:
 
     def fail(self, error: ExoKimiError) -> bool:
         """Answer what is asked, if anything is, with an error."""
-        if self._asked is None or self._asked[2].done():
+        if self._request is None or self._request.response.done():
             return False
-        self._asked[2].set_exception(error)
+        self._request.response.set_exception(error)
         return True
 
     def close(self) -> None:
@@ -128,8 +144,8 @@ class StageClient:
         try:
             while True:
                 message = decode(await self._link.receive())
-                self._heard_s = time.monotonic()
-                self._hear(message)
+                self._last_frame_s = time.monotonic()
+                self._on_frame(message)
         except ProtocolError as error:
             error.stage = self._stage
             self._on_lost(error)
@@ -137,14 +153,14 @@ class StageClient:
             what = f"stage {self._stage}: the connection was lost"
             self._on_lost(StageDiedError(what, stage=self._stage, where=self._link.address))
 
-    def _hear(self, message: Message) -> None:
+    def _on_frame(self, message: Message) -> None:
         if isinstance(message, StepResult | BlocksChanged):
             self._on_result(message)
         elif isinstance(message, Progress):
             self.progress = message
         elif isinstance(message, StageFault):
             error = from_message(message, stage=self._stage, address=str(self._link.address))
-            if self._asked is None or self._asked[1] != message.epoch or not self.fail(error):
+            if self._request is None or self._request.epoch != message.epoch or not self.fail(error):
                 self._on_fault(error, message.epoch)
         elif isinstance(message, Refused):
             cls = StageUnreachableError if message.retry else ProtocolError
@@ -152,11 +168,8 @@ class StageClient:
             # Unasked, it means that the stage has given this leader up.
             if not self.fail(refusal):
                 self._on_lost(refusal)
-        elif self._asked is not None and type(message) is self._asked[0] and _epoch_of(message) == self._asked[1]:
-            if not self._asked[2].done():
-                self._asked[2].set_result(message)
-        else:
-            # An answer to what was asked before a fault.
+        elif self._request is None or not self._request.take(message):
+            # A response to what was asked before a fault.
             logger.debug("stage %d sent a late %s", self._stage, type(message).__name__)
 
 

@@ -1,6 +1,6 @@
-"""One stage as the leader sees it: its process or address, what was agreed with it, and how it is. It decides nothing.
+"""StageHandle: one stage as the leader sees it, its process or address, what was agreed with it, and how it is.
 
-What ends a conversation (a death, a silence) makes the member `broken`: it must be dropped and connected anew. What a stage
+What ends a connection (a death, a silence) makes the handle `broken`: it must be disconnected and connected anew. What a stage
 reports about a load or a step does not: its process lives and keeps its weights.
 """
 
@@ -25,7 +25,7 @@ from exo_kimi.errors import (
 from exo_kimi.runtime.cluster.capacity import StageMemory
 from exo_kimi.runtime.cluster.child_process import ChildProcess
 from exo_kimi.runtime.cluster.cluster_plan import StagePlan
-from exo_kimi.runtime.cluster.options import RunSettings
+from exo_kimi.runtime.cluster.options import ClusterOptions, RunSettings
 from exo_kimi.runtime.cluster.stage_client import StageClient
 from exo_kimi.runtime.pipeline import DiskBlocks
 from exo_kimi.runtime.prefix_key import unpack_keys
@@ -42,12 +42,71 @@ GOODBYE_S = 3.0
 EXIT_WAIT_S = 1.0
 
 
+class ConnectedStage:
+    """A stage that answered the handshake; made by `StageHandle.connect`.
+
+    Args:
+        plan: what it is to hold.
+        options: of the cluster.
+        client: to it.
+        hello: its answer.
+    """
+
+    def __init__(self, plan: StagePlan, options: ClusterOptions, client: StageClient, hello: HelloAck) -> None:
+        self.hello = hello
+        self.loaded: Loaded | None = None
+        self.joined: Joined | None = None
+        self._plan = plan
+        self._options = options
+        self._client = client
+
+    async def load(self) -> Loaded:
+        """Have the stage load its layers; it answers at once when it holds them.
+
+        Raises:
+            CheckpointError, RuntimeFault: as the stage reported it.
+        """
+        self.joined = None
+        loaded = self.loaded = await self._client.ask(self._plan.load, Loaded, epoch=NO_EPOCH)
+        return loaded
+
+    async def join(self, epoch: int, next_address: str | None, *, block_tokens: int) -> Joined:
+        """Have the stage drop its sequences and link to the next one.
+
+        Raises:
+            RuntimeFault: as the stage reported it.
+        """
+        join = Join(
+            epoch=epoch,
+            next_address=next_address,
+            link=self._options.link,
+            block_tokens=block_tokens,
+            prefix_disk_bytes=self._options.prefix_disk_bytes,
+            prefix_directory=self._options.prefix_directory,
+        )
+        joined = self.joined = await self._client.ask(join, Joined, epoch=epoch)
+        return joined
+
+    def memory(self) -> StageMemory:
+        """What the stage last said of its memory; before loading, `weights_bytes` is what that will take."""
+        said = self.joined or self.hello
+        return StageMemory(
+            stage=self._plan.load.stage,
+            host=self.hello.host,
+            free_bytes=said.free_bytes,
+            free_scope=said.free_scope,
+            active_bytes=self.loaded.weights_bytes if self.loaded is not None else 0,
+            weights_bytes=max(0, self._plan.resident_bytes - self.hello.held_bytes),
+            kv_bytes_per_token=self.loaded.kv_bytes_per_token if self.loaded is not None else 1,
+        )
+
+
 class StageHandle:
-    """One stage.
+    """One stage through all its starts and connections.
 
     Args:
         plan: what it holds and where.
-        terms: of the cluster.
+        settings: of this run.
         context: for its socket.
         on_result: takes every StepResult.
         on_blocks: takes what changed on the stage's disk.
@@ -57,7 +116,7 @@ class StageHandle:
     def __init__(
         self,
         plan: StagePlan,
-        terms: RunSettings,
+        settings: RunSettings,
         context: zmq.asyncio.Context,
         *,
         on_result: Callable[[StepResult], None],
@@ -67,16 +126,14 @@ class StageHandle:
         self.plan = plan
         self.stage = plan.load.stage
         self.broken = False
-        self.loaded: Loaded | None = None
-        self._hello: HelloAck | None = None
-        self._joined: Joined | None = None
-        self._terms = terms
+        self._settings = settings
         self._context = context
         self._on_result = on_result
         self._on_blocks = on_blocks
         self._on_fault = on_fault
         self._last_error: ExoKimiError | None = None
-        self._conversation: StageClient | None = None
+        self._client: StageClient | None = None
+        self._connected: ConnectedStage | None = None
         self._child: ChildProcess | None = None
         self._watching: asyncio.Task[None] | None = None
         self._address: Address | None = plan.remote
@@ -92,48 +149,22 @@ class StageHandle:
         """Where the stage before it reaches it."""
         return str(self.plan.from_previous) if self.plan.from_previous is not None else self.address
 
-    async def connect(self) -> None:
-        """Start the process if it is a local one, link to it and exchange versions; nothing if that is done.
+    async def connect(self) -> ConnectedStage:
+        """Start the process if it is a local one, link to it and exchange versions; if that is done, what came of it.
 
         Raises:
             StageDiedError, StageUnreachableError, KeyMismatchError, ProtocolError: it cannot be had.
         """
-        if self._conversation is not None:
-            return
+        if self._connected is not None:
+            return self._connected
         try:
-            await self._connect()
+            connected = self._connected = await self._connect()
+            return connected
         except BaseException as error:
             if isinstance(error, ExoKimiError):
                 self._last_error = error
-            await self.drop()  # no process without a link to it
+            await self.disconnect()  # no process without a link to it
             raise
-
-    async def load(self) -> None:
-        """Have the stage load its layers; it answers at once when it holds them.
-
-        Raises:
-            CheckpointError, RuntimeFault: as the stage reported it.
-        """
-        self._joined = None
-        self.loaded = await self._talk().ask(self.plan.load, Loaded, epoch=NO_EPOCH)
-
-    async def join(self, epoch: int, next_address: str | None, *, block_tokens: int) -> Joined:
-        """Have the stage drop its sequences and link to the next one.
-
-        Raises:
-            RuntimeFault: as the stage reported it.
-        """
-        options = self._terms.options
-        join = Join(
-            epoch=epoch,
-            next_address=next_address,
-            link=options.link,
-            block_tokens=block_tokens,
-            prefix_disk_bytes=options.prefix_disk_bytes,
-            prefix_directory=options.prefix_directory,
-        )
-        joined = self._joined = await self._talk().ask(join, Joined, epoch=epoch)
-        return joined
 
     async def send(self, message: Step | Goodbye) -> None:
         """Queue what needs no answer from this stage.
@@ -141,26 +172,28 @@ class StageHandle:
         Raises:
             RuntimeFault: the link is lost, or no frame can hold the message.
         """
-        await self._talk().send(message)
+        if self._client is None:
+            raise StageUnreachableError(f"stage {self.stage} is not connected", stage=self.stage, where=self.address)
+        await self._client.send(message)
 
     async def ping(self) -> None:
         """Say that the leader lives, once the stage knows it; a lost link is told by its own reader."""
-        if self._conversation is not None and self._hello is not None:
+        if self._client is not None and self._connected is not None:
             with contextlib.suppress(RuntimeFault):
-                await self._conversation.send(Ping())
+                await self._client.send(Ping())
 
-    def forgive(self, gap_s: float) -> None:
-        """Do not count a time in which the leader itself was suspended."""
-        if self._conversation is not None:
-            self._conversation.forgive(gap_s)
+    def extend_deadline(self, gap_s: float) -> None:
+        """Do not count, as silence, a time in which the leader itself was suspended."""
+        if self._client is not None:
+            self._client.extend_deadline(gap_s)
 
-    def check(self) -> None:
+    def check_deadlines(self) -> None:
         """Break with a stage that is silent, or busy with one thing, for too long."""
-        if self._conversation is None or self.broken:
+        if self._client is None or self.broken:
             return
-        stall_s = self._terms.options.stall_s
-        silent_s = self._conversation.silent_s
-        progress = self._conversation.progress
+        stall_s = self._settings.options.stall_s
+        silent_s = self._client.silent_s
+        progress = self._client.progress
         busy_s = progress.busy_s if progress is not None else 0.0
         if silent_s > stall_s:
             what, limit_s = f"stage {self.stage} is silent for {silent_s:.1f} s", stall_s
@@ -169,22 +202,22 @@ class StageHandle:
         else:
             return
         fix = None if self._child is not None else "look at `exo-kimi stage` there"
-        self._break(StageStalledError(what, expected=f"an answer in {limit_s:g} s", where=self.address, fix=fix))
+        self._mark_broken(StageStalledError(what, expected=f"an answer in {limit_s:g} s", where=self.address, fix=fix))
 
-    async def drop(self) -> None:
-        """Forget the conversation, and end the process if it is a local one."""
+    async def disconnect(self) -> None:
+        """Close the link, and end the process if it is a local one."""
         if self._watching is not None:
             self._watching.cancel()
             self._watching = None
-        if self._conversation is not None:
-            self._conversation.close()
-            self._conversation = None
+        if self._client is not None:
+            self._client.close()
+            self._client = None
         if self._child is not None:
             child, self._child = self._child, None
             await child.end(grace_s=0)
             if self._address is not None and self._address.path is not None:
                 Path(self._address.path).unlink(missing_ok=True)  # the next one listens elsewhere
-        self._hello = self.loaded = self._joined = None
+        self._connected = None
         self.broken = False
 
     async def close(self) -> None:
@@ -192,41 +225,28 @@ class StageHandle:
         self.broken = True  # whatever ends from now on is no fault
         if self._child is not None:
             await self._child.end(grace_s=GOODBYE_S)
-        elif self._conversation is not None:
+        elif self._client is not None:
             with contextlib.suppress(RuntimeFault):
                 await self.send(Goodbye())
                 await asyncio.sleep(0.05)  # lingering is off: the frame needs a moment to leave
-        await self.drop()
-
-    def memory(self) -> StageMemory:
-        """What the stage last said of its memory; before loading, `weights_bytes` is what that will take."""
-        assert self._hello is not None
-        said = self._joined or self._hello
-        return StageMemory(
-            stage=self.stage,
-            host=self._hello.host,
-            free_bytes=said.free_bytes,
-            free_scope=said.free_scope,
-            active_bytes=self.loaded.weights_bytes if self.loaded is not None else 0,
-            weights_bytes=max(0, self.plan.resident_bytes - self._hello.held_bytes),
-            kv_bytes_per_token=self.loaded.kv_bytes_per_token if self.loaded is not None else 1,
-        )
+        await self.disconnect()
 
     def health(self) -> StageHealth:
         """How the stage is, as it last said."""
         load = self.plan.load
-        progress = self._conversation.progress if self._conversation is not None else None
+        progress = self._client.progress if self._client is not None else None
+        loaded = self._connected.loaded if self._connected is not None else None
         return StageHealth(
             stage=load.stage,
             address=self.address,
             state=self._state(),
             start_layer=load.start_layer,
             end_layer=load.end_layer,
-            silent_s=self._conversation.silent_s if self._conversation is not None else 0.0,
-            pid=self._child.pid if self._child is not None else self._hello.pid if self._hello is not None else None,
+            silent_s=self._client.silent_s if self._client is not None else 0.0,
+            pid=self._pid(),
             loaded_bytes=progress.loaded_bytes if progress is not None else 0,
             total_bytes=progress.total_bytes if progress is not None else 0,
-            weights_bytes=self.loaded.weights_bytes if self.loaded is not None else 0,
+            weights_bytes=loaded.weights_bytes if loaded is not None else 0,
             kv_bytes=progress.kv_bytes if progress is not None else 0,
             peak_bytes=progress.peak_bytes if progress is not None else 0,
             sequences=progress.sequences if progress is not None else 0,
@@ -234,74 +254,80 @@ class StageHandle:
             last_error=None if self._last_error is None else self._last_error.what,
         )
 
+    def _pid(self) -> int | None:
+        if self._child is not None:
+            return self._child.pid
+        return self._connected.hello.pid if self._connected is not None else None
+
     def _state(self) -> StageState:
-        talk = self._conversation
+        client = self._client
         if self.broken:
             return "stalled" if isinstance(self._last_error, StageStalledError) else "dead"
-        if talk is None:
+        if client is None:
             return "dead" if self._last_error is not None and self._child is None else "starting"
-        if talk.silent_s > self._terms.options.stall_s / 2:
+        if client.silent_s > self._settings.options.stall_s / 2:
             return "stalled"
-        if self._joined is not None:
+        if self._connected is not None and self._connected.joined is not None:
             return "ready"
-        return "loading" if talk.progress is not None and talk.progress.state == "loading" else "starting"
+        return "loading" if client.progress is not None and client.progress.state == "loading" else "starting"
 
-    async def _connect(self) -> None:
-        terms = self._terms
+    async def _connect(self) -> ConnectedStage:
+        settings, remote = self._settings, self.plan.remote
         self._starts += 1
-        if self.plan.remote is None:
-            assert terms.socket_directory is not None
-            path = terms.socket_directory / f"{self.stage}-{self._starts}"
-            self._child, self._address = await ChildProcess.start(
-                f"ipc://{path}", key=terms.key, name=f"stage {self.stage}", command=terms.options.child_command
-            )
-            self._watching = asyncio.create_task(self._watch_child(self._child))
-        assert self._address is not None
-        key = terms.key if self.plan.remote is not None else None
-        lost = self.plan.remote is not None and self._starts > 1
-        deadline_s = terms.options.reconnect_s if lost else terms.options.connect_s
-        link = await connect(self._context, self._address, key=key, deadline_s=deadline_s)
-        talk = StageClient(
-            link, self.stage, on_result=self._hear_result, on_fault=self._hear_fault, on_lost=self._hear_loss
+        address = self._address = remote if remote is not None else await self._start_child()
+        lost = remote is not None and self._starts > 1
+        deadline_s = settings.options.reconnect_s if lost else settings.options.connect_s
+        key = settings.key if remote is not None else None
+        link = await connect(self._context, address, key=key, deadline_s=deadline_s)
+        client = self._client = StageClient(
+            link,
+            self.stage,
+            on_result=self._on_client_result,
+            on_fault=self._on_client_fault,
+            on_lost=self._on_client_lost,
         )
-        self._conversation = talk
-        ack = self._hello = await talk.greet(terms.hello(), deadline_s=deadline_s)
-        theirs = Versions(exo_kimi=ack.exo_kimi, mlx=ack.mlx, mlx_lm=ack.mlx_lm)
-        if theirs != terms.versions:
-            logger.warning("stage %d at %s runs %s, this side %s", self.stage, self.address, theirs, terms.versions)
+        hello = await client.handshake(settings.hello(), deadline_s=deadline_s)
+        theirs = Versions(exo_kimi=hello.exo_kimi, mlx=hello.mlx, mlx_lm=hello.mlx_lm)
+        if theirs != settings.versions:
+            logger.warning("stage %d at %s runs %s, this side %s", self.stage, address, theirs, settings.versions)
+        return ConnectedStage(self.plan, settings.options, client, hello)
 
-    def _talk(self) -> StageClient:
-        if self._conversation is None:
-            raise StageUnreachableError(f"stage {self.stage} is not connected", stage=self.stage, where=self.address)
-        return self._conversation
+    async def _start_child(self) -> Address:
+        settings = self._settings
+        path = settings.socket_directory / f"{self.stage}-{self._starts}"
+        self._child, address = await ChildProcess.start(
+            f"ipc://{path}", key=settings.key, name=f"stage {self.stage}", command=settings.options.child_command
+        )
+        self._watching = asyncio.create_task(self._watch_child(self._child))
+        return address
 
-    def _hear_result(self, message: StepResult | BlocksChanged) -> None:
+    def _on_client_result(self, message: StepResult | BlocksChanged) -> None:
         if isinstance(message, StepResult):
             self._on_result(message)
             return
         added, gone = unpack_keys(message.added), unpack_keys(message.gone)
         self._on_blocks(DiskBlocks(epoch=message.epoch, stage=self.stage, added=added, gone=gone))
 
-    def _hear_fault(self, error: ExoKimiError, epoch: int) -> None:
+    def _on_client_fault(self, error: ExoKimiError, epoch: int) -> None:
         self._last_error = error
         fault = error if isinstance(error, RuntimeFault) else StageError(str(error), stage=self.stage)
         self._on_fault(fault, epoch)
 
-    def _hear_loss(self, error: RuntimeFault) -> None:
+    def _on_client_lost(self, error: RuntimeFault) -> None:
         if self._child is not None and isinstance(error, StageDiedError):
             # The end of the process is about to say more.
-            asyncio.get_running_loop().call_later(EXIT_WAIT_S, self._break_with, self._child, error)
+            asyncio.get_running_loop().call_later(EXIT_WAIT_S, self._mark_broken_if, self._child, error)
         else:
-            self._break(error)
+            self._mark_broken(error)
 
-    def _break_with(self, child: ChildProcess, error: RuntimeFault) -> None:
+    def _mark_broken_if(self, child: ChildProcess, error: RuntimeFault) -> None:
         if self._child is child:
-            self._break(error)
+            self._mark_broken(error)
 
     async def _watch_child(self, child: ChildProcess) -> None:
-        self._break(await child.died())
+        self._mark_broken(await child.died())
 
-    def _break(self, error: RuntimeFault) -> None:
+    def _mark_broken(self, error: RuntimeFault) -> None:
         if self.broken:
             return
         self.broken = True
@@ -309,5 +335,5 @@ class StageHandle:
         self._last_error = error
         if self._child is not None:
             self._child.kill()
-        if self._conversation is None or not self._conversation.fail(error):
+        if self._client is None or not self._client.fail(error):
             self._on_fault(error, None)

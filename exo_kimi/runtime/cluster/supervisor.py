@@ -1,7 +1,7 @@
 """The cluster of stages behind the Pipeline protocol: brought up, watched, and brought up again after a fault.
 
 A fault ends an epoch: requests in flight are told, broken stages are started or connected anew, the others keep their
-weights and only drop their sequences. It knows nothing of requests or scheduling.
+weights and only drop their sequences.
 """
 
 from __future__ import annotations
@@ -11,8 +11,9 @@ import logging
 import shutil
 import time
 import uuid
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Coroutine, Iterable
 from pathlib import Path
+from typing import Any, TypeVar
 
 import zmq.asyncio
 
@@ -28,9 +29,7 @@ from exo_kimi.errors import (
 from exo_kimi.runtime.cluster.capacity import check_weights_fit, kv_capacity_tokens
 from exo_kimi.runtime.cluster.child_process import socket_directory
 from exo_kimi.runtime.cluster.cluster_plan import ClusterPlan
-from exo_kimi.runtime.cluster.gather import gather_or_cancel
 from exo_kimi.runtime.cluster.options import ClusterOptions, RunSettings
-from exo_kimi.runtime.cluster.restarts import Restarts
 from exo_kimi.runtime.cluster.stage_handle import StageHandle
 from exo_kimi.runtime.pipeline import DiskBlocks, Failed, PipelineEvent, PipelineInfo, Ready
 from exo_kimi.runtime.prefix_key import unpack_keys
@@ -41,7 +40,11 @@ from exo_kimi.runtime.steps import Step, StepResult
 
 __all__ = ["ClusterOptions", "StageCluster"]
 logger = logging.getLogger(__name__)
+GIVE_UP_AFTER = 5  # faults in a row without a served step: requests are refused from then on, trying goes on
+FIRST_BACKOFF_S = 0.5
+SLOW_RETRY_S = 10.0
 CAUSE_WAIT_S = 0.5
+Answer = TypeVar("Answer")
 _TRANSIENT = (StageDiedError, StageStalledError)
 
 
@@ -69,11 +72,11 @@ class StageCluster:
                 where="--context",
             )
         self._events: asyncio.Queue[PipelineEvent | None] = asyncio.Queue()
-        self._members: list[StageHandle] = []
+        self._handles: list[StageHandle] = []
         self._info: PipelineInfo | None = None
         self._epoch = 0
         self._ready = False
-        self._restarts = Restarts()
+        self._backoff = RestartBackoff()
         self._last_fault: RuntimeFault | None = None
         self._closed = False
         self._tasks: list[asyncio.Task[None]] = []
@@ -90,26 +93,25 @@ class StageCluster:
 
     def health(self) -> tuple[StageHealth, ...]:
         """What each stage last said, stage 0 first."""
-        return tuple(member.health() for member in self._members)
+        return tuple(handle.health() for handle in self._handles)
 
     async def start(self) -> None:
         """Begin to bring the stages up, in the background."""
-        if any(stage.remote is None for stage in self.plan.stages):
-            self._directory = socket_directory()
+        self._directory = socket_directory()
         self._zmq = zmq.asyncio.Context()
         self._first: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._fault: asyncio.Future[RuntimeFault] = asyncio.get_running_loop().create_future()
-        terms = RunSettings(
+        settings = RunSettings(
             session=uuid.uuid4().hex,
             options=self.options,
             key=self.plan.key,
             versions=Versions.installed(),
             socket_directory=self._directory,
         )
-        self._members = [
+        self._handles = [
             StageHandle(
                 stage,
-                terms,
+                settings,
                 self._zmq,
                 on_result=self._on_result,
                 on_blocks=self._on_blocks,
@@ -139,7 +141,7 @@ class StageCluster:
             raise self._last_fault or StageError(
                 "the stages are not ready", expected=f"epoch {self._epoch}", found=f"epoch {step.epoch}"
             )
-        await self._members[0].send(step)
+        await self._handles[0].send(step)
 
     async def receive(self) -> PipelineEvent:
         """Wait for the next event.
@@ -162,7 +164,7 @@ class StageCluster:
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
-        await asyncio.gather(*(member.close() for member in self._members))
+        await asyncio.gather(*(handle.close() for handle in self._handles))
         if self._directory is not None:
             shutil.rmtree(self._directory, ignore_errors=True)
         if self._tasks:
@@ -177,7 +179,7 @@ class StageCluster:
             await work()
         except Exception:
             logger.exception("the supervisor failed")
-            self._refuse(StageError("the supervisor failed: its log has the reason"))
+            self._give_up(StageError("the supervisor failed: its log has the reason"))
 
     async def _supervise(self) -> None:
         while True:
@@ -187,17 +189,17 @@ class StageCluster:
                 fault = await self._fault
             except ExoKimiError as error:
                 if not self._first.done() and not isinstance(error, _TRANSIENT):
-                    self._refuse(error)
+                    self._give_up(error)
                     return
                 fault = error if isinstance(error, RuntimeFault) else StageError(str(error))
-            self._restarts.count()
+            self._backoff.on_fault()
             self._end_epoch(fault)
-            if not self._first.done() and not self._restarts.hopeful:
-                self._refuse(fault)
+            if not self._first.done() and not self._backoff.requests_may_wait:
+                self._give_up(fault)
                 return
-            await asyncio.sleep(self._restarts.pause_s)
+            await asyncio.sleep(self._backoff.pause_s)
 
-    def _refuse(self, error: ExoKimiError) -> None:
+    def _give_up(self, error: ExoKimiError) -> None:
         """Nothing is tried any more: this is for the user to mend."""
         fault = error if isinstance(error, RuntimeFault) else StageError(str(error))
         self._ready = False
@@ -210,29 +212,28 @@ class StageCluster:
     def _end_epoch(self, fault: RuntimeFault) -> None:
         self._ready = False
         self._last_fault = fault
-        recovering = self._restarts.hopeful
+        recovering = self._backoff.requests_may_wait
         logger.error("the stages failed (%s): %s", "restarting" if recovering else "trying on slowly", fault)
         self._events.put_nowait(Failed(error=fault, recovering=recovering))
 
     async def _bring_up(self) -> None:
         started_s = time.monotonic()
-        await asyncio.gather(*(member.drop() for member in self._members if member.broken))
-        await gather_or_cancel([member.connect() for member in self._members], unless=self._fault)
-        check_weights_fit([member.memory() for member in self._members if member.loaded is None])
-        await gather_or_cancel([member.load() for member in self._members], unless=self._fault)
+        await asyncio.gather(*(handle.disconnect() for handle in self._handles if handle.broken))
+        connected = await gather_or_cancel([handle.connect() for handle in self._handles], unless=self._fault)
+        check_weights_fit([stage.memory() for stage in connected if stage.loaded is None])
+        loaded = await gather_or_cancel([stage.load() for stage in connected], unless=self._fault)
         self._epoch += 1
-        following = [member.from_previous for member in self._members[1:]]
-        joins = zip(self._members, [*following, None], strict=True)
-        loaded = [member.loaded for member in self._members if member.loaded is not None]
+        following = [handle.from_previous for handle in self._handles[1:]]
+        joins = zip(connected, [*following, None], strict=True)
         cache_step = max(one.cache_step for one in loaded)
         joined = await gather_or_cancel(
-            [member.join(self._epoch, address, block_tokens=cache_step) for member, address in joins],
+            [stage.join(self._epoch, address, block_tokens=cache_step) for stage, address in joins],
             unless=self._fault,
         )
         self._info = PipelineInfo(
             context=self._context_tokens,
             kv_capacity_tokens=kv_capacity_tokens(
-                [member.memory() for member in self._members], kv_bytes=self.options.kv_bytes
+                [stage.memory() for stage in connected], kv_bytes=self.options.kv_bytes
             ),
             cache_step=cache_step,
             vocab_size=self.plan.config.vocab_size,
@@ -248,7 +249,7 @@ class StageCluster:
 
     def _on_result(self, result: StepResult) -> None:
         if self._ready and result.epoch == self._epoch:
-            self._restarts.forget()
+            self._backoff.reset()
             self._events.put_nowait(result)
 
     def _on_blocks(self, event: DiskBlocks) -> None:
@@ -256,7 +257,7 @@ class StageCluster:
             self._events.put_nowait(event)
 
     def _on_fault(self, fault: RuntimeFault, epoch: int | None) -> None:
-        """What a member tells unasked. A fault of an old epoch is old news."""
+        """What a stage reports unasked. A fault of an old epoch is old news."""
         if epoch is not None and not (self._ready and epoch == self._epoch):
             return
         self._ready = False
@@ -277,8 +278,65 @@ class StageCluster:
             before_s = time.monotonic()
             await asyncio.sleep(interval_s)
             late_s = time.monotonic() - before_s - interval_s
-            for member in self._members:
+            for handle in self._handles:
                 if late_s > interval_s:
-                    member.forgive(late_s)
-                member.check()
-                await member.ping()
+                    handle.extend_deadline(late_s)
+                handle.check_deadlines()
+                await handle.ping()
+
+
+class RestartBackoff:
+    """Pauses between tries to bring the stages up: none at first, then doubling with every fault in a row."""
+
+    def __init__(self) -> None:
+        self._faults = 0
+
+    @property
+    def requests_may_wait(self) -> bool:
+        """Whether requests may go on waiting."""
+        return self._faults < GIVE_UP_AFTER
+
+    @property
+    def pause_s(self) -> float:
+        """Seconds before the next try."""
+        if not self.requests_may_wait:
+            return SLOW_RETRY_S
+        return 0.0 if self._faults <= 1 else FIRST_BACKOFF_S * 2.0 ** (self._faults - 2)
+
+    def on_fault(self) -> None:
+        """A fault happened."""
+        self._faults += 1
+
+    def reset(self) -> None:
+        """A step was served."""
+        self._faults = 0
+
+
+async def gather_or_cancel(work: Iterable[Coroutine[Any, Any, Answer]], *, unless: asyncio.Future[Any]) -> list[Answer]:
+    """Run coroutines at once; the first error ends the others, and so does an error in `unless`.
+
+    Args:
+        work: what to do.
+        unless: a future that is done when all of it has become pointless; its result is an exception.
+
+    Returns:
+        What each returned.
+
+    Raises:
+        Exception: the first error, or the result of `unless`.
+    """
+    tasks = [asyncio.create_task(each) for each in work]
+    waiting: set[asyncio.Future[Any]] = {*tasks}
+    try:
+        while waiting:
+            done, _ = await asyncio.wait({*waiting, unless}, return_when=asyncio.FIRST_COMPLETED)
+            if unless in done:
+                raise unless.result()
+            for task in done:
+                task.result()
+            waiting -= done
+        return [task.result() for task in tasks]
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)

@@ -30,7 +30,7 @@ from exo_kimi.errors import (
     StageOutOfMemoryError,
     StageStalledError,
 )
-from exo_kimi.runtime.cluster import restarts
+from exo_kimi.runtime.cluster import supervisor
 from exo_kimi.runtime.cluster.cluster_plan import ClusterPlan, StagePlan, make_plan
 from exo_kimi.runtime.cluster.supervisor import ClusterOptions, StageCluster
 from exo_kimi.runtime.loading.loader import load_stage
@@ -398,20 +398,20 @@ async def test_progress_of_loading_is_visible(
 async def test_stages_that_never_start_are_told_with_their_last_words(
     tiny: Path, clusters: list[StageCluster], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(restarts, "FIRST_BACKOFF_S", 0.01)
+    monkeypatch.setattr(supervisor, "FIRST_BACKOFF_S", 0.01)
     options = replace(QUICK, child_command=(sys.executable, "-c", "import sys; sys.exit('no luck today')"))
     one = await start(clusters, make_plan(Checkpoint(tiny), stages=1), options)
     with pytest.raises(StageDiedError, match=r"(?s)exit code 1.*no luck today"):
         await asyncio.wait_for(one.wait_ready(), 10)
-    events = [await event(one) for _ in range(restarts.GIVE_UP_AFTER + 1)]
+    events = [await event(one) for _ in range(supervisor.GIVE_UP_AFTER + 1)]
     assert isinstance(events[-1], Failed) and not events[-1].recovering
 
 
 async def test_stages_that_keep_failing_are_refused_but_tried_again(
     clusters: list[StageCluster], tmp_path: Path, expected: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(restarts, "FIRST_BACKOFF_S", 0.01)
-    monkeypatch.setattr(restarts, "SLOW_RETRY_S", 0.2)
+    monkeypatch.setattr(supervisor, "FIRST_BACKOFF_S", 0.01)
+    monkeypatch.setattr(supervisor, "SLOW_RETRY_S", 0.2)
     directory = make_tiny(tmp_path / "tiny")
     one = await start(clusters, make_plan(Checkpoint(directory), stages=1, dtype="float32"), QUICK)
     await one.wait_ready()
