@@ -33,12 +33,12 @@ def announced_bytes(parts: Sequence[Part]) -> int | None:
 
 
 class DistributedLink:
-    """The sending end.
+    """The sending end of a pair, a Link.
 
     Args:
-        below: carries announcements, and what is said beside.
-        helper: carries last parts; rank 0.
-        deadline_s: for each part.
+        below: carries announcements, and every other message.
+        helper: carries last parts; rank 0 of the pair.
+        deadline_s: seconds that a part may take.
     """
 
     def __init__(self, below: Link, helper: LinkHelper, *, deadline_s: float) -> None:
@@ -47,11 +47,11 @@ class DistributedLink:
         self._helper = helper
         self._deadline_s = deadline_s
         self._parts: asyncio.Queue[Part] = asyncio.Queue()
-        self._pump = asyncio.create_task(self._carry())
+        self._sending = asyncio.create_task(self._send_parts())
 
     def send(self, parts: Sequence[Part]) -> None:
         """Queue a frame. Raises StageUnreachableError when either way is lost."""
-        if self._pump.done():
+        if self._sending.done():
             raise self._lost()
         frame, last = announce(parts)
         self._below.send(frame)
@@ -61,7 +61,7 @@ class DistributedLink:
         """The next frame of the link below. Raises StageUnreachableError once either way is lost."""
         reading = asyncio.create_task(self._below.receive())
         try:
-            await asyncio.wait([reading, self._pump], return_when=asyncio.FIRST_COMPLETED)
+            await asyncio.wait([reading, self._sending], return_when=asyncio.FIRST_COMPLETED)
             if reading.done():
                 return reading.result()
             raise self._lost()
@@ -70,30 +70,30 @@ class DistributedLink:
 
     def close(self) -> None:
         """Drop both ways; idempotent."""
-        self._pump.cancel()
+        self._sending.cancel()
         self._helper.close()
         self._below.close()
 
-    async def _carry(self) -> None:
+    async def _send_parts(self) -> None:
         while True:
             part = await self._parts.get()
             if memoryview(part).nbytes:
                 await self._helper.send(part, deadline_s=self._deadline_s)
 
     def _lost(self) -> StageUnreachableError:
-        if not self._pump.cancelled() and isinstance(error := self._pump.exception(), StageUnreachableError):
+        if not self._sending.cancelled() and isinstance(error := self._sending.exception(), StageUnreachableError):
             return error
         return StageUnreachableError("the connection was lost", where=self.address)
 
 
 class PartCollector:
-    """The receiving end: puts announced frames together again, in order.
+    """The receiving end of a pair: puts announced frames together again, in order.
 
     Args:
         making: the helper, being made; rank 1.
         deadline_s: for each part.
-        take: takes every whole frame.
-        lose: takes the reason when the way is lost.
+        on_frame: takes the parts of every whole frame.
+        on_lost: takes the reason when the pair is lost.
     """
 
     def __init__(
@@ -101,13 +101,13 @@ class PartCollector:
         making: Awaitable[LinkHelper],
         *,
         deadline_s: float,
-        take: Callable[[list[Part]], None],
-        lose: Callable[[RuntimeFault], None],
+        on_frame: Callable[[list[Part]], None],
+        on_lost: Callable[[RuntimeFault], None],
     ) -> None:
         self._making = making
         self._deadline_s = deadline_s
-        self._take = take
-        self._lose = lose
+        self._on_frame = on_frame
+        self._on_lost = on_lost
         self._frames: asyncio.Queue[tuple[list[Part], int]] = asyncio.Queue()
         self._helper: LinkHelper | None = None
         self._work = asyncio.create_task(self._collect())
@@ -129,6 +129,6 @@ class PartCollector:
                 while True:
                     parts, size = await self._frames.get()
                     last = await self._helper.receive(size, deadline_s=self._deadline_s) if size else b""
-                    self._take([*parts, last])
+                    self._on_frame([*parts, last])
             except RuntimeFault as fault:
-                self._lose(fault)
+                self._on_lost(fault)

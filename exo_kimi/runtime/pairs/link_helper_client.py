@@ -36,7 +36,7 @@ class LinkHelper:
 
     @property
     def pid(self) -> int:
-        """Of the link helper."""
+        """Process id of the link helper."""
         return self._process.pid
 
     @classmethod

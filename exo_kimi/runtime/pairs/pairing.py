@@ -24,7 +24,7 @@ LENGTH_BYTES = 8  # of the size before bytes that are handed to a link helper
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Pair:
-    """A pair.
+    """Two neighbouring stages as a group of `mx.distributed`: where both sides meet, and by which devices.
 
     Args:
         backend: of `mx.distributed`.
@@ -41,7 +41,7 @@ class Pair:
     receiver_device: str | None = None
 
     def to_json(self) -> str:
-        """As a process's argument."""
+        """The fields as JSON, which a link helper gets as an argument."""
         return json.dumps(asdict(self))
 
     def environment(self, rank: int, folder: Path) -> dict[str, str]:

@@ -38,8 +38,8 @@ async def connect_pair(link: Link, backend: Backend, *, epoch: int, deadline_s: 
         StageUnreachableError: the pair cannot be made.
         ProtocolError: the other side refused.
     """
-    host = await _number(link.address)
-    mine = _towards(host)
+    host = await _ipv4(link.address)
+    mine = _own_address_towards(host)
     device = await _device(backend, mine)
     proposal = PairOffer(
         epoch=epoch, backend=backend, sender=f"{mine}:{_free_port(mine)}", sender_device=device, host=host
@@ -57,13 +57,13 @@ class IncomingPair:
     """The pair that the stage before has made, if it has: the side that receives.
 
     Args:
-        take: takes every step that arrives.
-        lose: takes an epoch and why its pair is lost.
+        on_step: takes every step that arrives.
+        on_lost: takes an epoch and why its pair is lost.
     """
 
-    def __init__(self, *, take: Callable[[Step], None], lose: Callable[[int, RuntimeFault], None]) -> None:
-        self._take = take
-        self._lose = lose
+    def __init__(self, *, on_step: Callable[[Step], None], on_lost: Callable[[int, RuntimeFault], None]) -> None:
+        self._on_step = on_step
+        self._on_lost = on_lost
         self._current: tuple[int, PartCollector] | None = None
 
     async def answer(self, proposal: PairOffer, *, deadline_s: float) -> PairAnswer:
@@ -77,8 +77,11 @@ class IncomingPair:
         receiver = f"{proposal.host}:{_free_port(proposal.host)}"
         answer = PairAnswer(epoch=proposal.epoch, receiver=receiver, receiver_device=device)
         making = LinkHelper.start(_pair(proposal, answer), 1, deadline_s=PAIR_DEADLINE_S)
-        lose = partial(self._lose, proposal.epoch)
-        self._current = proposal.epoch, PartCollector(making, deadline_s=deadline_s, take=self._decode, lose=lose)
+        on_lost = partial(self._on_lost, proposal.epoch)
+        self._current = (
+            proposal.epoch,
+            PartCollector(making, deadline_s=deadline_s, on_frame=self._decode, on_lost=on_lost),
+        )
         return answer
 
     def takes(self, parts: list[Part]) -> bool:
@@ -99,7 +102,7 @@ class IncomingPair:
         step = decode(parts)
         if not isinstance(step, Step):
             raise ProtocolError("the stage before sent what is no step", found=type(step).__name__)
-        self._take(step)
+        self._on_step(step)
 
 
 def _pair(proposal: PairOffer, answer: PairAnswer) -> Pair:
@@ -112,7 +115,7 @@ def _pair(proposal: PairOffer, answer: PairAnswer) -> Pair:
     )
 
 
-async def _number(address: Address) -> str:
+async def _ipv4(address: Address) -> str:
     """An IPv4 address as a number: MLX's ring reads no other."""
     if address.path is not None:
         return "127.0.0.1"
@@ -123,7 +126,7 @@ async def _number(address: Address) -> str:
     return str(found[0][4][0])
 
 
-def _towards(host: str) -> str:
+def _own_address_towards(host: str) -> str:
     """The address of this machine from which it reaches a host; nothing is sent."""
     with sockets.socket(sockets.AF_INET, sockets.SOCK_DGRAM) as probe:
         probe.connect((host, 9))

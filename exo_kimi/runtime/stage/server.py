@@ -84,7 +84,7 @@ class StageServer:
         self._pairing: asyncio.Task[None] | None = None
         self._reset: asyncio.Future[Joined] | None = None
         self._is_first = False
-        self._incoming = IncomingPair(take=self._take, lose=self._send_fault)
+        self._incoming = IncomingPair(on_step=self._take, on_lost=self._send_fault)
 
     def run(self) -> None:
         """Serve until `stop`; the body of the IO thread. `bound` gets the address, or why there is none."""
