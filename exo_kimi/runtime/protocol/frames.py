@@ -87,7 +87,7 @@ def encode(message: Message) -> list[Part]:
             header = message
             check_finite(msgspec.structs.astuple(message), type(message).__name__)
         parts = [_encoder.encode(header), *buffers]
-    except (ValueError, OverflowError) as error:  # msgspec's, or a text that is not Unicode
+    except (msgspec.MsgspecError, ValueError, OverflowError) as error:  # ValueError: text that is no Unicode
         raise malformed("a value that JSON cannot hold", expected="values within bounds", found=error) from error
     _check_sizes(parts)
     return parts
@@ -108,7 +108,7 @@ def decode(parts: Sequence[Part]) -> Message:
         header = _header.decode(parts[0])
     except msgspec.ValidationError as error:
         raise _explained(error, parts[0]) from error
-    except (ValueError, RecursionError) as error:
+    except (msgspec.MsgspecError, ValueError, RecursionError) as error:
         raise malformed(
             "the header is not JSON", expected="a JSON object", found=f"{bytes(parts[0][:80])!r} ({error})"
         ) from error
@@ -139,7 +139,8 @@ def _explained(error: msgspec.ValidationError, header: Part) -> ProtocolError:
         found = msgspec.json.decode(header)
         for member, index in steps:
             found = found[member or int(index)]
-    except (ValueError, LookupError, TypeError, RecursionError):  # not JSON beyond that place, or a member twice
+    # Not JSON beyond that place, or a member twice.
+    except (msgspec.MsgspecError, ValueError, LookupError, TypeError, RecursionError):
         found = bytes(header[:80])
     name = _name(steps)
     if problem.startswith("Object missing"):
