@@ -1,0 +1,1 @@
+"""What the claims share: peers, stages, checkpoints and traffic to measure with."""
