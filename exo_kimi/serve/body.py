@@ -6,7 +6,7 @@ import json
 import math
 from typing import Any, NoReturn
 
-from starlette.requests import Request
+from starlette.requests import ClientDisconnect, Request
 
 from exo_kimi.errors import RequestError
 from exo_kimi.serve.problems import ApiProblem
@@ -20,7 +20,8 @@ async def read_json(request: Request, *, max_bytes: int) -> dict[str, Any]:
     """The JSON object in a request's body.
 
     Raises:
-        ApiProblem: 413 for a body over `max_bytes`, 415 for one that says it is a form, or that a web page sends untyped.
+        ApiProblem: 408 for a body that never came whole, 413 for one over `max_bytes`, 415 for one that says it is a form,
+            or that a web page sends untyped.
         RequestError: not UTF-8, not JSON, not an object, nested over 100 levels, or a number or text that JSON forbids.
     """
     declared = request.headers.get("content-type", "").split(";")[0].strip().lower()
@@ -64,11 +65,14 @@ async def _read(request: Request, max_bytes: int) -> bytes:
     if length.isdigit() and int(length) > max_bytes:
         raise too_large
     parts, size = [], 0
-    async for part in request.stream():
-        size += len(part)
-        if size > max_bytes:
-            raise too_large
-        parts.append(part)
+    try:
+        async for part in request.stream():
+            size += len(part)
+            if size > max_bytes:
+                raise too_large
+            parts.append(part)
+    except ClientDisconnect:  # the client left, or `connections` gave it up: nobody reads this, the metrics count it
+        raise ApiProblem(408, "the body of the request did not arrive", code="request_timeout") from None
     return b"".join(parts)
 
 

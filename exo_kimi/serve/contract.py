@@ -15,12 +15,13 @@ REASONS: Mapping[int, str] = {
     400: "The request is wrong, or this server does not support it; `param` names the field.",
     401: "The API key is missing or wrong.",
     404: "No such model.",
+    408: "The headers or the body did not arrive in time; the connection is closed.",
     413: "The body is larger than this server takes.",
     415: "The body is a form; this server takes JSON.",
     500: "A failure that nobody foresaw.",
     503: "The stages are starting or have failed, or too many requests wait. `Retry-After` says when to come back.",
 }
-GENERATION_STATUSES = (400, 404, 413, 415, 500, 503)
+GENERATION_STATUSES = (400, 404, 408, 413, 415, 500, 503)
 _SCHEMAS = "#/components/schemas/"
 
 

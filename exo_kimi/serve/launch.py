@@ -23,6 +23,7 @@ from exo_kimi.runtime.engine.speculation import Drafter, Speculate
 from exo_kimi.runtime.protocol.messages import LinkKind
 from exo_kimi.runtime.transport.keys import ENVIRONMENT_NAME, find_key
 from exo_kimi.serve.app import create_app
+from exo_kimi.serve.connections import raise_descriptor_limit
 from exo_kimi.serve.prefixes import prefix_disk_options
 from exo_kimi.serve.server import DEFAULT_HOST, DEFAULT_PORT, Served, run
 
@@ -66,9 +67,10 @@ def serve(options: ServeOptions, *, announce: Callable[[str], None] | None = Non
     Raises:
         CheckpointError, TokenizerError, TemplateError: the directory cannot be served; no weight was read.
         PlanError: the plan cannot be read, does not fit its machines, or is for another checkpoint.
-        UsageError: an option cannot be followed, or the address is taken.
+        UsageError: an option cannot be followed, the address is taken, or the stages would have too few descriptors.
         RuntimeFault: the stages did not become ready the first time.
     """
+    raise_descriptor_limit()
     key = find_key(key_file=options.key_file, environment_text=os.environ.get(ENVIRONMENT_NAME))
     checkpoint, scratch_bytes = Checkpoint(options.directory), None
     if options.plan is not None:

@@ -5,21 +5,30 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import errno
+import logging
+import os
 import signal
 import socket
+import sys
+import threading
 from collections.abc import Awaitable, Callable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import uvicorn
 from fastapi import FastAPI
 
 from exo_kimi.errors import AddressError, EngineStoppedError, ExoKimiError
 from exo_kimi.runtime.requests import TextEngine
+from exo_kimi.serve.connections import BoundedProtocol, BoundedState, descriptor_limit, quiet_accept_errors
 from exo_kimi.serve.progress import show_progress
 
 DEFAULT_HOST = "127.0.0.1"
 DEFAULT_PORT = 52415
-LEAVE_S = 5  # answers that are still being sent at shutdown get this long
+LEAVE_S = 2  # answers that are still being sent at shutdown get this long
+END_S = 4.5  # after the first signal the process ends, whatever runs: a thread that computes cannot be cancelled
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -45,6 +54,8 @@ def run(
 ) -> None:
     """Serves until Ctrl-C or SIGTERM. Requests in flight then fail with EngineStoppedError and the engine is closed.
 
+    A signal ends it within 5 s whatever runs, a second signal at once.
+
     Args:
         factory: makes the app inside the event loop; it should return while the weights are still loading, so that
             /health can tell. Called only once the address is ours.
@@ -58,8 +69,8 @@ def run(
         ExoKimiError: what the factory, or the first loading of the weights, raised.
     """
     listener = bind(host, port)
-    with contextlib.closing(listener), contextlib.suppress(KeyboardInterrupt):
-        asyncio.run(_serve(listener, factory, announce, progress))
+    with contextlib.closing(listener), contextlib.suppress(KeyboardInterrupt), _Deadline() as deadline:
+        asyncio.run(_serve(listener, factory, announce, progress, deadline))
 
 
 def bind(host: str, port: int) -> socket.socket:
@@ -104,12 +115,14 @@ async def _serve(
     factory: Callable[[], Awaitable[Served]],
     announce: Callable[[str], None] | None,
     progress: bool,
+    deadline: _Deadline,
 ) -> None:
+    quiet_accept_errors(asyncio.get_running_loop())
     served = await factory()
     watcher = asyncio.create_task(show_progress(served.engine)) if progress else None
     host, port = listener.getsockname()[:2]
     url = base_url(host, port)
-    server = _Uvicorn(served, lambda: announce and announce(url))
+    server = _Uvicorn(served, lambda: announce and announce(url), deadline)
     first_load = asyncio.create_task(_first_load(served, server))
     try:
         await server.serve(sockets=[listener])
@@ -133,12 +146,56 @@ async def _first_load(served: Served, server: uvicorn.Server) -> None:
         raise
 
 
+class _Deadline:
+    """The end of the process whatever runs: the first signal starts the time, the second ends it at once."""
+
+    def __init__(self) -> None:
+        self._timer: threading.Timer | None = None
+        self._former: dict[int, Any] = {}
+
+    def __enter__(self) -> _Deadline:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+        for number, former in self._former.items():
+            signal.signal(number, former)
+
+    def start(self) -> None:
+        """Starts the time, or ends the process if it has been started."""
+        if self._timer is not None:
+            self._end(1)
+        self._timer = threading.Timer(END_S, self._end_late)
+        self._timer.daemon = True
+        self._timer.start()
+
+    def keep(self, number: int) -> None:
+        """Takes a signal over from the loop, which still waits for its threads when it handles no signal any more."""
+        if self._timer is not None:
+            self._former[number] = signal.signal(number, lambda *_: self._end(1))
+
+    def _end_late(self) -> None:
+        log.warning("work that cannot be interrupted still ran %.1f s after the signal: ended without it", END_S)
+        self._end(0)
+
+    def _end(self, status: int) -> None:
+        for stream in (sys.stdout, sys.stderr):
+            with contextlib.suppress(OSError, ValueError):
+                stream.flush()
+        os._exit(status)  # stages end when their socket pair closes
+
+
 class _Uvicorn(uvicorn.Server):
     """uvicorn, but the engine ends first: it would wait for answers that only the engine can end."""
 
-    def __init__(self, served: Served, announce: Callable[[], object]) -> None:
+    def __init__(self, served: Served, announce: Callable[[], object], deadline: _Deadline) -> None:
+        state = BoundedState(descriptor_limit())
         config = uvicorn.Config(
             served.app,
+            http=BoundedProtocol,
+            ws="none",
+            backlog=state.backlog,
             lifespan="off",
             log_config=None,
             access_log=False,
@@ -146,8 +203,10 @@ class _Uvicorn(uvicorn.Server):
             timeout_graceful_shutdown=LEAVE_S,
         )
         super().__init__(config)
+        self.server_state = state
         self._served = served
         self._announce = announce
+        self._deadline = deadline
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         await super().startup(sockets)
@@ -164,10 +223,15 @@ class _Uvicorn(uvicorn.Server):
         caught = []
         with contextlib.suppress(ValueError, RuntimeError):  # not the main thread: then signals are not ours
             for number in (signal.SIGINT, signal.SIGTERM):
-                loop.add_signal_handler(number, self.handle_exit, number, None)
+                loop.add_signal_handler(number, self._leave, number)
                 caught.append(number)
         try:
             yield
         finally:
             for number in caught:
                 loop.remove_signal_handler(number)
+                self._deadline.keep(number)
+
+    def _leave(self, number: int) -> None:
+        self._deadline.start()
+        self.handle_exit(number, None)

@@ -1,0 +1,226 @@
+"""Connections that say little, slowly or nothing do not keep others out; descriptors are asked for and never run out loudly."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+import os
+import resource
+import subprocess
+import sys
+import threading
+import time
+from contextlib import asynccontextmanager, suppress
+from pathlib import Path
+
+import httpx
+import pytest
+import uvicorn
+
+from exo_kimi.serve import connections
+from exo_kimi.serve.connections import BoundedProtocol, BoundedState, quiet_accept_errors
+from exo_kimi.serve.contract import REASONS, ErrorAnswer
+
+ROOT = Path(__file__).parents[2]
+CHAT = "/v1/chat/completions"
+ASK = {"messages": [{"role": "user", "content": "Hi"}]}
+HEAD = b"POST /v1/chat/completions HTTP/1.1\r\nhost: 127.0.0.1\r\ncontent-type: application/json\r\ncontent-length: 1000\r\n"
+
+
+@asynccontextmanager
+async def served(app, *, descriptors=4096):
+    """The port of the app behind `BoundedProtocol`."""
+    state = BoundedState(descriptors)
+    config = uvicorn.Config(
+        app, port=0, lifespan="off", log_config=None, http=BoundedProtocol, backlog=state.backlog, ws="none"
+    )
+    server = uvicorn.Server(config)
+    server.server_state = state
+    config.load()
+    server.lifespan = config.lifespan_class(config)
+    await server.startup()
+    try:
+        yield server.servers[0].sockets[0].getsockname()[1], state
+    finally:
+        server.force_exit = True
+        await server.shutdown()
+
+
+async def refusal(reader) -> tuple[int, dict]:
+    head, _, body = (await asyncio.wait_for(reader.read(), 5)).partition(b"\r\n\r\n")
+    return int(head.split()[1]), json.loads(body)
+
+
+async def chat(port: int) -> httpx.Response:
+    async with httpx.AsyncClient(timeout=5) as client:
+        return await client.post(f"http://127.0.0.1:{port}{CHAT}", json=ASK)
+
+
+@pytest.mark.parametrize("sent", [b"", b"GET /hea", HEAD, HEAD + b"\r\n", HEAD + b'\r\n{"messages": '])
+async def test_a_request_that_never_becomes_whole_is_ended(saying, app_of, monkeypatch, sent):
+    monkeypatch.setattr(connections, "HEAD_S", 0.2)
+    monkeypatch.setattr(connections, "BODY_S", 0.2)
+    async with served(app_of(saying())) as (port, state):
+        reader, writer = await asyncio.open_connection("127.0.0.1", port)
+        writer.write(sent)
+        if sent:
+            status, body = await refusal(reader)
+            assert (status, body["error"]["code"]) == (408, "request_timeout")
+            assert status in REASONS
+            ErrorAnswer.model_validate(body)
+        else:
+            with suppress(ConnectionError):
+                assert await asyncio.wait_for(reader.read(), 5) == b""
+        writer.close()
+        assert not state.half_open
+        assert (await chat(port)).status_code == 200
+
+
+@pytest.mark.parametrize(
+    "start", [HEAD, HEAD + b"\r\n", b"GET /health HTTP/1.1\r\nhost: a\r\ncontent-length: 900\r\n\r\n"]
+)
+async def test_dripping_bytes_does_not_win_time(saying, app_of, monkeypatch, start):
+    monkeypatch.setattr(connections, "HEAD_S", 0.3)
+    monkeypatch.setattr(connections, "BODY_S", 0.3)
+    async with served(app_of(saying())) as (port, _):
+        _, writer = await asyncio.open_connection("127.0.0.1", port)
+        began = time.monotonic()
+        with pytest.raises(ConnectionError):
+            writer.write(start)
+            while time.monotonic() - began < 5:
+                writer.write(b"x")
+                await writer.drain()
+                await asyncio.sleep(0.02)
+
+
+async def test_a_body_that_comes_at_a_fair_rate_has_the_time_that_it_needs(saying, app_of, monkeypatch):
+    monkeypatch.setattr(connections, "BODY_S", 0.1)
+    monkeypatch.setattr(connections, "BODY_BYTES_PER_S", 1000)
+    body = json.dumps({**ASK, "user": "x" * 2000}).encode()
+    async with served(app_of(saying())) as (port, _):
+        reader, writer = await asyncio.open_connection("127.0.0.1", port)
+        writer.write(HEAD.replace(b"1000", str(len(body)).encode()) + b"connection: close\r\n\r\n")
+        for start in range(0, len(body), 200):
+            writer.write(body[start : start + 200])
+            await asyncio.sleep(0.05)
+        assert (await asyncio.wait_for(reader.read(), 5)).startswith(b"HTTP/1.1 200")
+        writer.close()
+
+
+async def test_streams_and_kept_connections_have_no_deadline(saying, app_of, monkeypatch):
+    monkeypatch.setattr(connections, "HEAD_S", 0.2)
+    monkeypatch.setattr(connections, "BODY_S", 0.2)
+    async with served(app_of(saying(delay_s=0.15))) as (port, _), httpx.AsyncClient(timeout=5) as client:
+        for _ in range(2):
+            answer = await client.post(f"http://127.0.0.1:{port}{CHAT}", json={**ASK, "stream": True})
+            assert answer.text.rstrip().endswith("data: [DONE]")
+            assert '"finish_reason":"stop"' in answer.text.replace(" ", "")
+            await asyncio.sleep(0.4)
+
+
+async def test_half_open_connections_give_way_to_a_request(saying, app_of, caplog):
+    async with served(app_of(saying()), descriptors=64) as (port, state):
+        opened = []
+        for index in range(200):
+            _, writer = await asyncio.open_connection("127.0.0.1", port)
+            writer.write(b"GET /hea" if index % 2 else HEAD + b"\r\n{")
+            opened.append(writer)
+            if index % 50 == 49:
+                assert (await chat(port)).status_code == 200
+        assert len(state.connections) <= 33
+        for writer in opened:
+            writer.close()
+    assert len([record for record in caplog.records if "connections" in record.message]) == 1
+
+
+async def test_what_is_not_http_gets_the_declared_refusal(saying, app_of):
+    async with served(app_of(saying())) as (port, _):
+        reader, writer = await asyncio.open_connection("127.0.0.1", port)
+        writer.write(b"\x16\x03\x01 hello\r\n\r\n")
+        status, body = await refusal(reader)
+        assert (status, body["error"]["code"]) == (400, "invalid_http")
+        ErrorAnswer.model_validate(body)
+        writer.close()
+
+
+async def test_no_descriptor_for_a_connection_is_logged_once(caplog):
+    loop = asyncio.get_running_loop()
+    quiet_accept_errors(loop)
+    with caplog.at_level(logging.WARNING):
+        for _ in range(500):
+            error = OSError(24, "Too many open files")
+            loop.call_exception_handler({"message": "socket.accept() out of system resource", "exception": error})
+    assert len(caplog.records) == 1
+    assert "no descriptor is left" in caplog.text
+
+
+def in_process(arguments: list[str], soft: int, hard: int) -> subprocess.CompletedProcess:
+    return subprocess.run(
+        [sys.executable, *arguments],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard)),
+    )
+
+
+def test_the_soft_limit_is_raised_at_start():
+    code = "from exo_kimi.serve.connections import raise_descriptor_limit as r; print(r())"
+    assert in_process(["-c", code], 256, 5000).stdout.strip() == "5000"
+
+
+def test_a_hard_limit_too_low_for_the_stages_is_one_clear_line(voice):
+    ended = in_process(["-m", "exo_kimi", "serve", str(voice.directory)], 256, 2048)
+    assert ended.returncode != 0
+    assert "Traceback" not in ended.stderr
+    assert "too few file descriptors" in ended.stderr
+    assert "2048" in ended.stderr
+    assert "4096" in ended.stderr
+
+
+BUSY = """
+import asyncio, sys, time
+from exo_kimi.serve.server import Served, run
+
+class Engine:
+    def snapshot(self): raise NotImplementedError
+    async def close(self): print("closed", flush=True)
+
+async def app(scope, receive, send): ...
+
+async def factory():
+    asyncio.get_running_loop().run_in_executor(None, time.sleep, 60)
+    return Served(app=app, engine=Engine())
+
+run(factory, port=0, progress=False, announce=lambda url: print(url, flush=True))
+"""
+
+
+@pytest.mark.parametrize("signals", [1, 2])
+def test_ctrl_c_ends_within_5_s_whatever_a_thread_computes(signals):
+    process = subprocess.Popen(
+        [sys.executable, "-c", BUSY],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+    )
+    guard = threading.Timer(40, process.kill)
+    guard.start()
+    try:
+        assert process.stdout.readline().startswith("http://")
+        began = time.monotonic()
+        process.send_signal(2)
+        if signals == 2:
+            time.sleep(1)
+            process.send_signal(2)
+        output, errors = process.communicate()
+        assert time.monotonic() - began < (5.5 if signals == 1 else 2)
+        assert process.returncode == (0 if signals == 1 else 1)
+        assert "closed" in output
+        assert "Traceback" not in errors
+    finally:
+        guard.cancel()
+        process.kill()
