@@ -232,6 +232,15 @@ def serve(
         int,
         option("--port", parser=port, metavar="PORT", help=f"port of the API (default {DEFAULT_PORT})", panel=NETWORK),
     ] = DEFAULT_PORT,
+    allowed_host: Annotated[
+        list[str],
+        option(
+            "--allowed-host",
+            metavar="NAME",
+            help="a further name in `Host` and `Origin`, beside loopback's and --host (repeatable; * is any)",
+            panel=NETWORK,
+        ),
+    ] = [],  # noqa: B006 (typer's way to say none)
     api_key: Annotated[
         str | None,
         option(

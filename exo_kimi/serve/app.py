@@ -63,6 +63,7 @@ def create_app(
     max_body_bytes: int = MAX_BODY_BYTES,
     ping_interval_s: float = 5.0,
     fingerprint: str | None = None,
+    hosts: frozenset[str] | None = None,
 ) -> FastAPI:
     """The API over one engine.
 
@@ -74,6 +75,7 @@ def create_app(
         max_body_bytes: larger bodies get 413.
         ping_interval_s: a silent stream gets a comment this often.
         fingerprint: names the weights; becomes part of `system_fingerprint`.
+        hosts: names that this server answers to (`gate.allowed_hosts`); None is all.
     """
     server = _Server(
         engine=engine,
@@ -101,13 +103,13 @@ def create_app(
     for kind in (ExoKimiError, ApiProblem, Exception):
         app.add_exception_handler(kind, answer_error)
     app.add_exception_handler(HTTPException, answer_http_error)
-    app.add_middleware(Gate, metrics=server.metrics, paths=PATHS, api_key=api_key)
+    app.add_middleware(Gate, metrics=server.metrics, paths=PATHS, api_key=api_key, hosts=hosts)
     return app
 
 
 def _add_routes(app: FastAPI, server: _Server, *, guarded: bool) -> None:
     """Every address, with what it reads and may answer."""
-    refused = (401,) if guarded else ()
+    refused = (401, 403) if guarded else (403,)
     key: Any = {"dependencies": [Depends(HTTPBearer(auto_error=False))] if guarded else []}  # told; `Gate` asks for it
     metrics: dict[int | str, dict[str, Any]] = {
         200: {"content": {"text/plain": {"schema": {"type": "string"}}}, "description": "Prometheus' text format."}
@@ -134,7 +136,7 @@ def _add_routes(app: FastAPI, server: _Server, *, guarded: bool) -> None:
     app.post("/v1/completions", **text, **key)(server.completion)
     app.get("/v1/models", response_model=ModelList, responses=refusals(*refused), **key)(server.models)
     app.get("/v1/models/{model:path}", response_model=ModelCard, responses=refusals(404, *refused), **key)(server.model)
-    app.get("/health", response_model=HealthReport, responses=unhealthy)(server.health)
+    app.get("/health", response_model=HealthReport, responses={**unhealthy, **refusals(403)})(server.health)
     app.get("/metrics", response_class=Response, responses={**metrics, **refusals(*refused)}, **key)(server.prometheus)
 
 

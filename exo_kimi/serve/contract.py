@@ -14,6 +14,7 @@ from exo_kimi.serve.request.fields import BOOKKEEPING, HONOURED_VALUES, Generati
 REASONS: Mapping[int, str] = {
     400: "The request is wrong, or this server does not support it; `param` names the field.",
     401: "The API key is missing or wrong.",
+    403: "`Host` or `Origin` is a name that this server was not told to answer to (`--allowed-host`).",
     404: "No such model.",
     408: "The headers or the body did not arrive in time; the connection is closed.",
     413: "The body is larger than this server takes.",

@@ -1,11 +1,13 @@
-"""What every HTTP request passes before a route sees it: the API key, and a count, a log line and an id for each answer."""
+"""What every HTTP request passes before a route sees it: its host and key; each answer gets a count, a log line and an id."""
 
 from __future__ import annotations
 
 import hmac
+import ipaddress
 import logging
 import uuid
 from collections.abc import Iterable
+from urllib.parse import urlsplit
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
@@ -16,6 +18,9 @@ log = logging.getLogger(__name__)
 
 OPEN_PATHS = frozenset({"/health", "/docs", "/openapi.json"})  # they tell what the source tells; a browser has no key
 OPEN_FOLDER = "/docs-files/"
+LOOPBACK_NAMES = frozenset({"localhost", "127.0.0.1", "::1"})
+ANY = "*"
+ADDRESSES = "addresses"  # no name of a page: its browser shows the address, so nothing was rebound
 POLLED_PATHS = frozenset({"/health", "/metrics"})  # asked every few seconds: no log lines
 
 
@@ -27,16 +32,27 @@ class Gate:
         metrics: told the path (as the routes know it) and the status of every answer.
         paths: paths that may become a label; all others count as `other`.
         api_key: when given, every path but /health and the documentation needs `Authorization: Bearer KEY`.
+        hosts: names that `Host` and `Origin` may have (`allowed_hosts`), without which any web page could have a browser
+            reach this server under a name of its own (DNS rebinding); None or `*` allows all.
     """
 
-    def __init__(self, app: ASGIApp, *, metrics: Metrics, paths: frozenset[str], api_key: str | None = None) -> None:
+    def __init__(
+        self,
+        app: ASGIApp,
+        *,
+        metrics: Metrics,
+        paths: frozenset[str],
+        api_key: str | None = None,
+        hosts: frozenset[str] | None = None,
+    ) -> None:
         self._app = app
         self._metrics = metrics
         self._paths = paths
         self._api_key = api_key
+        self._hosts = frozenset({ANY}) if hosts is None else hosts
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Answers 401 itself, and counts whatever is answered."""
+        """Answers 401 and 403 itself, and counts whatever is answered."""
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
@@ -51,13 +67,34 @@ class Gate:
                 message = {**message, "headers": [*message["headers"], (b"x-request-id", request_id.encode())]}
             await send(message)
 
-        if self._admits(scope):
-            await self._app(scope, receive, counting_send)
-        else:
+        refusal = self._wrong_host(scope)
+        if refusal is None and not self._admits(scope):
             refusal = ApiProblem(
                 401, "missing or wrong API key: send `Authorization: Bearer KEY`", code="invalid_api_key"
             )
+        if refusal is not None:
             await refusal.response()(scope, receive, counting_send)
+        else:
+            await self._app(scope, receive, counting_send)
+
+    def _wrong_host(self, scope: Scope) -> ApiProblem | None:
+        if ANY in self._hosts:
+            return None
+        for name, value in scope["headers"]:
+            if name not in (b"host", b"origin"):
+                continue
+            text = value.decode("latin-1")
+            host = host_name(text if name == b"origin" else f"//{text}")
+            if host is None or not self._is_ours(host):
+                message = (
+                    f"this server does not answer to the {name.decode().title()} {text[:200]!r}: "
+                    f"start it with --allowed-host {host or 'NAME'}, if that is yours"
+                )
+                return ApiProblem(403, message, code="host_not_allowed")
+        return None
+
+    def _is_ours(self, host: str) -> bool:
+        return host in self._hosts or (ADDRESSES in self._hosts and _is_address(host))
 
     def _admits(self, scope: Scope) -> bool:
         if self._api_key is None or scope["path"] in OPEN_PATHS or scope["path"].startswith(OPEN_FOLDER):
@@ -67,3 +104,36 @@ class Gate:
         scheme, _, key = given.partition(b" ")
         # In constant time: the time must not tell how much of a key is right.
         return scheme.lower() == b"bearer" and hmac.compare_digest(key.strip(), self._api_key.encode())
+
+
+def allowed_hosts(bound: str, extra: Iterable[str] = ()) -> frozenset[str]:
+    """The names of this server: loopback's, the address bound, and what the user allowed.
+
+    A server on all interfaces answers to every IP address: rebinding needs a name.
+
+    Args:
+        bound: `--host`.
+        extra: of `--allowed-host`; `*` allows all.
+    """
+    every = {ADDRESSES} if bound in ("", "0.0.0.0", "::") else set()  # compared, not bound
+    return LOOPBACK_NAMES | every | {name.lower().strip("[]").rstrip(".") for name in (bound, *extra)}
+
+
+def host_name(url: str) -> str | None:
+    """The lower-case host of a URL without port and brackets; None when there is none (`Origin: null`)."""
+    try:
+        parts = urlsplit(url)
+        _ = parts.port  # raises, if it is none
+        host = parts.hostname
+    except ValueError:
+        return None
+    plain = parts.username is None and not parts.path.strip("/") and not parts.query and not parts.fragment
+    return host.rstrip(".") if host and plain else None
+
+
+def _is_address(host: str) -> bool:
+    try:
+        ipaddress.ip_address(host)
+    except ValueError:
+        return False
+    return True

@@ -24,6 +24,7 @@ from exo_kimi.runtime.protocol.messages import LinkKind
 from exo_kimi.runtime.transport.keys import ENVIRONMENT_NAME, find_key
 from exo_kimi.serve.app import create_app
 from exo_kimi.serve.connections import raise_descriptor_limit
+from exo_kimi.serve.gate import allowed_hosts
 from exo_kimi.serve.prefixes import prefix_disk_options
 from exo_kimi.serve.server import DEFAULT_HOST, DEFAULT_PORT, Served, run
 
@@ -41,6 +42,7 @@ class ServeOptions:
     stages: int | None = None
     stage: Sequence[str] = field(default_factory=tuple)
     api_key: str | None = None
+    allowed_host: Sequence[str] = field(default_factory=tuple)
     context: int | None = None
     model_id: str | None = None
     dtype: str | None = None
@@ -98,6 +100,7 @@ def serve(options: ServeOptions, *, announce: Callable[[str], None] | None = Non
         link=options.link or "zmq",
         **disk,
     )
+    hosts = allowed_hosts(options.host, options.allowed_host)
     prefixes = PrefixOptions(memory_bytes=options.prefix_cache_bytes)
     sized = replace(bytes_of_manifest(checkpoint.manifest()), kv_bits=options.kv_bits)
     drafter = Drafter.of(options.speculate, sized)
@@ -106,7 +109,7 @@ def serve(options: ServeOptions, *, announce: Callable[[str], None] | None = Non
     async def factory() -> Served:
         cluster = StageCluster(plan, cluster_options)
         engine = Engine(cluster, context=options.context, drafter=drafter, prefixes=prefixes, **given)
-        app = create_app(engine, speaker, model_id=model_id, api_key=options.api_key)
+        app = create_app(engine, speaker, model_id=model_id, api_key=options.api_key, hosts=hosts)
         await cluster.start()
         await engine.start()
         return Served(app=app, engine=engine, wait_ready=cluster.wait_ready)

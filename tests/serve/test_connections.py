@@ -168,7 +168,8 @@ def in_process(arguments: list[str], soft: int, hard: int) -> subprocess.Complet
 
 def test_the_soft_limit_is_raised_at_start():
     code = "from exo_kimi.serve.connections import raise_descriptor_limit as r; print(r())"
-    assert in_process(["-c", code], 256, 5000).stdout.strip() == "5000"
+    hard = min(5000, resource.getrlimit(resource.RLIMIT_NOFILE)[1])  # mlx-lm lowers it to 4096 where it is imported
+    assert in_process(["-c", code], 256, hard).stdout.strip() == str(hard)
 
 
 def test_a_hard_limit_too_low_for_the_stages_is_one_clear_line(voice):
