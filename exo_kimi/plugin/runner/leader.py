@@ -33,7 +33,7 @@ from exo_kimi.runtime.cluster.options import ClusterOptions
 from exo_kimi.runtime.cluster.supervisor import StageCluster
 from exo_kimi.runtime.engine.engine import Engine
 from exo_kimi.runtime.engine.prefix_cache import PrefixOptions
-from exo_kimi.runtime.protocol.messages import Load
+from exo_kimi.runtime.protocol.messages import Load, encode_path
 from exo_kimi.runtime.requests import GenerationRequest, SamplingParams
 from exo_kimi.runtime.transport.address import Address
 from exo_kimi.runtime.transport.keys import ClusterKey
@@ -66,7 +66,7 @@ def cluster_plan(own: NodeLayers, directory: Path, config: KimiConfig, stage: Ad
         StagePlan(
             load=Load(
                 stage=rank,
-                directory=str(directory),
+                directory=encode_path(directory),
                 start_layer=start,
                 end_layer=end,
                 dtype=None,

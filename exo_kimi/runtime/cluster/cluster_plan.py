@@ -14,7 +14,7 @@ from exo_kimi.checkpoint.fingerprint import stage_fingerprint
 from exo_kimi.errors import UsageError
 from exo_kimi.planner.split import balanced_split, parse_split
 from exo_kimi.planner.weights.bytes import bytes_of_manifest
-from exo_kimi.runtime.protocol.messages import Load
+from exo_kimi.runtime.protocol.messages import Load, encode_path
 from exo_kimi.runtime.transport.address import Address, parse_address
 from exo_kimi.runtime.transport.keys import ClusterKey, require_key
 
@@ -97,7 +97,7 @@ def make_plan(
         manifest = checkpoint.manifest(start, end)
         load = Load(
             stage=stage,
-            directory=str(checkpoint.directory.resolve()),
+            directory=encode_path(checkpoint.directory.resolve()),
             start_layer=start,
             end_layer=end,
             dtype=dtype,

@@ -29,7 +29,16 @@ from exo_kimi.runtime.cluster.options import ClusterOptions, RunSettings
 from exo_kimi.runtime.cluster.stage_client import StageClient
 from exo_kimi.runtime.pipeline import DiskBlocks
 from exo_kimi.runtime.prefix_key import unpack_keys
-from exo_kimi.runtime.protocol.messages import BlocksChanged, Goodbye, HelloAck, Join, Joined, Loaded, Ping
+from exo_kimi.runtime.protocol.messages import (
+    BlocksChanged,
+    Goodbye,
+    HelloAck,
+    Join,
+    Joined,
+    Loaded,
+    Ping,
+    encode_path,
+)
 from exo_kimi.runtime.protocol.versions import Versions
 from exo_kimi.runtime.requests import StageHealth, StageState
 from exo_kimi.runtime.steps import NO_EPOCH, Step, StepResult
@@ -76,13 +85,14 @@ class ConnectedStage:
         Raises:
             RuntimeFault: as the stage reported it.
         """
+        directory = self._options.prefix_directory
         join = Join(
             epoch=epoch,
             next_address=next_address,
             link=self._options.link,
             block_tokens=block_tokens,
             prefix_disk_bytes=self._options.prefix_disk_bytes,
-            prefix_directory=self._options.prefix_directory,
+            prefix_directory=None if directory is None else encode_path(directory),
         )
         joined = self.joined = await self._client.ask(join, Joined, epoch=epoch)
         return joined

@@ -20,7 +20,10 @@ is missing, unknown, of another type or out of bounds is refused. `_bytes` are c
 
 from __future__ import annotations
 
+import os
+from pathlib import Path
 from typing import Annotated, Literal, get_args
+from urllib.parse import quote, unquote_to_bytes
 
 from msgspec import Meta, Struct
 
@@ -32,7 +35,10 @@ Count = Annotated[int, Meta(ge=0, le=2**63 - 1)]
 Positive = Annotated[int, Meta(ge=1, le=2**63 - 1)]
 Name = Annotated[str, Meta(max_length=1024)]
 """A version, a machine, an address, a device."""
-DirectoryPath = Annotated[str, Meta(max_length=4096)]
+DirectoryPath = Annotated[str, Meta(max_length=3 * 4096)]
+"""A path as `encode_path` writes it."""
+
+_SAFE = "".join(chr(code) for code in range(0x20, 0x7F) if chr(code) != "%")
 
 Backend = Literal["ring", "jaccl"]
 LinkKind = Literal["zmq", "ring", "jaccl"]
@@ -256,3 +262,13 @@ Control = (
     | Goodbye
 )
 CONTROL_KINDS: dict[str, type[Control]] = {str(cls.__struct_config__.tag): cls for cls in get_args(Control)}
+
+
+def encode_path(path: str | Path) -> str:
+    """A path as a message holds it: percent-encoded but for what ASCII can show, since the name of a file need not be UTF-8."""
+    return quote(os.fsencode(path), safe=_SAFE)
+
+
+def decode_path(text: str) -> Path:
+    """The path of `encode_path`."""
+    return Path(os.fsdecode(unquote_to_bytes(text)))

@@ -19,7 +19,7 @@ from exo_kimi.checkpoint.index import open_index
 from exo_kimi.checkpoint.manifest import resolve
 from exo_kimi.errors import CheckpointError, StageError
 from exo_kimi.models.kimi_k2 import CACHE_STEP
-from exo_kimi.runtime.protocol.messages import Join, Load, Loaded
+from exo_kimi.runtime.protocol.messages import Join, Load, Loaded, decode_path
 from exo_kimi.runtime.reserve import default_scratch_bytes
 from exo_kimi.runtime.stage.memory import FreeMemory, free_memory
 from exo_kimi.runtime.stage.prefix_disk import Changed, PrefixDisk, cache_identity, default_directory
@@ -67,13 +67,13 @@ class CheckpointLayers:
             StageError, StageOutOfMemoryError: see `ResidentStage.load`.
         """
         give_back_memory()
-        directory = self._directory or Path(order.directory)
+        directory = self._directory or decode_path(order.directory)
         manifest = resolve(open_index(directory), order.start_layer, order.end_layer)
         found = stage_fingerprint(manifest)
         if found != order.fingerprint:
             raise CheckpointError(
                 f"layers {order.start_layer}:{order.end_layer} are not those of the leader's checkpoint",
-                expected=f"fingerprint {order.fingerprint[:16]} (leader, {order.directory})",
+                expected=f"fingerprint {order.fingerprint[:16]} (leader, {decode_path(order.directory)})",
                 found=f"fingerprint {found[:16]}",
                 where=directory,
                 fix="copy the leader's checkpoint to this machine, or give the right folder with --model",
@@ -170,7 +170,7 @@ class MlxBackend:
                 worker.disk = _make_disk(loaded, order, changed)
                 loaded.disk_settings = settings
             except OSError as error:
-                where = error.filename or order.prefix_directory
+                where = error.filename or decode_path(order.prefix_directory or "")
                 logger.warning("no prefix is kept on this machine's disk: %s: %s", where, error.strerror)
         return (worker.disk.capacity_blocks, worker.disk.keys()) if worker.disk is not None else (0, ())
 
@@ -206,7 +206,7 @@ def _make_disk(loaded: _LoadedStage, order: Join, changed: Changed) -> PrefixDis
         kv_format=f"{type(cache).__name__} {getattr(cache, 'bits', '')}",
         block_tokens=order.block_tokens,
     )
-    parent = Path(order.prefix_directory).expanduser() if order.prefix_directory else default_directory()
+    parent = decode_path(order.prefix_directory).expanduser() if order.prefix_directory else default_directory()
     return PrefixDisk(
         parent,
         identity,

@@ -5,6 +5,8 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import os
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -267,3 +269,20 @@ def test_an_error_about_a_file_whose_name_is_no_utf_8_arrives() -> None:
     arrived = wire.decode(wire.encode(fault))
     assert isinstance(arrived, messages.StageFault)
     assert arrived.where == "/models/\\udcff.safetensors"
+
+
+@given(st.binary(min_size=1, max_size=200).filter(lambda name: b"\0" not in name))
+def test_any_name_of_a_file_arrives(name: bytes) -> None:
+    path = Path(os.fsdecode(b"/models/" + name))
+    load = messages.Load(
+        stage=0,
+        directory=messages.encode_path(path),
+        start_layer=0,
+        end_layer=1,
+        dtype=None,
+        fingerprint="0",
+        kv_bits=None,
+    )
+    arrived = wire.decode(wire.encode(load))
+    assert isinstance(arrived, messages.Load)
+    assert messages.decode_path(arrived.directory) == path
