@@ -30,6 +30,7 @@ from exo_kimi.serve.body import read_json
 from exo_kimi.serve.contract import (
     ChatCompletion,
     ChatCompletionChunk,
+    ErrorAnswer,
     HealthReport,
     ModelCard,
     ModelList,
@@ -115,7 +116,10 @@ def _add_routes(app: FastAPI, server: _Server, *, guarded: bool) -> None:
         200: {"content": {"text/plain": {"schema": {"type": "string"}}}, "description": "Prometheus' text format."}
     }
     unhealthy: dict[int | str, dict[str, Any]] = {
-        503: {"model": HealthReport, "description": "A stage is not ready; `reason` says which and why."}
+        503: {
+            "model": HealthReport | ErrorAnswer,
+            "description": "A stage is not ready, and `reason` says which and why; or too many connections.",
+        }
     }
     asked = {"model": server.model_id, "max_tokens": 64}
     chat = generation_route(
@@ -136,7 +140,7 @@ def _add_routes(app: FastAPI, server: _Server, *, guarded: bool) -> None:
     app.post("/v1/completions", **text, **key)(server.completion)
     app.get("/v1/models", response_model=ModelList, responses=refusals(*refused), **key)(server.models)
     app.get("/v1/models/{model:path}", response_model=ModelCard, responses=refusals(404, *refused), **key)(server.model)
-    app.get("/health", response_model=HealthReport, responses={**unhealthy, **refusals(403)})(server.health)
+    app.get("/health", response_model=HealthReport, responses={**refusals(403), **unhealthy})(server.health)
     app.get("/metrics", response_class=Response, responses={**metrics, **refusals(*refused)}, **key)(server.prometheus)
 
 

@@ -20,9 +20,10 @@ REASONS: Mapping[int, str] = {
     413: "The body is larger than this server takes.",
     415: "The body is a form; this server takes JSON.",
     500: "A failure that nobody foresaw.",
-    503: "The stages are starting or have failed, or too many requests wait. `Retry-After` says when to come back.",
+    503: "The stages are starting or have failed, or too many requests or connections wait. `Retry-After` says when to return.",
 }
-GENERATION_STATUSES = (400, 404, 408, 413, 415, 500, 503)
+CONNECTION_STATUSES = (400, 408, 503)  # of `connections`, before any route is found: every route may give them
+GENERATION_STATUSES = (404, 413, 415, 500, *CONNECTION_STATUSES)
 _SCHEMAS = "#/components/schemas/"
 
 
@@ -222,8 +223,10 @@ class HealthReport(BaseModel):
 
 
 def refusals(*statuses: int) -> dict[int | str, dict[str, Any]]:
-    """The `responses` of a route that may answer with these statuses, each with OpenAI's error object."""
-    return {status: {"model": ErrorAnswer, "description": REASONS[status]} for status in statuses}
+    """The `responses` of a route that may answer with these statuses and those of the connection, with OpenAI's error object."""
+    return {
+        status: {"model": ErrorAnswer, "description": REASONS[status]} for status in (*statuses, *CONNECTION_STATUSES)
+    }
 
 
 def generation_route(

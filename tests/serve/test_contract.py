@@ -13,6 +13,7 @@ import pytest
 from pydantic import BaseModel
 
 from exo_kimi.serve.contract import (
+    CONNECTION_STATUSES,
     REASONS,
     ChatCompletion,
     ChatCompletionChunk,
@@ -146,3 +147,12 @@ async def test_the_docs_page_loads_only_what_this_server_has(saying, client_of):
             assert (await client.get(path)).status_code == 200, path
         assert (await client.get("/docs-files/../v1/models")).status_code == 401
         assert (await client.get("/docs-files/%2e%2e/%2e%2e/consts.py")).status_code == 404
+
+
+async def test_every_route_declares_what_the_connection_may_answer(saying, client_of):
+    async with client_of(saying()) as client:
+        paths = (await client.get("/openapi.json")).json()["paths"]
+    for path, operations in paths.items():
+        for operation in operations.values():
+            for status in CONNECTION_STATUSES:
+                assert "ErrorAnswer" in json.dumps(operation["responses"][str(status)]), (path, status)

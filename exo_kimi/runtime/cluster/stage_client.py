@@ -1,5 +1,7 @@
-"""StageClient: the leader's link with one stage. Requests get their response, what comes unasked goes to
-callbacks."""
+"""StageClient: the leader's link with one stage.
+
+Requests get their response, what comes unasked goes to callbacks.
+"""
 
 from __future__ import annotations
 

@@ -1,5 +1,7 @@
-"""Where prefixes are cached: in the stages' memory (PrefixIndex) and on their disks (DiskBlockIndex). Bookkeeping alone; what is
-done with it is decided in `prefix_cache`."""
+"""Where prefixes are cached: in the stages' memory (PrefixIndex) and on their disks (DiskBlockIndex).
+
+Bookkeeping alone; `prefix_cache` decides what is done with it.
+"""
 
 from __future__ import annotations
 
