@@ -25,6 +25,7 @@ from exo_kimi.cli.values import (
     deadline,
     flag,
     guesses,
+    host_name,
     key,
     one_of,
     option,
@@ -236,6 +237,7 @@ def serve(
         list[str],
         option(
             "--allowed-host",
+            parser=host_name,
             metavar="NAME",
             help="a further name in `Host` and `Origin`, beside loopback's and --host (repeatable; * is any)",
             panel=NETWORK,

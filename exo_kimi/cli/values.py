@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import wraps
+from ipaddress import ip_address
 from typing import Any, Literal, TypeVar, get_args
 
 import typer
@@ -111,6 +112,15 @@ def guesses(text: str) -> str | int:
 
 
 @_parser
+def host_name(text: str) -> str:
+    """A name or an IP address by itself, or `*`; with a scheme or a port it would never be found in a request."""
+    plain = text.strip().removeprefix("[").removesuffix("]")
+    if not plain or any(each in plain for each in "/@?# ") or (":" in plain and not _is_ip_address(plain)):
+        raise typer.BadParameter(f"{text!r} is not a name such as studio.local, without scheme and port, or *")
+    return plain
+
+
+@_parser
 def port(text: str) -> int:
     """A TCP port; 0 takes a free one."""
     if not text.isdecimal() or not 0 <= int(text) <= 65535:
@@ -170,3 +180,11 @@ def rates(text: str) -> tuple[float, ...]:
             raise typer.BadParameter(f"{part.strip()!r} is not a learning rate between 0 and 1")
         found.append(rate)
     return tuple(dict.fromkeys(found))
+
+
+def _is_ip_address(text: str) -> bool:
+    try:
+        ip_address(text)
+    except ValueError:
+        return False
+    return True
