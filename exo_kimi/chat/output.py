@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from exo_kimi.chat.events import ContentDelta, OutputEvent, ReasoningDelta, ToolCallEvent
+from exo_kimi.chat.events import ContentDelta, OutputEvent, ReasoningDelta, ToolCallBegin, ToolCallEvent
 from exo_kimi.chat.family import THINK_CLOSE, THINK_OPEN
 from exo_kimi.chat.markers import MarkerScanner, Piece, StopMatcher
 from exo_kimi.chat.tokenizer import KimiTokenizer
-from exo_kimi.chat.tool_calls import TOOL_MARKERS, ToolCallParser
+from exo_kimi.chat.tool_calls import TOOL_MARKERS, CallItem, ToolCallParser
 
 __all__ = ["ContentDelta", "OutputEvent", "OutputParser", "ReasoningDelta", "ToolCallEvent"]
 
@@ -18,7 +18,8 @@ class OutputParser:
     """Parser of one reply while it streams.
 
     Think tags and tool markers are acted upon; all other control tokens (ends of turns, padding) mean nothing to a client and
-    are not shown. Without tools, tool markers are shown as text, so that nothing is lost.
+    are not shown. Without tools, tool markers are shown as text, so that nothing is lost. A tag or marker that the vocabulary
+    has a control token for counts only as that token; spelled in ordinary tokens it is text, such as a quoted file.
 
     Args:
         tokenizer: the tokenizer of the model that replies.
@@ -42,7 +43,8 @@ class OutputParser:
         spelled = THINK_OPEN not in tokenizer.special
         self._reasoning = ReasoningSplitter(is_open=reasoning_open, spelled=spelled)
         declared = () if isinstance(tools, bool) else tools
-        self._calls = ToolCallParser(declared, next_call_index) if tools else None
+        quotable = TOOL_MARKERS - tokenizer.special.keys()
+        self._calls = ToolCallParser(declared, next_call_index, spelled=quotable) if tools else None
         self._stop = StopMatcher(stop)
         self._events: list[OutputEvent] = []
         self.saw_tool_call = False
@@ -70,7 +72,7 @@ class OutputParser:
             self._tag(name)
         elif name in TOOL_MARKERS:
             self._pieces(self._reasoning.flush())
-            self._plain(name)
+            self._marker(name)
         return self._take()
 
     def finish(self) -> list[OutputEvent]:
@@ -121,18 +123,26 @@ class OutputParser:
         for item in self._calls.feed(text):
             self._item(item)
 
+    def _marker(self, name: str) -> None:
+        if self._calls is None:
+            self._say(name)
+            return
+        for item in self._calls.feed_marker(name):
+            self._item(item)
+
     def _end_calls(self) -> None:
         for item in self._calls.finish() if self._calls is not None else ():
             self._item(item)
 
-    def _item(self, item: str | ToolCallEvent) -> None:
+    def _item(self, item: CallItem) -> None:
         if isinstance(item, str):
             self._say(item)
         elif not self.stopped:
-            self._content(self._stop.flush())
-            # A call inside reasoning that was never closed ends the reasoning.
-            self._reasoning.is_open = False
-            self.saw_tool_call = True
+            if isinstance(item, ToolCallBegin):
+                self._content(self._stop.flush())
+                # A call inside reasoning that was never closed ends the reasoning.
+                self._reasoning.is_open = False
+                self.saw_tool_call = True
             self._events.append(item)
 
     def _say(self, text: str) -> None:

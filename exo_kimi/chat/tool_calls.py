@@ -1,4 +1,4 @@
-"""Parse the tool calls in a stream of text.
+"""Parse the tool calls in a stream of text and markers.
 
     outside --section begin--> section --call begin--> header --argument begin--> arguments --call end--> section
 
@@ -10,11 +10,11 @@ end, the text is read again from that marker on.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any, Literal
 
 from exo_kimi.chat.call_names import PREFIX, DeclaredTools, parse_arguments
-from exo_kimi.chat.events import ToolCallEvent
+from exo_kimi.chat.events import ToolCallBegin, ToolCallDelta, ToolCallEvent
 from exo_kimi.chat.markers import MarkerScanner, Piece
 
 # Some checkpoints write the singular form.
@@ -27,22 +27,32 @@ TOOL_MARKERS = frozenset({*SECTION_BEGIN, *SECTION_END, CALL_BEGIN, ARGUMENT_BEG
 _MAX_HEADER_CHARS = 512
 _MAX_DOUBTFUL_MARKERS = 64
 
+CallItem = str | ToolCallBegin | ToolCallDelta | ToolCallEvent
+
 
 class ToolCallParser:
-    """Parser of one reply: text in, text and tool calls out, however the stream is cut.
+    """Parser of one reply: text and markers in, text and tool calls out, however the stream is cut.
 
     Args:
         tools: the declared tools, OpenAI-shaped; they help with headers that name no function.
         next_call_index: number for the first call that brings none; calls are counted over the conversation.
+        spelled: markers that count where they are spelled in text. None that the vocabulary has a control token for belongs
+            here: a model that quotes a call (a file, a page) spells its markers, and what it quotes must not be executed.
     """
 
-    def __init__(self, tools: Sequence[Mapping[str, Any]] = (), next_call_index: int = 0) -> None:
+    def __init__(
+        self,
+        tools: Sequence[Mapping[str, Any]] = (),
+        next_call_index: int = 0,
+        *,
+        spelled: Collection[str] = TOOL_MARKERS,
+    ) -> None:
         self._declared = DeclaredTools(tools)
         self._next_index = next_call_index
         self._used_ids: set[str] = set()
-        self._scanner = MarkerScanner(TOOL_MARKERS)
+        self._scanner = MarkerScanner(spelled)
         self._queue: deque[Piece] = deque()
-        self._out: list[str | ToolCallEvent] = []
+        self._out: list[CallItem] = []
         self._state: Literal["outside", "section", "header", "arguments"] = "outside"
         # Shown as text only when the section turns out to hold no call: its begin, and blanks between calls.
         self._section_begin = ""
@@ -64,11 +74,15 @@ class ToolCallParser:
         """Whether the stream stands inside a JSON string of a call's arguments."""
         return self._state == "arguments" and self._quoted
 
-    def feed(self, text: str) -> list[str | ToolCallEvent]:
+    def feed(self, text: str) -> list[CallItem]:
         """Text and calls that became certain with `text`, in order."""
         return self._run(self._scanner.feed(text))
 
-    def finish(self) -> list[str | ToolCallEvent]:
+    def feed_marker(self, name: str) -> list[CallItem]:
+        """What became certain with the control token of a marker."""
+        return self._run([*self._scanner.flush(), Piece(name, True)])
+
+    def finish(self) -> list[CallItem]:
         """Text and calls that were held back, now that nothing follows; the parser can be used again."""
         out = self._run(self._scanner.flush())
         while self._state != "outside":
@@ -76,7 +90,7 @@ class ToolCallParser:
             out += self._run([])
         return _merged(out)
 
-    def _run(self, pieces: list[Piece]) -> list[str | ToolCallEvent]:
+    def _run(self, pieces: list[Piece]) -> list[CallItem]:
         self._queue.extend(pieces)
         while self._queue:
             piece = self._queue.popleft()
@@ -172,7 +186,12 @@ class ToolCallParser:
             index = self._next_index
         call_id = f"{PREFIX}{name}:{index}"
         self._next_index = max(self._next_index, index + 1)
-        self._out.append(ToolCallEvent(len(self._used_ids), call_id, name, text))
+        number = len(self._used_ids)
+        self._out += [
+            ToolCallBegin(number, call_id, name),
+            ToolCallDelta(number, text),
+            ToolCallEvent(number, call_id, name, text),
+        ]
         self._used_ids.add(call_id)
         self._section_begin = self._gap = ""
         if self._section_implied:
@@ -213,9 +232,9 @@ class ToolCallParser:
             self._leave_section()
 
 
-def _merged(out: list[str | ToolCallEvent]) -> list[str | ToolCallEvent]:
+def _merged(out: list[CallItem]) -> list[CallItem]:
     """The same with neighbouring texts joined and empty ones dropped."""
-    merged: list[str | ToolCallEvent] = []
+    merged: list[CallItem] = []
     for item in out:
         if isinstance(item, str) and merged and isinstance(merged[-1], str):
             merged[-1] += item

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import TracebackType
 from typing import Any, Self
 
@@ -21,7 +21,7 @@ SILENCE_TIMEOUT_S = 600.0
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Call:
-    """A tool call, or a piece of one."""
+    """A tool call."""
 
     id: str
     name: str
@@ -33,7 +33,7 @@ class Call:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Delta:
-    """One step of an answer."""
+    """One step of an answer; tool calls come whole, with the finish reason."""
 
     content: str = ""
     reasoning: str = ""
@@ -144,6 +144,7 @@ class ChatClient:
 
 
 def _deltas(events: Iterator[str]) -> Iterator[Delta]:
+    calls: dict[int, Call] = {}
     for data in events:
         if data == "[DONE]":
             return
@@ -155,19 +156,24 @@ def _deltas(events: Iterator[str]) -> Iterator[Delta]:
             raise RuntimeFault(_message(error))
         for choice in chunk.get("choices") or ():
             delta = choice.get("delta") or {}
+            for place, piece in enumerate(delta.get("tool_calls") or ()):
+                index = piece.get("index", place)
+                calls[index] = _grown(calls.get(index), piece)
+            ended = choice.get("finish_reason") is not None
             yield Delta(
                 content=delta.get("content") or "",
                 reasoning=delta.get("reasoning_content") or delta.get("reasoning") or "",
-                tool_calls=tuple(_call(call) for call in delta.get("tool_calls") or ()),
+                tool_calls=tuple(calls.values()) if ended else (),
                 finish_reason=choice.get("finish_reason"),
             )
     raise RuntimeFault("the answer ended without [DONE]", fix="look at the server's log")
 
 
-def _call(call: dict[str, Any]) -> Call:
-    function = call.get("function") or {}
-    arguments = function.get("arguments") or ""
-    return Call(id=call.get("id") or "", name=function.get("name") or "", arguments=arguments)
+def _grown(call: Call | None, piece: dict[str, Any]) -> Call:
+    """A call with its next piece: the first has the id and the name, the others more of the arguments."""
+    function = piece.get("function") or {}
+    call = call or Call(id=piece.get("id") or "", name=function.get("name") or "", arguments="")
+    return replace(call, arguments=call.arguments + (function.get("arguments") or ""))
 
 
 def _refusal(status: int, body: bytes) -> ExoKimiError:

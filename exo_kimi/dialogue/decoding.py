@@ -6,7 +6,14 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Protocol
 
-from exo_kimi.chat.events import ContentDelta, OutputEvent, ReasoningDelta, ToolCallEvent
+from exo_kimi.chat.events import (
+    ContentDelta,
+    OutputEvent,
+    ReasoningDelta,
+    ToolCallBegin,
+    ToolCallDelta,
+    ToolCallEvent,
+)
 from exo_kimi.chat.markers import StopMatcher
 from exo_kimi.chat.tokenizer import KimiTokenizer
 from exo_kimi.dialogue.events import ContentEvent, EndEvent, EndReason, ReasoningEvent, ReplyEvent
@@ -132,6 +139,8 @@ class ReplyDecoder:
                 case ReasoningDelta(text=text):
                     self._reasoning_tokens += len(tokens)
                     events.append(ReasoningEvent(text=text, tokens=tuple(tokens)))
+                case ToolCallBegin() | ToolCallDelta():
+                    events.append(item)
                 case ToolCallEvent():
                     self._calls += 1
                     events.append(item)

@@ -1,6 +1,6 @@
 """The events of a reply as it streams, and what it cost in tokens and seconds.
 
-ReasoningEvent* ContentEvent* ToolCallEvent* ... EndEvent
+ReasoningEvent* ContentEvent* (ToolCallBegin ToolCallDelta* ToolCallEvent)* ... EndEvent
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
-from exo_kimi.chat.events import ToolCallEvent
+from exo_kimi.chat.events import ToolCallBegin, ToolCallDelta, ToolCallEvent
 from exo_kimi.runtime.requests import TokenEvent
 
 __all__ = [
@@ -18,6 +18,8 @@ __all__ = [
     "EndReason",
     "ReasoningEvent",
     "ReplyEvent",
+    "ToolCallBegin",
+    "ToolCallDelta",
     "ToolCallEvent",
     "Usage",
     "WholeReply",
@@ -63,7 +65,7 @@ class EndEvent:
     decode_s: float = field(default=0.0, compare=False)
 
 
-ReplyEvent = ContentEvent | ReasoningEvent | ToolCallEvent | EndEvent
+ReplyEvent = ContentEvent | ReasoningEvent | ToolCallBegin | ToolCallDelta | ToolCallEvent | EndEvent
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

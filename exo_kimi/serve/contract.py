@@ -72,12 +72,27 @@ class CalledFunction(BaseModel):
 
 
 class ChatCompletionCall(BaseModel):
-    """A tool call of the model; `index` is in chunks only."""
+    """A tool call of the model."""
 
     id: str
     type: Literal["function"]
     function: CalledFunction
-    index: int | None = None
+
+
+class CalledFunctionDelta(BaseModel):
+    """The name, in the first chunk of a call, or the next piece of its arguments."""
+
+    name: str | None = None
+    arguments: str
+
+
+class ChatCompletionCallDelta(BaseModel):
+    """A call begins (with id, type and name), or its arguments grow."""
+
+    index: int
+    id: str | None = None
+    type: Literal["function"] | None = None
+    function: CalledFunctionDelta
 
 
 class ChatCompletionMessage(BaseModel):
@@ -96,7 +111,7 @@ class ChatCompletionDelta(BaseModel):
     role: Literal["assistant"] | None = None
     content: str | None = None
     reasoning_content: str | None = None
-    tool_calls: list[ChatCompletionCall] | None = None
+    tool_calls: list[ChatCompletionCallDelta] | None = None
 
 
 class TokenLogprob(BaseModel):

@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from exo_kimi.chat.events import ToolCallEvent
+from exo_kimi.chat.events import ToolCallBegin, ToolCallDelta, ToolCallEvent
 from exo_kimi.chat.tool_calls import ToolCallParser
 
 BEGIN, END = "<|tool_calls_section_begin|>", "<|tool_calls_section_end|>"
@@ -182,6 +182,11 @@ def read(case: Case, pieces: list[str]) -> tuple[list[tuple[str, str, str]], str
     items = [item for piece in pieces for item in parser.feed(piece)] + parser.finish()
     calls = [item for item in items if isinstance(item, ToolCallEvent)]
     assert [one.index for one in calls] == list(range(len(calls)))
+    for one in calls:
+        begun = [item for item in items if isinstance(item, ToolCallBegin) and item.index == one.index]
+        assert begun == [ToolCallBegin(one.index, one.id, one.name)]
+        deltas = [item for item in items if isinstance(item, ToolCallDelta) and item.index == one.index]
+        assert "".join(item.arguments for item in deltas) == one.arguments
     return [(one.id, one.name, one.arguments) for one in calls], "".join(
         item for item in items if isinstance(item, str)
     )
@@ -254,7 +259,7 @@ def test_a_good_section_is_never_lost_behind_anything_but_an_open_string(before:
 def test_a_call_is_emitted_as_soon_as_it_ends() -> None:
     parser = ToolCallParser(TOOLS)
     assert parser.feed(f"{BEGIN}{CALL}functions.get_weather:0{ARGS}{WEATHER}") == []
-    assert parser.feed(DONE) == [ToolCallEvent(0, *PARIS)]
+    assert parser.feed(DONE)[-1] == ToolCallEvent(0, *PARIS)
 
 
 def test_plain_text_is_not_held_back() -> None:

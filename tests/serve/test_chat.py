@@ -171,11 +171,14 @@ def test_streamed_tool_calls_have_index_id_name_and_arguments(saying, openai_for
     stream = openai_for(engine).chat.completions.create(model=MODEL, messages=ASK, tools=[WEATHER], stream=True)
     deltas = [choice for chunk in stream for choice in chunk.choices]
     calls = [call for choice in deltas for call in choice.delta.tool_calls or ()]
-    assert [(call.index, call.type, call.function.name) for call in calls] == [
+    begun = [call for call in calls if call.id]
+    assert [(call.index, call.type, call.function.name) for call in begun] == [
         (0, "function", "get_weather"),
         (1, "function", "get_weather"),
     ]
-    assert len({call.id for call in calls}) == 2
+    assert len({call.id for call in begun}) == 2
+    arguments = ["".join(call.function.arguments for call in calls if call.index == index) for index in (0, 1)]
+    assert arguments == ['{"city": "Oslo"}', "{}"]
     assert "".join(choice.delta.content or "" for choice in deltas) == "Let me look."
     assert deltas[-1].finish_reason == "tool_calls"
 

@@ -13,6 +13,8 @@ from exo_kimi.dialogue.events import (
     EndEvent,
     ReasoningEvent,
     ReplyEvent,
+    ToolCallBegin,
+    ToolCallDelta,
     ToolCallEvent,
     Usage,
     WholeReply,
@@ -50,8 +52,8 @@ class Format(Protocol):
         """Chunks to send before any event."""
         ...
 
-    def chunk(self, index: int, event: ReplyEvent) -> dict[str, Any]:
-        """One event as a chunk."""
+    def chunk(self, index: int, event: ReplyEvent) -> dict[str, Any] | None:
+        """One event as a chunk; None where its chunks were sent already (the whole of a tool call)."""
         ...
 
     def usage_chunk(self, usage: Usage) -> dict[str, Any]:
@@ -75,15 +77,21 @@ class ChatFormat:
         """The role of each choice."""
         return [self._chunk(index, {"role": "assistant", "content": ""}) for index in range(choices)]
 
-    def chunk(self, index: int, event: ReplyEvent) -> dict[str, Any]:
-        """One delta, or the finish reason."""
+    def chunk(self, index: int, event: ReplyEvent) -> dict[str, Any] | None:
+        """One delta, or the finish reason; None for the whole of a call, whose pieces were sent."""
         match event:
             case ContentEvent():
                 return self._chunk(index, {"content": event.text}, logprobs=self._logprobs(event.tokens))
             case ReasoningEvent():
                 return self._chunk(index, {"reasoning_content": event.text})
+            case ToolCallBegin():
+                call = ToolCallEvent(event.index, event.id, event.name, "")
+                return self._chunk(index, {"tool_calls": [{"index": event.index, **_call(call)}]})
+            case ToolCallDelta():
+                grown = {"index": event.index, "function": {"arguments": event.arguments}}
+                return self._chunk(index, {"tool_calls": [grown]})
             case ToolCallEvent():
-                return self._chunk(index, {"tool_calls": [{"index": event.index, **_call(event)}]})
+                return None
             case EndEvent():
                 return self._chunk(index, {}, reason=event.finish_reason)
 
@@ -136,7 +144,7 @@ class TextFormat:
         """Nothing: a text has no role."""
         return []
 
-    def chunk(self, index: int, event: ReplyEvent) -> dict[str, Any]:
+    def chunk(self, index: int, event: ReplyEvent) -> dict[str, Any] | None:
         """Some text, or the finish reason; a text completion has neither reasoning nor tool calls."""
         if isinstance(event, ContentEvent):
             return self._wrap([self._choice(index, event.text, event.tokens)])

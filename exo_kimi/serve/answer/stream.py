@@ -130,7 +130,8 @@ class AnswerStream(Response):
                 index, event = item
                 if isinstance(event, EndEvent):
                     ends[index] = event
-                await put(self._event(self._style.chunk(index, event)))
+                if (chunk := self._style.chunk(index, event)) is not None:
+                    await put(self._event(chunk))
             if not generation.running:
                 break
             item = await self._next(generation)
