@@ -73,6 +73,12 @@ def parse(tokenizer: KimiTokenizer, ids: list[int], *, reasoning_open: bool = Fa
     return [event for token_id in ids for event in parser.feed(token_id)] + parser.finish()
 
 
+def calls_of(events: list[Any]) -> list[ToolCallEvent]:
+    """The calls of a reply that is calls alone."""
+    assert not any(isinstance(event, ContentDelta) for event in events)
+    return [event for event in events if isinstance(event, ToolCallEvent)]
+
+
 def content(events: list[Any]) -> str:
     return "".join(event.text for event in events if isinstance(event, ContentDelta))
 
@@ -127,8 +133,8 @@ def test_a_required_call_is_a_valid_call(seed: int, tokenizer: KimiTokenizer) ->
     tools = [WEATHER, CLOCK]
     prefer = [tokenizer.special["<|tool_calls_section_end|>"], *closers(tokenizer)]
     ids = walk(tokenizer, constraint.tool_call(tokenizer, tools), seed, prefer=prefer)
-    events = parse(tokenizer, ids, tools=tools)
-    assert events and all(isinstance(event, ToolCallEvent) for event in events)
+    events = calls_of(parse(tokenizer, ids, tools=tools))
+    assert events
     for event in events:
         assert event.name in ("get_weather", "clock")
         if event.name == "get_weather":
@@ -140,7 +146,7 @@ def test_a_named_call_is_one_call_of_that_name(seed: int, tokenizer: KimiTokeniz
     tools = [CLOCK, WEATHER]
     subject = constraint.tool_call(tokenizer, tools, "get_weather", reasoning="open")
     ids = walk(tokenizer, subject, seed, prefer=closers(tokenizer))
-    events = [e for e in parse(tokenizer, ids, reasoning_open=True, tools=tools) if not isinstance(e, ReasoningDelta)]
+    events = calls_of(parse(tokenizer, ids, reasoning_open=True, tools=tools))
     assert [event.name for event in events] == ["get_weather"]
 
 
@@ -148,7 +154,7 @@ def test_without_parallel_calls_there_is_one(tokenizer: KimiTokenizer) -> None:
     tools = [CLOCK]
     subject = constraint.tool_call(tokenizer, tools, parallel=False)
     ids = walk(tokenizer, subject, 1, prefer=[tokenizer.special["<|tool_call_begin|>"], *closers(tokenizer)])
-    assert len(parse(tokenizer, ids, tools=tools)) == 1
+    assert len(calls_of(parse(tokenizer, ids, tools=tools))) == 1
 
 
 def test_strict_tools_leave_text_free_and_make_calls_valid(tokenizer: KimiTokenizer) -> None:
