@@ -56,11 +56,27 @@ class PreparedRequest:
         choices: `choices_per_prompt` for each prompt, prompt after prompt.
         prompt_tokens: of all prompts together.
         choices_per_prompt: `n`.
+        warnings: what of the request is not carried out as it was asked, a sentence each, for the answer.
     """
 
     choices: tuple[Choice, ...]
     prompt_tokens: int
     choices_per_prompt: int
+    warnings: tuple[str, ...] = ()
+
+    def checked(self, engine: TextEngine) -> PreparedRequest:
+        """This request, once the engine would admit every choice of it; with a warning where it cuts `max_tokens`.
+
+        Raises:
+            ExoKimiError: what the engine would raise before it admits a choice.
+        """
+        cut: dict[str, None] = {}
+        for choice in self.choices:
+            wanted, room = choice.request.max_tokens, engine.check(choice.request)
+            if wanted is not None and room is not None and room < wanted:
+                prompt = len(choice.request.prompt_ids)
+                cut[f"max_tokens {wanted} was cut to {room}: no more fit behind {prompt} prompt tokens"] = None
+        return replace(self, warnings=(*self.warnings, *cut))
 
     def usage(self, ends: Sequence[EndEvent]) -> Usage:
         """What the whole request took. The choices of one prompt share it: it is counted once, and as cached as far as it was
@@ -126,7 +142,9 @@ def _prepare_conversation(request: ConversationRequest, speaker: Speaker) -> Pre
                 ),
             )
         )
-    return PreparedRequest(choices=tuple(choices), prompt_tokens=len(ids), choices_per_prompt=request.n)
+    return PreparedRequest(
+        choices=tuple(choices), prompt_tokens=len(ids), choices_per_prompt=request.n, warnings=request.warnings
+    )
 
 
 def _prepare_texts(request: TextRequest, speaker: Speaker) -> PreparedRequest:
@@ -142,7 +160,12 @@ def _prepare_texts(request: TextRequest, speaker: Speaker) -> PreparedRequest:
             parser = TextParser(tokenizer, stop=request.stop, prefix=prefix)
             sequence = _sequence(request, index, ids, sampling, tokenizer)
             choices.append(Choice(request=sequence, decoder=ReplyDecoder(parser, stop_ids=tokenizer.stop_ids)))
-    return PreparedRequest(choices=tuple(choices), prompt_tokens=sum(map(len, prompts)), choices_per_prompt=request.n)
+    return PreparedRequest(
+        choices=tuple(choices),
+        prompt_tokens=sum(map(len, prompts)),
+        choices_per_prompt=request.n,
+        warnings=request.warnings,
+    )
 
 
 def _sequence(

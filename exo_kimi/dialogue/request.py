@@ -82,10 +82,11 @@ class ReplyOptions:
 
     Args:
         sampling: the client's choices.
-        max_tokens: most tokens of each reply; None takes as many as the context holds.
+        max_tokens: most tokens of each reply, cut to what the context has left; None takes as many as it holds.
         stop: strings that end a reply; they are not shown.
         n: replies to each prompt.
         request_id: of the first reply, unique among those in flight; None draws one. Further replies get a number behind it.
+        warnings: what the door does not carry out of what the client asked for, a sentence each; they come with the answer.
     """
 
     sampling: SamplingOverrides = field(default_factory=SamplingOverrides)
@@ -93,6 +94,7 @@ class ReplyOptions:
     stop: tuple[str, ...] = ()
     n: int = 1
     request_id: str | None = None
+    warnings: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -52,7 +52,7 @@ class GenerationRequest:
     Args:
         request_id: unique among the requests in flight.
         prompt_ids: at least one token id.
-        max_tokens: upper bound of generated tokens; None means as many as the context holds.
+        max_tokens: upper bound of generated tokens, cut to what the context has left; None means as many as it holds.
         stop_ids: token ids that end the generation; the id itself is still returned as the last event.
         constraint: a grammar to obey, used by this request only.
     """
@@ -146,14 +146,18 @@ class TextEngine(Protocol):
         """Yield the tokens of one request; closing the generator cancels the request on every stage.
 
         Raises:
-            ContextLengthError: it can never fit (raised before the first token; the message has the numbers).
+            ContextLengthError: the prompt can never fit (raised before the first token; the message has the numbers).
             OverloadedError: the queue is full.
             RuntimeFault: the stages failed while it was in flight.
         """
         ...
 
-    def check(self, request: GenerationRequest) -> None:
-        """Raise what `generate` would raise before admitting the request."""
+    def check(self, request: GenerationRequest) -> int | None:
+        """Raise what `generate` would raise before admitting the request.
+
+        Returns:
+            How many tokens it may generate, `max_tokens` or fewer; None while the stages have not told their limits.
+        """
         ...
 
     def snapshot(self) -> EngineSnapshot:

@@ -204,8 +204,7 @@ class _Server:
         return Response(self.metrics.text(), headers={"content-type": METRICS_TYPE})
 
     def _answer(self, request: GenerationFields, prepared: PreparedRequest, style: Format) -> Response:
-        for choice in prepared.choices:
-            self.engine.check(choice.request)
+        prepared = prepared.checked(self.engine)
         start: Callable[[], Generation] = partial(Generation, self.engine, prepared.choices, self.metrics)
         return AnswerStream(
             start,

@@ -172,12 +172,14 @@ class TextCompletionChoice(BaseModel):
 
 
 class CompletionHead(BaseModel):
-    """What every answer and chunk begins with."""
+    """What every answer and chunk begins with; `warnings`, there when something was not carried out as asked, is in the first
+    chunk of a stream."""
 
     id: str
     created: int
     model: str
     system_fingerprint: str
+    warnings: list[str] = []
 
 
 class ChatCompletion(CompletionHead):

@@ -49,7 +49,7 @@ class ScriptedEngine:
     """A TextEngine that says what it is told to.
 
     `script` gives the tokens of a request; after them comes <|im_end|>. It breaks before token `break_at` with `fault`, waits
-    `delay_s` before each token, and refuses with `refusal`.
+    `delay_s` before each token, and refuses with `refusal`. `room` is what its context has left for any request.
     """
 
     voice: Voice
@@ -59,6 +59,7 @@ class ScriptedEngine:
     break_at: int | None = None
     fault: BaseException = field(default_factory=lambda: RuntimeFault("stage 1 died"))
     refusal: Exception | None = None
+    room: int | None = None
     cached_tokens: int = 0
     ready: bool = True
     stage_states: tuple[str, ...] = ("ready", "ready")
@@ -68,12 +69,13 @@ class ScriptedEngine:
     cancelled: list[str] = field(default_factory=list)
     stopped: bool = False
 
-    def check(self, request: GenerationRequest) -> None:
+    def check(self, request: GenerationRequest) -> int | None:
         if self.refusal is not None:
             raise self.refusal
+        return min(filter(None, (self.room, request.max_tokens)), default=None)
 
     async def generate(self, request: GenerationRequest) -> AsyncGenerator[TokenEvent, None]:
-        self.check(request)
+        most = self.check(request)
         self.requests.append(request)
         self.open.add(request.request_id)
         end = self.voice.tokenizer.special["<|im_end|>"]
@@ -83,7 +85,7 @@ class ScriptedEngine:
                 if count - 1 == self.break_at:
                     raise self.fault
                 await self._wait(self.delay_s)
-                last = token in request.stop_ids or count == request.max_tokens
+                last = token in request.stop_ids or count == most
                 event = self._event(request, token)
                 if last:
                     reason = "stop" if token in request.stop_ids else "length"

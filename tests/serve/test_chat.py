@@ -87,6 +87,33 @@ def test_max_tokens_cuts_the_answer_and_says_length(saying, openai_for):
         )
 
 
+@pytest.mark.parametrize("stream", [False, True])
+def test_max_tokens_above_what_fits_is_cut_and_the_answer_says_so(saying, openai_for, stream):
+    engine = saying("one two three four five six", room=3)
+    ask = {"model": MODEL, "max_tokens": 10**6, "stream": stream}
+    for create, asked in (
+        (openai_for(engine).chat.completions.with_raw_response.create, {"messages": ASK, "n": 2}),
+        (openai_for(engine).completions.with_raw_response.create, {"prompt": "one"}),
+    ):
+        raw = create(**ask, **asked)
+        prompt = len(engine.requests[-1].prompt_ids)
+        said = f"max_tokens 1000000 was cut to 3: no more fit behind {prompt} prompt tokens"
+        assert raw.headers["x-exo-kimi-warnings"] == said
+        answers = list(raw.parse()) if stream else [raw.parse()]
+        assert [getattr(each, "warnings", None) for each in answers] == [[said], *[None] * (len(answers) - 1)]
+        reasons = [choice.finish_reason for each in answers for choice in each.choices]
+        assert set(filter(None, reasons)) == {"length"}
+
+
+def test_an_answer_without_warnings_has_neither_list_nor_header(saying, openai_for):
+    client = openai_for(saying("one two", room=3))
+    for stream in (False, True):
+        raw = client.chat.completions.with_raw_response.create(model=MODEL, messages=ASK, max_tokens=3, stream=stream)
+        assert "x-exo-kimi-warnings" not in raw.headers
+        first = next(iter(raw.parse())) if stream else raw.parse()
+        assert not hasattr(first, "warnings")
+
+
 def test_a_stop_string_ends_the_text_and_the_generation(saying, openai_for):
     engine = saying("one two END three four")
     answer = openai_for(engine).chat.completions.create(model=MODEL, messages=ASK, stop=["END", "never"])

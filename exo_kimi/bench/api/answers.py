@@ -45,6 +45,13 @@ def max_completion_tokens(api: Caller) -> None:
 
 
 @checks
+def max_tokens_beyond_the_context(api: Caller) -> None:
+    """max_tokens is an upper limit: more than the context holds is answered, not refused."""
+    with api.open_stream(max_tokens=50_000_000) as events:
+        next(events)
+
+
+@checks
 def null_max_tokens(api: Caller) -> None:
     """Null stands for the default."""
     with api.open_stream(max_tokens=None) as events:

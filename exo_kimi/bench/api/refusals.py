@@ -98,14 +98,14 @@ def unsupported_is_not_ignored(api: Caller) -> None:
 
 @checks
 def context_exceeded(api: Caller) -> None:
-    """More tokens than the context holds are a 400."""
-    api.refused(400, {"max_tokens": 50_000_000})
+    """A prompt that is longer than the context is a 400."""
+    api.refused(400, _too_long(api))
 
 
 @checks
 def context_exceeded_code(api: Caller) -> None:
     """Its code is context_length_exceeded."""
-    error = error_object(api.refused(400, {"max_tokens": 50_000_000}))
+    error = error_object(api.refused(400, _too_long(api)))
     expect(error["code"] == "context_length_exceeded", f"code is {error['code']!r}")
 
 
@@ -180,3 +180,10 @@ def half_a_surrogate(api: Caller) -> None:
     data = api.http.build_request("POST", CHAT, json=api.body(stream=True, messages=messages)).content
     with api.http.stream("POST", CHAT, content=data.replace(b"half", b"\\ud800"), headers=JSON_HEADERS) as response:
         expect_status(response.status_code, 400)
+
+
+def _too_long(api: Caller) -> dict[str, object]:
+    """A conversation that no context of this server holds; 262,144 tokens where it does not tell its context."""
+    card = api.http.get("/v1/models").json()["data"][0]
+    words = int(card.get("context_length") or card.get("max_model_len") or 262_144) + 1
+    return {"messages": [{"role": "user", "content": "word " * words}], "max_tokens": 1}

@@ -236,7 +236,9 @@ class Leader:
     async def _reply(self, task_id: str, params: Any) -> None:
         serving = self._require()
         engine, speaker = serving.engine, serving.speaker
-        prepared = await asyncio.to_thread(prepare_task, task_id, params, speaker)
+        prepared = (await asyncio.to_thread(prepare_task, task_id, params, speaker)).checked(engine)
+        for warning in prepared.warnings:
+            logger.info("task %s: %s", task_id, warning)
         writer = ChunkWriter(
             self._types,
             self._own.model_id,

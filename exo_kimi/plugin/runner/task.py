@@ -42,10 +42,15 @@ def conversation_of_task(task_id: str, params: Any) -> ConversationRequest:
         thinking=params.enable_thinking,
         begun_reply=begun,
         sampling=SamplingOverrides.of(params, top_logprobs=(params.top_logprobs or 0) if params.logprobs else None),
-        max_tokens=params.max_output_tokens,
+        max_tokens=_token_limit(params.max_output_tokens),
         stop=(params.stop,) if isinstance(params.stop, str) else tuple(params.stop or ()),
         request_id=task_id,
     )
+
+
+def _token_limit(max_output_tokens: int | None) -> int | None:
+    """exo's 0 is no limit, and so are the -1 and -2 that its Ollama routes hand on."""
+    return None if max_output_tokens is None or max_output_tokens < 1 else max_output_tokens
 
 
 def _messages(params: Any) -> list[dict[str, Any]]:

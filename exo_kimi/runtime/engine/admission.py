@@ -1,4 +1,4 @@
-"""Request admission and KV-token accounting: a request that can never fit is refused with the numbers."""
+"""Request admission and KV-token accounting: a prompt that can never fit is refused, max_tokens is cut to what is left."""
 
 from __future__ import annotations
 
@@ -36,10 +36,10 @@ class Limits:
         return -(-tokens // self.cache_step) * self.cache_step
 
     def new_tokens(self, request: GenerationRequest) -> int:
-        """How many tokens the request may generate.
+        """How many tokens the request may generate: its `max_tokens`, an upper limit, cut to what is left behind the prompt.
 
         Raises:
-            ContextLengthError: it can never fit, whatever else runs.
+            ContextLengthError: the prompt leaves no token, whatever else runs.
         """
         prompt = len(request.prompt_ids)
         # The last generated token is never fed back, so it takes a position but no cache.
@@ -47,19 +47,18 @@ class Limits:
         room_in_context = self.context - prompt
         room_in_kv = whole_kv + 1 - prompt
         room = min(room_in_context, room_in_kv)
-        wanted = request.max_tokens
-        if room >= (1 if wanted is None else wanted):
-            return room if wanted is None else wanted
-        asked = f"prompt {prompt} + max_tokens {'(at least) 1' if wanted is None else wanted}"
+        if room >= 1:
+            return room if request.max_tokens is None else min(request.max_tokens, room)
         limit = "the context" if room_in_context <= room_in_kv else "the KV memory"
         size = self.context if room_in_context <= room_in_kv else whole_kv
+        longest = prompt + room - 1
         raise ContextLengthError(
-            f"the request needs {asked} tokens, and {limit} holds {size}",
-            param="messages" if prompt >= size or wanted is None else "max_tokens",
+            f"the prompt has {prompt} tokens, and {limit} holds {size}",
+            param="messages",
             code="context_length_exceeded",
-            expected=f"at most {size} tokens in all",
-            found=f"{asked} = {prompt + (wanted or 1)}",
-            fix=f"a prompt of at most {size - (wanted or 1)} tokens" if room < 1 else f"max_tokens of at most {room}",
+            expected=f"a prompt of at most {longest} tokens, which leaves one for the answer",
+            found=f"{prompt} tokens",
+            fix="a shorter conversation, or a larger --context" if limit == "the context" else "a shorter conversation",
         )
 
 
@@ -68,7 +67,7 @@ def check_request(request: GenerationRequest, limits: Limits) -> int:
 
     Raises:
         RequestError: a field that no stage could carry out.
-        ContextLengthError: it can never fit.
+        ContextLengthError: its prompt can never fit.
     """
     if not request.prompt_ids:
         raise RequestError("the prompt has no tokens", param="messages")

@@ -99,8 +99,8 @@ class Engine:
         await self._ready.wait()
         self._raise_if_down()
 
-    def check(self, request: GenerationRequest) -> None:
-        """Raise what `generate` would raise before admitting the request."""
+    def check(self, request: GenerationRequest) -> int | None:
+        """Raise what `generate` would raise before admitting the request; see `TextEngine.check`."""
         self._raise_if_down()
         if len(self._scheduler.waiting) >= self.queue_limit:
             raise OverloadedError(
@@ -109,8 +109,7 @@ class Engine:
                 found=f"{len(self._scheduler.waiting)} requests waiting",
                 fix="try again later, or serve with a larger --queue-limit",
             )
-        if self._limits is not None:
-            check_request(request, self._limits)
+        return None if self._limits is None else check_request(request, self._limits)
 
     async def generate(self, request: GenerationRequest) -> AsyncGenerator[TokenEvent, None]:
         """Yield the tokens of one request; closing the generator cancels the request on every stage."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from typing import Any
 
 from starlette.responses import JSONResponse, Response
@@ -25,6 +25,8 @@ PING = b": ping\n\n"
 # Characters that some clients take for the end of a line, and so of an event.
 _LINE_ENDS = {ord(character): f"\\u{ord(character):04x}" for character in "\x7f\x85\u2028\u2029"}
 STREAM_HEADERS = {"cache-control": "no-cache", "x-accel-buffering": "no"}
+WARNINGS_HEADER = "x-exo-kimi-warnings"
+_WARNINGS_HEADER_CHARACTERS = 2000  # proxies refuse an answer with some 8 KB of headers
 
 
 class AnswerStream(Response):
@@ -58,6 +60,7 @@ class AnswerStream(Response):
         self._stream = stream
         self._include_usage = include_usage
         self._ping_interval_s = ping_interval_s
+        self._untold = list(prepared.warnings)  # until the first chunk
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Sends the answer; returns early, with the generation closed, when the client disconnects."""
@@ -93,7 +96,8 @@ class AnswerStream(Response):
             return
         replies = [WholeReply.of(each) for each in events]
         usage = self._prepared.usage([reply.end for reply in replies])
-        await finish(JSONResponse(self._style.whole(replies, usage)))
+        told = {"warnings": list(warnings)} if (warnings := self._prepared.warnings) else {}
+        await finish(JSONResponse({**self._style.whole(replies, usage), **told}, headers=warning_headers(warnings)))
 
     async def _send_events(
         self, generation: Generation, send: Send, finish: Callable[[Response], Awaitable[None]]
@@ -103,7 +107,8 @@ class AnswerStream(Response):
         except ExoKimiError as error:
             await finish(to_problem(error).response())
             return
-        head = Response(headers=STREAM_HEADERS, media_type="text/event-stream")
+        headers = {**STREAM_HEADERS, **warning_headers(self._prepared.warnings)}
+        head = Response(headers=headers, media_type="text/event-stream")
         del head.headers["content-length"]
         await send({"type": "http.response.start", "status": 200, "headers": head.raw_headers})
 
@@ -148,8 +153,19 @@ class AnswerStream(Response):
             return None
 
     def _event(self, chunk: dict[str, Any]) -> bytes:
+        if self._untold:
+            chunk, self._untold = {**chunk, "warnings": self._untold}, []
         # OpenAI: with usage asked for, every chunk but the last has it as null.
         return _data({**chunk, "usage": None} if self._include_usage else chunk)
+
+
+def warning_headers(warnings: Sequence[str]) -> dict[str, str]:
+    """The header that says what of a request was not carried out: the warnings in one line of ASCII; none without any."""
+    if not warnings:
+        return {}
+    line = " ".join("; ".join(warnings).split()).encode("ascii", "backslashreplace").decode("ascii")
+    cut = line[: _WARNINGS_HEADER_CHARACTERS - 3] + "..."
+    return {WARNINGS_HEADER: line if len(line) <= _WARNINGS_HEADER_CHARACTERS else cut}
 
 
 def _data(value: dict[str, Any]) -> bytes:

@@ -151,6 +151,11 @@ def test_what_the_client_chose_goes_before_what_the_checkpoint_recommends(
     assert prepared(temperature=None).choices[0].request.sampling.temperature == speaker.defaults.sampling().temperature
 
 
+def test_exos_0_and_ollamas_minus_1_are_no_limit(prepared: Callable[..., PreparedRequest]) -> None:
+    limits = {each: prepared(max_output_tokens=each).choices[0].request.max_tokens for each in (None, 0, -1, -2, 1)}
+    assert limits == {None: None, 0: None, -1: None, -2: None, 1: 1}
+
+
 def test_the_prompt_is_the_templates_with_every_message(
     prepared: Callable[..., PreparedRequest], speaker: Speaker
 ) -> None:

@@ -227,7 +227,7 @@ def test_a_rank_that_hears_of_the_end_before_the_task_finishes_it(ranks: Ranks) 
 
 
 def test_a_request_that_cannot_be_served_is_an_error_chunk_and_ends(ranks: Ranks) -> None:
-    ranks.submit("long", "a", max_output_tokens=2_000_000)
+    ranks.submit("long", "a " * 131_072)
     ranks.submit("seen", "a", images=["..."])
     found = ranks.run(0, ended("long", "seen"))
     errors = {task: each.error_message for task, each in found if each.kind == "ErrorChunk"}
@@ -321,21 +321,30 @@ def test_a_missing_tensor_is_refused_before_this_rank_connects(
 
 
 def test_the_context_and_the_cache_budget_of_the_environment_are_the_limits(
-    exo_instance: Callable[..., Any], tiny: Path, types: ExoTypes, monkeypatch: pytest.MonkeyPatch
+    exo_instance: Callable[..., Any],
+    tiny: Path,
+    types: ExoTypes,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     monkeypatch.setenv("EXO_KIMI_CONTEXT", "64")
     monkeypatch.setenv("EXO_KIMI_KV_BYTES", "100MB")
     ranks = Ranks(exo_instance, tiny, types, (7,))
     try:
         ranks.start()
-        ranks.submit("long", "hello", max_output_tokens=100)
-        ranks.submit("short", "hello", max_output_tokens=4)
-        found = ranks.run(0, ended("long", "short"))
+        with caplog.at_level("INFO", logger="exo_kimi.plugin.runner.leader"):
+            ranks.submit("long", "hello " * 64)
+            ranks.submit("wide", "hello", max_output_tokens=10**6)
+            ranks.submit("short", "hello", max_output_tokens=4)
+            found = ranks.run(0, ended("long", "wide", "short"))
         options = ranks.builders[0]._connected.others.engine.pipeline.options  # type: ignore[union-attr]
     finally:
         ranks.close()
-    (error,) = [each.error_message for task, each in found if each.kind == "ErrorChunk"]
-    assert "64" in error and text(found, "short")
+    ((refused, error),) = [(task, each.error_message) for task, each in found if each.kind == "ErrorChunk"]
+    assert refused == "long" and "the context holds 64" in error and text(found, "short")
+    (usage,) = [each.usage for task, each in found if task == "wide" and getattr(each, "usage", None)]
+    assert usage.total_tokens <= 64 and text(found, "wide")
+    assert f"max_tokens 1000000 was cut to {64 - usage.prompt_tokens}" in caplog.text
     assert options.kv_bytes == 100_000_000
 
 

@@ -241,7 +241,7 @@ async def test_a_request_from_before_the_stages_were_ready_is_served(fakes: Simp
     pipeline = fakes.Pipeline(ready=False)
     async with Engine(pipeline) as engine:
         early = asyncio.create_task(ids_of(engine, request_of([1])))
-        impossible = asyncio.create_task(ids_of(engine, request_of([1], 10**6)))
+        impossible = asyncio.create_task(ids_of(engine, request_of([1] * 20_000, 1)))
         await settle()
         assert [r.state for r in engine.snapshot().requests] == ["waiting", "waiting"]
         pipeline.recover()
@@ -313,7 +313,7 @@ async def test_a_refused_request_never_reaches_the_stages(fakes: SimpleNamespace
     async with Engine(pipeline) as engine:
         await engine.wait_ready()
         with pytest.raises(ContextLengthError):
-            await collect(engine, request_of([1], 10**6))
+            await collect(engine, request_of([1] * 20_000, 1))
         with pytest.raises(RequestError):
             await collect(engine, request_of([]))
         assert pipeline.sent == 0

@@ -345,19 +345,29 @@ def test_a_result_that_is_not_due_is_refused(fakes: SimpleNamespace) -> None:
 LIMITS = Limits(context=100, kv_capacity_tokens=70, cache_step=16, vocab_size=1000)
 
 
-def test_a_request_that_can_never_fit_is_refused_with_the_numbers() -> None:
-    with pytest.raises(ContextLengthError, match=r"prompt 90 \+ max_tokens 11 tokens, and the context holds 100"):
-        check_request(request_of(90, 11), Limits(context=100, kv_capacity_tokens=999, cache_step=1, vocab_size=1000))
-    # 70 tokens are four whole allocation steps of 16.
-    with pytest.raises(ContextLengthError, match=r"prompt 50 \+ max_tokens 16 tokens, and the KV memory holds 64"):
-        check_request(request_of(50, 16), LIMITS)
-    with pytest.raises(ContextLengthError, match="prompt 200"):
+def test_a_prompt_that_leaves_no_token_is_refused_with_the_numbers() -> None:
+    wide = Limits(context=100, kv_capacity_tokens=999, cache_step=1, vocab_size=1000)
+    with pytest.raises(ContextLengthError, match="the prompt has 100 tokens, and the context holds 100") as full:
+        check_request(request_of(100, 1), wide)
+    assert full.value.expected == "a prompt of at most 99 tokens, which leaves one for the answer"
+    assert check_request(request_of(99, 1), wide) == 1
+    # 70 tokens are four whole allocation steps of 16; the last token generated is never cached.
+    with pytest.raises(ContextLengthError, match="the prompt has 65 tokens, and the KV memory holds 64") as full:
+        check_request(request_of(65, 16), LIMITS)
+    assert full.value.expected == "a prompt of at most 64 tokens, which leaves one for the answer"
+    assert check_request(request_of(64, 16), LIMITS) == 1
+    with pytest.raises(ContextLengthError, match="prompt has 200"):
         check_request(request_of(200, None), LIMITS)
 
 
-def test_the_largest_request_that_fits_is_admitted() -> None:
-    # The 65th token is generated and never cached.
-    assert check_request(request_of(50, 15), LIMITS) == 15
+@given(prompt=st.integers(1, 120), wanted=st.none() | st.integers(1, 10**9))
+def test_max_tokens_is_an_upper_limit_cut_to_what_is_left(prompt: int, wanted: int | None) -> None:
+    unlimited = 65 - prompt  # what `test_without_max_tokens_...` gets
+    if unlimited < 1:
+        with pytest.raises(ContextLengthError):
+            check_request(request_of(prompt, wanted), LIMITS)
+    else:
+        assert check_request(request_of(prompt, wanted), LIMITS) == min(unlimited, wanted or unlimited)
 
 
 def test_without_max_tokens_a_request_may_fill_what_is_left() -> None:
