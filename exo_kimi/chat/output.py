@@ -7,6 +7,7 @@ from typing import Any
 
 from exo_kimi.chat.events import ContentDelta, OutputEvent, ReasoningDelta, ToolCallBegin, ToolCallEvent
 from exo_kimi.chat.family import THINK_CLOSE, THINK_OPEN
+from exo_kimi.chat.history import NO_CALLS, CallHistory
 from exo_kimi.chat.markers import MarkerScanner, Piece, StopMatcher
 from exo_kimi.chat.tokenizer import KimiTokenizer
 from exo_kimi.chat.tool_calls import TOOL_MARKERS, CallItem, ToolCallParser
@@ -26,7 +27,7 @@ class OutputParser:
         reasoning_open: whether the prompt ended inside reasoning (`Prompt.reasoning_open`).
         tools: the declared tools, OpenAI-shaped; or whether there are any.
         stop: strings that end the answer (not the reasoning); they are not shown.
-        next_call_index: number of the first tool call of this reply that brings none.
+        history: the calls so far: their ids are not given again, and their count goes on.
     """
 
     def __init__(
@@ -36,7 +37,7 @@ class OutputParser:
         reasoning_open: bool,
         tools: bool | Sequence[Mapping[str, Any]],
         stop: Sequence[str] = (),
-        next_call_index: int = 0,
+        history: CallHistory = NO_CALLS,
     ) -> None:
         self._names = {token_id: name for name, token_id in tokenizer.special.items()}
         self._detokenizer = tokenizer.detokenizer()
@@ -44,7 +45,7 @@ class OutputParser:
         self._reasoning = ReasoningSplitter(is_open=reasoning_open, spelled=spelled)
         declared = () if isinstance(tools, bool) else tools
         quotable = TOOL_MARKERS - tokenizer.special.keys()
-        self._calls = ToolCallParser(declared, next_call_index, spelled=quotable) if tools else None
+        self._calls = ToolCallParser(declared, history, spelled=quotable) if tools else None
         self._stop = StopMatcher(stop)
         self._events: list[OutputEvent] = []
         self.saw_tool_call = False

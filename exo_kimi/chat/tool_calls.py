@@ -15,6 +15,7 @@ from typing import Any, Literal
 
 from exo_kimi.chat.call_names import PREFIX, DeclaredTools, parse_arguments
 from exo_kimi.chat.events import ToolCallBegin, ToolCallDelta, ToolCallEvent
+from exo_kimi.chat.history import NO_CALLS, CallHistory
 from exo_kimi.chat.markers import MarkerScanner, Piece
 
 # Some checkpoints write the singular form.
@@ -35,7 +36,7 @@ class ToolCallParser:
 
     Args:
         tools: the declared tools, OpenAI-shaped; they help with headers that name no function.
-        next_call_index: number for the first call that brings none; calls are counted over the conversation.
+        history: the calls so far: their ids are not given again, and their count goes on.
         spelled: markers that count where they are spelled in text. None that the vocabulary has a control token for belongs
             here: a model that quotes a call (a file, a page) spells its markers, and what it quotes must not be executed.
     """
@@ -43,13 +44,14 @@ class ToolCallParser:
     def __init__(
         self,
         tools: Sequence[Mapping[str, Any]] = (),
-        next_call_index: int = 0,
+        history: CallHistory = NO_CALLS,
         *,
         spelled: Collection[str] = TOOL_MARKERS,
     ) -> None:
         self._declared = DeclaredTools(tools)
-        self._next_index = next_call_index
-        self._used_ids: set[str] = set()
+        self._next_index = history.next_index
+        self._used_ids = set(history.used_ids)
+        self._calls = 0
         self._scanner = MarkerScanner(spelled)
         self._queue: deque[Piece] = deque()
         self._out: list[CallItem] = []
@@ -184,9 +186,11 @@ class ToolCallParser:
         name, index = resolved
         if index is None or f"{PREFIX}{name}:{index}" in self._used_ids:
             index = self._next_index
+            while f"{PREFIX}{name}:{index}" in self._used_ids:
+                index += 1
         call_id = f"{PREFIX}{name}:{index}"
         self._next_index = max(self._next_index, index + 1)
-        number = len(self._used_ids)
+        number, self._calls = self._calls, self._calls + 1
         self._out += [
             ToolCallBegin(number, call_id, name),
             ToolCallDelta(number, text),

@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from exo_kimi.chat.constraint import json_object, json_schema, no_tools_bias, strict_tools, tool_call
+from exo_kimi.chat.history import CallHistory
 from exo_kimi.chat.output import OutputParser
 from exo_kimi.chat.template import Prompt, ReasoningMode
 from exo_kimi.chat.tokenizer import KimiTokenizer
@@ -110,8 +111,9 @@ def prepare(request: ConversationRequest | TextRequest, speaker: Speaker) -> Pre
 def _prepare_conversation(request: ConversationRequest, speaker: Speaker) -> PreparedRequest:
     tokenizer = speaker.tokenizer
     mode: ToolMode = request.tool_choice.mode if request.tools else "none"
+    history = CallHistory.of(request.messages)
     prompt = speaker.template.render(
-        request.messages, tools=_declarations(request.tools) or None, thinking=request.thinking
+        history.messages, tools=_declarations(request.tools) or None, thinking=request.thinking
     )
     if request.must_follow_thinking:
         _check_thinking(request.thinking, prompt)
@@ -120,7 +122,6 @@ def _prepare_conversation(request: ConversationRequest, speaker: Speaker) -> Pre
         biases = dict(sampling.logit_bias) | dict(no_tools_bias(tokenizer))
         sampling = replace(sampling, logit_bias=tuple(biases.items()))
     ids = (*prompt.ids, *tokenizer.encode(request.begun_reply or ""))
-    first_call = _calls_made(request.messages)
     choices = []
     for index in range(request.n):
         constraint = _constraint(request, mode, tokenizer, reasoning=prompt.reasoning)
@@ -129,7 +130,7 @@ def _prepare_conversation(request: ConversationRequest, speaker: Speaker) -> Pre
             reasoning_open=prompt.reasoning_open and request.begun_reply is None,
             tools=request.tools if mode != "none" else (),
             stop=request.stop,
-            next_call_index=first_call,
+            history=history,
         )
         choices.append(
             Choice(
@@ -242,8 +243,3 @@ def _declarations(tools: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]
         else tool
         for tool in tools
     ]
-
-
-def _calls_made(messages: Sequence[Mapping[str, Any]]) -> int:
-    """Calls made so far: Kimi numbers them over the whole conversation."""
-    return sum(len(message.get("tool_calls") or ()) for message in messages)

@@ -11,6 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from exo_kimi.chat.events import ContentDelta, OutputEvent, ReasoningDelta, ToolCallEvent
+from exo_kimi.chat.history import CallHistory
 from exo_kimi.chat.output import OutputParser
 from exo_kimi.chat.tokenizer import KimiTokenizer
 
@@ -151,7 +152,7 @@ def test_declared_tools_resolve_a_bare_id_and_number_it(tokenizer: KimiTokenizer
     parameters = {"type": "object", "properties": {"city": {"type": "string"}}}
     tools = [{"type": "function", "function": {"name": "get_weather", "parameters": parameters}}]
     ids = encode(tokenizer, f"{BEGIN}{CALL}call_77{ARGS}{WEATHER}{DONE}{END}")
-    events = run(tokenizer, ids, tools=tools, next_call_index=5)
+    events = run(tokenizer, ids, tools=tools, history=CallHistory(messages=(), next_index=5))
     assert events[-1] == ToolCallEvent(0, "functions.get_weather:5", "get_weather", WEATHER)
     assert split(events) == ("", "", [events[-1]])
 

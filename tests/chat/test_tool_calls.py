@@ -13,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from exo_kimi.chat.events import ToolCallBegin, ToolCallDelta, ToolCallEvent
+from exo_kimi.chat.history import CallHistory
 from exo_kimi.chat.tool_calls import ToolCallParser
 
 BEGIN, END = "<|tool_calls_section_begin|>", "<|tool_calls_section_end|>"
@@ -178,7 +179,7 @@ MORE = {
 
 
 def read(case: Case, pieces: list[str]) -> tuple[list[tuple[str, str, str]], str]:
-    parser = ToolCallParser(case.tools, case.next_index)
+    parser = ToolCallParser(case.tools, CallHistory(messages=(), next_index=case.next_index))
     items = [item for piece in pieces for item in parser.feed(piece)] + parser.finish()
     calls = [item for item in items if isinstance(item, ToolCallEvent)]
     assert [one.index for one in calls] == list(range(len(calls)))

@@ -129,3 +129,21 @@ def test_a_reply_that_is_complete_ends_its_sequence(speaker: Speaker) -> None:
     assert text_of(events) == "Blue "
     assert closed == [True]
     assert isinstance(events[-1], EndEvent) and events[-1].finish_reason == "stop"
+
+
+def told(id_: str) -> tuple[dict[str, Any], ...]:
+    """A conversation whose one call has this id."""
+    call = {"id": id_, "type": "function", "function": {"name": "look", "arguments": "{}"}}
+    return (
+        *ASK,
+        {"role": "assistant", "content": "", "tool_calls": [call]},
+        {"role": "tool", "tool_call_id": id_, "content": "found"},
+    )
+
+
+@pytest.mark.parametrize("id_", ["call_1", "toolu_01A", "functions_look_0", "functions.look:7", ""])
+def test_foreign_ids_give_the_same_prompt_as_kimis(id_: str, thinker: Speaker) -> None:
+    ours = prepare(ConversationRequest(messages=told("functions.look:0"), tools=(TOOL,)), thinker).choices[0].request
+    theirs = prepare(ConversationRequest(messages=told(id_), tools=(TOOL,)), thinker).choices[0].request
+    assert theirs.prompt_ids == ours.prompt_ids
+    assert "functions.look:0<|tool_call_argument_begin|>" in thinker.tokenizer.decode(ours.prompt_ids)
