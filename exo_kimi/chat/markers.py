@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Collection
+from array import array
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
 
 @dataclass(frozen=True, slots=True)
@@ -16,7 +18,7 @@ class Piece:
 
 
 class MarkerScanner:
-    """Split a stream into plain text and markers.
+    """Split a stream into plain text and markers, in time that is linear in the text.
 
     At most a marker's length minus one is held back, and only while it may still become a marker, so the result does not
     depend on where the stream was cut.
@@ -26,55 +28,107 @@ class MarkerScanner:
     """
 
     def __init__(self, markers: Collection[str]) -> None:
-        ordered = sorted(filter(None, markers), key=len, reverse=True)
-        self._markers = ordered
-        self._pattern = re.compile("|".join(map(re.escape, ordered))) if ordered else None
+        self._automata = [_Automaton(marker) for marker in dict.fromkeys(markers) if marker]
+        first = "".join(re.escape(automaton.marker[0]) for automaton in self._automata)
+        self._first = re.compile(f"[{first}]") if first else None
         self._held = ""
+        self._found: tuple[int, int] | None = None  # begin and end in what is held; one that begins earlier may follow
 
     def feed(self, text: str) -> list[Piece]:
         """Pieces completed by `text`; never an empty one."""
-        if self._pattern is None:
-            return [Piece(text, False)] if text else []
-        rest = self._held + text
-        pieces: list[Piece] = []
-        while True:
-            hold = len(rest) - self._partial(rest)
-            match = self._pattern.search(rest)
-            # A match behind the start of what may still become a marker waits for that one to be decided.
-            if match is None or match.start() >= hold:
-                break
-            if match.start():
-                pieces.append(Piece(rest[: match.start()], False))
-            pieces.append(Piece(match.group(), True))
-            rest = rest[match.end() :]
-        if hold:
-            pieces.append(Piece(rest[:hold], False))
-        self._held = rest[hold:]
-        return pieces
+        return self._split(text, ended=False)
 
     def flush(self) -> list[Piece]:
         """The pieces that were held back, now that nothing follows."""
-        text, self._held = self._held, ""
+        return self._split("", ended=True)
+
+    def _split(self, text: str, *, ended: bool) -> list[Piece]:
         pieces: list[Piece] = []
-        while text:
-            match = self._pattern.search(text) if self._pattern is not None else None
-            end = match.start() if match is not None else len(text)
-            if end:
-                pieces.append(Piece(text[:end], False))
-            if match is not None:
-                pieces.append(Piece(match.group(), True))
-                end = match.end()
-            text = text[end:]
+        rest, seen = self._held + text, len(self._held)
+        while (marker := self._find(rest, seen, ended=ended)) is not None:
+            start, end = marker
+            if start:
+                pieces.append(Piece(rest[:start], False))
+            pieces.append(Piece(rest[start:end], True))
+            rest, seen = rest[end:], 0
+            self._restart()
+        shown = len(rest) - (0 if ended else self._longest_begun())
+        if shown:
+            pieces.append(Piece(rest[:shown], False))
+        self._held = rest[shown:]
+        if ended:
+            self._restart()
+        elif self._found is not None:
+            self._found = (self._found[0] - shown, self._found[1] - shown)
         return pieces
 
-    def _partial(self, text: str) -> int:
-        """Length of the longest end of `text` that begins a marker without being one."""
-        longest = min(len(text), len(self._markers[0]) - 1)
-        for length in range(longest, 0, -1):
-            tail = text[-length:]
-            if any(len(marker) > length and marker.startswith(tail) for marker in self._markers):
-                return length
-        return 0
+    def _find(self, text: str, seen: int, *, ended: bool) -> tuple[int, int] | None:
+        """Begin and end of the first marker in `text`, of which `seen` characters are known; None while it is not certain."""
+        if self._first is None:
+            return None
+        position = seen
+        while position < len(text):
+            if self._found is None and not self._longest_begun():
+                match = self._first.search(text, position)
+                if match is None:
+                    return None
+                position = match.start()
+            for automaton in self._automata:
+                if automaton.step(text[position]):
+                    start = position + 1 - len(automaton.marker)
+                    if self._found is None or (start, -position) < (self._found[0], -self._found[1] + 1):
+                        self._found = (start, position + 1)
+            position += 1
+            if self._found is not None and position - self._longest_begun() > self._found[0]:
+                return self._found
+        return self._found if ended else None
+
+    def _longest_begun(self) -> int:
+        return max((automaton.matched for automaton in self._automata), default=0)
+
+    def _restart(self) -> None:
+        self._found = None
+        for automaton in self._automata:
+            automaton.matched = 0
+
+
+class _Automaton:
+    """Follows one marker: `matched` is the length of its longest begin that the text so far ends with, unless it is whole.
+
+    Source: Knuth, Morris, Pratt, "Fast pattern matching in strings", 1977.
+    """
+
+    __slots__ = ("_fallback", "marker", "matched")
+
+    def __init__(self, marker: str) -> None:
+        self.marker = marker
+        self.matched = 0
+        self._fallback = _fallbacks(marker)
+
+    def step(self, character: str) -> bool:
+        """Takes one character; whether the marker ends with it."""
+        matched = self.matched
+        while matched and self.marker[matched] != character:
+            matched = self._fallback[matched - 1]
+        if self.marker[matched] == character:
+            matched += 1
+        whole = matched == len(self.marker)
+        self.matched = self._fallback[matched - 1] if whole else matched
+        return whole
+
+
+@lru_cache(maxsize=256)  # the choices of a request have the same stop strings
+def _fallbacks(marker: str) -> Sequence[int]:
+    """For each length of a begin of `marker`: of the longest shorter begin that it ends with."""
+    fallbacks = array("I", [0]) * len(marker)
+    matched = 0
+    for index in range(1, len(marker)):
+        while matched and marker[matched] != marker[index]:
+            matched = fallbacks[matched - 1]
+        if marker[matched] == marker[index]:
+            matched += 1
+        fallbacks[index] = matched
+    return fallbacks
 
 
 class StopMatcher:

@@ -108,6 +108,7 @@ class ChatTemplate:
         tools: Sequence[Mapping[str, Any]] | None = None,
         thinking: bool | None = None,
         add_generation_prompt: bool = True,
+        most_tokens: int | None = None,
     ) -> Prompt:
         """Render and encode a conversation.
 
@@ -116,8 +117,10 @@ class ChatTemplate:
             tools: OpenAI-shaped function tools.
             thinking: handed to the template as `thinking`; None leaves the variable undefined.
             add_generation_prompt: end where the assistant's reply begins.
+            most_tokens: give up where the prompt has more; None never does.
 
         Raises:
+            ContextLengthError: the prompt has more tokens than that.
             RequestError: a message that no text template can take (an image, a role that is not a string).
             TemplateError: the template failed on these messages, with its line.
         """
@@ -146,7 +149,8 @@ class ChatTemplate:
         rendered = template.render(variables)
         ids: list[int] = []
         for part in guard.split(rendered):
-            ids += [part] if isinstance(part, int) else self._tokenizer.encode(part)
+            left = None if most_tokens is None else max(0, most_tokens - len(ids))
+            ids += [part] if isinstance(part, int) else self._tokenizer.encode(part, most_tokens=left)
         if not ids:
             raise TemplateError("the chat template rendered nothing", where=template.where)
         return Prompt(ids=ids, text=guard.show(rendered), reasoning=self._reasoning(ids, template))

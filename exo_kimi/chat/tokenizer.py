@@ -10,6 +10,7 @@ from pathlib import Path
 import tiktoken
 
 from exo_kimi.chat.tokenizer_files import TokenizerFiles, read_tokenizer_files
+from exo_kimi.errors import ContextLengthError
 
 # Kimi's pre-tokenizer, in this order (tokenization_kimi.py of every published K2). Ordinary letters exclude Han, which
 # forms words of its own.
@@ -59,6 +60,7 @@ class KimiTokenizer:
         )
         self._bytes: dict[int, bytes] = {rank: token for token, rank in files.ranks.items()}
         self._bytes.update((token_id, name.encode()) for name, token_id in files.special.items())
+        self._longest_token_bytes = max(map(len, self._bytes.values()))
         self._special_ids = frozenset(files.special.values())
 
     @classmethod
@@ -75,14 +77,32 @@ class KimiTokenizer:
         """Number of ids, control tokens included; a model's embedding may have more rows."""
         return len(self._bytes)
 
-    def encode(self, text: str) -> list[int]:
+    @property
+    def longest_token_bytes(self) -> int:
+        """Bytes of the longest token: no text has fewer tokens than its bytes divided by this."""
+        return self._longest_token_bytes
+
+    def encode(self, text: str, *, most_tokens: int | None = None) -> list[int]:
         """Token ids of ordinary text; names of control tokens inside it are ordinary text too.
 
         A lone surrogate (JSON can carry one) is encoded as U+FFFD.
+
+        Args:
+            text: of any length.
+            most_tokens: give up where there are more; None never does.
+
+        Raises:
+            ContextLengthError: there are more.
         """
         ids: list[int] = []
         for chunk in split_long_text(text):
             ids += self.encoding.encode_ordinary(chunk)
+            if most_tokens is not None and len(ids) > most_tokens:
+                raise ContextLengthError(
+                    "the text is far longer than the context can hold",
+                    code="context_length_exceeded",
+                    found=f"over {most_tokens} tokens",
+                )
         return ids
 
     def decode(self, ids: Iterable[int]) -> str:

@@ -24,6 +24,7 @@ from exo_kimi.errors import RequestError, UnsupportedError
 from exo_kimi.runtime.requests import GenerationRequest, SamplingParams, TextEngine, TokenConstraint, TokenEvent
 
 _SEED_RANGE = 2**63
+_COUNTED_CONTEXTS = 2  # a prompt over the context is counted so far, for the error's sake
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -96,24 +97,36 @@ class PreparedRequest:
         )
 
 
-def prepare(request: ConversationRequest | TextRequest, speaker: Speaker) -> PreparedRequest:
+def prepare(
+    request: ConversationRequest | TextRequest, speaker: Speaker, *, context: int | None = None
+) -> PreparedRequest:
     """Render, encode and constrain. Slow for long prompts: call it in a thread.
+
+    Args:
+        request: of any door.
+        speaker: of the checkpoint.
+        context: of the engine, in tokens; a prompt is encoded to twice as many at most. None encodes all.
 
     Raises:
         RequestError: a message, tool, prompt or option that cannot be honoured.
+        ContextLengthError: a prompt is so much longer than the context that nobody needs to know by how much.
         TemplateError: the template refuses the messages.
     """
+    most_tokens = None if context is None else _COUNTED_CONTEXTS * context
     if isinstance(request, TextRequest):
-        return _prepare_texts(request, speaker)
-    return _prepare_conversation(request, speaker)
+        return _prepare_texts(request, speaker, most_tokens)
+    return _prepare_conversation(request, speaker, most_tokens)
 
 
-def _prepare_conversation(request: ConversationRequest, speaker: Speaker) -> PreparedRequest:
+def _prepare_conversation(request: ConversationRequest, speaker: Speaker, most_tokens: int | None) -> PreparedRequest:
     tokenizer = speaker.tokenizer
     mode: ToolMode = request.tool_choice.mode if request.tools else "none"
     history = CallHistory.of(request.messages)
     prompt = speaker.template.render(
-        history.messages, tools=_declarations(request.tools) or None, thinking=request.thinking
+        history.messages,
+        tools=_declarations(request.tools) or None,
+        thinking=request.thinking,
+        most_tokens=most_tokens,
     )
     if request.must_follow_thinking:
         _check_thinking(request.thinking, prompt)
@@ -121,7 +134,7 @@ def _prepare_conversation(request: ConversationRequest, speaker: Speaker) -> Pre
     if request.tools and mode == "none":
         biases = dict(sampling.logit_bias) | dict(no_tools_bias(tokenizer))
         sampling = replace(sampling, logit_bias=tuple(biases.items()))
-    ids = (*prompt.ids, *tokenizer.encode(request.begun_reply or ""))
+    ids = (*prompt.ids, *tokenizer.encode(request.begun_reply or "", most_tokens=most_tokens))
     choices = []
     for index in range(request.n):
         constraint = _constraint(request, mode, tokenizer, reasoning=prompt.reasoning)
@@ -148,9 +161,12 @@ def _prepare_conversation(request: ConversationRequest, speaker: Speaker) -> Pre
     )
 
 
-def _prepare_texts(request: TextRequest, speaker: Speaker) -> PreparedRequest:
+def _prepare_texts(request: TextRequest, speaker: Speaker, most_tokens: int | None) -> PreparedRequest:
     tokenizer = speaker.tokenizer
-    prompts = [tuple(tokenizer.encode(each)) if isinstance(each, str) else each for each in request.prompts]
+    prompts = [
+        tuple(tokenizer.encode(each, most_tokens=most_tokens)) if isinstance(each, str) else each
+        for each in request.prompts
+    ]
     if not prompts or not all(prompts):
         raise RequestError("a prompt has no tokens", expected="at least one in each prompt", param="prompt")
     sampling = speaker.sampling(request.sampling)

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import asyncio
 import hashlib
 import time
 import uuid
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Annotated, Any
 
@@ -26,7 +25,7 @@ from exo_kimi.runtime.requests import TextEngine
 from exo_kimi.serve.answer.formats import ChatFormat, Format, Head, TextFormat
 from exo_kimi.serve.answer.generation import Generation
 from exo_kimi.serve.answer.stream import AnswerStream
-from exo_kimi.serve.body import read_json
+from exo_kimi.serve.body import MAX_BODY_BYTES, BodyReader, TextBound
 from exo_kimi.serve.contract import (
     ChatCompletion,
     ChatCompletionChunk,
@@ -46,11 +45,12 @@ from exo_kimi.serve.problems import ApiProblem, answer_error, answer_http_error
 from exo_kimi.serve.request.fields import GenerationFields
 from exo_kimi.serve.request.prepare import prepare_chat, prepare_completion
 from exo_kimi.serve.request.schemas import ChatRequest, CompletionRequest, parse_chat, parse_completion
+from exo_kimi.serve.workers import Workers
 
-MAX_BODY_BYTES = 64 * 2**20
 PATHS = frozenset(
     {"/v1/chat/completions", "/v1/completions", "/v1/models", "/health", "/metrics", "/docs", "/openapi.json"}
 )
+LONGEST_CONTEXT = 2**18  # tokens, of every Kimi since K2-Instruct-0905
 DOCS_FILES = "/docs-files"  # the page's script and style: nothing is loaded from elsewhere
 METRICS_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 
@@ -96,7 +96,7 @@ def create_app(
         generate_unique_id_function=lambda route: route.name,
         swagger_ui_parameters={"validatorUrl": None},
     )
-    app.state.max_body_bytes = max_body_bytes
+    app.state.bodies = BodyReader(server.workers, server.text_bound, max_bytes=max_body_bytes)
     _add_routes(app, server, guarded=api_key is not None)
     app.openapi = partial(  # type: ignore[method-assign]  # FastAPI's own way to a document of one's own
         openapi_document, app, ChatRequest, CompletionRequest, ChatCompletionChunk
@@ -146,12 +146,14 @@ def _add_routes(app: FastAPI, server: _Server, *, guarded: bool) -> None:
 
 async def read_chat(request: Request) -> ChatRequest:
     """The body of a chat request, read and checked by us: FastAPI's reader has no limit and other words."""
-    return parse_chat(await read_json(request, max_bytes=request.app.state.max_body_bytes))
+    bodies: BodyReader = request.app.state.bodies
+    return await bodies.read(request, parse_chat)
 
 
 async def read_completion(request: Request) -> CompletionRequest:
     """The body of a text completion request."""
-    return parse_completion(await read_json(request, max_bytes=request.app.state.max_body_bytes))
+    bodies: BodyReader = request.app.state.bodies
+    return await bodies.read(request, parse_completion)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -165,11 +167,12 @@ class _Server:
     ping_interval_s: float
     created: int
     fingerprint: str
+    workers: Workers = field(default_factory=Workers)
 
-    async def chat(self, chat: Annotated[ChatRequest, Depends(read_chat)]) -> Response:
+    async def chat(self, request: Request, chat: Annotated[ChatRequest, Depends(read_chat)]) -> Response:
         """Answer a conversation, whole or as server-sent events."""
         self._check_model(chat.model)
-        prepared = await asyncio.to_thread(prepare_chat, chat, self.speaker)
+        prepared = await self.prepared(request, partial(prepare_chat, chat))
         style = ChatFormat(
             head=self._head("chatcmpl"),
             tokenizer=self.speaker.tokenizer,
@@ -177,10 +180,12 @@ class _Server:
         )
         return self._answer(chat, prepared, style)
 
-    async def completion(self, completion: Annotated[CompletionRequest, Depends(read_completion)]) -> Response:
+    async def completion(
+        self, request: Request, completion: Annotated[CompletionRequest, Depends(read_completion)]
+    ) -> Response:
         """Continue one text or several, whole or as server-sent events."""
         self._check_model(completion.model)
-        prepared = await asyncio.to_thread(prepare_completion, completion, self.speaker)
+        prepared = await self.prepared(request, partial(prepare_completion, completion))
         style = TextFormat(head=self._head("cmpl"), tokenizer=self.speaker.tokenizer, top_logprobs=completion.logprobs)
         return self._answer(completion, prepared, style)
 
@@ -202,6 +207,18 @@ class _Server:
     async def prometheus(self) -> Response:
         """Counts and latencies for Prometheus."""
         return Response(self.metrics.text(), headers={"content-type": METRICS_TYPE})
+
+    def text_bound(self) -> TextBound:
+        """The most text of a request, as the engine is now."""
+        return TextBound(context=self._context(), token_bytes=self.speaker.tokenizer.longest_token_bytes)
+
+    async def prepared(self, request: Request, prepare: Callable[..., PreparedRequest]) -> PreparedRequest:
+        """What `prepare(speaker, context=...)` makes of a request, off the event loop and for as long as the client waits."""
+        return await self.workers.run(request, partial(prepare, self.speaker, context=self._context()))
+
+    def _context(self) -> int:
+        """In tokens; until the stages have told, that of the longest Kimi."""
+        return self.engine.snapshot().context or LONGEST_CONTEXT
 
     def _answer(self, request: GenerationFields, prepared: PreparedRequest, style: Format) -> Response:
         prepared = prepared.checked(self.engine)

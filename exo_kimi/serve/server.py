@@ -12,6 +12,7 @@ import socket
 import sys
 import threading
 from collections.abc import Awaitable, Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,6 +23,7 @@ from exo_kimi.errors import AddressError, EngineStoppedError, ExoKimiError
 from exo_kimi.runtime.requests import TextEngine
 from exo_kimi.serve.connections import BoundedProtocol, BoundedState, descriptor_limit, quiet_accept_errors
 from exo_kimi.serve.progress import show_progress
+from exo_kimi.serve.workers import THREADS
 
 DEFAULT_HOST = "127.0.0.1"
 DEFAULT_PORT = 52415
@@ -117,7 +119,9 @@ async def _serve(
     progress: bool,
     deadline: _Deadline,
 ) -> None:
-    quiet_accept_errors(asyncio.get_running_loop())
+    loop = asyncio.get_running_loop()
+    loop.set_default_executor(ThreadPoolExecutor(THREADS, thread_name_prefix="request"))
+    quiet_accept_errors(loop)
     served = await factory()
     watcher = asyncio.create_task(show_progress(served.engine)) if progress else None
     host, port = listener.getsockname()[:2]

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import itertools
+import re
+import time
 
 from hypothesis import given
 from hypothesis import strategies as st
 
-from exo_kimi.chat.markers import MarkerScanner, Piece
+from exo_kimi.chat.markers import MarkerScanner, Piece, StopMatcher
 
 texts = st.text(st.sampled_from("ab<"), max_size=24)
 markers = st.lists(st.text(st.sampled_from("ab<"), min_size=1, max_size=5), max_size=4)
@@ -39,3 +41,25 @@ def test_what_is_held_back_may_still_become_a_marker(text: str, names: list[str]
     shown = "".join(piece.text for piece in scanner.feed(text))
     held = text[len(shown) :]
     assert not held or any(len(name) > len(held) and name.startswith(held) for name in names)
+
+
+@given(text=texts, names=markers)
+def test_the_first_and_longest_marker_wins_as_in_one_search_of_the_whole(text: str, names: list[str]) -> None:
+    """The slow oracle: a regular expression over the whole text."""
+    scanner = MarkerScanner(names)
+    found = normalised(scanner.feed(text) + scanner.flush())
+    pattern = "|".join(re.escape(name) for name in sorted(names, key=len, reverse=True))
+    pieces = [
+        Piece(part, bool(number % 2)) for number, part in enumerate(re.split(f"({pattern})" if names else "$^", text))
+    ]
+    assert found == normalised([piece for piece in pieces if piece.text])
+
+
+def test_long_stop_strings_cost_linear_time() -> None:
+    """Sixteen stop strings of 4096 characters that the text nearly is, again and again: once 36 s and more."""
+    matcher = StopMatcher(["a" * 4095 + chr(0x62 + index) for index in range(16)])
+    started_s = time.process_time()
+    shown = "".join(matcher.feed("a" * 4) for _ in range(5000))
+    assert time.process_time() - started_s < 10
+    assert shown == "a" * (20_000 - 4095)
+    assert matcher.flush() == "a" * 4095

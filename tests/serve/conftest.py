@@ -62,6 +62,7 @@ class ScriptedEngine:
     room: int | None = None
     cached_tokens: int = 0
     ready: bool = True
+    context: int = 4096
     stage_states: tuple[str, ...] = ("ready", "ready")
     requests: list[GenerationRequest] = field(default_factory=list)
     open: set[str] = field(default_factory=set)
@@ -141,7 +142,7 @@ class ScriptedEngine:
             ready=self.ready,
             stages=stages,
             requests=tuple(progress),
-            context=4096,
+            context=self.context,
             kv_capacity_tokens=8192,
             kv_reserved_tokens=1024,
             requests_total=len(self.requests),

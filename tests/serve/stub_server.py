@@ -14,6 +14,9 @@ from exo_kimi.serve.app import create_app
 from exo_kimi.serve.server import Served, run
 
 
+CONTEXT = int(sys.argv[3]) if len(sys.argv) > 3 else 4096  # tokens
+
+
 class EndlessEngine:
     def __init__(self) -> None:
         self.stopped = False
@@ -36,8 +39,8 @@ class EndlessEngine:
             ready=True,
             stages=(),
             requests=(),
-            context=4096,
-            kv_capacity_tokens=4096,
+            context=CONTEXT,
+            kv_capacity_tokens=CONTEXT,
             kv_reserved_tokens=0,
             requests_total=self.requests,
         )

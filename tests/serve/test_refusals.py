@@ -55,6 +55,8 @@ def error_of(response, status):
         ({"stop": [""]}, "stop"),
         ({"stop": ["x"] * 17}, "stop"),
         ({"stop": 5}, "stop"),
+        ({"stop": "x" * 4097}, "stop"),
+        ({"stop": ["ok", "é" * 2049]}, "stop"),
         ({"seed": 2**63}, "seed"),
         ({"presence_penalty": 2.1}, "presence_penalty"),
         ({"repetition_penalty": 0}, "repetition_penalty"),

@@ -137,7 +137,7 @@ async def test_sixty_four_at_once_all_get_their_answer(saying, live):
 
 async def test_a_slow_prompt_does_not_block_the_others(saying, live):
     """Rendering and tokenizing run beside the event loop: /health answers while a long prompt is prepared."""
-    server = live(saying())
+    server = live(saying(context=2**20))
     long = {"messages": [{"role": "user", "content": "many words and 123 numbers " * 60_000}]}
     async with httpx.AsyncClient(timeout=60) as client:
         slow = asyncio.create_task(client.post(server.url + CHAT, json=long))

@@ -17,6 +17,7 @@ from exo_kimi.errors import ExoKimiError
 from exo_kimi.serve.answer.formats import Format
 from exo_kimi.serve.answer.generation import Generation
 from exo_kimi.serve.problems import to_problem
+from exo_kimi.serve.workers import disconnected
 
 log = logging.getLogger(__name__)
 
@@ -71,7 +72,7 @@ class AnswerStream(Response):
             await response(scope, receive, send)
 
         worker = asyncio.ensure_future(work(generation, send, finish))
-        watcher = asyncio.ensure_future(_disconnected(receive))
+        watcher = asyncio.ensure_future(disconnected(receive))
         try:
             await asyncio.wait({worker, watcher}, return_when=asyncio.FIRST_COMPLETED)
             if worker.done():
@@ -171,8 +172,3 @@ def warning_headers(warnings: Sequence[str]) -> dict[str, str]:
 def _data(value: dict[str, Any]) -> bytes:
     text = json.dumps(value, ensure_ascii=False, separators=(",", ":"))
     return f"data: {text.translate(_LINE_ENDS)}\n\n".encode()
-
-
-async def _disconnected(receive: Receive) -> None:
-    while (await receive())["type"] != "http.disconnect":
-        pass

@@ -11,6 +11,7 @@ from exo_kimi.errors import RequestError, UnsupportedError
 
 MAX_CHOICES = 16
 MAX_STOPS = 16
+MAX_STOP_BYTES = 4096  # of each: text is searched for it as it comes, and its begin is held back
 _INT64 = 2**63
 
 Temperature = Annotated[float, Field(ge=0, le=2)]
@@ -77,9 +78,17 @@ class GenerationFields(Fields):
         """The stop strings.
 
         Raises:
-            RequestError: an empty one, or more than 16.
+            RequestError: an empty one, one over 4096 bytes, or more than 16.
         """
         stops = (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
+        longest = max((len(stop.encode()) for stop in stops[: MAX_STOPS + 1]), default=0)
+        if longest > MAX_STOP_BYTES:
+            raise RequestError(
+                "invalid 'stop'",
+                expected=f"texts of at most {MAX_STOP_BYTES} bytes",
+                found=f"one of {longest} bytes",
+                param="stop",
+            )
         if len(stops) > MAX_STOPS or not all(stops):
             raise RequestError(
                 "invalid 'stop'",

@@ -16,23 +16,25 @@ DEFAULT_TEXT_TOKENS = 16  # OpenAI's documented default for text completions; ch
 MAX_SEQUENCES = 128
 
 
-def prepare_chat(request: ChatRequest, speaker: Speaker) -> PreparedRequest:
-    """The sequences of a chat request. Slow for long prompts: call it in a thread.
+def prepare_chat(request: ChatRequest, speaker: Speaker, *, context: int | None = None) -> PreparedRequest:
+    """The sequences of a chat request. Slow for long prompts: call it in a thread. Arguments as `dialogue.prepare`.
 
     Raises:
         RequestError: a message, tool or option that cannot be honoured.
+        ContextLengthError: far more tokens than the context holds.
         TemplateError: the template refuses the messages.
     """
-    return prepare(conversation_of(request, vocab_size=speaker.tokenizer.vocab_size), speaker)
+    return prepare(conversation_of(request, vocab_size=speaker.tokenizer.vocab_size), speaker, context=context)
 
 
-def prepare_completion(request: CompletionRequest, speaker: Speaker) -> PreparedRequest:
-    """The sequences of a text completion request. Slow for long prompts: call it in a thread.
+def prepare_completion(request: CompletionRequest, speaker: Speaker, *, context: int | None = None) -> PreparedRequest:
+    """The sequences of a text completion request. Slow for long prompts: call it in a thread. Arguments as `dialogue.prepare`.
 
     Raises:
         RequestError: an empty prompt, or an option that cannot be honoured.
+        ContextLengthError: far more tokens than the context holds.
     """
-    return prepare(texts_of(request, vocab_size=speaker.tokenizer.vocab_size), speaker)
+    return prepare(texts_of(request, vocab_size=speaker.tokenizer.vocab_size), speaker, context=context)
 
 
 def conversation_of(request: ChatRequest, *, vocab_size: int) -> ConversationRequest:

@@ -18,10 +18,12 @@ def choose_tools(request: ChatRequest) -> ToolChoice:
     """
     tools = request.tools or []
     names = [tool.function.name for tool in tools]
+    seen: set[str] = set()
     for index, name in enumerate(names):
-        if name in names[:index]:
+        if name in seen:
             param = f"tools[{index}].function.name"
             raise RequestError(f"two tools have the name '{name}'", param=param)
+        seen.add(name)
     if request.parallel_tool_calls is not None and not tools:
         raise RequestError("'parallel_tool_calls' is only allowed with 'tools'", param="parallel_tool_calls")
     if not tools:
@@ -62,7 +64,7 @@ def _choice(choice: str | dict[str, Any] | None, names: list[str]) -> tuple[Tool
     if name not in names:
         raise RequestError(
             "'tool_choice' names a function that is not in 'tools'",
-            expected=", ".join(names),
+            expected=", ".join(names)[:1000],
             found=name[:80],
             param="tool_choice",
         )
