@@ -13,7 +13,6 @@ from exo_kimi.runtime.requests import EngineSnapshot, GenerationRequest, TokenEv
 from exo_kimi.serve.app import create_app
 from exo_kimi.serve.server import Served, run
 
-
 CONTEXT = int(sys.argv[3]) if len(sys.argv) > 3 else 4096  # tokens
 
 
