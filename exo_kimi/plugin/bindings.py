@@ -66,9 +66,17 @@ _PLAN = (
     "download_backoff",
 )
 PLAN = Name(module="exo.worker.main", name="plan", parameters=_PLAN)
+CHUNK_STREAM = Name(module="exo.api.main", name="API._token_chunk_stream", parameters=("self", "command_id"))
+SEND_GENERATION = Name(
+    module="exo.api.main", name="API._send_text_generation_with_images", parameters=("self", "task_params")
+)
+API_SETUP = Name(module="exo.api.main", name="API._setup_exception_handlers", parameters=("self",))
 _NODE = (
     Name(module="exo.worker.runner.bootstrap", name="entrypoint", parameters=_ENTRY),
     PLAN,
+    CHUNK_STREAM,
+    SEND_GENERATION,
+    API_SETUP,
     Name(module="exo.shared.types.tasks", name="CancelTask", fields=("instance_id", "cancelled_task_id", "runner_id")),
     Name(module="exo.shared.models.model_cards", name="ModelCard", fields=("model_id", "family")),
     Name(module="exo.main", name="main", parameters=()),

@@ -1,8 +1,8 @@
 """Starts exo with our engine in its runners, for Kimi models; everything else of exo stays as it is.
 
-Two names of exo are bound, in this process only and after a check of their signatures: what a runner process runs, and what
-the worker does next. `run` does it from outside; `install` is for an exo that asks for it (`patches/`). Importing this module
-binds nothing.
+Some names of exo are bound, in this process only and after a check of their signatures: what a runner process runs, what the
+worker does next, and how the API answers when a Kimi's answer fails. `run` does it from outside; `install` is for an exo that
+asks for it (`patches/`). Importing this module binds nothing.
 """
 
 from __future__ import annotations
@@ -19,7 +19,18 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from exo_kimi.errors import ExoKimiError, ExoVersionError, UsageError
-from exo_kimi.plugin.bindings import BUILDER, HEAD, PLAN, mismatches, nearest
+from exo_kimi.plugin.api.answers import watch_chunks, watch_sending, with_answer_errors
+from exo_kimi.plugin.bindings import (
+    API_SETUP,
+    BUILDER,
+    CHUNK_STREAM,
+    HEAD,
+    PLAN,
+    SEND_GENERATION,
+    Name,
+    mismatches,
+    nearest,
+)
 from exo_kimi.plugin.runner.options import EngineOptions
 
 logger = logging.getLogger(__name__)
@@ -73,10 +84,22 @@ def bind() -> tuple[str, ...]:
     found = (*mismatches(exo.node_names), *_lacking())
     if not found:
         setattr(importlib.import_module(exo.entrypoint.module), exo.entrypoint.name, entrypoint)
-        worker = importlib.import_module(PLAN.module)
-        if not hasattr(worker.plan, "exo_kimi"):
-            setattr(worker, PLAN.name, _with_forgotten_cancels(worker.plan))
+        for name, wrap in _WRAPPED:
+            _wrap(name, wrap)
     return found
+
+
+def _wrap(name: Name, wrap: Callable[[Any], Any]) -> None:
+    """Bind a function of ours around exo's; once."""
+    *path, last = name.name.split(".")
+    owner: Any = importlib.import_module(name.module)
+    for part in path:
+        owner = getattr(owner, part)
+    theirs = getattr(owner, last)
+    if not hasattr(theirs, "exo_kimi"):
+        ours = wrap(theirs)
+        ours.exo_kimi = True
+        setattr(owner, last, ours)
 
 
 def _lacking() -> tuple[str, ...]:
@@ -154,7 +177,6 @@ def _with_forgotten_cancels(plan: Callable[..., Any]) -> Callable[..., Any]:
         planned = plan(node_id, runners, global_download_status, instances, all_runners, tasks, *rest)
         return planned if planned is not None else _forgotten_cancel(runners, tasks)
 
-    plan_with_forgotten_cancels.exo_kimi = True  # type: ignore[attr-defined]
     return plan_with_forgotten_cancels
 
 
@@ -167,6 +189,14 @@ def _forgotten_cancel(runners: Mapping[Any, Any], tasks: Mapping[Any, Any]) -> A
                     instance_id=task.instance_id, cancelled_task_id=task_id, runner_id=runner_id
                 )
     return None
+
+
+_WRAPPED: tuple[tuple[Name, Callable[[Any], Any]], ...] = (
+    (PLAN, _with_forgotten_cancels),
+    (CHUNK_STREAM, watch_chunks),
+    (SEND_GENERATION, watch_sending),
+    (API_SETUP, with_answer_errors),
+)
 
 
 class _ToLoguru(logging.Handler):

@@ -22,6 +22,7 @@ import zmq.asyncio
 from exo_kimi.arch.config import KimiConfig
 from exo_kimi.dialogue.speaker import Speaker
 from exo_kimi.errors import ExoKimiError, RuntimeFault, StageError
+from exo_kimi.plugin.api.refusal import Refusal
 from exo_kimi.plugin.runner.advice import advise
 from exo_kimi.plugin.runner.assignment import NodeLayers
 from exo_kimi.plugin.runner.chunks import ChunkWriter, ExoTypes
@@ -223,10 +224,10 @@ class Leader:
             logger.info("task %s was cancelled", task_id)
         except ExoKimiError as error:
             logger.warning("task %s failed: %s", task_id, advise(error))
-            self._fail(task_id, str(error))
+            self._fail(task_id, error)
         except Exception as error:
             logger.exception("task %s failed", task_id)
-            self._fail(task_id, f"{type(error).__name__}: {error}")
+            self._fail(task_id, error)
         finally:
             del self._tasks[task_id]
             self.outputs.put((task_id, ENDED))
@@ -252,8 +253,8 @@ class Leader:
                 for chunk in writer.write(token, events):
                     self.outputs.put((task_id, chunk))
 
-    def _fail(self, task_id: str, message: str) -> None:
-        chunk = self._types.ErrorChunk(model=self._own.model_id, error_message=message)
+    def _fail(self, task_id: str, error: Exception) -> None:
+        chunk = self._types.ErrorChunk(model=self._own.model_id, error_message=Refusal.of(error).to_text())
         self.outputs.put((task_id, chunk))
 
     async def _watch(self, engine: Engine) -> None:

@@ -49,6 +49,22 @@ class ModelCard(SimpleNamespace):
     model_fields = dict.fromkeys(("model_id", "family"))
 
 
+def exo_api() -> type:
+    """As exo's API class, a new one for every test."""
+
+    class API:
+        def _setup_exception_handlers(self) -> None:
+            """As exo's."""
+
+        async def _send_text_generation_with_images(self, task_params: Any) -> Any:
+            """As exo's."""
+
+        def _token_chunk_stream(self, command_id: Any) -> Any:
+            """As exo's."""
+
+    return API
+
+
 class TextGeneration(SimpleNamespace):
     """As exo's."""
 
@@ -63,6 +79,8 @@ def exo(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
 
     contents: dict[str, dict[str, Any]] = {
         "exo": {},
+        "exo.api": {},
+        "exo.api.main": {"API": exo_api()},
         "exo.main": {"main": main},
         "exo.worker": {},
         "exo.worker.main": {"plan": _exo_plan},
@@ -85,15 +103,20 @@ def exo(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
         monkeypatch.setenv(name, "1")  # so that it is as before when the test is over
         monkeypatch.delenv(name)
     return SimpleNamespace(
-        supervisor=sys.modules["exo.worker.runner.supervisor"], worker=sys.modules["exo.worker.main"], called=called
+        supervisor=sys.modules["exo.worker.runner.supervisor"],
+        worker=sys.modules["exo.worker.main"],
+        api=contents["exo.api.main"]["API"],
+        called=called,
     )
 
 
-def test_two_names_are_bound_and_exo_is_started_with_its_own_arguments(exo: SimpleNamespace) -> None:
+def test_our_names_are_bound_and_exo_is_started_with_its_own_arguments(exo: SimpleNamespace) -> None:
     said: list[str] = []
     launch.run(["--api-port", "52415"], say=said.append)
     assert exo.supervisor.entrypoint is launch.entrypoint
     assert exo.worker.plan.__wrapped__ is _exo_plan
+    names = ("_setup_exception_handlers", "_send_text_generation_with_images", "_token_chunk_stream")
+    assert all(hasattr(getattr(exo.api, name), "__wrapped__") for name in names)
     assert exo.called == [["exo", "--api-port", "52415"]]
     assert said == ["exo-kimi: Kimi models run on exo-kimi's engine (exo b5375f8ce)"]
 
@@ -138,6 +161,7 @@ def test_binding_twice_wraps_once(exo: SimpleNamespace) -> None:
     launch.bind()
     launch.bind()
     assert exo.worker.plan.__wrapped__ is _exo_plan
+    assert not hasattr(exo.api._token_chunk_stream.__wrapped__, "__wrapped__")
 
 
 def test_another_signature_is_said_and_exo_is_left_as_it_is(exo: SimpleNamespace) -> None:
