@@ -28,6 +28,7 @@ class OutputParser:
         tools: the declared tools, OpenAI-shaped; or whether there are any.
         stop: strings that end the answer (not the reasoning); they are not shown.
         history: the calls so far: their ids are not given again, and their count goes on.
+        forced: the reply is nothing but calls (`ToolCallParser`).
     """
 
     def __init__(
@@ -38,6 +39,7 @@ class OutputParser:
         tools: bool | Sequence[Mapping[str, Any]],
         stop: Sequence[str] = (),
         history: CallHistory = NO_CALLS,
+        forced: bool = False,
     ) -> None:
         self._names = {token_id: name for name, token_id in tokenizer.special.items()}
         self._detokenizer = tokenizer.detokenizer()
@@ -45,7 +47,7 @@ class OutputParser:
         self._reasoning = ReasoningSplitter(is_open=reasoning_open, spelled=spelled)
         declared = () if isinstance(tools, bool) else tools
         quotable = TOOL_MARKERS - tokenizer.special.keys()
-        self._calls = ToolCallParser(declared, history, spelled=quotable) if tools else None
+        self._calls = ToolCallParser(declared, history, spelled=quotable, forced=forced) if tools else None
         self._stop = StopMatcher(stop)
         self._events: list[OutputEvent] = []
         self.saw_tool_call = False

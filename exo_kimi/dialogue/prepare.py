@@ -131,7 +131,7 @@ def _prepare_conversation(request: ConversationRequest, speaker: Speaker, most_t
     if request.must_follow_thinking:
         _check_thinking(request.thinking, prompt)
     sampling = speaker.sampling(request.sampling, thinking=request.thinking)
-    if request.tools and mode == "none":
+    if mode == "none":  # without tools too: the calls of an earlier turn are no example to follow
         biases = dict(sampling.logit_bias) | dict(no_tools_bias(tokenizer))
         sampling = replace(sampling, logit_bias=tuple(biases.items()))
     ids = (*prompt.ids, *tokenizer.encode(request.begun_reply or "", most_tokens=most_tokens))
@@ -141,7 +141,8 @@ def _prepare_conversation(request: ConversationRequest, speaker: Speaker, most_t
         parser = OutputParser(
             tokenizer,
             reasoning_open=prompt.reasoning_open and request.begun_reply is None,
-            tools=request.tools if mode != "none" else (),
+            tools=_callable_tools(request, mode),
+            forced=mode == "required",
             stop=request.stop,
             history=history,
         )
@@ -237,6 +238,14 @@ def _constraint(
     if form.schema is None:
         return json_object(tokenizer, reasoning=reasoning)
     return json_schema(tokenizer, form.schema, reasoning=reasoning)
+
+
+def _callable_tools(request: ConversationRequest, mode: ToolMode) -> Sequence[Mapping[str, Any]]:
+    """The tools that the reply may call."""
+    chosen = request.tool_choice.name if mode == "required" else None
+    if mode == "none":
+        return ()
+    return [tool for tool in request.tools if chosen is None or (tool.get("function") or {}).get("name") == chosen]
 
 
 def _check_thinking(thinking: bool | None, prompt: Prompt) -> None:

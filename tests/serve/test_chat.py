@@ -164,7 +164,7 @@ def test_sampling_fields_reach_the_engine_and_null_means_the_checkpoints_default
     sampling = engine.requests[0].sampling
     assert (sampling.temperature, sampling.top_p, sampling.top_k, sampling.min_p) == (0.3, 0.7, 40, 0.05)
     assert (sampling.presence_penalty, sampling.frequency_penalty, sampling.repetition_penalty) == (1.5, -1, 1.1)
-    assert (sampling.seed, sampling.logit_bias) == (9, ((300, 5.0),))
+    assert (sampling.seed, dict(sampling.logit_bias)[300]) == (9, 5.0)
     client.chat.completions.create(model=MODEL, messages=ASK, temperature=None, top_p=None, max_tokens=None, stop=None)
     assert engine.requests[1].sampling.temperature == engine.voice.defaults.sampling().temperature
     assert engine.requests[1].max_tokens is None

@@ -47,12 +47,12 @@ class SequenceSampler:
         self.seen: set[int] = {*start.history, *start.seen}
         self.run: list[tuple[int, bool]] = []  # accepted since the last `begin_run`, and whether that was seen before
 
-    @property
-    def plain_greedy(self) -> bool:
-        """Whether the choice is the largest raw logit."""
+    def keeps_largest(self, token_id: int) -> bool:
+        """Whether the choice is the largest raw logit, which is this token's: biases only bar others."""
         p = self.params
         penalised = p.presence_penalty != 0 or p.frequency_penalty != 0 or p.repetition_penalty != 1
-        return p.temperature == 0 and not penalised and not p.logit_bias
+        barred = all(bias <= 0 and token_id != other for other, bias in p.logit_bias)
+        return p.temperature == 0 and not penalised and barred
 
     def observe(self, tokens: npt.NDArray[np.int32]) -> None:
         """Note tokens that were fed, for the repetition penalty."""
@@ -102,7 +102,7 @@ def sample(
                 found=f"{int(np.isnan(logits[row]).sum())} NaN of {logits.shape[1]}, maximum {top[row]}",
                 fix="check the checkpoint with `exo-kimi inspect`; float16 activations may overflow, bfloat16 do not",
             )
-        greedy = sampler.plain_greedy and mask is None
+        greedy = mask is None and sampler.keeps_largest(int(best[row]))
         token_id = int(best[row]) if greedy else _choose(logits[row], sampler, mask)
         sampler.accept(token_id)
         logprob, top_logprobs = _logprobs(logits[row], token_id, sampler)
