@@ -20,6 +20,7 @@ FLOORS = {
     "planner": 4,
     "models": 4,
     "chat": 4,
+    "pictures": 4,
     "runtime": 5,
     "dialogue": 6,
     "serve": 7,
@@ -48,7 +49,7 @@ RUNTIME_FLOORS = {
     "stage": 6,
 }
 LARGEST_FOLDER = 20
-WITHOUT_MLX = ("errors", "units", "arch", "checkpoint", "planner", "chat")
+WITHOUT_MLX = ("errors", "units", "arch", "checkpoint", "planner", "chat", "pictures")
 HEAVY = ("mlx", "mlx_lm", "torch", "transformers", "fastapi", "uvicorn", "zmq", "tiktoken", "llguidance", "exo")
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from exo_kimi.checkpoint.tiny.tokenizer import BOS, EOS, PAD, SPECIAL_TOKENS
+from exo_kimi.checkpoint.tiny.tokenizer import BOS, EOS, MEDIA_PAD, PAD, SPECIAL_TOKENS
 
 _DEFAULTS: dict[str, Any] = {
     "architectures": ["DeepseekV3ForCausalLM"],
@@ -61,6 +61,24 @@ _DEFAULTS: dict[str, Any] = {
     "use_cache": True,
     "v_head_dim": 64,
     "vocab_size": 1024,
+}
+VISION_CONFIG: dict[str, Any] = {
+    "init_pos_emb_height": 8,
+    "init_pos_emb_time": 4,
+    "init_pos_emb_width": 8,
+    "merge_kernel_size": [2, 2],
+    "merge_type": "sd2_tpool",
+    "mm_hidden_size": 32,
+    "mm_projector_type": "patchmerger",
+    "patch_size": 14,
+    "pos_emb_type": "divided_fixed",
+    "projector_hidden_act": "gelu",
+    "projector_ln_eps": 1e-05,
+    "video_attn_type": "spatial_temporal",
+    "vt_hidden_size": 32,
+    "vt_intermediate_size": 48,
+    "vt_num_attention_heads": 2,
+    "vt_num_hidden_layers": 2,
 }
 _TORCH_DTYPES = {"BF16": "bfloat16", "F16": "float16", "F32": "float32"}
 FP8_CONFIG = {
@@ -134,11 +152,11 @@ def nest(config: Mapping[str, Any]) -> dict[str, Any]:
         "dtype": config["torch_dtype"],
         "eos_token_id": config["eos_token_id"],
         "ignore_index": -100,
-        "media_placeholder_token_id": config["bos_token_id"] + 21,
+        "media_placeholder_token_id": config["bos_token_id"] + MEDIA_PAD,
         "model_type": "kimi_k25",
         "pad_token_id": config["pad_token_id"],
         "text_config": text,
         "tie_word_embeddings": False,
-        "vision_config": {"model_type": "kimi_k25", "patch_size": 14, "vt_hidden_size": 32, "vt_num_hidden_layers": 1},
+        "vision_config": {**VISION_CONFIG, "text_hidden_size": config["hidden_size"]},
         **{key: config[key] for key in outer_keys},
     }

@@ -16,6 +16,7 @@ import numpy as np
 
 from exo_kimi.arch.config import KimiConfig
 from exo_kimi.arch.modules import stage_modules
+from exo_kimi.arch.vision import VisionConfig
 from exo_kimi.checkpoint import packing
 from exo_kimi.checkpoint.safetensors_io import StoredTensor, write_file
 from exo_kimi.checkpoint.shards import INDEX_NAME
@@ -63,7 +64,7 @@ def make_tiny(
         seed: the same seed gives the same master weights in each layout.
         absorbed: (mlx) `embed_q` and `unembed_out` instead of `kv_b_proj`.
         prefix: nest the model as K2.5 and later do: model_type kimi_k25, text_config, `language_model.` names.
-        vision: add tensors of a vision tower and a projector, which a text model skips.
+        vision: add a vision tower and its projector, as K2.5 and later have them; nests the model.
         shards: files; 1 writes `model.safetensors` without an index.
         dtype: the dtype of plain weights. The router's correction bias is always F32.
         scales_dtype: the dtype of scales and biases; `dtype` by default.
@@ -92,7 +93,7 @@ def make_tiny(
     with _writing(root):
         _clear(root)
     overrides = dict(config or {})
-    prefix = prefix or overrides.get("model_type") == "kimi_k25"
+    prefix = prefix or vision or overrides.get("model_type") == "kimi_k25"
     hints: dict[str, Any] = {
         key: overrides.pop(key) for key in ("quantization", "quantization_config") if key in overrides
     }
@@ -114,7 +115,7 @@ def make_tiny(
     writer.add(with_absorbed(kimi, specs) if absorbed else specs)
     tensors = writer.tensors
     if vision:
-        tensors.update(_vision_tensors(seed, dtype))
+        tensors.update(vision_tensors(_vision_config(raw, kimi), seed, dtype))
     tensors.update(extra_tensors or {})
     raw.update(hints or stated_quantization(layout, recipe, writer, group_size))
     with _writing(root):
@@ -122,6 +123,13 @@ def make_tiny(
         _write_shards(root, tensors, shards, "mlx" if layout == "mlx" else "pt")
         write_tokenizer(root, kimi.vocab_size, chat_template=template_text(template))
     return root
+
+
+def _vision_config(raw: Mapping[str, Any], kimi: KimiConfig) -> VisionConfig:
+    config = VisionConfig.from_dict(nest(raw), hidden_size=kimi.hidden_size)
+    if config is None:
+        raise UsageError("the nested config describes no vision")
+    return config
 
 
 def _check_recipe(layout: Layout, recipe: Recipe | None) -> None:
@@ -189,17 +197,22 @@ def _write_shards(root: Path, tensors: dict[str, StoredTensor], shards: int, mad
     (root / INDEX_NAME).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
 
 
-def _vision_tensors(seed: int, dtype: str) -> dict[str, StoredTensor]:
-    shapes = {
-        "vision_tower.patch_embed.proj.weight": (32, 3, 14, 14),
-        "vision_tower.encoder.blocks.0.wqkv.weight": (96, 32),
-        "mm_projector.linear_1.weight": (64, 128),
-        "mm_projector.linear_1.bias": (64,),
-    }
+def vision_tensors(config: VisionConfig, seed: int, dtype: str) -> dict[str, StoredTensor]:
+    """Random weights of a vision tower and its projector, under the published names.
+
+    Norms are near 1 and biases near 0; a product keeps the size of what it is given.
+    """
     generator = np.random.default_rng([seed, 1])
-    return {
-        name: packing.store(generator.standard_normal(shape, dtype=np.float32), dtype) for name, shape in shapes.items()
-    }
+
+    def values(name: str, shape: tuple[int, ...]) -> np.ndarray[Any, np.dtype[np.float32]]:
+        noise = generator.standard_normal(shape, dtype=np.float32)
+        if len(shape) == 1:
+            return 0.1 * noise + np.float32("norm" in name and name.endswith("weight"))
+        if name.endswith("pos_emb.weight"):
+            return noise
+        return noise / np.float32(np.sqrt(np.prod(shape[1:])))
+
+    return {name: packing.store(values(name, shape), dtype) for name, shape in config.shapes.items()}
 
 
 def template_text(template: str | None) -> str | None:
@@ -207,7 +220,7 @@ def template_text(template: str | None) -> str | None:
         return template
     name = "thinking" if template == "k25" else template
     text = resources.files("exo_kimi.checkpoint").joinpath("data", f"{name}.jinja").read_text(encoding="utf-8")
-    return text + _THINK_PROMPT if template == "k25" else text
+    return text.replace("<|media_start|>", "<|media_begin|>") + _THINK_PROMPT if template == "k25" else text
 
 
 def _clear(root: Path) -> None:

@@ -21,7 +21,7 @@ from exo_kimi.errors import UsageError
 
 SPECIAL_TOKENS = 256
 SMALLEST_VOCABULARY = 256 + SPECIAL_TOKENS
-BOS, EOS, IM_END, PAD = 0, 1, 2, 255
+BOS, EOS, IM_END, MEDIA_PAD, PAD = 0, 1, 2, 21, 255
 # Place after the ordinary tokens -> name. Real Kimi: 163584 + place.
 _NAMED = {
     BOS: "[BOS]",
@@ -42,7 +42,7 @@ _NAMED = {
     18: "<|media_begin|>",
     19: "<|media_content|>",
     20: "<|media_end|>",
-    21: "<|media_pad|>",
+    MEDIA_PAD: "<|media_pad|>",
     22: "<think>",
     23: "</think>",
     254: "[UNK]",
