@@ -36,7 +36,7 @@ FLOORS = {
 RUNTIME_FLOORS = {
     "requests": 0,
     "reserve": 0,
-    "prefix_key": 0,
+    "prefix_key": 1,
     "token_mask": 0,
     "steps": 1,
     "pipeline": 2,

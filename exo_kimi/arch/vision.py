@@ -19,6 +19,8 @@ NORM_EPS = 1e-5
 """Of the tower's norms; MoonViT's code states it, no config does."""
 ROPE_THETA = 10_000.0
 CHANNELS = 3
+KEPT_VECTORS = 8_192
+"""Vectors of pictures that a stage keeps: three screens of 1920 x 1080, for a conversation that goes on about them."""
 _SIZES = (
     "patch_size",
     "vt_hidden_size",

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from exo_kimi.arch.vision import VisionConfig
+from exo_kimi.arch.vision import KEPT_VECTORS, VisionConfig
 from exo_kimi.checkpoint.index import CheckpointIndex, TensorEntry, read_shards
 from exo_kimi.checkpoint.shards import find_shards
 from exo_kimi.checkpoint.text_files import CONFIG_NAME, read_config
@@ -26,7 +26,7 @@ from exo_kimi.errors import (
 )
 
 _ROOTS = ("vision_tower.", "mm_projector.", "multi_modal_projector.")
-_FLOATS = ("BF16", "F16", "F32")
+_FLOATS = {"BF16": 2, "F16": 2, "F32": 4}
 _FIX = "take the tower from a directory that has all of it: --vision DIR; or serve text alone: --no-vision"
 
 
@@ -48,6 +48,12 @@ class VisionManifest:
     def resident_bytes(self) -> int:
         """Bytes of the weights once they are loaded as stored."""
         return sum(entry.nbytes for entry in self.entries.values())
+
+    @property
+    def kept_bytes(self) -> int:
+        """Bytes of the vectors that a stage keeps, in the tower's dtype."""
+        element_bytes = max(_FLOATS[entry.dtype] for entry in self.entries.values())
+        return KEPT_VECTORS * self.config.hidden_size * element_bytes
 
 
 @dataclass(frozen=True, slots=True)

@@ -167,13 +167,19 @@ class Model(nn.Module):
         h = h.reshape(batch, length, hidden)
         return self.lm_head(self.model.norm(h)) if self.is_last else h
 
+    def embed(self, tokens: mx.array) -> mx.array:
+        """(N,) token ids to (N, D), on the first stage."""
+        vectors: mx.array = self.model.embed_tokens(tokens)
+        return vectors
+
     def forward_ragged(
         self, x: mx.array, segments: Sequence[tuple[int, Sequence[KVCache]]], *, asked: Sequence[int] | None = None
     ) -> mx.array:
         """One pass over several sequences laid end to end, prefill chunks and single tokens mixed.
 
         Args:
-            x: (N,) int32 token ids on the first stage, else (N, D) hidden states.
+            x: (N,) int32 token ids on the first stage, else (N, D) hidden states; there too, where some tokens are not those
+                of `embed`.
             segments: for each sequence its number of tokens here (they sum to N) and its caches, which grow by it.
             asked: for each segment how many tokens at its end somebody asks for, as a sampler for the last of a prompt; None:
                 all. Of the others the last layer only takes in keys and values, and what is returned means nothing.
@@ -216,7 +222,7 @@ class Model(nn.Module):
         Returns:
             (N, D) hidden states, before the final norm on the last stage.
         """
-        h = self.model.embed_tokens(x) if self.is_first else x
+        h = self.embed(x) if x.ndim == 1 else x
         layers, tokens = self.layers, h.shape[0]
         offsets = [own[0].offset for own in caches]
         step = DecodeStep(layers[0].self_attn.rope, offsets, h.dtype, chosen=self.args.num_experts_per_tok)
@@ -232,7 +238,7 @@ class Model(nn.Module):
             [mx.arange(caches[0].offset, caches[0].offset + length, dtype=mx.int32) for length, caches in segments]
         )
         spans = [_span(length) for length, _ in segments]
-        h = self.model.embed_tokens(x) if self.is_first else x
+        h = self.embed(x) if x.ndim == 1 else x
         *layers, last = self.layers
         for index, layer in enumerate(layers):
             h = layer(h, positions, spans, [caches[index] for _, caches in segments])

@@ -10,19 +10,49 @@ import re
 from collections.abc import Iterable, Sequence
 
 import numpy as np
+import numpy.typing as npt
 
 from exo_kimi.errors import ProtocolError
+from exo_kimi.runtime.requests import PromptPicture
 
 KEY_DIGITS = 32
 _KEYS = re.compile(rf"(?:[0-9a-f]{{{KEY_DIGITS}}})*")
 
 
-def block_keys(tokens: Sequence[int], block_tokens: int) -> tuple[str, ...]:
-    """A key for each whole block of the tokens: the hash of the key before it and the block's own ids."""
-    ids = np.asarray(tokens, "<i4")
+def mark_pictures(ids: npt.NDArray[np.int64], pictures: Iterable[PromptPicture]) -> npt.NDArray[np.int64]:
+    """Put what tells pictures apart in the place of their media tokens, whose ids are the same for all pictures.
+
+    Args:
+        ids: token ids from the first of a prompt on; changed in place.
+        pictures: of the prompt.
+
+    Returns:
+        `ids`, with a negative number for each media token: 63 bits of the picture's digest plus the token's place in it.
+    """
+    for shown in pictures:
+        count = min(shown.tokens, len(ids) - shown.start)
+        if count > 0:
+            first = int(shown.picture.digest[:16], 16) >> 1
+            # Unsigned numbers wrap; the highest bit is set in all of them.
+            places = np.arange(count, dtype=np.uint64) + np.uint64(first)
+            ids[shown.start : shown.start + count] = (places | np.uint64(1 << 63)).view(np.int64)
+    return ids
+
+
+def block_keys(tokens: Sequence[int] | npt.NDArray[np.int64], block_tokens: int) -> tuple[str, ...]:
+    """A key for each whole block of the tokens: the hash of the key before it and the block's own ids.
+
+    Args:
+        tokens: ids, those of pictures as `mark_pictures` writes them.
+        block_tokens: of a block.
+    """
+    ids = np.asarray(tokens, "<i8")
     keys, before = [], b""
     for end in range(block_tokens, len(ids) + 1, block_tokens):
-        before = hashlib.sha256(before + ids[end - block_tokens : end].tobytes()).digest()[: KEY_DIGITS // 2]
+        block = ids[end - block_tokens : end]
+        # Four bytes an id where that is enough: the keys of older versions, whose blocks stay of use.
+        packed = block.astype("<i4") if block.min() >= 0 else block
+        before = hashlib.sha256(before + packed.tobytes()).digest()[: KEY_DIGITS // 2]
         keys.append(before.hex())
     return tuple(keys)
 

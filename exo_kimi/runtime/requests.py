@@ -6,6 +6,8 @@ from collections.abc import AsyncGenerator
 from dataclasses import dataclass, field
 from typing import Literal, Protocol
 
+from exo_kimi.pictures.picture import Picture
+
 FinishReason = Literal["stop", "length"]
 StageState = Literal["starting", "loading", "ready", "stalled", "dead"]
 
@@ -45,6 +47,15 @@ class SamplingParams:
     top_logprobs: int = 0
 
 
+@dataclass(frozen=True, slots=True)
+class PromptPicture:
+    """A picture in a prompt: its vectors stand in the place of `tokens` media tokens from position `start` on."""
+
+    start: int
+    tokens: int
+    picture: Picture
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class GenerationRequest:
     """One sequence to generate.
@@ -55,6 +66,7 @@ class GenerationRequest:
         max_tokens: upper bound of generated tokens, cut to what the context has left; None means as many as it holds.
         stop_ids: token ids that end the generation; the id itself is still returned as the last event.
         constraint: a grammar to obey, used by this request only.
+        pictures: of the prompt, by position; the stages must have a vision tower.
     """
 
     request_id: str
@@ -63,6 +75,7 @@ class GenerationRequest:
     sampling: SamplingParams = field(default_factory=SamplingParams)
     stop_ids: frozenset[int] = frozenset()
     constraint: TokenConstraint | None = None
+    pictures: tuple[PromptPicture, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

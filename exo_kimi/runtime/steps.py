@@ -13,6 +13,7 @@ from typing import Literal
 import numpy as np
 import numpy.typing as npt
 
+from exo_kimi.pictures.picture import Picture
 from exo_kimi.runtime.requests import SamplingParams
 
 NO_EPOCH = 0  # before a join, and after the leader was lost; a leader counts from 1
@@ -59,6 +60,17 @@ class Blocks:
     keys: tuple[str, ...]
 
 
+@dataclass(frozen=True, slots=True)
+class PictureSpan:
+    """Media tokens of a segment: from its token `start` on, `tokens` of them take the vectors of picture `digest` from its
+    `first` on."""
+
+    start: int
+    tokens: int
+    digest: str
+    first: int
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Segment:
     """The next `length` tokens of one sequence. `offset` is the position of the first, equal to what the sequence's cache
@@ -74,6 +86,7 @@ class Segment:
     sample: bool
     mask: bytes | None = None
     drafts: int = 0
+    pictures: tuple[PictureSpan, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -84,7 +97,10 @@ class Step:
 
     A stage that cannot read a block leaves the rest of that order undone. `restored` gathers on the way, for each sequence
     of `restore`, how many tokens every stage so far holds; the sequence's first segment may start at any position up to
-    that, and what a stage holds beyond is dropped."""
+    that, and what a stage holds beyond is dropped.
+
+    `pictures` are those that the segments' spans name, each once; only the first stage gets them. They come again with every
+    chunk that needs them, so a stage that was started anew has them too."""
 
     epoch: int
     step_id: int
@@ -97,6 +113,7 @@ class Step:
     store: tuple[Blocks, ...] = ()
     drop: tuple[str, ...] = ()
     restored: tuple[tuple[int, int], ...] = ()
+    pictures: tuple[Picture, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -11,6 +11,7 @@ from exo_kimi.arch.config import KimiConfig
 from exo_kimi.arch.geometry import check_quantizable
 from exo_kimi.checkpoint.checkpoint import Checkpoint
 from exo_kimi.checkpoint.fingerprint import stage_fingerprint
+from exo_kimi.checkpoint.vision import VisionManifest
 from exo_kimi.errors import UsageError
 from exo_kimi.planner.split import balanced_split, parse_split
 from exo_kimi.planner.weights.bytes import bytes_of_manifest
@@ -52,6 +53,7 @@ def make_plan(
     dtype: str | None = None,
     scratch_bytes: int | None = None,
     kv_bits: int | None = None,
+    vision: VisionManifest | None = None,
 ) -> ClusterPlan:
     """Place every layer of a checkpoint.
 
@@ -65,6 +67,7 @@ def make_plan(
         key: the cluster key.
         dtype: see `loader.load`.
         scratch_bytes, kv_bits: see `messages.Load`.
+        vision: the tower, which the first stage holds; None takes no pictures.
 
     Raises:
         CheckpointError: the directory cannot be served.
@@ -95,6 +98,7 @@ def make_plan(
     plans = []
     for stage, ((start, end), remote) in enumerate(zip(ranges, placed, strict=True)):
         manifest = checkpoint.manifest(start, end)
+        tower = vision if stage == 0 else None
         load = Load(
             stage=stage,
             directory=encode_path(checkpoint.directory.resolve()),
@@ -104,11 +108,21 @@ def make_plan(
             fingerprint=stage_fingerprint(manifest),
             scratch_bytes=scratch_bytes,
             kv_bits=kv_bits,
+            vision=tower is not None,
+            vision_directory=_apart(tower, checkpoint.directory),
         )
-        plans.append(
-            StagePlan(load=load, remote=remote, resident_bytes=manifest.resident_bytes + manifest.widened_bytes)
-        )
+        weights_bytes = manifest.resident_bytes + manifest.widened_bytes
+        if tower is not None:
+            weights_bytes += tower.resident_bytes + tower.kept_bytes
+        plans.append(StagePlan(load=load, remote=remote, resident_bytes=weights_bytes))
     return ClusterPlan(directory=checkpoint.directory, config=config, stages=tuple(plans), key=key)
+
+
+def _apart(tower: VisionManifest | None, directory: Path) -> str | None:
+    """Where the tower's tensors are, if not beside the layers."""
+    if tower is None or tower.directory.resolve() == directory.resolve():
+        return None
+    return encode_path(tower.directory.resolve())
 
 
 def _check_remotes(addresses: Sequence[Address], key: ClusterKey | None) -> None:

@@ -16,7 +16,6 @@ from exo_kimi.runtime.engine.prefix_index import (
     DiskBlockIndex,
     PrefixIndex,
     Tokens,
-    as_tokens,
     common_tokens,
 )
 from exo_kimi.runtime.engine.sequence import DiskRestore, PrefixSource, Sequence
@@ -105,7 +104,7 @@ class PrefixCache:
             else sequence.num_computed_tokens
         )
         sequence.num_computed_tokens = known
-        kept = CachedPrefix(sequence.seq_id, as_tokens(sequence.tokens[:known]))
+        kept = CachedPrefix(sequence.seq_id, sequence.prefix_ids(known))
         covered = self.index.add(kept)
         if kept not in covered:
             self._request_stores(sequence)
@@ -128,7 +127,7 @@ class PrefixCache:
         """
         if needed > self._ledger.free_tokens + self.kept_tokens:
             return False
-        source = self._best(as_tokens(sequence.tokens[:-1]))
+        source = self._best(sequence.prefix_ids(-1))
         whole = source is not None and len(source[0].tokens) - source[1] < self._block_tokens
         sequence.takes_over = source if whole else None  # when next to nothing of them would be lost
         while needed - self._held(sequence.takes_over) > self._ledger.free_tokens:
@@ -157,7 +156,7 @@ class PrefixCache:
         if not self.options or sequence.registered or (sequence.source is not None and sequence.source.move):
             return True
         sequence.begin_from(None)  # what was chosen before may be gone
-        tokens = as_tokens(sequence.tokens[:-1])
+        tokens = sequence.prefix_ids(-1)
         best = self._best(tokens)
         source = PrefixSource(seq_id=best[0].seq_id, tokens=best[1]) if best is not None else None
         to_come = 0
@@ -227,7 +226,7 @@ class PrefixCache:
     def _plan_restore(self, sequence: Sequence, count: int) -> bool:
         if not self.blocks.capacity_blocks:
             return False
-        keys = block_keys(sequence.tokens[:-1], self._block_tokens)
+        keys = block_keys(sequence.prefix_ids(-1), self._block_tokens)
         known = self.blocks.count_complete(keys)
         if known * self._block_tokens < count + self._block_tokens:
             return False
@@ -252,7 +251,7 @@ class PrefixCache:
 
     def _request_stores(self, sequence: Sequence) -> None:
         if self.blocks.capacity_blocks:
-            keys = block_keys(sequence.tokens[: sequence.num_computed_tokens], self._block_tokens)
+            keys = block_keys(sequence.prefix_ids(sequence.num_computed_tokens), self._block_tokens)
             self.blocks.request_stores(sequence.seq_id, keys)
 
     def _evict(self, kept: CachedPrefix) -> None:

@@ -16,7 +16,8 @@ from exo_kimi.runtime.pipeline import DiskBlocks
 from exo_kimi.runtime.steps import Blocks
 
 WINDOW_BLOCKS = 16  # on their way at a time: fewer than a stage queues, so that none is refused
-Tokens = npt.NDArray[np.int32]
+Tokens = npt.NDArray[np.int64]
+"""Ids, those of pictures as `prefix_key.mark_pictures` writes them."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -29,7 +30,7 @@ class CachedPrefix:
 
 def as_tokens(tokens: Sequence[int]) -> Tokens:
     """Ids as an array that compares fast."""
-    return np.asarray(tokens, np.int32)
+    return np.array(tokens, np.int64)
 
 
 def common_tokens(one: Tokens, other: Tokens) -> int:

@@ -359,6 +359,12 @@ class EpochScheduler:
         tokens = [token for sequence, length in scheduled for token in sequence.next_tokens(length)]
         taken = [sequence.take(length) for sequence, length in scheduled]
         cached = sum(segment.offset + segment.length for segment, _ in taken)
+        pictures = {
+            picture.digest: picture
+            for segment, chunk in taken
+            if segment.pictures
+            for picture in chunk.sequence.pictures_of(segment)
+        }
         chunks = tuple(chunk for _, chunk in taken)
         for chunk in chunks:
             if chunk.sample and chunk.end == len(chunk.sequence.tokens) and chunk.sequence.generated_tokens == 0:
@@ -385,6 +391,7 @@ class EpochScheduler:
             restore=tuple(restores.values()),
             store=store,
             drop=drop,
+            pictures=tuple(pictures.values()),
         )
 
 

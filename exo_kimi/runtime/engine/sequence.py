@@ -6,10 +6,12 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Literal
 
+from exo_kimi.pictures.picture import Picture
 from exo_kimi.runtime.engine.prefix_index import CachedPrefix, Tokens, as_tokens
 from exo_kimi.runtime.engine.speculation import PromptLookup
+from exo_kimi.runtime.prefix_key import mark_pictures
 from exo_kimi.runtime.requests import FinishReason, GenerationRequest, RequestProgress
-from exo_kimi.runtime.steps import Sampled, Segment, SequenceStart
+from exo_kimi.runtime.steps import PictureSpan, Sampled, Segment, SequenceStart
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -81,7 +83,7 @@ class Sequence:
 
     def __post_init__(self) -> None:
         self.tokens = list(self.request.prompt_ids)
-        self.prompt_ids = as_tokens(self.tokens)
+        self.prompt_ids = self.prefix_ids(None)
 
     @property
     def prompt_tokens(self) -> int:
@@ -102,6 +104,10 @@ class Sequence:
     def final_cache_tokens(self) -> int:
         """Cached tokens at its very end; the last generated token is never fed."""
         return self.prompt_tokens + self.max_new_tokens - 1
+
+    def prefix_ids(self, end: int | None) -> Tokens:
+        """Its first tokens as prefixes are compared: equal only where the pictures are too. `end` as in a slice."""
+        return mark_pictures(as_tokens(self.tokens[:end]), self.request.pictures)
 
     def next_tokens(self, length: int) -> list[int]:
         """The next tokens to send, with the drafts after the newest one."""
@@ -143,9 +149,27 @@ class Sequence:
         mask = self.mask if sample else None
         drafts, self.drafts = len(self.drafts) if sample else 0, ()
         segment = Segment(
-            seq_id=self.seq_id, offset=offset, length=length + drafts, sample=sample, mask=mask, drafts=drafts
+            seq_id=self.seq_id,
+            offset=offset,
+            length=length + drafts,
+            sample=sample,
+            mask=mask,
+            drafts=drafts,
+            pictures=tuple(self._spans(offset, end)),
         )
         return segment, ScheduledChunk(sequence=self, seq_id=self.seq_id, end=end, sample=sample, drafts=drafts)
+
+    def _spans(self, offset: int, end: int) -> Iterator[PictureSpan]:
+        """The parts of its pictures that lie in the positions from `offset` to `end`."""
+        for shown in self.request.pictures:
+            first, last = max(offset, shown.start), min(end, shown.start + shown.tokens)
+            if first < last:
+                yield PictureSpan(first - offset, last - first, shown.picture.digest, first - shown.start)
+
+    def pictures_of(self, segment: Segment) -> Iterator[Picture]:
+        """The pictures that a segment of it needs."""
+        needed = {span.digest for span in segment.pictures}
+        return (shown.picture for shown in self.request.pictures if shown.picture.digest in needed)
 
     def accept(self, run: Iterable[Sampled]) -> Iterator[Sampled]:
         """Append the tokens of one answer, giving each to the caller, who may end the sequence or set its mask: what comes

@@ -121,6 +121,10 @@ class Drafter:
         if limit <= 0 or sequence.mask is not None:
             return [], []
         guess = lookup.guess(limit)
+        if sequence.request.pictures:
+            # What follows was said about a picture; its media tokens mean nothing without the vectors.
+            pad = sequence.tokens[sequence.request.pictures[0].start]
+            guess = guess[: guess.index(pad)] if pad in guess else guess
         return guess, lookup.chances(len(guess))
 
 

@@ -29,7 +29,7 @@ from msgspec import Meta, Struct
 
 from exo_kimi.runtime.requests import StageState
 
-PROTOCOL_VERSION: Literal[4] = 4
+PROTOCOL_VERSION: Literal[5] = 5
 
 Count = Annotated[int, Meta(ge=0, le=2**63 - 1)]
 Positive = Annotated[int, Meta(ge=1, le=2**63 - 1)]
@@ -52,7 +52,7 @@ FreeScope = Literal["host", "process"]
 class Header(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, tag_field="kind"):
     """The first part of a frame. `version` is checked before anything else is read (see `frames.decode`)."""
 
-    version: Literal[4] = PROTOCOL_VERSION
+    version: Literal[5] = PROTOCOL_VERSION
 
 
 class Hello(Header, frozen=True, kw_only=True, tag="hello"):
@@ -118,6 +118,8 @@ class Load(Header, frozen=True, kw_only=True, tag="load"):
         fingerprint: of these layers in the leader's checkpoint (see `checkpoint.fingerprint`).
         scratch_bytes: what a step may take beside weights and caches; None leaves it to the stage's free memory.
         kv_bits: 8, or None for caches in the dtype of the activations.
+        vision: whether this stage, the first, holds the vision tower too.
+        vision_directory: where the tower's tensors are, if not beside the layers.
     """
 
     stage: Count
@@ -128,6 +130,8 @@ class Load(Header, frozen=True, kw_only=True, tag="load"):
     fingerprint: Name
     scratch_bytes: Count | None = None
     kv_bits: Count | None = None
+    vision: bool = False
+    vision_directory: DirectoryPath | None = None
 
 
 class Progress(Header, frozen=True, kw_only=True, tag="progress"):

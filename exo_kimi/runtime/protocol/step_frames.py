@@ -1,6 +1,6 @@
 """Steps and their results as a JSON header and raw buffers, and back (see `frames` for the frame around them).
 
-    step    [header] [tokens int32] [histories int32] [mask] ... [hidden states]
+    step    [header] [tokens int32] [histories int32] [mask] ... [pixels uint8] ... [hidden states]
     result  [header] [log-probabilities float64]
 
 Tokens and masks stay out of the JSON for their size, log-probabilities because they may be infinite. What comes in lists is a
@@ -18,11 +18,23 @@ import numpy as np
 import numpy.typing as npt
 from msgspec import Meta, Struct
 
+from exo_kimi.arch.vision import Grid
+from exo_kimi.pictures.picture import Picture
 from exo_kimi.runtime.prefix_key import KEY_DIGITS
 from exo_kimi.runtime.protocol.faults import malformed
 from exo_kimi.runtime.protocol.messages import Count, Header, Positive
 from exo_kimi.runtime.requests import SamplingParams
-from exo_kimi.runtime.steps import Blocks, Hidden, HiddenDtype, Sampled, Segment, SequenceStart, Step, StepResult
+from exo_kimi.runtime.steps import (
+    Blocks,
+    Hidden,
+    HiddenDtype,
+    PictureSpan,
+    Sampled,
+    Segment,
+    SequenceStart,
+    Step,
+    StepResult,
+)
 from exo_kimi.runtime.transport.link import Part
 
 _HIDDEN_DTYPES = {"float32": 4, "bfloat16": 2, "float16": 2}
@@ -55,6 +67,9 @@ BlocksRow = tuple[Count, Count, BlockTokens, tuple[Key, ...]]
 RestoredRow = tuple[Count, Count]
 OrdersRow = tuple[tuple[BlocksRow, ...], tuple[BlocksRow, ...], tuple[Key, ...], tuple[RestoredRow, ...]]
 HiddenRow = tuple[HiddenDtype, Count, Positive]
+PictureRow = tuple[Key, Positive, Positive, Positive]
+SpanRow = tuple[Count, Count, Positive, Count, Count]
+PicturesRow = tuple[tuple[PictureRow, ...], tuple[SpanRow, ...]]
 SampledRow = tuple[Count, Count, bool, tuple[Count, ...]]
 
 _BLOCKS_COLUMNS = ("seq_id", "offset", "block_tokens", "keys")
@@ -68,6 +83,9 @@ COLUMNS = {
     "prefix.store[]": _BLOCKS_COLUMNS,
     "prefix.restored[]": _RESTORED_COLUMNS,
     "hidden": ("dtype", "tokens", "hidden_size"),
+    "pictures": ("pictures", "spans"),
+    "pictures.pictures[]": ("digest", "frames", "rows", "columns"),
+    "pictures.spans[]": ("segment", "start", "tokens", "picture", "first"),
     "sampled[]": ("seq_id", "token_id", "logprob", "top_logprobs"),
     "restored[]": _RESTORED_COLUMNS,
 }
@@ -76,7 +94,7 @@ COLUMNS = {
 
 class StepHeader(Header, frozen=True, kw_only=True, tag="step"):
     """A Step without its arrays. `mask` of a segment and `history` of a start say whether and how much of a buffer is theirs;
-    `prefix` is None without orders about blocks, as in most steps."""
+    `prefix` is None without orders about blocks, and `pictures` without pictures, as in most steps."""
 
     epoch: Count
     step_id: Count
@@ -85,6 +103,7 @@ class StepHeader(Header, frozen=True, kw_only=True, tag="step"):
     free: tuple[Count, ...]
     prefix: OrdersRow | None
     hidden: HiddenRow | None
+    pictures: PicturesRow | None
 
 
 class ResultHeader(Header, frozen=True, kw_only=True, tag="step_result"):
@@ -111,10 +130,12 @@ def encode_step(step: Step) -> tuple[StepHeader, list[Part]]:
         free=step.free,
         prefix=_orders_row(step),
         hidden=None if hidden is None else (hidden.dtype, hidden.tokens, hidden.hidden_size),
+        pictures=_pictures_row(step) if step.pictures else None,
     )
     history = np.asarray([token for start in step.begin for token in start.history], "<i4")
     buffers: list[Part] = [np.ascontiguousarray(step.tokens, "<i4").tobytes(), history.tobytes()]
     buffers += [segment.mask for segment in step.segments if segment.mask is not None]
+    buffers += [picture.pixels for picture in step.pictures]
     if hidden is not None:
         buffers.append(hidden.data)
     return header, buffers
@@ -127,10 +148,13 @@ def decode_step(header: StepHeader, buffers: Sequence[Part]) -> Step:
         ProtocolError: they do not fit each other.
     """
     masked = sum([row[4] for row in header.segments])
-    wanted = 2 + masked + (header.hidden is not None)
+    picture_rows, span_rows = header.pictures or ((), ())
+    wanted = 2 + masked + len(picture_rows) + (header.hidden is not None)
     if len(buffers) != wanted:
         raise malformed("number of buffers", expected=wanted, found=len(buffers))
     masks = iter(buffers[2 : 2 + masked])
+    pixels = buffers[2 + masked : 2 + masked + len(picture_rows)]
+    spans = _decode_spans(span_rows, picture_rows, segments=len(header.segments))
     segments = tuple(
         [
             Segment(
@@ -140,8 +164,9 @@ def decode_step(header: StepHeader, buffers: Sequence[Part]) -> Step:
                 sample=sample,
                 mask=bytes(next(masks)) if mask else None,
                 drafts=drafts,
+                pictures=spans.get(index, ()),
             )
-            for seq_id, offset, length, sample, mask, drafts in header.segments
+            for index, (seq_id, offset, length, sample, mask, drafts) in enumerate(header.segments)
         ]
     )
     tokens = _int32_array(buffers[0], "tokens")
@@ -161,6 +186,12 @@ def decode_step(header: StepHeader, buffers: Sequence[Part]) -> Step:
         store=_decode_blocks(store),
         drop=drop,
         restored=restored,
+        pictures=tuple(
+            [
+                Picture(Grid(frames, rows, columns), bytes(data), digest)
+                for (digest, frames, rows, columns), data in zip(picture_rows, pixels, strict=True)
+            ]
+        ),
     )
 
 
@@ -280,6 +311,34 @@ def _decode_blocks(rows: Iterable[BlocksRow]) -> tuple[Blocks, ...]:
             for seq_id, offset, block_tokens, keys in rows
         ]
     )
+
+
+def _pictures_row(step: Step) -> PicturesRow:
+    places = {picture.digest: place for place, picture in enumerate(step.pictures)}
+    spans = [
+        (index, span.start, span.tokens, places[span.digest], span.first)
+        for index, segment in enumerate(step.segments)
+        for span in segment.pictures
+    ]
+    grids = [(p.digest, p.grid.frames, p.grid.rows, p.grid.columns) for p in step.pictures]
+    return tuple(grids), tuple(spans)
+
+
+def _decode_spans(
+    rows: tuple[SpanRow, ...], pictures: tuple[PictureRow, ...], *, segments: int
+) -> dict[int, tuple[PictureSpan, ...]]:
+    """The spans of each segment that has any, by its index."""
+    found: dict[int, tuple[PictureSpan, ...]] = {}
+    for index, start, tokens, picture, first in rows:
+        if index >= segments or picture >= len(pictures):
+            raise malformed(
+                "a span of a picture",
+                expected=f"one of {segments} segments and of {len(pictures)} pictures",
+                found=f"segment {index}, picture {picture}",
+            )
+        span = PictureSpan(start, tokens, pictures[picture][0], first)
+        found[index] = (*found.get(index, ()), span)
+    return found
 
 
 def _decode_hidden(row: HiddenRow, data: Part, tokens: int) -> Hidden:

@@ -15,13 +15,15 @@ import mlx.core as mx
 
 from exo_kimi.arch.geometry import kv_bytes_per_token
 from exo_kimi.checkpoint.fingerprint import stage_fingerprint
-from exo_kimi.checkpoint.index import open_index
+from exo_kimi.checkpoint.index import CheckpointIndex, open_index
 from exo_kimi.checkpoint.manifest import resolve
+from exo_kimi.checkpoint.vision import NoVision, VisionManifest, find_vision
 from exo_kimi.errors import CheckpointError, StageError
 from exo_kimi.models.kimi_k2 import CACHE_STEP
 from exo_kimi.runtime.protocol.messages import Join, Load, Loaded, decode_path
 from exo_kimi.runtime.reserve import default_scratch_bytes
 from exo_kimi.runtime.stage.memory import FreeMemory, free_memory
+from exo_kimi.runtime.stage.pictures import PictureTower
 from exo_kimi.runtime.stage.prefix_disk import Changed, PrefixDisk, cache_identity, default_directory
 from exo_kimi.runtime.stage.resident import ResidentStage, give_back_memory
 from exo_kimi.runtime.stage.worker import StageWorker
@@ -68,7 +70,8 @@ class CheckpointLayers:
         """
         give_back_memory()
         directory = self._directory or decode_path(order.directory)
-        manifest = resolve(open_index(directory), order.start_layer, order.end_layer)
+        index = open_index(directory)
+        manifest = resolve(index, order.start_layer, order.end_layer)
         found = stage_fingerprint(manifest)
         if found != order.fingerprint:
             raise CheckpointError(
@@ -79,11 +82,31 @@ class CheckpointLayers:
                 fix="copy the leader's checkpoint to this machine, or give the right folder with --model",
             )
         return ResidentStage.load(
-            manifest, stage=order.stage, dtype=order.dtype, progress=progress, fuse=True, alone=self._alone
+            manifest,
+            stage=order.stage,
+            dtype=order.dtype,
+            progress=progress,
+            fuse=True,
+            alone=self._alone,
+            vision=_vision(index, order),
         )
 
     def drop(self) -> None:
         """Nothing is kept here."""
+
+
+def _vision(index: CheckpointIndex, order: Load) -> VisionManifest | None:
+    if not order.vision:
+        return None
+    found = find_vision(index, None if order.vision_directory is None else decode_path(order.vision_directory))
+    if isinstance(found, NoVision):
+        raise CheckpointError(
+            "this machine's checkpoint has no vision tower, and the leader's has",
+            found=found.reason,
+            where=index.directory,
+            fix="copy the tower's tensors to this machine, or serve text alone with --no-vision",
+        )
+    return found
 
 
 @dataclass(slots=True)
@@ -129,6 +152,10 @@ class MlxBackend:
         # Metal runs a graph while the next is built: what one has let go, the other may still hold.
         model.set_scratch_bytes(scratch_bytes // 2 if mx.metal.is_available() else scratch_bytes)
         model.set_kv_bits(order.kv_bits)
+        tower = None
+        if resident.vision is not None:
+            tower = PictureTower(resident.vision)
+            tower.model.scratch_bytes = model.scratch_bytes
         answer = Loaded(
             start_layer=order.start_layer,
             end_layer=order.end_layer,
@@ -142,7 +169,9 @@ class MlxBackend:
                 kv_bits=order.kv_bits,
             ),
         )
-        self._loaded = _LoadedStage(order, answer, resident, StageWorker(model, epoch=0, stage=order.stage))
+        self._loaded = _LoadedStage(
+            order, answer, resident, StageWorker(model, epoch=0, stage=order.stage, tower=tower)
+        )
         return answer
 
     def unload(self) -> None:

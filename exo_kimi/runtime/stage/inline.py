@@ -15,6 +15,7 @@ from queue import SimpleQueue
 from exo_kimi.errors import EngineStoppedError, StageError
 from exo_kimi.runtime.pipeline import DiskBlocks, Failed, PipelineEvent, PipelineInfo, Ready
 from exo_kimi.runtime.requests import StageHealth, StageState
+from exo_kimi.runtime.stage.pictures import PictureTower
 from exo_kimi.runtime.stage.prefix_disk import Changed, PrefixDisk
 from exo_kimi.runtime.stage.stage_model import StageModel
 from exo_kimi.runtime.stage.worker import StageWorker, as_fault
@@ -36,6 +37,7 @@ class InlinePipeline:
         kv_capacity_tokens: cached tokens of all sequences together.
         cache_step: tokens by which a cache grows.
         open_disk: called in the thread for each stage; None keeps nothing on disk.
+        load_tower: makes the tower of the first stage, in the thread; None takes no pictures.
         ahead: see `StageWorker`.
     """
 
@@ -48,6 +50,7 @@ class InlinePipeline:
         kv_capacity_tokens: int,
         cache_step: int,
         open_disk: OpenDisk | None = None,
+        load_tower: Callable[[], PictureTower] | None = None,
         ahead: bool = True,
     ) -> None:
         self._load = load
@@ -56,6 +59,7 @@ class InlinePipeline:
         self._kv_capacity_tokens = kv_capacity_tokens
         self._cache_step = cache_step
         self._open_disk = open_disk
+        self._load_tower = load_tower
         self._ahead = ahead
         self._info: PipelineInfo | None = None
         self._epoch = 0
@@ -113,6 +117,8 @@ class InlinePipeline:
                 StageWorker(model, epoch=self._epoch, stage=stage, ahead=self._ahead)
                 for stage, model in enumerate(self._load())
             ]
+            if self._load_tower is not None and workers:
+                workers[0].tower = self._load_tower()
             if len(workers) != self._stages:
                 raise StageError("the loader made another number of stages", expected=self._stages, found=len(workers))
         except Exception as error:

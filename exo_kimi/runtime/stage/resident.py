@@ -10,9 +10,12 @@ from dataclasses import dataclass
 import mlx.core as mx
 
 from exo_kimi.checkpoint.manifest import StageManifest
+from exo_kimi.checkpoint.vision import VisionManifest
 from exo_kimi.errors import StageOutOfMemoryError
 from exo_kimi.models.kimi_k2 import Model
+from exo_kimi.models.vision import VisionModel
 from exo_kimi.runtime.loading.loader import load_stage
+from exo_kimi.runtime.loading.vision import load_tower
 from exo_kimi.runtime.stage.memory import free_memory
 from exo_kimi.runtime.stage.worker import as_fault
 from exo_kimi.units import format_bytes
@@ -27,12 +30,14 @@ class ResidentStage:
         model: these layers, ready to run.
         resident_bytes: by how much MLX's memory grew.
         load_s: how long loading took.
+        vision: the tower for pictures, if this stage holds one.
     """
 
     manifest: StageManifest
     model: Model
     resident_bytes: int
     load_s: float
+    vision: VisionModel | None = None
 
     @property
     def dtype(self) -> mx.Dtype:
@@ -50,6 +55,7 @@ class ResidentStage:
         progress: Callable[[int, int], None] | None = None,
         fuse: bool = False,
         alone: bool = False,
+        vision: VisionManifest | None = None,
     ) -> ResidentStage:
         """Load the layers of a manifest, in the thread that will run them: MLX's streams belong to threads.
 
@@ -57,6 +63,7 @@ class ResidentStage:
             manifest: of the layers.
             stage: its index, for errors.
             dtype, progress, fuse, alone: see `load_stage`.
+            vision: the tower to load with them.
 
         Raises:
             CheckpointError: the tensors are not what the manifest says.
@@ -65,6 +72,7 @@ class ResidentStage:
         began_s, before_bytes = time.monotonic(), mx.get_active_memory()
         try:
             model = load_stage(manifest, dtype=dtype, progress=progress, fuse=fuse, alone=alone)
+            tower = load_tower(vision, dtype=dtype) if vision is not None else None
         except (RuntimeError, ValueError, MemoryError) as error:  # what MLX raises
             raise as_fault(error, stage=stage) from error
         if mx.metal.is_available():
@@ -75,6 +83,7 @@ class ResidentStage:
             model=model,
             resident_bytes=mx.get_active_memory() - before_bytes,
             load_s=time.monotonic() - began_s,
+            vision=tower,
         )
 
 

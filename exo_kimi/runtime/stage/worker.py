@@ -11,6 +11,7 @@ import numpy as np
 from exo_kimi.errors import ProtocolError, RuntimeFault, StageError, StageOutOfMemoryError
 from exo_kimi.runtime.stage.caches import capacity_for, copy_prefix, trim
 from exo_kimi.runtime.stage.lookahead import Ahead, PreparedStep
+from exo_kimi.runtime.stage.pictures import PictureTower, without_pictures
 from exo_kimi.runtime.stage.prefix_disk import PrefixDisk, read_blocks, write_blocks
 from exo_kimi.runtime.stage.sampling import SequenceSampler, sample_runs
 from exo_kimi.runtime.stage.sequence_state import SequenceState, SequenceTable, check_step
@@ -26,6 +27,7 @@ class StageWorker:
         epoch: steps of any other epoch are refused.
         stage: index of the stage, for errors.
         disk: where it keeps prefixes; may be set later.
+        tower: for pictures, on the first stage; None takes none.
         ahead: whether `run_ahead` does anything on a stage that is the whole model.
     """
 
@@ -36,12 +38,14 @@ class StageWorker:
         epoch: int,
         stage: int | None = None,
         disk: PrefixDisk | None = None,
+        tower: PictureTower | None = None,
         ahead: bool = True,
     ) -> None:
         self.model = model
         self.epoch = epoch
         self.stage = stage
         self.disk = disk
+        self.tower = tower
         self.ahead = Ahead(model, enabled=ahead)
         self._sequences: SequenceTable[int, SequenceState] = SequenceTable()
         self._answered: tuple[Step, StepResult] | None = None
@@ -176,7 +180,7 @@ class StageWorker:
                 step, self._sample(step, sequences, logits if prepared is None else prepared.joined(step, logits))
             )
         else:  # only a stage that is the whole model prepares steps
-            result = replace(step, hidden=pack(self._forward(step)))
+            result = replace(without_pictures(step), hidden=pack(self._forward(step)))
         for segment, entry in zip(step.segments, sequences, strict=True):
             entry.length += segment.length
             entry.drafts = segment.drafts
@@ -185,7 +189,7 @@ class StageWorker:
     def _forward(self, step: Step) -> mx.array:
         model = self.model
         if model.is_first:
-            x = mx.array(step.tokens)
+            x = mx.array(step.tokens) if not step.pictures else self._embed(step)
         elif step.hidden is None:
             raise ProtocolError("a step without hidden states reached a stage that is not the first", stage=self.stage)
         else:
@@ -193,6 +197,11 @@ class StageWorker:
         asked = [_asked(segment) for segment in step.segments] if model.is_last else None
         segments = [(segment.length, self._sequences[segment.seq_id].caches) for segment in step.segments]
         return model.forward_ragged(x, segments, asked=asked)
+
+    def _embed(self, step: Step) -> mx.array:
+        if self.tower is None:
+            raise ProtocolError("a picture reached a stage without a vision tower", stage=self.stage)
+        return self.tower.embed(step, self.model)
 
     def _observe(self, step: Step, sequences: list[SequenceState]) -> None:
         for segment, entry, end in zip(step.segments, sequences, _ends(step), strict=True):
