@@ -256,8 +256,8 @@ def test_tensors_of_vision_rope_and_prediction_layers_are_skipped_and_counted(ma
     assert [note for note in manifest.notes if "skipped" in note] == [
         "2 tensors skipped: multi-token prediction layer",
         "1 tensor skipped: rope frequencies, which follow from config.json",
-        "2 tensors skipped: vision projector",
-        "2 tensors skipped: vision tower",
+        "6 tensors skipped: vision projector",
+        "29 tensors skipped: vision tower",
     ]
 
 
