@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from itertools import pairwise
 
@@ -108,12 +108,17 @@ def plan_of(split: PlacedSplit) -> Plan:
         left_out=tuple(machine.name for machine in question.machines if machine.name not in used),
         prediction=PlanPrediction(
             decode_tokens_per_s=_digits(made.decode_tokens_per_s),
+            first_tokens_per_s=_digits(1 / made.first_tpot_s),
+            last_tokens_per_s=_digits(1 / made.last_tpot_s),
             tpot_s=_digits(made.tpot_s),
             ttft_s=_digits(made.ttft_s),
             request_s=_digits(made.request_s),
             throughput_tokens_per_s=_digits(made.throughput_tokens_per_s),
         ),
-        assumptions=tuple(f"{stage.machine.name}: {text}" for stage in split.stages for text in stage.machine.unknown),
+        assumptions=(
+            *(f"{stage.machine.name}: {text}" for stage in split.stages for text in stage.machine.unknown),
+            *_link_warnings(split),
+        ),
     )
 
 
@@ -126,6 +131,13 @@ def link_of(split: PlacedSplit) -> str:
     link = split.question.cluster.link
     rdma = all(one.rdma and other.rdma and link(one, other).kind == "rdma" for one, other in pairs)
     return "jaccl" if pairs and rdma else "zmq"
+
+
+def _link_warnings(split: PlacedSplit) -> Iterator[str]:
+    for one, other in pairwise(stage.machine for stage in split.stages):
+        warning = split.question.cluster.link(one, other).warning
+        if warning:
+            yield f"{one.name} to {other.name}: {warning}"
 
 
 def cluster_hash(cluster: Cluster) -> str:

@@ -14,7 +14,7 @@ from exo_kimi.errors import PlanError, PlanInfeasibleError
 from exo_kimi.planner.workload import OBJECTIVES, Workload
 from exo_kimi.units import format_bytes
 
-VERSION = 2
+VERSION = 3
 LINKS = ("zmq", "jaccl")
 T = TypeVar("T")
 Engine = Literal["exo", "exo-kimi"]
@@ -71,9 +71,19 @@ class PlanStage:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PlanPrediction:
-    """Seconds and tokens per second, rounded to six digits."""
+    """Seconds and tokens per second, rounded to six digits; see `search.cost.Prediction`.
+
+    Args:
+        decode_tokens_per_s: of one sequence, in the middle of the timed request.
+        first_tokens_per_s: of the same at the start of the context.
+        last_tokens_per_s: at its end.
+        tpot_s, ttft_s, request_s: of the timed request.
+        throughput_tokens_per_s: of all sequences together.
+    """
 
     decode_tokens_per_s: float
+    first_tokens_per_s: float
+    last_tokens_per_s: float
     tpot_s: float
     ttft_s: float
     request_s: float

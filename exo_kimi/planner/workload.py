@@ -60,9 +60,9 @@ class Workload:
         return self.prompt_tokens / self.chunks
 
     @property
-    def mean_prompt_position(self) -> float:
-        """Cached tokens that a prompt's token meets, on average."""
-        return self.prompt_tokens / 2
+    def mean_prompt_keys(self) -> float:
+        """Cached tokens that a prompt's token is multiplied with: all before its chunk, and the whole of it, on average."""
+        return (self.prompt_tokens + self.chunk_tokens) / 2
 
     @property
     def kv_tokens(self) -> int:

@@ -40,7 +40,13 @@ def plan_of_shape(split: tuple[int, ...] = (5, 2), *, context: int = 8192, layer
         kv_bits=None,
     )
     prediction = PlanPrediction(
-        decode_tokens_per_s=1.0, tpot_s=1.0, ttft_s=1.0, request_s=1.0, throughput_tokens_per_s=1.0
+        decode_tokens_per_s=1.0,
+        first_tokens_per_s=1.0,
+        last_tokens_per_s=1.0,
+        tpot_s=1.0,
+        ttft_s=1.0,
+        request_s=1.0,
+        throughput_tokens_per_s=1.0,
     )
     return Plan(
         version=VERSION,

@@ -3,8 +3,8 @@
     python -m exo_kimi.bench.claims.machine [FILE]       measure, print, and write the profile
 
 Bandwidth is what a 4-bit matrix-vector product reads, which is what decoding does; the overhead is what a tiny model's step
-takes beside that; prefill is grouped 4-bit experts on a chunk of tokens. Each is the lower quartile of repetitions, since
-other programs only ever slow things down.
+takes beside that; prefill is grouped 4-bit experts on a chunk of tokens; attention is what a longer context adds to a token.
+Each is the lower quartile of repetitions, since other programs only ever slow things down.
 """
 
 from __future__ import annotations
@@ -24,8 +24,10 @@ import mlx.core as mx
 from exo_kimi.checkpoint.index import open_index
 from exo_kimi.checkpoint.manifest import resolve
 from exo_kimi.checkpoint.tiny.make import make_tiny
+from exo_kimi.models.latent_cache import PlainLatents
 from exo_kimi.planner.machines.local import local_profile
 from exo_kimi.planner.machines.profile_text import profile_answer, profile_toml
+from exo_kimi.planner.search.laws import EXPERT_TILE_ROWS
 from exo_kimi.planner.weights.bytes import bytes_of_manifest
 from exo_kimi.runtime.loading.loader import load_stage
 
@@ -44,6 +46,7 @@ def measure() -> dict[str, Any]:
         measured["limit_bytes"], source["limit_bytes"] = int(limit), "mx.device_info, max_recommended_working_set_size"
     bandwidth = measured["bandwidth_bytes_per_s"] = read_bandwidth()
     measured["prefill_flops_per_s"] = prefill_flops()
+    measured["attention_flops_per_s"] = attention_speed(bandwidth)
     measured["overhead_per_layer_s"] = layer_overhead(bandwidth)
     source |= {key: how for key in measured if key not in source}
     return {**table, "measured": measured, "source": source}
@@ -60,7 +63,10 @@ def read_bandwidth() -> float:
 
 
 def prefill_flops() -> float:
-    """Floating-point operations per second of experts on a chunk, each expert meeting the tokens that chose it."""
+    """Floating-point operations per second of experts on a chunk, each expert meeting the tokens that chose it.
+
+    They are counted as the law of prefill does, with a tile for each expert, on a GPU; a CPU has no tiles.
+    """
     experts, chosen, hidden, width = (96, 8, 7168, 2048) if mx.metal.is_available() else (8, 2, 512, 512)
     tokens = CHUNK if mx.metal.is_available() else 64
     weight, scales, biases = _packed((experts, width, hidden))
@@ -68,7 +74,31 @@ def prefill_flops() -> float:
     x = mx.random.normal((tokens * chosen, 1, hidden), dtype=_dtype())
     quant: dict[str, Any] = {"group_size": GROUP, "bits": 4, "sorted_indices": True}
     seconds = quartile_s(lambda: mx.gather_qmm(x, weight, scales, biases, rhs_indices=choices, **quant))
-    return 2.0 * tokens * chosen * hidden * width / seconds
+    rows = tokens * chosen + (EXPERT_TILE_ROWS * experts if mx.metal.is_available() else 0)
+    return 2.0 * rows * hidden * width / seconds
+
+
+def attention_speed(bandwidth_bytes_per_s: float) -> float:
+    """Floating-point operations per second of attention over a context: what a longer one adds to a token's step here, less the
+    time in which its bytes are read.
+
+    The path is exo-kimi's own, absorbed, as `models.mla` decodes (`PlainLatents`), with softmax; mlx-lm's may have another slope.
+    """
+    heads, rank, rope = (64, 512, 64) if mx.metal.is_available() else (16, 64, 16)
+    short, long = (4096, 32_768) if mx.metal.is_available() else (1024, 8192)
+    query, rotary = (mx.random.normal((1, 1, heads, width), dtype=_dtype()) for width in (rank, rope))
+
+    def step_s(keys: int) -> float:
+        latents = PlainLatents(*(mx.random.normal((1, 1, keys, width), dtype=_dtype()) for width in (rank, rope)))
+        mx.eval(latents.latent, latents.k_pe)
+        return quartile_s(
+            lambda: latents.mixed(mx.softmax(latents.scores(query, rotary, scale=0.1), axis=-1, precise=True))
+        )
+
+    added_s = max(step_s(long) - step_s(short), 1e-9)
+    read_s = (long - short) * (rank + rope) * _dtype().size / bandwidth_bytes_per_s
+    flops = (long - short) * 2.0 * heads * (2 * rank + rope)
+    return flops / max(added_s - read_s, added_s / 2)
 
 
 def layer_overhead(bandwidth_bytes_per_s: float) -> float:

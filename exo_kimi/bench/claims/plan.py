@@ -1,8 +1,10 @@
 """The planner's promise against the clock: a tiny model over three stage processes of this machine.
 
     exo-kimi bench plan [--stages N] [--rounds N]
+    exo-kimi bench plan --published
 
-Measures this machine's profile, plans, serves with the plan's split, and times decoding. Prints a table and one JSON line.
+Measures this machine's profile, plans, serves with the plan's split, and times decoding. With --published nothing is run: the
+laws are held against published measurements of Macs. Prints a table and one JSON line.
 """
 
 from __future__ import annotations
@@ -29,6 +31,7 @@ from exo_kimi.checkpoint.tiny.make import make_tiny
 from exo_kimi.planner.command import model_bytes
 from exo_kimi.planner.machines.cluster import NetworkLink, make_cluster
 from exo_kimi.planner.machines.hardware import Machine, machine_of_profile
+from exo_kimi.planner.published.judge import judge, judged_json, judged_text
 from exo_kimi.planner.question import Question
 from exo_kimi.planner.search.cost import PlacedSplit, Prediction
 from exo_kimi.planner.workload import Workload, make_workload
@@ -111,7 +114,13 @@ def main(arguments: Sequence[str]) -> None:
     parser = argparse.ArgumentParser(prog="exo-kimi bench plan", description=__doc__.splitlines()[0] if __doc__ else "")
     parser.add_argument("--stages", type=int, default=3, help="stage processes (default 3)")
     parser.add_argument("--rounds", type=int, default=5, help="profiles and runs, taken in turn (default 5)")
+    parser.add_argument("--published", action="store_true", help="the laws against published measurements of Macs")
     options = parser.parse_args(arguments)
+    if options.published:
+        judged = judge()
+        print(judged_text(judged))
+        print(json.dumps({"bench": "plan", "published": judged_json(judged)}, sort_keys=True))
+        return
     result = run(stages=options.stages, rounds=options.rounds)
     print(f"{'predicted':>12} {'measured':>12} {'deviation':>10}")
     for row in result["rounds"]:

@@ -4,12 +4,13 @@
 name = "studio"            # default: chip and memory
 chip = "m3-ultra"          # or profile = "studio.toml", as `exo-kimi machine --measure -o` writes it
 memory = "512GiB"
-limit = "480GiB"           # the wired limit that is set; default: Metal's
-# bandwidth_bytes_per_s, prefill_flops_per_s, overhead_per_layer_s: override the profile
+# gpu_cores = 60           # where the chip is sold with several numbers of them
+limit = "480GiB"           # the wired limit that is set, also as iogpu.wired_limit_mb has it; 0 or none: Apple's default
+# bandwidth_bytes_per_s, prefill_flops_per_s, attention_flops_per_s, overhead_per_layer_s: override the profile
 
 [[link]]
 between = ["studio", "mini"]
-kind = "thunderbolt4"      # or latency_s and bandwidth_bytes_per_s, measured
+kind = "thunderbolt4"      # or latency_s and bandwidth_bytes_per_s, measured, and handover_s
 """
 
 from __future__ import annotations
@@ -23,8 +24,10 @@ from typing import Any
 from exo_kimi.errors import UsageError
 from exo_kimi.planner import data
 from exo_kimi.planner.machines.hardware import (
+    MOST_QUOTED,
     Machine,
     Value,
+    check_limit,
     machine_of_chip,
     machine_of_name,
     machine_of_profile,
@@ -33,22 +36,36 @@ from exo_kimi.planner.machines.hardware import (
 from exo_kimi.units import GIB, parse_bytes
 
 MOST_MACHINES = 8
-_COUNTED = re.compile(r"(\d)\s*[x*]\s*(.+)")
+MIB = 1 << 20
+_COUNTED = re.compile(r"(\d+)\s*[x*×]\s*(.*)")
 _OVERRIDES = {
     "bandwidth_bytes_per_s": "bandwidth",
     "prefill_flops_per_s": "prefill",
+    "attention_flops_per_s": "attention",
     "overhead_per_layer_s": "overhead",
 }
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class NetworkLink:
-    """A way between two machines: seconds one way for a small message, and bytes per second."""
+    """A way between two machines.
+
+    Args:
+        kind: what it is.
+        latency_s: seconds one way for a small message.
+        bandwidth_bytes_per_s: of a long one.
+        source: of these.
+        handover_s: by which a step is longer because one machine's GPU waits for the other's, beside the message itself. Source:
+            mlx-lm's pipeline over two M3 Ultra, `planner/published/`.
+        warning: shown with every plan over it.
+    """
 
     kind: str
     latency_s: float
     bandwidth_bytes_per_s: float
     source: str
+    handover_s: float = 0.0
+    warning: str = ""
 
     def transfer_s(self, size_bytes: float) -> float:
         """Seconds for a message: latency + bytes / bandwidth."""
@@ -68,7 +85,7 @@ class Cluster:
         if given is not None:
             return given
         version = min(one.thunderbolt, other.thunderbolt)
-        return link_of_kind(f"thunderbolt{version}" if version >= 4 else "ethernet10")
+        return link_of_kind(f"thunderbolt{version}" if version >= 3 else "ethernet10")
 
     def with_raised_limits(self) -> Cluster:
         """The same cluster with every wired limit at its ceiling."""
@@ -94,7 +111,7 @@ def link_of_kind(kind: str) -> NetworkLink:
     """
     table = data.load("profiles", "links")
     if kind not in table:
-        raise UsageError("unknown link", expected=f"one of {', '.join(table)}", found=repr(kind))
+        raise UsageError("unknown link", expected=f"one of {', '.join(table)}", found=repr(kind)[:MOST_QUOTED])
     return NetworkLink(kind=kind, **table[kind])
 
 
@@ -105,7 +122,7 @@ def make_cluster(machines: list[Machine], links: Mapping[frozenset[str], Network
         UsageError: no machine, or more than the exact solver takes.
     """
     if not 1 <= len(machines) <= MOST_MACHINES:
-        raise UsageError("a cluster has 1 to 8 machines", expected=f"1 to {MOST_MACHINES}", found=len(machines))
+        raise _too_many(len(machines))
     named: dict[str, Machine] = {}
     for machine in sorted(machines, key=lambda machine: (machine.name, machine.kind)):
         name, count = machine.name, 1
@@ -128,8 +145,27 @@ def read_cluster(text: str | Path) -> Cluster:
     machines: list[Machine] = []
     for part in str(text).split(","):
         counted = _COUNTED.fullmatch(part.strip())
-        machines += [machine_of_name(counted[2] if counted else part)] * (int(counted[1]) if counted else 1)
+        count = 1 if counted is None else int(counted[1][:9])
+        if not 1 <= count <= MOST_MACHINES:
+            raise _too_many(repr(part.strip())[:MOST_QUOTED])
+        if counted is not None and not counted[2].strip():
+            raise UsageError(
+                "a number of machines without a machine",
+                expected=f"as in {count}x m3-ultra-512",
+                found=repr(part.strip())[:MOST_QUOTED],
+                where="--cluster",
+            )
+        machines += [machine_of_name(counted[2] if counted else part)] * count
     return make_cluster(machines)
+
+
+def _too_many(found: object) -> UsageError:
+    return UsageError(
+        f"a cluster has 1 to {MOST_MACHINES} machines",
+        expected=f"1 to {MOST_MACHINES}, as in 2x m3-ultra-512",
+        found=found,
+        where="--cluster",
+    )
 
 
 def parse_cluster(table: Mapping[str, Any], *, where: Path) -> Cluster:
@@ -144,7 +180,7 @@ def parse_cluster(table: Mapping[str, Any], *, where: Path) -> Cluster:
     names = {machine.name for machine in cluster.machines}
     links: dict[frozenset[str], NetworkLink] = {}
     for entry in data.tables(table, "link", where):
-        data.refuse_unknown(dict(entry), ("between", "kind", "latency_s", "bandwidth_bytes_per_s"), where)
+        data.refuse_unknown(dict(entry), ("between", "kind", "latency_s", "bandwidth_bytes_per_s", "handover_s"), where)
         pair = frozenset(data.texts(entry, "between", where))
         if len(pair) != 2 or not pair <= names:
             raise UsageError(
@@ -158,19 +194,21 @@ def parse_cluster(table: Mapping[str, Any], *, where: Path) -> Cluster:
 
 
 def _machine(entry: dict[str, Any], where: Path) -> Machine:
-    data.refuse_unknown(entry, ("name", "chip", "profile", "memory", "limit", *_OVERRIDES), where)
+    data.refuse_unknown(entry, ("name", "chip", "profile", "memory", "gpu_cores", "limit", *_OVERRIDES), where)
     if ("chip" in entry) == ("profile" in entry):
         raise UsageError("a machine has either a chip or a profile", found=entry.get("name", "a machine"), where=where)
     if "profile" in entry:
         path = where.parent / str(entry["profile"])
         machine = machine_of_profile(data.read(path, "profile"), where=path)
     else:
-        machine = machine_of_chip(str(entry["chip"]), round(_bytes(entry.get("memory", 0)) / GIB))
+        machine = machine_of_chip(
+            str(entry["chip"]), round(_bytes(entry.get("memory", 0)) / GIB), gpu_cores=_cores(entry, where)
+        )
     changes: dict[str, Any] = {}
     if "name" in entry:
         changes["name"] = str(entry["name"])
     if "limit" in entry:
-        changes["limit"] = Value(number=_bytes(entry["limit"]), source=f"{where.name}", status="set")
+        changes["limit"] = _limit(entry["limit"], machine, where)
     for key, field in _OVERRIDES.items():
         if key in entry:
             changes[field] = Value(number=positive(entry[key], key, where), source=where.name, status="set")
@@ -179,17 +217,48 @@ def _machine(entry: dict[str, Any], where: Path) -> Machine:
 
 def _link(entry: dict[str, Any], where: Path) -> NetworkLink:
     measured = ("latency_s", "bandwidth_bytes_per_s")
+    if "kind" not in entry and not any(key in entry for key in measured):
+        raise UsageError("a link has a kind, or latency_s and bandwidth_bytes_per_s", where=where)
+    # What is not about the cable, such as the handover, is as with any other.
+    base = link_of_kind("ethernet10" if any(key in entry for key in measured) else str(entry.get("kind")))
+    if "handover_s" in entry:
+        base = replace(base, handover_s=positive(entry["handover_s"], "handover_s", where))
     if "kind" in entry and not any(key in entry for key in measured):
-        return link_of_kind(str(entry["kind"]))
+        return base
     if "kind" in entry or not all(key in entry for key in measured):
         raise UsageError("a link has a kind, or latency_s and bandwidth_bytes_per_s", where=where)
     latency_s, bandwidth = (positive(entry[key], key, where) for key in measured)
-    return NetworkLink(kind="measured", latency_s=latency_s, bandwidth_bytes_per_s=bandwidth, source=where.name)
+    return replace(
+        base,
+        kind="measured",
+        latency_s=latency_s,
+        bandwidth_bytes_per_s=bandwidth,
+        source=where.name,
+    )
+
+
+def _limit(value: int | str, machine: Machine, where: Path) -> Value:
+    """A wired limit: bytes with a unit, or a number alone, which is GiB, or MiB where only `iogpu.wired_limit_mb` has such."""
+    text = str(value).strip()
+    if text == "0":
+        return machine.limit
+    limit_bytes, source = _bytes(value), where.name
+    if text.isdecimal() and limit_bytes > machine.memory_bytes and GIB <= int(text) * MIB <= machine.memory_bytes:
+        limit_bytes, source = int(text) * MIB, f"{where.name}, as iogpu.wired_limit_mb"
+    check_limit(limit_bytes, machine.memory_bytes, found=f"limit = {value}", where=where)
+    return Value(number=limit_bytes, source=source, status="set")
+
+
+def _cores(entry: Mapping[str, Any], where: Path) -> int | None:
+    cores = entry.get("gpu_cores")
+    if cores is not None and (not isinstance(cores, int) or isinstance(cores, bool)):
+        raise UsageError("gpu_cores is a number", expected="60 or 80", found=repr(cores)[:MOST_QUOTED], where=where)
+    return cores
 
 
 def _bytes(value: int | str) -> int:
-    """Bytes of `512GiB`; memory is sold in GB and built in GiB, so `512GB` and a plain 512 mean GiB too."""
+    """Bytes of `512GiB`; memory is sold in GB and built in GiB, so `512GB` and a plain 512 mean GiB too, and MB are MiB."""
     text = str(value).strip()
-    if text.isdecimal():
-        return int(text) * GIB
-    return parse_bytes(re.sub(r"(?i)gb$", "GiB", text))
+    if text.isascii() and text.isdecimal():
+        return int(text[:18]) * GIB
+    return parse_bytes(re.sub(r"(?i)([gm])b$", r"\1iB", text))

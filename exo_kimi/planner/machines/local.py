@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import os
 import platform
+import re
 import shutil
 import subprocess
 from typing import Any
 
-from exo_kimi.planner.machines.hardware import chip_memories, chip_names
+from exo_kimi.planner.machines.hardware import chip_cores, chip_memories, chip_names
 from exo_kimi.units import GIB
 
 
@@ -20,23 +21,37 @@ def local_profile() -> dict[str, Any]:
     """
     if platform.system() == "Darwin":
         wired_mb = int(_sysctl("iogpu.wired_limit_mb") or 0)
-        return profile_table(_sysctl("machdep.cpu.brand_string"), int(_sysctl("hw.memsize") or 0), wired_mb=wired_mb)
+        return profile_table(
+            _sysctl("machdep.cpu.brand_string"),
+            int(_sysctl("hw.memsize") or 0),
+            wired_mb=wired_mb,
+            gpu_cores=gpu_cores_of(_answer("ioreg", "-r", "-d", "1", "-c", "AGXAccelerator")),
+        )
     memory_bytes = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     return profile_table(f"{platform.machine()}, {os.cpu_count()} cores", memory_bytes, wired_mb=0)
 
 
-def profile_table(chip: str, memory_bytes: int, *, wired_mb: int) -> dict[str, Any]:
+def gpu_cores_of(registry: str) -> int | None:
+    """The number of GPU cores in what `ioreg -c AGXAccelerator` prints; None where it does not say it."""
+    found = re.search(r'"gpu-core-count"\s*=\s*(\d+)', registry)
+    return int(found[1]) if found else None
+
+
+def profile_table(chip: str, memory_bytes: int, *, wired_mb: int, gpu_cores: int | None = None) -> dict[str, Any]:
     """The table of a machine.
 
     Args:
         chip: as the system names it, such as `Apple M3 Ultra`.
         memory_bytes: all of it.
-        wired_mb: `iogpu.wired_limit_mb`, 0 where macOS decides.
+        wired_mb: `iogpu.wired_limit_mb`, in MiB as Apple counts it; 0 where macOS decides.
+        gpu_cores: where the system says them.
     """
     table: dict[str, Any] = {"chip": chip, "memory_gib": round(memory_bytes / GIB, 3)}
     key = chip.lower().removeprefix("apple ").replace(" ", "-")
     if key in chip_names() and round(memory_bytes / GIB) in chip_memories(key):
         table |= {"base": key, "memory_gib": round(memory_bytes / GIB)}
+        if gpu_cores in chip_cores(key, round(memory_bytes / GIB)):
+            table["gpu_cores"] = gpu_cores
     measured, source = {}, {}
     if wired_mb:
         measured["limit_bytes"] = wired_mb << 20
@@ -45,6 +60,12 @@ def profile_table(chip: str, memory_bytes: int, *, wired_mb: int) -> dict[str, A
 
 
 def _sysctl(name: str) -> str:
-    program = shutil.which("sysctl") or "/usr/sbin/sysctl"
-    answer = subprocess.run([program, "-n", name], capture_output=True, text=True, check=False)
-    return answer.stdout.strip()
+    return _answer("sysctl", "-n", name)
+
+
+def _answer(program: str, *arguments: str) -> str:
+    path = shutil.which(program) or f"/usr/sbin/{program}"
+    try:
+        return subprocess.run([path, *arguments], capture_output=True, text=True, check=False).stdout.strip()
+    except OSError:  # a system without it tells nothing
+        return ""

@@ -26,6 +26,14 @@ def machine_text(machine: Machine) -> str:
         ),
         ("prefill", f"{machine.prefill.number / 1e12:.3g} TFLOP/s", machine.prefill.status, machine.prefill.source),
         (
+            "attention",
+            f"{machine.attention_speed.number / 1e12:.3g} TFLOP/s",
+            machine.attention_speed.status,
+            machine.attention_speed.source
+            if machine.attention
+            else "as prefill: mlx-lm's slope, ours was not measured",
+        ),
+        (
             "overhead",
             f"{machine.overhead.number * 1e6:.0f} us a layer",
             machine.overhead.status,

@@ -1,4 +1,4 @@
-"""Cost laws: seconds of a stage, a hop and a request, one law a function with its source.
+"""What a split costs: seconds of its stages, hops and requests, by the laws of one layer (`laws`).
 
 Times are seconds. A stage is a machine and a half-open layer range; stage 0 is the first.
 """
@@ -10,11 +10,10 @@ from dataclasses import dataclass
 from functools import cached_property
 from itertools import pairwise
 
-from exo_kimi.arch.modules import layer_modules
 from exo_kimi.planner.machines.hardware import Machine
 from exo_kimi.planner.question import Question
+from exo_kimi.planner.search.laws import chunk_flops, decode_layer_s, head_s, hop_s, prefill_layer_s
 from exo_kimi.planner.split import parse_split
-from exo_kimi.planner.weights.bytes import ModelBytes
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -33,9 +32,20 @@ class Placed:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Prediction:
-    """What a split promises. `throughput_tokens_per_s` is of all sequences together, at the workload's concurrency."""
+    """What a split promises.
+
+    Args:
+        tpot_s: seconds of a token in the middle of the timed request.
+        first_tpot_s: of the first token of a context.
+        last_tpot_s: of the last one that the context has room for.
+        ttft_s: seconds to the first token of the timed request.
+        request_s: seconds of the whole request.
+        throughput_tokens_per_s: of all sequences together, at the workload's concurrency.
+    """
 
     tpot_s: float
+    first_tpot_s: float
+    last_tpot_s: float
     ttft_s: float
     request_s: float
     throughput_tokens_per_s: float
@@ -89,60 +99,11 @@ class PlacedSplit:
         }[self.question.objective]
 
 
-def layer_flops(model: ModelBytes, layer: int, cached_tokens: float) -> float:
-    """Floating-point operations of one token in one layer.
-
-    Two per active weight, and 2 T H (d_qk + d_v) for attention over T cached tokens (MLA expanded, as prefill runs it).
-    Source: "Training compute-optimal large language models", Hoffmann et al. 2022, appendix F; DeepSeek-V2, MLA.
-    """
-    config = model.config
-    weights = 0.0
-    for spec in layer_modules(config, layer):
-        share = config.num_experts_per_tok / config.n_routed_experts if spec.kind == "experts" else 1.0
-        weights += spec.parameters * share
-    attention = cached_tokens * config.num_attention_heads * (config.qk_head_dim + config.v_head_dim)
-    return 2.0 * weights + 2.0 * attention
-
-
-def decode_layer_s(model: ModelBytes, machine: Machine, layer: int, *, batch: int, cached_tokens: int) -> float:
-    """One decode step of one layer: (active bytes + KV bytes) / bandwidth + overhead.
-
-    Source: reference/planning.md, laws; the overhead is what eight published points leave over beside bytes / bandwidth.
-    """
-    read_bytes = model.active_layer_bytes(layer, batch) + batch * cached_tokens * model.kv_layer_bytes
-    return read_bytes / machine.bandwidth.number + machine.overhead.number
-
-
-def head_s(model: ModelBytes, machine: Machine) -> float:
-    """The final norm and lm_head of one step, bound by their bytes."""
-    return model.head_bytes / machine.bandwidth.number
-
-
-def prefill_layer_s(model: ModelBytes, machine: Machine, layer: int, *, tokens: float, flops: float) -> float:
-    """One prefill chunk of one layer: the greater of compute and reading the weights that the chunk needs, and overhead.
-
-    Source: roofline, Williams et al. 2009; distinct experts of a chunk as `ModelBytes.active_layer_bytes`.
-
-    Args:
-        model: bytes.
-        machine: of the stage.
-        layer: its index.
-        tokens: of the chunk, on average.
-        flops: of one token, see `layer_flops`.
-    """
-    compute_s = tokens * flops / machine.prefill.number
-    memory_s = model.active_layer_bytes(layer, max(1, round(tokens))) / machine.bandwidth.number
-    return max(compute_s, memory_s) + machine.overhead.number
-
-
-def hop_s(question: Question, one: Machine, other: Machine, tokens: float) -> float:
-    """Hidden states of some tokens from one machine to the next: latency + tokens * hidden * 2 / bandwidth."""
-    return question.cluster.link(one, other).transfer_s(tokens * question.hop_bytes_per_token)
-
-
-def decode_stages_s(split: PlacedSplit, *, batch: int = 1) -> list[float]:
-    """Seconds of each stage for one decode step of `batch` sequences."""
-    model, cached = split.question.model, split.question.workload.mean_cached_tokens
+def decode_stages_s(split: PlacedSplit, *, batch: int = 1, cached_tokens: float | None = None) -> list[float]:
+    """Seconds of each stage for one decode step of `batch` sequences, each with a cache as in the middle of the timed request
+    unless `cached_tokens` says otherwise."""
+    model = split.question.model
+    cached = split.question.workload.mean_cached_tokens if cached_tokens is None else cached_tokens
     times = [
         sum(
             decode_layer_s(model, stage.machine, layer, batch=batch, cached_tokens=cached)
@@ -160,9 +121,9 @@ def hops_s(split: PlacedSplit, tokens: float) -> list[float]:
     return [hop_s(split.question, one, other, tokens) for one, other in pairwise(machines)]
 
 
-def tpot_s(split: PlacedSplit) -> float:
+def tpot_s(split: PlacedSplit, *, cached_tokens: float | None = None) -> float:
     """Seconds per generated token of one sequence: stages one after another, and one hop per boundary."""
-    return sum(decode_stages_s(split)) + sum(hops_s(split, 1))
+    return sum(decode_stages_s(split, cached_tokens=cached_tokens)) + sum(hops_s(split, 1))
 
 
 def ttft_s(split: PlacedSplit) -> float:
@@ -182,7 +143,7 @@ def prefill_parts_s(split: PlacedSplit) -> list[float]:
     for stage in split.stages:
         total = 0.0
         for layer in range(stage.start_layer, stage.end_layer):
-            flops = layer_flops(model, layer, workload.mean_prompt_position)
+            flops = chunk_flops(model.config, layer, tokens=workload.chunk_tokens, keys=workload.mean_prompt_keys)
             total += prefill_layer_s(model, stage.machine, layer, tokens=workload.chunk_tokens, flops=flops)
         times.append(total)
     return times + hops_s(split, workload.chunk_tokens)
@@ -210,6 +171,8 @@ def predict(split: PlacedSplit) -> Prediction:
     tpot, ttft = tpot_s(split), ttft_s(split)
     return Prediction(
         tpot_s=tpot,
+        first_tpot_s=tpot_s(split, cached_tokens=1),
+        last_tpot_s=tpot_s(split, cached_tokens=workload.context - 1),
         ttft_s=ttft,
         request_s=ttft + (workload.new_tokens - 1) * tpot,
         throughput_tokens_per_s=workload.concurrency / round_s(split),

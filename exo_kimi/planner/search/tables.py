@@ -11,7 +11,8 @@ from numpy.typing import NDArray
 from exo_kimi.errors import UsageError
 from exo_kimi.planner.machines.hardware import Machine
 from exo_kimi.planner.question import Question
-from exo_kimi.planner.search.cost import decode_layer_s, groups_and_batch, head_s, hop_s, layer_flops, prefill_layer_s
+from exo_kimi.planner.search.cost import groups_and_batch
+from exo_kimi.planner.search.laws import chunk_flops, decode_layer_s, head_s, hop_s, prefill_layer_s
 from exo_kimi.planner.search.solver import INFINITE, Goal, Int64s, SplitProblem
 
 TICKS_PER_S = 1_000_000_000  # a layer takes some 100,000 of them
@@ -47,10 +48,10 @@ def split_problem(question: Question, *, stages: int = 0) -> SplitProblem:
     if objective == "request":
         decodes = workload.new_tokens - 1
     chunks = objective in ("request", "ttft")
-    flops = (
-        [layer_flops(model, layer, workload.mean_prompt_position) for layer in range(model.layers)] if chunks else []
-    )
-    tokens, cached = workload.chunk_tokens, workload.mean_cached_tokens
+    tokens, keys, cached = workload.chunk_tokens, workload.mean_prompt_keys, workload.mean_cached_tokens
+    flops = [
+        chunk_flops(model.config, layer, tokens=tokens, keys=keys) for layer in range(model.layers if chunks else 0)
+    ]
     need = need_table(question)
 
     @cache

@@ -7,10 +7,12 @@ from dataclasses import dataclass
 
 from exo_kimi.planner.machines.hardware import Machine
 from exo_kimi.planner.question import Question
+from exo_kimi.planner.search.laws import attention_flops
+from exo_kimi.planner.weights.bytes import ModelBytes
 
 DEGREES = (2, 4, 8)
 # Beside bytes / bandwidth, a token takes this long whatever the degree. Source: least deviation over eight published points
-# (exo with RDMA on M3 Ultra, 1, 2 and 4 machines; reference/planning.md), 4.4 % at most.
+# (exo with RDMA on M3 Ultra, 1, 2 and 4 machines; `planner/published/`), 4.4 % at most. Their prompts were short.
 FIXED_S = 23.8e-3
 # Slices are equal, so the smallest machine decides; beyond this ratio most of the largest would lie idle.
 MOST_UNEQUAL = 1.34
@@ -28,6 +30,23 @@ class TensorOption:
 def tensor_tpot_s(active_bytes: float, bandwidth_bytes_per_s: float, degree: int) -> float:
     """Seconds per token: bytes / (N * bandwidth) + 23.8 ms. Source: see FIXED_S; only with RDMA (122 all-reduces a token)."""
     return active_bytes / (degree * bandwidth_bytes_per_s) + FIXED_S
+
+
+def tensor_decode_s(model: ModelBytes, machines: Sequence[Machine], *, cached_tokens: float) -> float:
+    """Seconds per token of a model over equal shares: its weights and the heads' arithmetic are divided, and every machine reads
+    the whole latent.
+
+    Args:
+        model: bytes.
+        machines: all of them; the slowest decides.
+        cached_tokens: of the one sequence.
+    """
+    degree = len(machines)
+    latent_bytes = cached_tokens * model.kv_layer_bytes * model.layers
+    flops = cached_tokens * attention_flops(model.config) * model.layers
+    bandwidth = min(machine.bandwidth.number for machine in machines)
+    arithmetic_s = flops / degree / min(machine.attention_speed.number for machine in machines)
+    return tensor_tpot_s(model.active_bytes() + degree * latent_bytes, bandwidth, degree) + arithmetic_s
 
 
 def tensor_options(question: Question) -> tuple[TensorOption, ...]:
@@ -51,10 +70,8 @@ def _option(question: Question, machines: Sequence[Machine]) -> TensorOption | N
     other_bytes = question.scratch_bytes + workload.reserve_bytes + workload.server_bytes
     if max(limits) > MOST_UNEQUAL * min(limits) or own_bytes + other_bytes > min(limits):
         return None
-    read_bytes = model.active_bytes() + degree * workload.mean_cached_tokens * model.kv_layer_bytes * model.layers
-    slowest = min(machine.bandwidth.number for machine in machines)
     return TensorOption(
         machines=tuple(machine.name for machine in machines),
         bytes_each=own_bytes,
-        tpot_s=tensor_tpot_s(read_bytes, slowest, degree),
+        tpot_s=tensor_decode_s(model, machines, cached_tokens=workload.mean_cached_tokens),
     )

@@ -45,9 +45,17 @@ def bar(stage: PlanStage, *, largest_bytes: int, width: int = WIDTH) -> str:
         if part.name == "macOS":
             cells += "|"
         reached_bytes += part.size_bytes
-        end = round(reached_bytes / largest_bytes * width)
+        end = min(round(reached_bytes / largest_bytes * width), width)
         cells += part.mark * max(end - len(cells), 1 if part.size_bytes and part.name != "macOS" else 0)
     return cells
+
+
+def context_speeds(plan: Plan) -> str:
+    """Speeds at the start and at the end of the context; empty where they are the same to a tenth of a token."""
+    first, last = (f"{s:.1f}" for s in (plan.prediction.first_tokens_per_s, plan.prediction.last_tokens_per_s))
+    if first == last:
+        return ""
+    return f"{first} tokens/s at the start of the context, {last} at its end ({plan.workload.context} tokens)"
 
 
 def terminal(plan: Plan) -> str:
@@ -72,6 +80,8 @@ def terminal(plan: Plan) -> str:
         f"{plan.workload.prompt_tokens} after {made.ttft_s:.1f} s, "
         f"{plan.workload.new_tokens} tokens after {made.request_s:.1f} s"
     )
+    if context_speeds(plan):
+        lines.append(f"           {context_speeds(plan)}")
     if plan.workload.concurrency > 1:
         lines.append(f"           {made.throughput_tokens_per_s:.1f} tokens/s for {sequences} together")
     if plan.left_out:

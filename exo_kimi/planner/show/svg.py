@@ -5,7 +5,7 @@ from __future__ import annotations
 from xml.sax.saxutils import escape
 
 from exo_kimi.planner.plan import Plan, PlanStage
-from exo_kimi.planner.show.picture import parts_of
+from exo_kimi.planner.show.picture import context_speeds, parts_of
 from exo_kimi.units import format_bytes, format_gb
 
 WIDTH, MARGIN, ROW, BAR, LINE = 960, 32, 104, 34, 20
@@ -98,7 +98,8 @@ def _row(stage: PlanStage, top: int, scale: float) -> list[str]:
 
 
 def _notes(plan: Plan) -> list[str]:
-    notes = [f"first, on {stage.machine}: {stage.sysctl}" for stage in plan.stages if stage.sysctl]
+    notes = [context_speeds(plan)] if context_speeds(plan) else []
+    notes += [f"first, on {stage.machine}: {stage.sysctl}" for stage in plan.stages if stage.sysctl]
     return notes + ([f"left out: {', '.join(plan.left_out)}"] if plan.left_out else [])
 
 

@@ -36,7 +36,12 @@ def published_model(name: str) -> PublishedModel:
         raise UsageError(
             "unknown model", expected=f"one of {', '.join(model_names())}", found=repr(name), where="--model"
         )
-    table = data.load("models", key)
+    return read_model("models", key)
+
+
+def read_model(folder: str, key: str) -> PublishedModel:
+    """A model from its file in a data folder of the planner; `key` is the file's stem."""
+    table = data.load(folder, key)
     raw = table["config"]
     if table["nested"]:
         raw = {"model_type": "kimi_k25", "text_config": raw}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from itertools import combinations
 
 from exo_kimi.errors import ExoPlacementError, UsageError
@@ -41,17 +42,7 @@ def machine_of_node(node: Node, state: ClusterState) -> Machine:
         known = machine_of_chip(node.chip, round(node.total_bytes / GIB), name=name)
     except UsageError:
         return _unknown(node, name, rdma)
-    return Machine(
-        name=name,
-        chip=known.chip,
-        memory_bytes=node.total_bytes,
-        limit=known.limit,
-        bandwidth=known.bandwidth,
-        prefill=known.prefill,
-        overhead=known.overhead,
-        thunderbolt=known.thunderbolt,
-        rdma=known.rdma and rdma,
-    )
+    return replace(known, memory_bytes=node.total_bytes, rdma=known.rdma and rdma)
 
 
 def _unknown(node: Node, name: str, rdma: bool) -> Machine:
@@ -83,4 +74,5 @@ def _link(one: Node, other: Node, machines: dict[str, Machine], state: ClusterSt
         version = min(machines[one.node_id].thunderbolt, machines[other.node_id].thunderbolt)
         return link_of_kind(f"thunderbolt{max(version, 4)}")
     # exo tells a cable's kind and not its speed.
-    return link_of_kind("ethernet10" if link_kind(one, other, state) == "ethernet" else "ethernet1")
+    kinds = {"ethernet": "ethernet10", "wifi": "wifi"}
+    return link_of_kind(kinds.get(link_kind(one, other, state), "ethernet1"))

@@ -17,12 +17,16 @@ from collections.abc import Sequence as Ordered
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal
 
+from exo_kimi.planner.search.laws import attention_flops
 from exo_kimi.planner.weights.bytes import ModelBytes
 
 if TYPE_CHECKING:
     from exo_kimi.runtime.engine.sequence import Sequence, StepInFlight
 
 Speculate = Literal["off", "auto"] | int
+BYTES_PER_FLOP = 819e9 / 2.08e13
+"""Bytes that an M3 Ultra reads in the time of one floating-point operation; other Macs' ratios are within a half of it. Source:
+`planner/profiles/m3-ultra.toml`."""
 MAX_DRAFTS = 8
 """Guesses of one sequence in a step, by default."""
 MAX_STEP_DRAFTS = 64
@@ -89,7 +93,9 @@ class Drafter:
         chances = [[1.0] * len(guess) if self.always else chance for guess, chance in guesses]
         counts = choose_drafts(
             chances,
-            lambda tokens: 1.0 if self.always else self.step_bytes.read(tokens, cached_tokens=cached),
+            lambda tokens: (
+                1.0 if self.always else self.step_bytes.cost(tokens, sequences=len(sequences), cached_tokens=cached)
+            ),
             others=others,
             room=room,
         )
@@ -136,6 +142,7 @@ def step_bytes_of(model: ModelBytes) -> StepBytes:
         experts=model.config.n_routed_experts,
         experts_per_token=model.config.num_experts_per_tok,
         kv_token_bytes=model.kv_layer_bytes * model.layers,
+        attention_bytes=attention_flops(model.config) * model.layers * BYTES_PER_FLOP,
     )
 
 
@@ -149,6 +156,7 @@ class StepBytes:
         experts: of a layer.
         experts_per_token: of them that a token goes through.
         kv_token_bytes: cache of one token, all layers.
+        attention_bytes: what is read in the time in which one token is attended to by one other, all layers.
     """
 
     shared_bytes: int
@@ -156,6 +164,13 @@ class StepBytes:
     experts: int
     experts_per_token: int
     kv_token_bytes: int
+    attention_bytes: float = 0.0
+
+    def cost(self, tokens: float, *, sequences: int, cached_tokens: int) -> float:
+        """What a step of `tokens` tokens costs, as bytes: those that it reads, and attention of each token over its sequence's
+        context, which is arithmetic. At long contexts a guess costs more of that than of experts."""
+        attention = self.attention_bytes * cached_tokens * tokens / max(sequences, 1)
+        return self.read(tokens, cached_tokens=cached_tokens) + attention
 
     def read(self, tokens: float, *, cached_tokens: int = 0) -> float:
         """Bytes that a step of `tokens` tokens reads, whose sequences hold `cached_tokens` in all.

@@ -23,7 +23,7 @@ def test_a_measured_profile_is_read_by_the_planner_and_promises_something(tmp_pa
     again = tomllib.loads(profile_toml(table))
     machine = machine_of_profile(again, where="test")
     assert machine == machine_of_profile(table, where="test")
-    for value in (machine.bandwidth, machine.prefill, machine.overhead):
+    for value in (machine.bandwidth, machine.prefill, machine.overhead, machine.attention_speed):
         assert value.status == "measured"
         assert value.number >= 0
         assert "lower quartile of" in value.source

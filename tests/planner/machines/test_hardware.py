@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 
 from exo_kimi.errors import UsageError
 from exo_kimi.planner import data
-from exo_kimi.planner.machines.cluster import link_of_kind, make_cluster, read_cluster
+from exo_kimi.planner.command import plan_answer
+from exo_kimi.planner.machines.cluster import Cluster, link_of_kind, make_cluster, read_cluster
 from exo_kimi.planner.machines.hardware import (
     chip_memories,
     chip_names,
@@ -20,6 +21,7 @@ from exo_kimi.planner.machines.hardware import (
     machine_of_profile,
     machines_by_memory,
 )
+from exo_kimi.planner.machines.local import gpu_cores_of, profile_table
 
 GIB = 1 << 30
 
@@ -212,3 +214,134 @@ def test_raised_limits_leave_macos_an_eighth_up_to_24_gib() -> None:
     assert raised["m4-max-128"].limit_bytes == 112 * GIB
     assert raised["m1-max-64"].limit_bytes == 56 * GIB
     assert raised["m1-max-64"].limit_before_bytes == 48 * GIB
+
+
+def cluster_of(tmp_path: Path, text: str) -> Cluster:
+    """A cluster.toml with this text, read."""
+    path = tmp_path / "cluster.toml"
+    path.write_text(text)
+    return read_cluster(path)
+
+
+STUDIO = '[[machine]]\nchip = "m3-ultra"\nmemory = "512GiB"\nlimit = '
+
+
+@pytest.mark.parametrize(
+    ("limit", "bytes_"),
+    [
+        ("0", 384 * GIB),
+        ('"0"', 384 * GIB),
+        ("480", 480 * GIB),
+        ('"480GiB"', 480 * GIB),
+        ('"480GB"', 480 * GIB),
+        ("507000", 507_000 << 20),
+        ('"507000"', 507_000 << 20),
+        ('"507000MB"', 507_000 << 20),
+        ('"507000MiB"', 507_000 << 20),
+        ("524288", 512 * GIB),
+    ],
+)
+def test_a_limit_is_read_as_it_is_meant(tmp_path: Path, limit: str, bytes_: int) -> None:
+    (machine,) = cluster_of(tmp_path, STUDIO + limit).machines
+    assert machine.limit_bytes == bytes_
+    assert ("iogpu.wired_limit_mb" in machine.limit.source) == (limit.strip('"') in ("507000", "524288"))
+
+
+@pytest.mark.parametrize("limit", ["600", "524289", '"513GiB"', '"1TB"', '"600GB"', "9" * 400])
+def test_a_limit_above_the_memory_is_refused_in_one_short_line(tmp_path: Path, limit: str) -> None:
+    with pytest.raises(UsageError, match="above the machine's memory") as error:
+        cluster_of(tmp_path, STUDIO + f'"{limit}"'.replace('""', '"'))
+    assert "512.00 GiB" in str(error.value)
+    assert max(len(line) for line in str(error.value).splitlines()) < 300
+
+
+def test_a_measured_limit_is_held_to_the_memory_too() -> None:
+    table: dict[str, Any] = {"base": "m3-ultra", "memory_gib": 512, "measured": {"limit_bytes": 507_000 << 40}}
+    with pytest.raises(UsageError, match="above the machine's memory"):
+        machine_of_profile(table, where="test")
+    table["measured"] = {"limit_bytes": 0}
+    assert machine_of_profile(table, where="test").limit_bytes == 384 * GIB
+
+
+@pytest.mark.parametrize(
+    ("name", "bandwidth", "thunderbolt"),
+    [
+        ("m4-32", 120e9, 4),
+        ("m4-pro-64", 273e9, 5),
+        ("m5-32", 153e9, 4),
+        ("m5-pro-64", 307e9, 5),
+        ("m1-pro-32", 200e9, 4),
+        ("m2-pro-32", 200e9, 4),
+        ("m3-pro-36", 150e9, 4),
+        ("m3-ultra-256-60c", 819e9, 5),
+        ("M1-Max-64-24C", 400e9, 4),
+    ],
+)
+def test_every_mac_that_can_hold_a_stage_is_known(name: str, bandwidth: float, thunderbolt: int) -> None:
+    machine = machine_of_name(name)
+    assert (machine.bandwidth.number, machine.thunderbolt) == (bandwidth, thunderbolt)
+    assert machine.name == name.lower()
+
+
+def test_fewer_gpu_cores_compute_less_and_a_name_that_leaves_them_open_says_what_was_taken() -> None:
+    most, fewer = machine_of_name("m3-ultra-256"), machine_of_name("m3-ultra-256-60c")
+    assert fewer.prefill.number == pytest.approx(most.prefill.number * 60 / 80, rel=1e-3)
+    assert "80 of them" in most.unknown[0]
+    assert "m3-ultra-256-60c" in most.unknown[0]
+    assert any("60 GPU cores" in text for text in fewer.unknown)
+    assert machine_of_name("m3-ultra-256-80c").unknown == ()
+
+
+@pytest.mark.parametrize(
+    ("text", "word"),
+    [
+        ("12x", "1 to 8"),
+        ("12x m3-ultra-512", "1 to 8"),
+        ("0x m3-ultra-512", "1 to 8"),
+        ("99999999999999999999x m3-ultra-512", "1 to 8"),
+        ("5x m3-ultra-512, 4x m3-ultra-512", "1 to 8"),
+        ("2x", "without a machine"),
+        ("m3-ultra-512, 2x ", "without a machine"),
+        ("m3-ultra-512,", "cannot read a machine"),
+        ("m4-16", "holds no layer"),
+        ("m3-24", "24 GB at most"),
+        ("m3-ultra-512-60c", "GPU cores"),
+        ("m3-ultra-256-70c", "60 or 80"),
+        ("x" * 100_000, "cannot read a machine"),
+    ],
+)
+def test_a_cluster_text_says_what_it_could_not_read(text: str, word: str) -> None:
+    with pytest.raises(UsageError, match=word) as error:
+        read_cluster(text)
+    assert len(str(error.value)) < 700
+
+
+@pytest.mark.parametrize("count", ["2x m3-ultra-512", "2 x m3-ultra-512", "2*m3-ultra-512", "2× m3-ultra-512"])
+def test_a_number_of_machines_is_read_in_every_spelling(count: str) -> None:
+    assert len(read_cluster(count).machines) == 2
+
+
+def test_links_of_every_kind_are_priced_and_wifi_warns(tmp_path: Path) -> None:
+    kinds = ("wifi", "ethernet1", "ethernet2.5", "ethernet5", "ethernet10", "ethernet25")
+    speeds = [link_of_kind(kind).bandwidth_bytes_per_s for kind in kinds]
+    assert speeds == sorted(set(speeds))
+    for kind in ("thunderbolt3", "thunderbolt4", "usb4", "thunderbolt5", "rdma"):
+        assert link_of_kind(kind).bandwidth_bytes_per_s > speeds[-1]
+    two = '[[machine]]\nname = "a"\nchip = "m3-ultra"\nmemory = 512\n[[machine]]\nname = "b"\nchip = "m2-ultra"\nmemory = 192\n'
+    path = tmp_path / "cluster.toml"
+    path.write_text(two + '[[link]]\nbetween = ["a", "b"]\nkind = "wifi"\n')
+    answer = plan_answer(model="kimi-k2.6", recipe="q34+q6", cluster=path, split="44,17")
+    assert any("use a cable" in text for text in answer.plan.assumptions)
+    assert "use a cable" in answer.text
+    path.write_text(two + '[[link]]\nbetween = ["a", "b"]\nlatency_s = 1e-4\nbandwidth_bytes_per_s = 4e9\n')
+    measured = next(iter(read_cluster(path).links.values()))
+    assert measured.handover_s == link_of_kind("ethernet10").handover_s
+    assert measured.warning == ""
+
+
+def test_what_a_mac_says_of_its_gpu_is_read() -> None:
+    said = '+-o AGXAcceleratorG15X\\n  | "gpu-core-count" = 60\\n'
+    assert gpu_cores_of(said) == 60
+    assert gpu_cores_of("") is None
+    table = profile_table("Apple M3 Ultra", 256 * GIB, wired_mb=0, gpu_cores=60)
+    assert machine_of_profile(table, where="test").prefill == machine_of_name("m3-ultra-256-60c").prefill

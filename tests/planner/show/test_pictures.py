@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import xml.etree.ElementTree as ElementTree
 from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from exo_kimi.planner.plan import PlanStage
-from exo_kimi.planner.show.golden import PLANS, golden
+from exo_kimi.planner.show.golden import PLANS, SPEED_CONTEXTS, golden
 from exo_kimi.planner.show.picture import WIDTH, bar, parts_of, terminal
 from exo_kimi.planner.show.svg import svg
 from exo_kimi.planner.weights.bytes import ModelBytes
@@ -29,8 +31,10 @@ m2-ultra-192  layers 44:61 (17)              143.90 GiB of 144.00 GiB
 ███████████████▓▒░·|
 █ weights 131.23 GiB  ▓ KV 765.00 MiB  ▒ scratch 3.92 GiB  ░ reserve 8.00 GiB  · headroom 105.76 MiB
 
-predicted: 21.0 tokens/s for one sequence, first token of 4096 after 14.8 s, 512 tokens after 39.1 s
+predicted: 19.1 tokens/s for one sequence, first token of 4096 after 20.1 s, 512 tokens after 46.9 s
+           19.9 tokens/s at the start of the context, 14.1 at its end (40960 tokens)
 assumed: m2-ultra-192: overhead per layer: not published; the M3 Ultra's is assumed
+assumed: m2-ultra-192: GPU cores: 76 of them; a machine with 60 is m2-ultra-192-60c
 """
 
 
@@ -112,3 +116,31 @@ def test_the_svg_is_well_formed_and_its_bars_add_up(name: str) -> None:
         assert stage.machine in words
         assert stage.sysctl is None or stage.sysctl in words
     assert svg(plan) == svg(plan)
+
+
+def test_the_founding_plans_promise_three_speeds_and_the_readme_shows_them() -> None:
+    names = ("founding-q34-q6-4k", "founding-q34-q6", "founding-q34-q6-131k")
+    plans = [golden(name).plan for name in names]
+    assert [plan.workload.context for plan in plans] == list(SPEED_CONTEXTS) == [4_096, 40_960, 131_072]
+    speeds = [plan.prediction.last_tokens_per_s for plan in plans]
+    assert speeds[0] > speeds[1] > speeds[2]
+    assert speeds[2] < 0.5 * speeds[0], "bytes alone would promise 0.8 of it"
+    row = "| tokens/s | " + " | ".join(f"{speed:.1f}" for speed in speeds) + " |"
+    root = Path(__file__).parents[3]
+    assert row in (root / "shard_plans" / "README.md").read_text(encoding="utf-8")
+    assert row in (root / "README.md").read_text(encoding="utf-8")
+
+
+def test_speeds_at_both_ends_show_only_where_they_differ() -> None:
+    plan = golden("founding-q34-q6").plan
+    assert "at its end (40960 tokens)" in terminal(plan)
+    assert "14.1 at its end" in svg(plan)
+    same = replace(plan, prediction=replace(plan.prediction, last_tokens_per_s=plan.prediction.first_tokens_per_s))
+    assert "at its end" not in terminal(same)
+
+
+def test_a_limit_that_a_file_has_wrong_does_not_make_a_bar_without_end() -> None:
+    assert (
+        len(bar(stage_of(weight_bytes=1, limit_bytes=1 << 60, memory_bytes=1 << 30), largest_bytes=1 << 30))
+        <= WIDTH + 5
+    )

@@ -103,7 +103,7 @@ def test_known_chips_have_their_profiles_and_links_are_as_seen(make_exo: Any, cl
         node.kind = "wifi"
     slow = client_of(exo).state()
     assert link_kind(*slow.nodes, slow) == "wifi"
-    assert cluster_of_state(slow).link(mini, studio).kind == "ethernet1"
+    assert cluster_of_state(slow).link(mini, studio).kind == "wifi"
 
 
 def test_an_unknown_chip_is_assumed_and_the_plan_says_so(make_exo: Any, client_of: Any, tiny: Path) -> None:

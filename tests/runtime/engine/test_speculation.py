@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from itertools import pairwise, product
 from pathlib import Path
 from types import SimpleNamespace
@@ -23,7 +24,15 @@ from exo_kimi.models.kimi_k2 import CACHE_STEP
 from exo_kimi.planner.weights.bytes import bytes_of_manifest
 from exo_kimi.runtime.engine.engine import Engine
 from exo_kimi.runtime.engine.prefix_cache import PrefixOptions
-from exo_kimi.runtime.engine.speculation import NGRAM, PRIOR, Drafter, PromptLookup, StepBytes, choose_drafts
+from exo_kimi.runtime.engine.speculation import (
+    BYTES_PER_FLOP,
+    NGRAM,
+    PRIOR,
+    Drafter,
+    PromptLookup,
+    StepBytes,
+    choose_drafts,
+)
 from exo_kimi.runtime.requests import GenerationRequest, SamplingParams, TokenEvent
 from exo_kimi.runtime.stage.inline import InlinePipeline, run_chain
 from exo_kimi.runtime.stage.sampling import SequenceSampler, sample, sample_runs
@@ -443,3 +452,17 @@ def test_whatever_is_guessed_between_the_real_tokens_are_the_same(
         step = step_of(3 + known, [found[-1], *tokens], len(tokens))
         found += [sampled.token_id for sampled in run_chain(guessing, step).sampled]
     assert found == expected[: len(found)]
+
+
+def test_at_a_long_context_guesses_pay_for_their_attention() -> None:
+    k2 = replace(K2, attention_bytes=61 * 139_264 * BYTES_PER_FLOP)
+    for cached in (0, 4_096, 131_072):
+        ones, twos = (k2.cost(tokens, sequences=1, cached_tokens=cached) for tokens in (1, 2))
+        experts = k2.read(2, cached_tokens=cached) - k2.read(1, cached_tokens=cached)
+        assert twos - ones == pytest.approx(experts + cached * k2.attention_bytes)
+    chances = [[0.75, 0.5, 0.4]]
+
+    def drafts(cached: int) -> int:
+        return sum(choose_drafts(chances, lambda tokens: k2.cost(tokens, sequences=1, cached_tokens=cached)))
+
+    assert drafts(0) > drafts(131_072)

@@ -1,0 +1,111 @@
+"""Cost laws of one layer and of one hop: seconds, one law a function with its source.
+
+Constants are fitted to published measurements, which `planner/published/` holds with their sources; a measurement that
+judges the laws is never one that they were fitted to (`exo-kimi bench plan --published`).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from exo_kimi.arch.config import KimiConfig
+from exo_kimi.arch.modules import layer_modules
+from exo_kimi.arch.scratch import AttentionShape
+from exo_kimi.planner.machines.hardware import Machine
+from exo_kimi.planner.question import Question
+from exo_kimi.planner.weights.bytes import ModelBytes
+
+# Rows of one tile of a grouped product. A tile that two experts share is computed for each of them, so every expert that a
+# chunk touches costs up to one tile beside its own rows: 384 experts are 6,144 rows, against 16,384 of a chunk of 2,048.
+# Source: `bm` of `gather_qmm_rhs`, mlx/backend/metal/quantized.cpp; of 0, 8, 16, 24 and 32 rows it also fits the published
+# prefill best (2 % instead of 5 to 34 % root mean square over the five fitted points).
+EXPERT_TILE_ROWS = 16
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LayerFlops:
+    """Floating-point operations of a prefill chunk in one layer: products with weights, and attention over the cache."""
+
+    weights: float
+    attention: float
+
+
+def chunk_flops(config: KimiConfig, layer: int, *, tokens: float, keys: float) -> LayerFlops:
+    """Floating-point operations of a chunk in one layer.
+
+    Two per weight and row: `tokens` rows everywhere, and in the experts K rows a token and a tile for each distinct expert.
+    Attention is the cheaper of latent space and expanded keys and values, whose expansion counts with it.
+    Source: "Training compute-optimal large language models", Hoffmann et al. 2022, appendix F; DeepSeek-V2, MLA.
+
+    Args:
+        config: the model's.
+        layer: its index.
+        tokens: of the chunk, on average.
+        keys: cached tokens that each of them is multiplied with, the chunk's own among them, on average.
+    """
+    rows = 0.0
+    for spec in layer_modules(config, layer):
+        if spec.kind == "experts":
+            chosen, experts = config.num_experts_per_tok, config.n_routed_experts
+            touched = experts * (1.0 - (1.0 - chosen / experts) ** tokens)
+            rows += spec.parameters / experts * (chosen * tokens + EXPERT_TILE_ROWS * touched)
+        elif not spec.path.endswith("kv_b_proj"):
+            rows += spec.parameters * tokens
+    products = min(AttentionShape.of(config).products(max(1, round(tokens)), max(1, round(keys))))
+    return LayerFlops(weights=2.0 * rows, attention=2.0 * products * config.num_attention_heads)
+
+
+def prefill_layer_s(model: ModelBytes, machine: Machine, layer: int, *, tokens: float, flops: LayerFlops) -> float:
+    """One prefill chunk of one layer: the greater of compute and reading the weights that the chunk needs, and overhead.
+
+    Source: roofline, Williams et al. 2009; distinct experts of a chunk as `ModelBytes.active_layer_bytes`.
+
+    Args:
+        model: bytes.
+        machine: of the stage.
+        layer: its index.
+        tokens: of the chunk, on average.
+        flops: of the chunk, see `chunk_flops`.
+    """
+    compute_s = flops.weights / machine.prefill.number + flops.attention / machine.attention_speed.number
+    memory_s = model.active_layer_bytes(layer, max(1, round(tokens))) / machine.bandwidth.number
+    return max(compute_s, memory_s) + machine.overhead.number
+
+
+def attention_flops(config: KimiConfig) -> int:
+    """Floating-point operations of one new token for each cached one in one layer, in latent space: 2 H (2 R + rope).
+
+    139,264 for K2, whose 64 heads each multiply a query with a latent and its rope key, and weigh the latent.
+    Source: DeepSeek-V2, section 2.1, absorbed; `Attention.decode` here and mlx-lm's `deepseek_v3` since its #839.
+    """
+    return 2 * config.num_attention_heads * (2 * config.kv_lora_rank + config.qk_rope_head_dim)
+
+
+def attention_s(model: ModelBytes, machine: Machine, cached_tokens: float) -> float:
+    """What a context adds to the step of one token in one layer: its bytes are read, and its arithmetic is done.
+
+    On an M3 Ultra and for K2's 61 layers that is 0.5 ms for 1,000 cached tokens: 0.09 ms of bytes, 0.41 ms of arithmetic.
+    Source: mlx-lm#839, DeepSeek-V3 with twice the heads: 0.91 ms measured, 0.90 by this law.
+    """
+    read_s = model.kv_layer_bytes / machine.bandwidth.number
+    return cached_tokens * (read_s + attention_flops(model.config) / machine.attention_speed.number)
+
+
+def decode_layer_s(model: ModelBytes, machine: Machine, layer: int, *, batch: int, cached_tokens: float) -> float:
+    """One decode step of one layer: active bytes / bandwidth, attention of each sequence over its context, and overhead.
+
+    The overhead is what the fitted point leaves over beside bytes and attention. Source: `planner/published/`.
+    """
+    read_s = model.active_layer_bytes(layer, batch) / machine.bandwidth.number
+    return read_s + batch * attention_s(model, machine, cached_tokens) + machine.overhead.number
+
+
+def head_s(model: ModelBytes, machine: Machine) -> float:
+    """The final norm and lm_head of one step, bound by their bytes."""
+    return model.head_bytes / machine.bandwidth.number
+
+
+def hop_s(question: Question, one: Machine, other: Machine, tokens: float) -> float:
+    """Hidden states of some tokens from one machine to the next: handover + latency + tokens * hidden * 2 / bandwidth."""
+    link = question.cluster.link(one, other)
+    return link.handover_s + link.transfer_s(tokens * question.hop_bytes_per_token)
