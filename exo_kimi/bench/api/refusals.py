@@ -183,7 +183,8 @@ def half_a_surrogate(api: Caller) -> None:
 
 
 def _too_long(api: Caller) -> dict[str, object]:
-    """A conversation that no context of this server holds; 262,144 tokens where it does not tell its context."""
+    """A conversation that no context of this server holds; one that does not tell its context would compute any for minutes."""
     card = api.http.get("/v1/models").json()["data"][0]
-    words = int(card.get("context_length") or card.get("max_model_len") or 262_144) + 1
-    return {"messages": [{"role": "user", "content": "word " * words}], "max_tokens": 1}
+    context = int(card.get("context_length") or card.get("max_model_len") or 0)
+    expect(context > 0, "/v1/models tells no context")
+    return {"messages": [{"role": "user", "content": "word " * (context + 1)}], "max_tokens": 1}
