@@ -204,8 +204,9 @@ def _sequence(
         prompt_ids=ids,
         max_tokens=options.max_tokens,
         sampling=sampling,
-        stop_ids=tokenizer.stop_ids,
+        stop_ids=frozenset() if options.ignore_end else tokenizer.stop_ids,
         constraint=constraint,
+        use_prefix_cache=options.use_prefix_cache,
     )
 
 

@@ -86,6 +86,8 @@ class ReplyOptions:
         stop: strings that end a reply; they are not shown.
         n: replies to each prompt.
         request_id: of the first reply, unique among those in flight; None draws one. Further replies get a number behind it.
+        use_prefix_cache: begin from what is cached of other prompts; False computes every token, for measurements.
+        ignore_end: go on at the end of a turn, up to `max_tokens`, for measurements.
         warnings: what the door does not carry out of what the client asked for, a sentence each; they come with the answer.
     """
 
@@ -94,6 +96,8 @@ class ReplyOptions:
     stop: tuple[str, ...] = ()
     n: int = 1
     request_id: str | None = None
+    use_prefix_cache: bool = True
+    ignore_end: bool = False
     warnings: tuple[str, ...] = ()
 
 

@@ -100,6 +100,12 @@ _RUNNER = (
         name="TextGenerationTaskParams",
         fields=("input", "instructions", "chat_template_messages", "tools", "max_output_tokens", "stop", "images"),
     ),
+    Name(
+        module=f"{_TYPES}.text_generation",
+        name="TextGenerationTaskParams",
+        fields=("bench", "use_prefix_cache", "enable_thinking", "reasoning_effort", "repetition_context_size"),
+    ),
+    Name(module="exo.api.types", name="GenerationStats", fields=("prompt_tps", "prefix_cache_hit")),
     Name(module=f"{_TYPES}.worker.runner_response", name="ModelLoadingResponse", fields=("layers_loaded", "total")),
     Name(module=f"{_TYPES}.tasks", name="CANCEL_ALL_TASKS"),
     Name(module="exo.download.download_utils", name="resolve_existing_model", parameters=("model_id", "card")),

@@ -67,6 +67,8 @@ class GenerationRequest:
         stop_ids: token ids that end the generation; the id itself is still returned as the last event.
         constraint: a grammar to obey, used by this request only.
         pictures: of the prompt, by position; the stages must have a vision tower.
+        use_prefix_cache: begin from what is cached of other prompts, and leave its own caches for others. Without, every prompt
+            token is computed: for measurements.
     """
 
     request_id: str
@@ -76,6 +78,7 @@ class GenerationRequest:
     stop_ids: frozenset[int] = frozenset()
     constraint: TokenConstraint | None = None
     pictures: tuple[PromptPicture, ...] = ()
+    use_prefix_cache: bool = True
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -111,8 +111,9 @@ def through_serve(speaker: Speaker, messages: list[dict[str, Any]], **options: A
 
 def through_exo(speaker: Speaker, messages: list[dict[str, Any]], **options: Any) -> PreparedRequest:
     params: dict[str, Any] = dict.fromkeys(
-        (*SAMPLING, "instructions", "tools", "stop", "enable_thinking", "top_logprobs")
+        (*SAMPLING, "instructions", "tools", "stop", "enable_thinking", "top_logprobs", "reasoning_effort")
     )
+    params |= {"repetition_context_size": None, "bench": False, "use_prefix_cache": False}
     params |= {"images": [], "input": [], "logprobs": False, "max_output_tokens": options.pop("max_tokens", None)}
     messages = copy.deepcopy(messages)
     for message in messages:

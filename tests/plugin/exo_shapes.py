@@ -36,10 +36,11 @@ def task_params(prompt: str, **options: Any) -> Any:
     """exo's TextGenerationTaskParams, as its chat API fills it."""
     defaults: dict[str, Any] = dict.fromkeys(
         "instructions max_output_tokens top_p tools top_k stop seed enable_thinking top_logprobs min_p "
-        "repetition_penalty presence_penalty frequency_penalty".split()
+        "repetition_penalty presence_penalty frequency_penalty reasoning_effort repetition_context_size".split()
     )
     messages = [{"role": "user", "content": prompt}]
     fixed = {"temperature": 0.0, "logprobs": False, "images": [], "input": [], "chat_template_messages": messages}
+    fixed |= {"bench": False, "use_prefix_cache": False}
     return SimpleNamespace(**(defaults | fixed | options))
 
 

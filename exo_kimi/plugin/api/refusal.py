@@ -8,7 +8,7 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 
-from exo_kimi.errors import ChatError, OverloadedError, RequestError, RuntimeFault
+from exo_kimi.errors import ChatError, ContextLengthError, OverloadedError, RequestError, RuntimeFault
 
 INTERNAL = "internal_error"
 OVERLOADED = "overloaded"
@@ -37,6 +37,8 @@ class Refusal:
         """Of an error that ended a task."""
         if isinstance(error, OverloadedError):
             return cls(status=503, code=OVERLOADED, message=str(error))
+        if isinstance(error, ContextLengthError):
+            return cls(status=400, code=CONTEXT, message=str(error))
         if isinstance(error, RequestError):
             return cls(status=400, code=error.code, message=str(error))
         if isinstance(error, ChatError):  # without `where`: files of the node are none of the client's business

@@ -151,10 +151,14 @@ class ChunkWriter:
 
     def _stats(self, end: EndEvent) -> Any:
         prompt_tokens, generated = self._prepared.prompt_tokens, end.completion_tokens
+        computed = prompt_tokens - end.cached_tokens
+        # Of a prompt that was known to its last token, that one is computed again: a token is made from what it gives.
+        hit = "none" if not end.cached_tokens else "exact" if computed <= 1 else "partial"
         return self._types.GenerationStats(
-            prompt_tps=prompt_tokens / max(end.ttft_s, 1e-6),
+            prompt_tps=computed / max(end.ttft_s, 1e-6),
             generation_tps=(generated - 1) / max(end.decode_s, 1e-6) if generated > 1 else 0.0,
             prompt_tokens=prompt_tokens,
             generation_tokens=generated,
             peak_memory_usage=self._types.Memory.from_bytes(self._peak_bytes()),
+            prefix_cache_hit=hit,
         )

@@ -237,7 +237,9 @@ class Leader:
     async def _reply(self, task_id: str, params: Any) -> None:
         serving = self._require()
         engine, speaker = serving.engine, serving.speaker
-        prepared = (await asyncio.to_thread(prepare_task, task_id, params, speaker)).checked(engine)
+        context = engine.snapshot().context
+        prepared = await asyncio.to_thread(prepare_task, task_id, params, speaker, context=context)
+        prepared = prepared.checked(engine)
         for warning in prepared.warnings:
             logger.info("task %s: %s", task_id, warning)
         writer = ChunkWriter(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from exo_kimi.dialogue.prepare import PreparedRequest, prepare
@@ -11,19 +11,21 @@ from exo_kimi.dialogue.speaker import Speaker
 from exo_kimi.errors import UnsupportedError
 
 
-def prepare_task(task_id: str, params: Any, speaker: Speaker) -> PreparedRequest:
+def prepare_task(task_id: str, params: Any, speaker: Speaker, *, context: int | None = None) -> PreparedRequest:
     """The one sequence of a task. Slow for long prompts: call it in a thread.
 
     Args:
         task_id: exo's, the id of the sequence too.
         params: exo's TextGenerationTaskParams.
         speaker: of the checkpoint.
+        context: of the engine, in tokens.
 
     Raises:
         RequestError: a message, tool or option that cannot be honoured; images are not.
+        ContextLengthError: the prompt is far longer than the context.
         TemplateError: the template refuses the messages.
     """
-    return prepare(conversation_of_task(task_id, params), speaker)
+    return prepare(conversation_of_task(task_id, params), speaker, context=context)
 
 
 def conversation_of_task(task_id: str, params: Any) -> ConversationRequest:
@@ -32,6 +34,7 @@ def conversation_of_task(task_id: str, params: Any) -> ConversationRequest:
     Raises:
         UnsupportedError: there are images.
     """
+    limit = _token_limit(params.max_output_tokens)
     if params.images:
         raise UnsupportedError("images are not supported", expected="text", param="messages")
     messages = _messages(params)
@@ -39,18 +42,40 @@ def conversation_of_task(task_id: str, params: Any) -> ConversationRequest:
     return ConversationRequest(
         messages=tuple(messages if begun is None else messages[:-1]),
         tools=tuple(dict(tool) for tool in params.tools or ()),
-        thinking=params.enable_thinking,
+        thinking=_thinking(params),
         begun_reply=begun,
         sampling=SamplingOverrides.of(params, top_logprobs=(params.top_logprobs or 0) if params.logprobs else None),
-        max_tokens=_token_limit(params.max_output_tokens),
+        max_tokens=limit,
         stop=(params.stop,) if isinstance(params.stop, str) else tuple(params.stop or ()),
         request_id=task_id,
+        # As exo's own engine on its bench routes; without a limit, nothing else would end the reply.
+        use_prefix_cache=params.use_prefix_cache or not params.bench,
+        ignore_end=params.bench and limit is not None,
+        warnings=tuple(_not_carried_out(params)),
     )
 
 
 def _token_limit(max_output_tokens: int | None) -> int | None:
     """exo's 0 is no limit, and so are the -1 and -2 that its Ollama routes hand on."""
     return None if max_output_tokens is None or max_output_tokens < 1 else max_output_tokens
+
+
+def _thinking(params: Any) -> bool | None:
+    """exo's APIs set both fields, or none; an effort alone counts too."""
+    if params.enable_thinking is None and params.reasoning_effort is not None:
+        return bool(params.reasoning_effort != "none")
+    return params.enable_thinking  # type: ignore[no-any-return]
+
+
+def _not_carried_out(params: Any) -> Iterator[str]:
+    """What exo hands on and our engine has no way to do, a sentence each."""
+    # exo itself writes "medium" where a client only asked for thinking.
+    if params.reasoning_effort not in (None, "none", "medium"):
+        yield f"reasoning_effort {params.reasoning_effort} is thinking without a level: Kimi thinks or does not"
+    if params.repetition_context_size is not None and params.repetition_penalty not in (None, 1.0):
+        yield "repetition_context_size is not carried out: the repetition penalty counts the whole prompt and answer"
+    if getattr(params, "prefill_endpoint", None) is not None:  # v1.0.71 has none
+        yield "prefill_endpoint is not carried out: this instance computes its prompts itself"
 
 
 def _messages(params: Any) -> list[dict[str, Any]]:

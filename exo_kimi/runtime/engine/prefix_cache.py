@@ -89,7 +89,7 @@ class PrefixCache:
     def release(self, sequence: Sequence) -> None:
         """A sequence ends, or gives way: its caches stay, or are dropped with its hold on KV memory."""
         whole = sequence.registered and sequence.restoring is None and sequence.num_computed_tokens > 0
-        if self.options is None or self._budget_tokens == 0 or not whole:
+        if self.options is None or self._budget_tokens == 0 or not whole or not sequence.request.use_prefix_cache:
             self.blocks.cancel_stores(sequence.seq_id)
             self._ledger.release(sequence.seq_id)
             if sequence.registered:
@@ -127,7 +127,7 @@ class PrefixCache:
         """
         if needed > self._ledger.free_tokens + self.kept_tokens:
             return False
-        source = self._best(sequence.prefix_ids(-1))
+        source = self._best(sequence.prefix_ids(-1)) if sequence.request.use_prefix_cache else None
         whole = source is not None and len(source[0].tokens) - source[1] < self._block_tokens
         sequence.takes_over = source if whole else None  # when next to nothing of them would be lost
         while needed - self._held(sequence.takes_over) > self._ledger.free_tokens:
@@ -153,7 +153,9 @@ class PrefixCache:
         computing what it needs, or for the disk."""
         if sequence.restoring is not None:
             return False
-        if not self.options or sequence.registered or (sequence.source is not None and sequence.source.move):
+        if not (self.options and sequence.request.use_prefix_cache):
+            return True
+        if sequence.registered or (sequence.source is not None and sequence.source.move):
             return True
         sequence.begin_from(None)  # what was chosen before may be gone
         tokens = sequence.prefix_ids(-1)
@@ -180,7 +182,8 @@ class PrefixCache:
 
     def on_prompt_sent(self, sequence: Sequence) -> None:
         """All that was known of a sequence has been sent."""
-        self._request_stores(sequence)
+        if sequence.request.use_prefix_cache:
+            self._request_stores(sequence)
 
     def count_hit(self, sequence: Sequence) -> None:
         """A sequence is about to be registered on the stages."""

@@ -15,7 +15,7 @@ from exo_kimi.dialogue.prepare import PreparedRequest
 from exo_kimi.dialogue.speaker import Speaker
 from exo_kimi.errors import RequestError, UnsupportedError
 from exo_kimi.plugin.runner.chunks import ChunkWriter
-from exo_kimi.plugin.runner.task import prepare_task
+from exo_kimi.plugin.runner.task import conversation_of_task, prepare_task
 from exo_kimi.runtime.requests import TokenEvent
 
 TOOL = {"type": "function", "function": {"name": "get_weather", "parameters": {"type": "object"}, "strict": True}}
@@ -154,6 +154,44 @@ def test_what_the_client_chose_goes_before_what_the_checkpoint_recommends(
 def test_exos_0_and_ollamas_minus_1_are_no_limit(prepared: Callable[..., PreparedRequest]) -> None:
     limits = {each: prepared(max_output_tokens=each).choices[0].request.max_tokens for each in (None, 0, -1, -2, 1)}
     assert limits == {None: None, 0: None, -1: None, -2: None, 1: 1}
+
+
+def test_a_bench_goes_on_at_the_end_of_a_turn_and_uses_no_cache(prepared: Callable[..., PreparedRequest]) -> None:
+    plain, bench, with_cache, endless = (
+        prepared(max_output_tokens=limit, **options).choices[0].request
+        for limit, options in (
+            (9, {}),
+            (9, {"bench": True}),
+            (9, {"bench": True, "use_prefix_cache": True}),
+            (None, {"bench": True}),
+        )
+    )
+    assert (bool(plain.stop_ids), plain.use_prefix_cache) == (True, True)  # exo's other routes leave the field false
+    assert (bool(bench.stop_ids), bench.use_prefix_cache) == (False, False)
+    assert (bool(with_cache.stop_ids), with_cache.use_prefix_cache) == (False, True)
+    assert bool(endless.stop_ids)  # or it would not end before the context is full
+
+
+@pytest.mark.parametrize(
+    ("options", "named"),
+    [
+        ({"reasoning_effort": "high", "enable_thinking": True}, "reasoning_effort high"),
+        ({"repetition_context_size": 20, "repetition_penalty": 1.1}, "repetition_context_size"),
+        ({"prefill_endpoint": "http://node:1"}, "prefill_endpoint"),
+        ({"reasoning_effort": "none", "enable_thinking": False}, None),
+        ({"repetition_context_size": 20}, None),
+    ],
+)
+def test_what_exo_hands_on_and_we_do_not_do_is_named(
+    prepared: Callable[..., PreparedRequest], options: dict[str, Any], named: str | None
+) -> None:
+    warnings = prepared(**options).warnings
+    assert [named in each for each in warnings] == [True] if named else warnings == ()
+
+
+def test_an_effort_alone_turns_thinking_on_or_off(exo_shapes: ModuleType) -> None:
+    tasks = [exo_shapes.task_params("Hi", reasoning_effort=effort) for effort in ("none", "low")]
+    assert [conversation_of_task("t", task).thinking for task in tasks] == [False, True]
 
 
 def test_the_prompt_is_the_templates_with_every_message(

@@ -333,7 +333,7 @@ def test_the_context_and_the_cache_budget_of_the_environment_are_the_limits(
     try:
         ranks.start()
         with caplog.at_level("INFO", logger="exo_kimi.plugin.runner.leader"):
-            ranks.submit("long", "hello " * 64)
+            ranks.submit("long", "hello " * 30)
             ranks.submit("wide", "hello", max_output_tokens=10**6)
             ranks.submit("short", "hello", max_output_tokens=4)
             found = ranks.run(0, ended("long", "wide", "short"))
@@ -352,18 +352,36 @@ def test_a_prompt_that_was_answered_before_is_not_read_again(
     exo_instance: Callable[..., Any], tiny: Path, types: ExoTypes
 ) -> None:
     ranks = Ranks(exo_instance, tiny, types, (7,))
-    said, cached = [], []
+    asked: dict[str, dict[str, Any]] = {
+        "first": {},
+        "second": {},
+        "bench": {"bench": True},
+        "bench with cache": {"bench": True, "use_prefix_cache": True},
+        "longer": {"prompt": "The same long words again. " * 10 + "But longer."},
+    }
+    last: dict[str, Any] = {}
+    said = {}
     try:
         ranks.start()
-        for task in ("first", "second"):
-            ranks.submit(task, "The same long words again. " * 10, max_output_tokens=4)
+        for task, options in asked.items():
+            ranks.submit(task, **{"prompt": "The same long words again. " * 10, "max_output_tokens": 4} | options)
             chunks = ranks.run(0, ended(task))
-            said.append(text(chunks, task))
-            usages = [each.usage for _, each in chunks if each.kind == "TokenChunk" and each.usage is not None]
-            cached += [usage.prompt_tokens_details.cached_tokens for usage in usages]
+            said[task] = text(chunks, task)
+            (last[task],) = [each for _, each in chunks if each.kind == "TokenChunk" and each.usage is not None]
     finally:
         ranks.close()
-    assert said[0] == said[1] and cached[0] == 0 < cached[1]
+    assert said["first"] == said["second"] == said["bench"]
+    cached = {task: each.usage.prompt_tokens_details.cached_tokens for task, each in last.items()}
+    assert cached["first"] == cached["bench"] == 0 < cached["longer"] < cached["second"] == cached["bench with cache"]
+    assert {task: each.stats.prefix_cache_hit for task, each in last.items()} == {
+        "first": "none",
+        "second": "exact",
+        "bench": "none",
+        "bench with cache": "exact",
+        "longer": "partial",
+    }
+    # Speed is of what was computed: a hit does not make it thousands of tokens per second.
+    assert last["second"].stats.prompt_tps < last["first"].stats.prompt_tps * 3
 
 
 def test_an_error_inside_exo_tells_what_can_be_done_at_exo(

@@ -62,8 +62,8 @@ class Traffic:
         assert self.scheduler.current is not None
         return self.scheduler.current
 
-    def add(self, prompt: tuple[int, ...], new: int) -> Sequence:
-        request = GenerationRequest(request_id="", prompt_ids=prompt, max_tokens=new)
+    def add(self, prompt: tuple[int, ...], new: int, *, cached: bool = True) -> Sequence:
+        request = GenerationRequest(request_id="", prompt_ids=prompt, max_tokens=new, use_prefix_cache=cached)
         order = len(self.sequences)
         sequence = Sequence(request=request, order=order, max_new_tokens=check_request(request, self.limits))
         self.sequences.append(sequence)
@@ -120,10 +120,10 @@ class Traffic:
         assert not self.scheduler.waiting
         assert not self.scheduler.running
 
-    def run(self, prompt: tuple[int, ...], new: int = 3) -> tuple[Sequence, list[Step]]:
+    def run(self, prompt: tuple[int, ...], new: int = 3, *, cached: bool = True) -> tuple[Sequence, list[Step]]:
         """One request alone; its steps."""
         before = len(self.steps)
-        sequence = self.add(prompt, new)
+        sequence = self.add(prompt, new, cached=cached)
         self.finish()
         assert sequence.tokens[len(prompt) :] == self.fakes.generation(prompt, new)
         return sequence, self.steps[before:]
@@ -155,7 +155,8 @@ def test_random_traffic_answers_as_without_a_cache(fakes: SimpleNamespace, data:
     for _ in range(data.draw(st.integers(5, 60))):
         action = data.draw(st.sampled_from(ACTIONS))
         if action == "add":
-            traffic.add(prompt_of(data.draw(prompts)), data.draw(st.integers(1, 12)))
+            cached = data.draw(st.integers(0, 4)) > 0
+            traffic.add(prompt_of(data.draw(prompts)), data.draw(st.integers(1, 12)), cached=cached)
         elif action == "next" and traffic.sequences:
             before = data.draw(st.sampled_from(traffic.sequences))
             prompt, new_tokens = (*before.tokens, *prompt_of(data.draw(prompts))), data.draw(st.integers(1, 6))
@@ -212,6 +213,20 @@ def test_requests_with_one_prompt_that_come_together_compute_it_once(fakes: Simp
     traffic.finish()
     assert fed(traffic.steps) <= len(prompt) + 3 * BLOCK
     assert all(s.cached_tokens is not None and s.cached_tokens > 95 for s in traffic.sequences[1:])
+
+
+def test_a_request_without_the_cache_computes_every_token_and_leaves_nothing(fakes: SimpleNamespace) -> None:
+    traffic = Traffic(fakes, disk_blocks=1000)
+    prompt = tuple(range(100))
+    for _ in range(2):
+        sequence, steps = traffic.run(prompt, new=1, cached=False)
+        assert (fed(steps), sequence.cached_tokens) == (100, 0)
+    assert traffic.current.prefixes.kept_tokens == 0 and not traffic.stages.disk and not traffic.stages.held
+    traffic.run(prompt, new=1)
+    sequence, steps = traffic.run(prompt, new=1, cached=False)  # nor does it take what others left
+    assert (fed(steps), sequence.cached_tokens) == (100, 0)
+    sequence, steps = traffic.run(prompt, new=1)
+    assert sequence.cached_tokens == 99
 
 
 def test_unused_prefixes_give_way_before_a_request_waits_or_is_preempted(fakes: SimpleNamespace) -> None:
