@@ -318,7 +318,13 @@ def stage(
 
     _log_to_stderr()
     model_path = str(model) if model else None
-    serve_stage(listen, model=model_path, key_file=key_file, environment_key=os.environ.get("EXO_KIMI_KEY"))
+    serve_stage(
+        listen,
+        model=model_path,
+        key_file=key_file,
+        environment_key=os.environ.get("EXO_KIMI_KEY"),
+        show_key=sys.stdout.isatty(),
+    )
 
 
 def chat(

@@ -38,7 +38,7 @@ def prefix_disk_options(size_bytes: int | None, directory: Path | None, *, check
     directory = directory.expanduser().absolute()
     if check:
         try:
-            directory.mkdir(parents=True, exist_ok=True)
+            directory.mkdir(mode=0o700, parents=True, exist_ok=True)
             with tempfile.TemporaryFile(dir=directory):
                 pass
         except OSError as error:

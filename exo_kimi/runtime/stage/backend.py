@@ -24,7 +24,13 @@ from exo_kimi.runtime.protocol.messages import Join, Load, Loaded, decode_path
 from exo_kimi.runtime.reserve import default_scratch_bytes
 from exo_kimi.runtime.stage.memory import FreeMemory, free_memory
 from exo_kimi.runtime.stage.pictures import PictureTower
-from exo_kimi.runtime.stage.prefix_disk import Changed, PrefixDisk, cache_identity, default_directory
+from exo_kimi.runtime.stage.prefix_disk import (
+    Changed,
+    PrefixDisk,
+    cache_identity,
+    default_directory,
+    make_blocks_private,
+)
 from exo_kimi.runtime.stage.resident import ResidentStage, give_back_memory
 from exo_kimi.runtime.stage.worker import StageWorker
 from exo_kimi.runtime.steps import Step, StepResult
@@ -194,7 +200,9 @@ class MlxBackend:
         settings = order.block_tokens, order.prefix_disk_bytes, order.prefix_directory
         if settings != loaded.disk_settings:
             loaded.close_disk()
-        if worker.disk is None and order.prefix_disk_bytes:
+        if not order.prefix_disk_bytes:
+            make_blocks_private(default_directory())  # of a server that kept some
+        elif worker.disk is None:
             try:
                 worker.disk = _make_disk(loaded, order, changed)
                 loaded.disk_settings = settings

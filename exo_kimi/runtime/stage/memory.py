@@ -1,10 +1,12 @@
-"""How much memory a machine still has for caches; Metal's working-set limit on a Mac, free memory elsewhere.
+"""How much memory a machine still has for caches, Metal's working-set limit on a Mac, free memory elsewhere; and which errors
+say that there was none left.
 
 It counts as if this stage had the machine to itself: the leader divides it among those that share one (see `capacity`).
 """
 
 from __future__ import annotations
 
+import errno
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +16,18 @@ import mlx.core as mx
 from exo_kimi.runtime.protocol.messages import FreeScope
 
 _CGROUP = Path("/sys/fs/cgroup")
+MLX_OUT_OF_MEMORY = (
+    "[malloc] Unable to allocate ",
+    "[metal::malloc] Attempting to allocate ",
+    "[metal::malloc] Resource limit (",
+    "[METAL] Command buffer execution failed: Insufficient Memory",
+)
+"""How MLX's RuntimeErrors begin when memory is short. The same in 0.31.2, 0.32.0, 0.32.1 and its main branch.
+
+Source: ml-explore/mlx, `backend/metal/allocator.cpp` and `backend/cuda/allocator.cpp` (`malloc`), `backend/metal/device.cpp`
+and, in 0.31, `backend/metal/eval.cpp` (the command buffer, with Metal's `localizedDescription`). The CPU backend has no
+words for it: the process ends by SIGSEGV.
+"""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -44,3 +58,12 @@ def host_free_bytes() -> int:
     if limit.exists() and used.exists() and (text := limit.read_text().strip()) != "max":
         free_bytes = min(free_bytes, max(0, int(text) - int(used.read_text())))
     return free_bytes
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an error says that no memory is left: Python's (NumPy raises it too), the system's, or MLX's own."""
+    if isinstance(error, OSError):
+        return error.errno == errno.ENOMEM
+    return isinstance(error, MemoryError) or (
+        isinstance(error, RuntimeError) and str(error).startswith(MLX_OUT_OF_MEMORY)
+    )

@@ -3,17 +3,20 @@
 Which blocks to keep is the leader's decision, as are their keys; the directory's name binds what else a cache depends on.
 Blocks are written by a thread of their own that nothing waits for: under another name, synced, and renamed, so that a process
 that dies leaves no half block under a block's name; what is damaged in other ways (or was, before the rename reached the disk)
-does not match its checksum.
+does not match its checksum. Only their owner can read them, for they derive from conversations; that also goes for what
+older versions left.
 """
 
 from __future__ import annotations
 
 import contextlib
+import errno
 import hashlib
 import json
 import logging
 import os
 import shutil
+import stat
 import threading
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -37,6 +40,7 @@ CLOSE_S = 2.0
 Changed = Callable[[tuple[str, ...], tuple[str, ...]], None]
 """Takes the keys that are on the disk from now on, and those that are not; called from both threads."""
 SUFFIX, UNFINISHED = ".safetensors", ".part"
+_PASSING = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EAGAIN, errno.EINTR})  # nothing against the file
 UNUSED_S = 30 * 24 * 3600.0
 """After so long without a server, the blocks of another model, split or dtype are deleted."""
 _ELEMENTS = {"F32": "<f4", "F16": "<f2", "BF16": "<u2", "U32": "<u4", "U8": "u1"}
@@ -70,6 +74,39 @@ def default_directory() -> Path:
     """Where prefixes go when no directory was named."""
     cache = os.environ.get("XDG_CACHE_HOME")
     return (Path(cache) if cache else Path.home() / ".cache") / "exo-kimi" / "prefixes"
+
+
+def make_private_directory(directory: Path) -> None:
+    """Make a directory, and the parents that are missing, for this user alone; one that is there stays as it is.
+
+    Raises:
+        OSError: it cannot be made.
+    """
+    missing = [directory]
+    while not missing[-1].parent.exists():
+        missing.append(missing[-1].parent)
+    for one in reversed(missing):
+        one.mkdir(mode=0o700, exist_ok=True)
+
+
+def make_blocks_private(parent: Path) -> None:
+    """Take from other users what older versions let them read: the directories of blocks in `parent` and the files in those.
+
+    What belongs to somebody else, or is gone meanwhile, is passed over.
+    """
+    with contextlib.suppress(OSError):
+        for directory in [entry for entry in os.scandir(parent) if is_key(entry.name) and entry.is_dir()]:
+            with contextlib.suppress(OSError):
+                _make_private(directory)
+                for entry in os.scandir(directory):
+                    _make_private(entry)
+
+
+def _make_private(entry: os.DirEntry[str]) -> None:
+    mode = stat.S_IMODE(entry.stat(follow_symlinks=False).st_mode)
+    if mode & 0o077 and not entry.is_symlink():
+        with contextlib.suppress(FileNotFoundError):
+            Path(entry.path).chmod(mode & 0o700)
 
 
 class PrefixDisk:
@@ -115,9 +152,12 @@ class PrefixDisk:
             self._changed((), (key,))
 
     def read(self, key: str) -> dict[str, StoredTensor] | None:
-        """A block; None, after it was deleted and told of, when it is not what was written."""
+        """A block; None when it cannot be read now, and, after it was deleted and told of, when it is not what was written."""
         try:
             return self.files.read(key)
+        except OSError as error:  # no descriptor is left, say: the block is as good as it was
+            logger.warning("a prefix on disk cannot be read now and is computed again: %s", error)
+            return None
         except DamagedBlockError as damage:
             logger.warning("a prefix on disk cannot be used and is computed again: %s", damage)
             self.drop([key])
@@ -158,13 +198,14 @@ class PrefixDisk:
                 if not self._full:
                     self.files.write(key, tensors)
                     self._keys[key] = None
-            except OSError as error:
+            except Exception as error:  # whatever it is, the queue must go on being emptied
                 self._full = True
                 logger.warning(
                     "prefixes are no longer written to %s: %s. Those in memory go on working; "
                     "free some space and start the stage again",
                     self.files.directory,
-                    error.strerror or error,
+                    getattr(error, "strerror", None) or repr(error),
+                    exc_info=None if isinstance(error, OSError | MemoryError) else error,
                 )
             self._changed(*(((key,), ()) if key in self._keys else ((), (key,))))
             self._queue.task_done()
@@ -225,7 +266,8 @@ class BlockFiles:
         Raises:
             OSError: the directory cannot be made or listed.
         """
-        self.directory.mkdir(parents=True, exist_ok=True)
+        make_private_directory(self.directory)
+        make_blocks_private(self.directory.parent)
         os.utime(self.directory)
         found: list[tuple[float, str]] = []
         for entry in os.scandir(self.directory):
@@ -244,6 +286,7 @@ class BlockFiles:
         """
         unfinished = self.directory / f"{key}-{os.getpid()}{UNFINISHED}"
         try:
+            os.close(os.open(unfinished, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600))
             write_file(unfinished, tensors, metadata={"checksum": self._checksum(key, tensors)})
             with unfinished.open("rb+") as stream:
                 os.fsync(stream.fileno())
@@ -258,16 +301,19 @@ class BlockFiles:
 
         Raises:
             DamagedBlockError: it is not what was written.
+            OSError: it cannot be read now.
         """
         path = self._path(key)
-        header, entries, problems = read_header(path)
-        if problems:
-            raise DamagedBlockError(str(problems[0]))
         try:
             data = path.read_bytes()
             os.utime(path)
         except OSError as error:
+            if error.errno in _PASSING:
+                raise
             raise DamagedBlockError(f"{path}: {error.strerror}") from error
+        header, entries, problems = read_header(path)
+        if problems:
+            raise DamagedBlockError(str(problems[0]))
         tensors = {}
         for entry in entries:
             if entry.dtype not in _ELEMENTS or entry.end > len(data):

@@ -45,6 +45,7 @@ def serve_stage(
     key_file: Path | None,
     environment_key: str | None,
     say: Callable[[str], None] = _say,
+    show_key: bool = True,
 ) -> None:
     """Serve leaders one after another until Ctrl-C: the body of `exo-kimi stage`.
 
@@ -54,6 +55,7 @@ def serve_stage(
         key_file: the cluster key's file; written when it does not exist yet.
         environment_key: the text of EXO_KIMI_KEY, if set.
         say: takes lines for the user.
+        show_key: say a key that was made now. Not where the lines go into a log that others may read.
 
     Raises:
         CheckpointError: `model` is no checkpoint.
@@ -69,7 +71,7 @@ def serve_stage(
                 say(f"made a new cluster key: {key_file or default_key_file()}")
             host = socket.gethostname() if bound.is_wildcard else bound.host
             reachable = Address(host, bound.port)
-            given = f"{ENVIRONMENT_NAME}={shlex.quote(key.secret.decode())} " if is_new else ""
+            given = f"{ENVIRONMENT_NAME}={shlex.quote(key.secret.decode())} " if is_new and show_key else ""
             say(f"on the other machine: {given}exo-kimi serve DIR --stage {reachable}")
 
     directory = Path(model).expanduser() if model is not None else None

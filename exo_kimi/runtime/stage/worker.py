@@ -11,6 +11,7 @@ import numpy as np
 from exo_kimi.errors import ProtocolError, RuntimeFault, StageError, StageOutOfMemoryError
 from exo_kimi.runtime.stage.caches import capacity_for, copy_prefix, trim
 from exo_kimi.runtime.stage.lookahead import Ahead, PreparedStep
+from exo_kimi.runtime.stage.memory import is_out_of_memory
 from exo_kimi.runtime.stage.pictures import PictureTower, without_pictures
 from exo_kimi.runtime.stage.prefix_disk import PrefixDisk, read_blocks, write_blocks
 from exo_kimi.runtime.stage.sampling import SequenceSampler, sample_runs
@@ -247,8 +248,7 @@ def as_fault(error: BaseException, *, stage: int | None) -> RuntimeFault:
     if isinstance(error, RuntimeFault):
         return error
     text = str(error) or type(error).__name__
-    lowered = text.lower()
-    if isinstance(error, MemoryError) or any(sign in lowered for sign in ("out of memory", "malloc", "allocate")):
+    if is_out_of_memory(error):
         return StageOutOfMemoryError(
             f"stage {stage} ran out of memory", stage=stage, found=text, fix="a smaller --context, or more stages"
         )
