@@ -34,6 +34,7 @@ ExoKimiError                    everything that exo-kimi raises on purpose
 |   +-- ExoRefusedError         exo answered a request with an error
 |   +-- ExoPlacementError       the exo cluster cannot take a plan as it is now
 |   +-- ExoLoadError            an instance did not become ready; it was taken back
++-- MachineError                the machine has no memory, descriptor, process or room left for what a command needs
 +-- RuntimeFault                the cluster of stages failed; the request did not (HTTP 503)
     +-- StageUnreachableError   a stage did not answer at its address
     +-- StageDiedError          a stage process ended
@@ -46,6 +47,7 @@ ExoKimiError                    everything that exo-kimi raises on purpose
 
 from __future__ import annotations
 
+import errno
 from collections.abc import Mapping, Sequence
 
 
@@ -275,6 +277,33 @@ class ExoPlacementError(ExoError):
 
 class ExoLoadError(ExoError):
     """Raised when an instance did not become ready; it was taken back."""
+
+
+class MachineError(ExoKimiError):
+    """Raised when the machine has no memory, descriptor, process or room left for what a command needs."""
+
+
+_MACHINE_FIXES = {
+    errno.EMFILE: "raise the limit of open files (`ulimit -n`)",
+    errno.ENFILE: "close other programs: all of the system's files are open",
+    errno.EAGAIN: "raise the limit of processes (`ulimit -u`), or close other programs",
+    errno.ENOMEM: "close other programs",
+    errno.ENOSPC: "free some space",
+    errno.EDQUOT: "free some space",
+}
+
+
+def machine_error(error: BaseException) -> MachineError | None:
+    """A failure that is neither ours nor the user's, but the machine's, in one line with the fix; None for any other."""
+    number = getattr(error, "errno", None)  # zmq's errors have one and are no OSError
+    if isinstance(error, MemoryError):
+        number = errno.ENOMEM
+    elif isinstance(error, RuntimeError) and "start new thread" in str(error):  # Python has no class for it
+        number = errno.EAGAIN
+    if number not in _MACHINE_FIXES:
+        return None
+    what = getattr(error, "strerror", None) or str(error) or "no memory is left"
+    return MachineError(what, where=getattr(error, "filename", None), fix=_MACHINE_FIXES[number])
 
 
 class RuntimeFault(ExoKimiError):

@@ -6,7 +6,7 @@ import os
 import sys
 from collections.abc import Sequence
 
-from exo_kimi.errors import ExoKimiError, UsageError
+from exo_kimi.errors import ExoKimiError, UsageError, machine_error
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -26,6 +26,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 130
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except Exception as error:
+        known = machine_error(error)
+        if known is None:
+            raise
+        print(f"exo-kimi: {known}", file=sys.stderr)
         return 1
 
 

@@ -314,6 +314,9 @@ def stage(
     ] = None,
 ) -> None:
     """A stage on this machine, for `serve --stage ADDR` on another."""
+    from exo_kimi.runtime.descriptors import raise_descriptor_limit
+
+    raise_descriptor_limit()  # before mlx-lm is imported, which lowers it or fails
     from exo_kimi.runtime.stage.process import serve_stage
 
     _log_to_stderr()

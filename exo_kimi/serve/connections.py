@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
-import resource
 import time
 from typing import Any
 
@@ -14,7 +13,7 @@ from uvicorn.config import Config
 from uvicorn.protocols.http.h11_impl import STATUS_PHRASES, H11Protocol
 from uvicorn.server import ServerState
 
-from exo_kimi.errors import UsageError
+from exo_kimi.runtime.descriptors import descriptor_limit
 from exo_kimi.serve.problems import ApiProblem
 
 HEAD_S = 10.0  # from the first byte (or the connection) to the end of the headers
@@ -22,40 +21,9 @@ BODY_S = 30.0  # for a body, beside what its bytes need at the least rate
 BODY_BYTES_PER_S = 32 * 2**10
 MAX_CONNECTIONS = 2048
 MAX_BACKLOG = 1024
-WANTED_DESCRIPTORS = 16384
-NEEDED_DESCRIPTORS = 4096  # what mlx-lm asks for when it is imported, in every stage
 LOG_EVERY_S = 60.0
 
 log = logging.getLogger(__name__)
-
-
-def raise_descriptor_limit() -> int:
-    """Raise the soft limit of descriptors as far as the hard one allows, to 16384 at most; returns the soft limit.
-
-    Raises:
-        UsageError: the hard limit is so low that no stage could start.
-    """
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    if hard != resource.RLIM_INFINITY and hard < NEEDED_DESCRIPTORS:
-        raise UsageError(
-            "too few file descriptors for the stages (mlx-lm needs them when it is imported)",
-            expected=f"a hard limit of at least {NEEDED_DESCRIPTORS}",
-            found=hard,
-            fix=f"ulimit -Hn {NEEDED_DESCRIPTORS} (as root, or in the service's settings)",
-        )
-    wanted = WANTED_DESCRIPTORS if hard == resource.RLIM_INFINITY else min(hard, WANTED_DESCRIPTORS)
-    if soft != resource.RLIM_INFINITY and soft < wanted:
-        try:
-            resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
-        except (ValueError, OSError) as error:  # macOS has a limit of its own below the hard one
-            log.info("the limit of descriptors stays at %d: %s", soft, error)
-    return descriptor_limit()
-
-
-def descriptor_limit() -> int:
-    """The soft limit of descriptors of this process."""
-    soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
-    return WANTED_DESCRIPTORS if soft == resource.RLIM_INFINITY else soft
 
 
 class BoundedState(ServerState):

@@ -17,13 +17,13 @@ from exo_kimi.planner.plan import Plan, check_headroom, read_plan
 from exo_kimi.planner.weights.bytes import bytes_of_manifest
 from exo_kimi.runtime.cluster.cluster_plan import make_plan
 from exo_kimi.runtime.cluster.supervisor import ClusterOptions, StageCluster
+from exo_kimi.runtime.descriptors import raise_descriptor_limit
 from exo_kimi.runtime.engine.engine import Engine
 from exo_kimi.runtime.engine.prefix_cache import PrefixOptions
 from exo_kimi.runtime.engine.speculation import Drafter, Speculate
 from exo_kimi.runtime.protocol.messages import LinkKind
 from exo_kimi.runtime.transport.keys import ENVIRONMENT_NAME, find_key
 from exo_kimi.serve.app import create_app
-from exo_kimi.serve.connections import raise_descriptor_limit
 from exo_kimi.serve.gate import allowed_hosts
 from exo_kimi.serve.prefixes import prefix_disk_options
 from exo_kimi.serve.server import DEFAULT_HOST, DEFAULT_PORT, Served, run
@@ -112,7 +112,12 @@ def serve(options: ServeOptions, *, announce: Callable[[str], None] | None = Non
         app = create_app(engine, speaker, model_id=model_id, api_key=options.api_key, hosts=hosts)
         await cluster.start()
         await engine.start()
-        return Served(app=app, engine=engine, wait_ready=cluster.wait_ready)
+
+        async def wait_failed() -> None:
+            await cluster.wait_ready()
+            await engine.wait_broken()
+
+        return Served(app=app, engine=engine, wait_failed=wait_failed)
 
     run(factory, host=options.host, port=options.port, announce=announce or _announce)
 

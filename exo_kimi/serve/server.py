@@ -6,29 +6,25 @@ import asyncio
 import contextlib
 import errno
 import logging
-import os
-import signal
 import socket
-import sys
-import threading
 from collections.abc import Awaitable, Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any
 
 import uvicorn
 from fastapi import FastAPI
 
-from exo_kimi.errors import AddressError, EngineStoppedError, ExoKimiError
+from exo_kimi.errors import AddressError, EngineStoppedError
+from exo_kimi.runtime.descriptors import descriptor_limit
+from exo_kimi.runtime.end_signals import EndSignals
 from exo_kimi.runtime.requests import TextEngine
-from exo_kimi.serve.connections import BoundedProtocol, BoundedState, descriptor_limit, quiet_accept_errors
+from exo_kimi.serve.connections import BoundedProtocol, BoundedState, quiet_accept_errors
 from exo_kimi.serve.progress import show_progress
 from exo_kimi.serve.workers import THREADS
 
 DEFAULT_HOST = "127.0.0.1"
 DEFAULT_PORT = 52415
 LEAVE_S = 2  # answers that are still being sent at shutdown get this long
-END_S = 4.5  # after the first signal the process ends, whatever runs: a thread that computes cannot be cancelled
 
 log = logging.getLogger(__name__)
 
@@ -37,13 +33,13 @@ log = logging.getLogger(__name__)
 class Served:
     """An app and the engine behind it, which the server closes.
 
-    `wait_ready` returns once the weights are loaded for the first time; what it raises ends the server, because a stage
-    that was never there is a mistake of the user's, not an outage.
+    `wait_failed` waits for what no waiting mends, and raises it: stages that were never there, which is a mistake of the user's
+    and not an outage, or an engine that has broken. The server ends with it, for it is up or it is gone, and never in between.
     """
 
     app: FastAPI
     engine: TextEngine
-    wait_ready: Callable[[], Awaitable[None]] | None = None
+    wait_failed: Callable[[], Awaitable[None]] | None = None
 
 
 def run(
@@ -68,11 +64,11 @@ def run(
 
     Raises:
         AddressError: the address cannot be bound; nothing was loaded.
-        ExoKimiError: what the factory, or the first loading of the weights, raised.
+        ExoKimiError: what the factory or `wait_failed` raised.
     """
     listener = bind(host, port)
-    with contextlib.closing(listener), contextlib.suppress(KeyboardInterrupt), _Deadline() as deadline:
-        asyncio.run(_serve(listener, factory, announce, progress, deadline))
+    with contextlib.closing(listener), contextlib.suppress(asyncio.CancelledError), EndSignals() as signals:
+        asyncio.run(_serve(listener, factory, announce, progress, signals))
 
 
 def bind(host: str, port: int) -> socket.socket:
@@ -117,83 +113,60 @@ async def _serve(
     factory: Callable[[], Awaitable[Served]],
     announce: Callable[[str], None] | None,
     progress: bool,
-    deadline: _Deadline,
+    signals: EndSignals,
 ) -> None:
     loop = asyncio.get_running_loop()
     loop.set_default_executor(ThreadPoolExecutor(THREADS, thread_name_prefix="request"))
     quiet_accept_errors(loop)
+    leave = _Leave(asyncio.current_task())
+    signals.on_first(lambda: loop.call_soon_threadsafe(leave))
     served = await factory()
     watcher = asyncio.create_task(show_progress(served.engine)) if progress else None
     host, port = listener.getsockname()[:2]
     url = base_url(host, port)
-    server = _Uvicorn(served, lambda: announce and announce(url), deadline)
-    first_load = asyncio.create_task(_first_load(served, server))
+    server = leave.server = _Uvicorn(served, lambda: announce and announce(url))
+    failing = asyncio.create_task(_watch(served, server, signals))
     try:
         await server.serve(sockets=[listener])
-        if first_load.done():
-            await first_load
+        if failing.done():
+            await failing
     finally:
-        first_load.cancel()
+        failing.cancel()
         if watcher is not None:
             watcher.cancel()
         await served.engine.close()
 
 
-async def _first_load(served: Served, server: uvicorn.Server) -> None:
+async def _watch(served: Served, server: uvicorn.Server, signals: EndSignals) -> None:
     try:
-        if served.wait_ready is not None:
-            await served.wait_ready()
+        if served.wait_failed is not None:
+            await served.wait_failed()
     except EngineStoppedError:
         return  # Ctrl-C came first
-    except ExoKimiError:
+    except Exception as error:
         server.should_exit = True
+        signals.start(str(error))
         raise
 
 
-class _Deadline:
-    """The end of the process whatever runs: the first signal starts the time, the second ends it at once."""
+class _Leave:
+    """What a signal asks for: the end of serving, or of the start that leads there."""
 
-    def __init__(self) -> None:
-        self._timer: threading.Timer | None = None
-        self._former: dict[int, Any] = {}
+    def __init__(self, starting: asyncio.Task[None] | None) -> None:
+        self.server: uvicorn.Server | None = None
+        self._starting = starting
 
-    def __enter__(self) -> _Deadline:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        if self._timer is not None:
-            self._timer.cancel()
-        for number, former in self._former.items():
-            signal.signal(number, former)
-
-    def start(self) -> None:
-        """Starts the time, or ends the process if it has been started."""
-        if self._timer is not None:
-            self._end(1)
-        self._timer = threading.Timer(END_S, self._end_late)
-        self._timer.daemon = True
-        self._timer.start()
-
-    def keep(self, number: int) -> None:
-        """Takes a signal over from the loop, which still waits for its threads when it handles no signal any more."""
-        if self._timer is not None:
-            self._former[number] = signal.signal(number, lambda *_: self._end(1))
-
-    def _end_late(self) -> None:
-        log.warning("work that cannot be interrupted still ran %.1f s after the signal: ended without it", END_S)
-        self._end(0)
-
-    def _end(self, status: int) -> None:
-        for stream in (sys.stdout, sys.stderr):
-            with contextlib.suppress(OSError, ValueError):
-                stream.flush()
-        os._exit(status)  # stages end when their socket pair closes
+    def __call__(self) -> None:
+        if self.server is not None:
+            self.server.should_exit = True
+        elif self._starting is not None:
+            self._starting.cancel()
 
 
 class _Uvicorn(uvicorn.Server):
     """uvicorn, but the engine ends first: it would wait for answers that only the engine can end."""
 
-    def __init__(self, served: Served, announce: Callable[[], object], deadline: _Deadline) -> None:
+    def __init__(self, served: Served, announce: Callable[[], object]) -> None:
         state = BoundedState(descriptor_limit())
         config = uvicorn.Config(
             served.app,
@@ -210,11 +183,13 @@ class _Uvicorn(uvicorn.Server):
         self.server_state = state
         self._served = served
         self._announce = announce
-        self._deadline = deadline
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         await super().startup(sockets)
-        self._announce()
+        try:
+            self._announce()
+        except OSError as error:  # standard output is a file on a full disk, or its reader is gone
+            log.warning("the address could not be printed: %s", error)
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         await self._served.engine.close()
@@ -222,20 +197,5 @@ class _Uvicorn(uvicorn.Server):
 
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:
-        """Ctrl-C and SIGTERM end `serve` and nothing more: uvicorn itself raises them again when it is done."""
-        loop = asyncio.get_running_loop()
-        caught = []
-        with contextlib.suppress(ValueError, RuntimeError):  # not the main thread: then signals are not ours
-            for number in (signal.SIGINT, signal.SIGTERM):
-                loop.add_signal_handler(number, self._leave, number)
-                caught.append(number)
-        try:
-            yield
-        finally:
-            for number in caught:
-                loop.remove_signal_handler(number)
-                self._deadline.keep(number)
-
-    def _leave(self, number: int) -> None:
-        self._deadline.start()
-        self.handle_exit(number, None)
+        """Leaves signals to `run`, which hears them whatever this loop does."""
+        yield

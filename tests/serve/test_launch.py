@@ -50,7 +50,7 @@ def test_headers_and_config_are_read_once(tmp_path: Path, monkeypatch: pytest.Mo
 
     async def start(factory: Callable[[], Awaitable[Any]]) -> None:
         served = await factory()
-        await served.wait_ready()
+        await served.engine.wait_ready()
         await served.engine.close()
 
     monkeypatch.setattr(index, "read_header", counted)

@@ -7,10 +7,13 @@ closes, for whatever reason, the child ends itself.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import logging
+import os
 import signal
 import socket
+import stat
 import sys
 import tempfile
 from collections import deque
@@ -25,6 +28,10 @@ from exo_kimi.runtime.transport.keys import ClusterKey
 logger = logging.getLogger(__name__)
 STAGE_COMMAND = (sys.executable, "-m", "exo_kimi.runtime.stage.process")
 START_DEADLINE_S = 120.0  # a cold import of MLX from a slow disk
+_FIXES: dict[int, str] = {
+    signal.SIGKILL: "the system kills what takes too much memory: see its log, and give the stage fewer layers",
+    signal.SIGSEGV: "MLX on a CPU ends so when memory runs out: give the stage fewer layers, or a smaller --context",
+}
 _KEPT_LINES = 20
 _SHOWN_LINES = 3
 _CHUNK_BYTES = 1 << 16
@@ -62,22 +69,27 @@ class ChildProcess:
 
         Raises:
             StageDiedError: it ended, or did not listen in time.
+            OSError: it cannot be started now.
         """
         tie, theirs = socket.socketpair()
         tie.setblocking(False)
-        with theirs:
-            process = await asyncio.create_subprocess_exec(
-                *command,
-                "--listen",
-                listen,
-                "--parent-fd",
-                str(theirs.fileno()),
-                pass_fds=[theirs.fileno()],
-                stdin=asyncio.subprocess.DEVNULL,
-                stdout=asyncio.subprocess.DEVNULL,
-                stderr=asyncio.subprocess.PIPE,
-                process_group=0,  # the terminal's Ctrl-C is for the leader, which ends its children in order
-            )
+        try:
+            with theirs:
+                process = await asyncio.create_subprocess_exec(
+                    *command,
+                    "--listen",
+                    listen,
+                    "--parent-fd",
+                    str(theirs.fileno()),
+                    pass_fds=[theirs.fileno()],
+                    stdin=asyncio.subprocess.DEVNULL,
+                    stdout=asyncio.subprocess.DEVNULL,
+                    stderr=asyncio.subprocess.PIPE,
+                    process_group=0,  # the terminal's Ctrl-C is for the leader, which ends its children in order
+                )
+        except BaseException:
+            tie.close()  # a process that was started all the same ends with it
+            raise
         child = cls(process, tie, name)
         try:
             async with asyncio.timeout(START_DEADLINE_S):
@@ -99,17 +111,17 @@ class ChildProcess:
         """Wait for the process to end, and tell how it did."""
         code = await self._process.wait()
         await asyncio.wait([self._reading], timeout=1.0)
+        what = f"{self._name} ended with exit code {code}"
         if code < 0:
-            what = f"{self._name} was killed by signal {-code} ({signal.Signals(-code).name})"
-        else:
-            what = f"{self._name} ended with exit code {code}"
-        fix = "the system kills what takes too much memory: see its log, and give the stage fewer layers"
-        return StageDiedError(what, found=self._last_words(), fix=fix if code == -signal.SIGKILL else None)
+            name = signal.Signals(-code).name if -code in set(signal.Signals) else "unknown"
+            what = f"{self._name} was killed by signal {-code} ({name})"
+        return StageDiedError(what, found=self._last_words(), fix=_FIXES.get(-code))
 
     def kill(self) -> None:
         """SIGKILL, which also ends a stopped process."""
         if self._process.returncode is None:
-            self._process.kill()
+            with contextlib.suppress(ProcessLookupError):
+                self._process.kill()
 
     async def end(self, *, grace_s: float) -> None:
         """Close the tie and wait for the end; after the grace, by force."""
@@ -160,3 +172,16 @@ def socket_directory() -> Path:
         directory.rmdir()
         directory = Path(tempfile.mkdtemp(prefix="exo-kimi-", dir="/tmp"))
     return directory
+
+
+def ensure_private(directory: Path) -> None:
+    """Make a directory of `socket_directory` again if it was deleted.
+
+    Raises:
+        OSError: it cannot be made.
+        StageDiedError: another user made it meanwhile.
+    """
+    directory.mkdir(mode=0o700, exist_ok=True)
+    found = directory.lstat()
+    if found.st_uid != os.getuid() or stat.S_IMODE(found.st_mode) & 0o077 or not stat.S_ISDIR(found.st_mode):
+        raise StageDiedError("the folder of the stages' sockets is another user's now", where=directory)

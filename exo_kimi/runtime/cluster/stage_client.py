@@ -11,7 +11,15 @@ import time
 from collections.abc import Callable
 from typing import Any, Generic, TypeVar
 
-from exo_kimi.errors import ExoKimiError, ProtocolError, RuntimeFault, StageDiedError, StageUnreachableError
+from exo_kimi.errors import (
+    ExoKimiError,
+    ProtocolError,
+    RuntimeFault,
+    StageDiedError,
+    StageError,
+    StageStalledError,
+    StageUnreachableError,
+)
 from exo_kimi.runtime.protocol.faults import from_message
 from exo_kimi.runtime.protocol.frames import Message, decode, encode
 from exo_kimi.runtime.protocol.messages import (
@@ -96,8 +104,16 @@ class StageClient:
         """
         self._link.send(encode(message))
 
-    async def ask(self, message: Message, answer: type[Response], *, epoch: int) -> Response:
+    async def ask(
+        self, message: Message, answer: type[Response], *, epoch: int, deadline_s: float | None = None
+    ) -> Response:
         """Send a question and wait for its answer, one at a time. Only what is about `epoch` counts.
+
+        Args:
+            message: the question.
+            answer: the class of the answer.
+            epoch: of the question.
+            deadline_s: after it the stage counts as lost, although it lives.
 
         Raises:
             ExoKimiError: what the stage answered instead, or the loss of the link.
@@ -106,7 +122,15 @@ class StageClient:
         self._request = request
         try:
             await self.send(message)
-            return await request.response
+            async with asyncio.timeout(deadline_s) as deadline:
+                return await request.response
+        except TimeoutError:
+            if not deadline.expired():
+                raise
+            what = f"stage {self._stage} lives and does not answer a {type(message).__name__}"
+            stalled = StageStalledError(what, stage=self._stage, expected=f"an answer in {deadline_s:g} s")
+            self._on_lost(stalled)
+            raise stalled from None
         finally:
             self._request = None
 
@@ -154,6 +178,9 @@ class StageClient:
         except StageUnreachableError:
             what = f"stage {self._stage}: the connection was lost"
             self._on_lost(StageDiedError(what, stage=self._stage, where=self._link.address))
+        except Exception as error:
+            logger.exception("stage %d: reading its messages failed", self._stage)
+            self._on_lost(StageError(f"stage {self._stage}: reading its messages failed: {error!r}", stage=self._stage))
 
     def _on_frame(self, message: Message) -> None:
         if isinstance(message, StepResult | BlocksChanged):

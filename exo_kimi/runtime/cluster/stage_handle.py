@@ -21,9 +21,10 @@ from exo_kimi.errors import (
     StageError,
     StageStalledError,
     StageUnreachableError,
+    machine_error,
 )
 from exo_kimi.runtime.cluster.capacity import StageMemory
-from exo_kimi.runtime.cluster.child_process import ChildProcess
+from exo_kimi.runtime.cluster.child_process import ChildProcess, ensure_private
 from exo_kimi.runtime.cluster.cluster_plan import StagePlan
 from exo_kimi.runtime.cluster.options import ClusterOptions, RunSettings
 from exo_kimi.runtime.cluster.stage_client import StageClient
@@ -49,6 +50,7 @@ logger = logging.getLogger(__name__)
 BUSY_FACTOR = 4  # a step, or a load without progress, may take so many stall deadlines
 GOODBYE_S = 3.0
 EXIT_WAIT_S = 1.0
+CONNECT_NEXT_S = 30.0  # for a stage to reach the one after it
 
 
 class ConnectedStage:
@@ -94,7 +96,8 @@ class ConnectedStage:
             prefix_disk_bytes=self._options.prefix_disk_bytes,
             prefix_directory=None if directory is None else encode_path(directory),
         )
-        joined = self.joined = await self._client.ask(join, Joined, epoch=epoch)
+        deadline_s = BUSY_FACTOR * self._options.stall_s + CONNECT_NEXT_S
+        joined = self.joined = await self._client.ask(join, Joined, epoch=epoch, deadline_s=deadline_s)
         return joined
 
     def memory(self) -> StageMemory:
@@ -171,10 +174,23 @@ class StageHandle:
             connected = self._connected = await self._connect()
             return connected
         except BaseException as error:
-            if isinstance(error, ExoKimiError):
-                self._last_error = error
+            failure = self._as_failure(error)
+            if failure is not None:
+                self._last_error = failure
             await self.disconnect()  # no process without a link to it
-            raise
+            if failure is None or failure is error:
+                raise
+            raise failure from error
+
+    def _as_failure(self, error: BaseException) -> ExoKimiError | None:
+        """Why there is no connection; None for what only ends the waiting. Nothing but our own errors leaves this object."""
+        if isinstance(error, ExoKimiError) or not isinstance(error, Exception):
+            return error if isinstance(error, ExoKimiError) else None
+        what = f"stage {self.stage} could not be started"
+        if (known := machine_error(error)) is not None:
+            return StageDiedError(what, stage=self.stage, found=known.what, where=known.where, fix=known.fix)
+        logger.error("%s", what, exc_info=error)
+        return StageError(f"{what}: {type(error).__name__}: {error}", stage=self.stage)
 
     async def send(self, message: Step | Goodbye) -> None:
         """Queue what needs no answer from this stage.
@@ -214,6 +230,15 @@ class StageHandle:
         fix = None if self._child is not None else "look at `exo-kimi stage` there"
         self._mark_broken(StageStalledError(what, expected=f"an answer in {limit_s:g} s", where=self.address, fix=fix))
 
+    def check_socket(self) -> None:
+        """Break with a local stage whose socket file is gone (the system tidies up temporary folders): a neighbour that starts
+        anew could not reach it."""
+        path = self._address.path if self._address is not None else None
+        if self._connected is not None and path is not None and not self.broken and not Path(path).exists():
+            self._last_error = StageUnreachableError("its socket file was deleted", stage=self.stage, where=path)
+            logger.warning("stage %d: its socket file was deleted: %s", self.stage, path)
+            self.broken = True
+
     async def disconnect(self) -> None:
         """Close the link, and end the process if it is a local one."""
         if self._watching is not None:
@@ -226,7 +251,8 @@ class StageHandle:
             child, self._child = self._child, None
             await child.end(grace_s=0)
             if self._address is not None and self._address.path is not None:
-                Path(self._address.path).unlink(missing_ok=True)  # the next one listens elsewhere
+                with contextlib.suppress(OSError):  # the next one listens elsewhere
+                    Path(self._address.path).unlink()
         self._connected = None
         self.broken = False
 
@@ -304,6 +330,7 @@ class StageHandle:
 
     async def _start_child(self) -> Address:
         settings = self._settings
+        ensure_private(settings.socket_directory)
         path = settings.socket_directory / f"{self.stage}-{self._starts}"
         self._child, address = await ChildProcess.start(
             f"ipc://{path}", key=settings.key, name=f"stage {self.stage}", command=settings.options.child_command

@@ -43,9 +43,10 @@ logger = logging.getLogger(__name__)
 GIVE_UP_AFTER = 5  # faults in a row without a served step: requests are refused from then on, trying goes on
 FIRST_BACKOFF_S = 0.5
 SLOW_RETRY_S = 10.0
+LOOP_WELL_S = 60.0  # a loop that ran for so long may fail anew
 CAUSE_WAIT_S = 0.5
 Answer = TypeVar("Answer")
-_TRANSIENT = (StageDiedError, StageStalledError)
+_TRANSIENT = (StageDiedError, StageStalledError, LinkBroken)
 
 
 class StageCluster:
@@ -78,6 +79,7 @@ class StageCluster:
         self._ready = False
         self._backoff = RestartBackoff()
         self._last_fault: RuntimeFault | None = None
+        self._broken: StageError | None = None
         self._closed = False
         self._tasks: list[asyncio.Task[None]] = []
         self._directory: Path | None = None
@@ -148,10 +150,11 @@ class StageCluster:
 
         Raises:
             EngineStoppedError: `close` was called.
+            StageError: the supervisor failed; nothing is tried any more.
         """
         event = None if self._closed else await self._events.get()
         if event is None:
-            raise EngineStoppedError("the stages were stopped")
+            raise self._broken or EngineStoppedError("the stages were stopped")
         return event
 
     async def close(self) -> None:
@@ -174,12 +177,21 @@ class StageCluster:
             self._first.exception()  # nobody may be waiting
 
     async def _run(self, work: Callable[[], Awaitable[None]]) -> None:
-        """One of the two loops; without either, requests would hang."""
-        try:
-            await work()
-        except Exception:
-            logger.exception("the supervisor failed")
-            self._give_up(StageError("the supervisor failed: its log has the reason"))
+        """One of the two loops. Without either requests would hang: what ends it is begun again, or else ends everything."""
+        failures = 0
+        while True:
+            began_s = time.monotonic()
+            try:
+                return await work()
+            except Exception as error:
+                logger.exception("the supervisor failed")
+                failures = 1 if time.monotonic() - began_s > LOOP_WELL_S else failures + 1
+                if failures >= GIVE_UP_AFTER:
+                    self._broken = StageError(f"the supervisor failed: {type(error).__name__}: {error}")
+                    self._give_up(self._broken)
+                    self._events.put_nowait(None)
+                    return None
+            await asyncio.sleep(FIRST_BACKOFF_S)
 
     async def _supervise(self) -> None:
         while True:
@@ -192,6 +204,9 @@ class StageCluster:
                     self._give_up(error)
                     return
                 fault = error if isinstance(error, RuntimeFault) else StageError(str(error))
+            except Exception as error:
+                logger.exception("the stages could not be brought up")
+                fault = StageError(f"the stages could not be brought up: {type(error).__name__}: {error}")
             self._backoff.on_fault()
             self._end_epoch(fault)
             if not self._first.done() and not self._backoff.requests_may_wait:
@@ -218,6 +233,8 @@ class StageCluster:
 
     async def _bring_up(self) -> None:
         started_s = time.monotonic()
+        for handle in self._handles:
+            handle.check_socket()
         await asyncio.gather(*(handle.disconnect() for handle in self._handles if handle.broken))
         connected = await gather_or_cancel([handle.connect() for handle in self._handles], unless=self._fault)
         check_weights_fit([stage.memory() for stage in connected if stage.loaded is None])

@@ -76,6 +76,7 @@ class Engine:
         self._wake = asyncio.Event()
         self._ready = asyncio.Event()
         self._refused_epoch: int | None = None
+        self._broken = asyncio.Event()
         self._counters = Counters()
 
     async def __aenter__(self) -> Self:
@@ -97,6 +98,15 @@ class Engine:
             RuntimeFault: they will never be, or the engine was closed.
         """
         await self._ready.wait()
+        self._raise_if_down()
+
+    async def wait_broken(self) -> None:
+        """Wait until one of the two loops has ended without `close`: no request will ever be served again.
+
+        Raises:
+            RuntimeFault: always, in the end: why.
+        """
+        await self._broken.wait()
         self._raise_if_down()
 
     def check(self, request: GenerationRequest) -> int | None:
@@ -218,6 +228,10 @@ class Engine:
             self._counters.note(f"the engine stopped: {type(error).__name__}: {error}")
             fault = error if isinstance(error, RuntimeFault) else StageError(f"the engine stopped: {error!r}")
             self._stop(fault)
+            self._broken.set()
+            for task in self._tasks:  # the other loop alone would take requests that nobody serves
+                if task is not asyncio.current_task():
+                    task.cancel()
 
     def _on_ready(self, event: Ready) -> None:
         self._fail(StageError("the stages started again"))  # only what a Failed should have ended already

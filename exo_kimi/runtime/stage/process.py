@@ -22,7 +22,8 @@ from pathlib import Path
 from queue import SimpleQueue
 
 from exo_kimi.checkpoint.index import open_index
-from exo_kimi.errors import ExoKimiError
+from exo_kimi.errors import ExoKimiError, machine_error
+from exo_kimi.runtime.end_signals import EndSignals
 from exo_kimi.runtime.protocol.versions import Versions
 from exo_kimi.runtime.stage.backend import CheckpointLayers, MlxBackend
 from exo_kimi.runtime.stage.compute_thread import Backend, Order, StageCompute, StageStatus
@@ -77,16 +78,16 @@ def serve_stage(
     directory = Path(model).expanduser() if model is not None else None
     if directory is not None:
         open_index(directory)  # what is no checkpoint is told now and not when a leader comes
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # a service manager's end is as good as Ctrl-C
-    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job would ignore it
-    _serve(
-        address,
-        lambda: MlxBackend(CheckpointLayers(directory, alone=True)),
-        announce=announce,
-        key=key,
-        next_key=key,
-        leader_may_vanish=True,
-    )
+    # A service manager's SIGTERM is as good as Ctrl-C, which a shell's background job would ignore.
+    with EndSignals(signal.default_int_handler):
+        _serve(
+            address,
+            lambda: MlxBackend(CheckpointLayers(directory, alone=True)),
+            announce=announce,
+            key=key,
+            next_key=key,
+            leader_may_vanish=True,
+        )
 
 
 def main(argv: Sequence[str] | None = None, *, make_backend: Callable[[], Backend] | None = None) -> int:
@@ -116,8 +117,11 @@ def main(argv: Sequence[str] | None = None, *, make_backend: Callable[[], Backen
         # It listens where this user alone can reach it: the key is for the stage after it.
         make = make_backend or (lambda: MlxBackend(CheckpointLayers(None, alone=True)))
         _serve(listen, make, announce=announce, key=None, next_key=key, leader_may_vanish=False)
-    except ExoKimiError as error:
-        logger.error("%s", error)
+    except Exception as error:
+        known = error if isinstance(error, ExoKimiError) else machine_error(error)
+        if known is None:
+            raise
+        logger.error("%s", known)
         return 1
     return 0
 
@@ -147,8 +151,9 @@ def _serve(
     def serve() -> None:
         try:
             server.run()
-        except Exception:
-            logger.exception("the sockets failed")
+        except Exception as error:
+            known = machine_error(error)
+            logger.error("the sockets failed: %s", known or error, exc_info=error if known is None else None)
             os._exit(70)  # without sockets nobody can reach the main thread any more
         orders.put(None)
 
@@ -160,8 +165,9 @@ def _serve(
         StageCompute(backend, status, server.post).run(orders)
     except KeyboardInterrupt:
         logger.info("stopped")
-    server.stop()
-    io_thread.join(timeout=2)
+    finally:
+        server.stop()
+        io_thread.join(timeout=2)
 
 
 def _key_to_listen(

@@ -25,6 +25,7 @@ from exo_kimi.runtime.protocol.frames import Message, decode, encode
 from exo_kimi.runtime.protocol.messages import Goodbye, Hello, HelloAck, Join, Joined, Load, PairOffer, Ping, Refused
 from exo_kimi.runtime.protocol.versions import Versions
 from exo_kimi.runtime.stage.compute_thread import DropSequences, Order, StageStatus, Unload
+from exo_kimi.runtime.stage.worker import as_fault
 from exo_kimi.runtime.steps import NO_EPOCH, Step
 from exo_kimi.runtime.transport.address import Address, parse_address
 from exo_kimi.runtime.transport.keys import ClusterKey
@@ -188,7 +189,7 @@ class StageServer:
         deadline_s = self._leader.hello.silence_s if self._leader is not None else PAIR_DEADLINE_S
         try:
             self._send(peer, await self._incoming.answer(proposal, deadline_s=deadline_s))
-        except StageUnreachableError as error:
+        except (StageUnreachableError, OSError) as error:
             self._send(peer, Refused(message=str(error), retry=False))
 
     def _pairing_done(self, task: asyncio.Task[None]) -> None:
@@ -230,8 +231,8 @@ class StageServer:
             self._send_to_leader(await reset)
             if self._next is not None:
                 await watch_next(self._next)
-        except RuntimeFault as error:
-            self._send_fault(join.epoch, error)
+        except Exception as error:  # noqa: BLE001  the leader waits for an answer, whatever it is
+            self._send_fault(join.epoch, as_fault(error, stage=None))
 
     def _send_fault(self, epoch: int, error: RuntimeFault) -> None:
         if epoch == self._status.newest_epoch:

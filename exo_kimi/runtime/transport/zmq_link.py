@@ -58,10 +58,12 @@ class ZmqLink:
         self._end()
 
     async def _watch(self) -> None:
-        while parse_monitor_message(await self._monitor.recv_multipart())["event"] != zmq.Event.DISCONNECTED:
-            pass
-        self._socket.take_rest()
-        self._end()
+        try:
+            while parse_monitor_message(await self._monitor.recv_multipart())["event"] != zmq.Event.DISCONNECTED:
+                pass
+            self._socket.take_rest()
+        finally:
+            self._end()  # a link that nobody watches is none
 
     def _end(self) -> None:
         if not self._lost:
@@ -112,9 +114,13 @@ async def connect(
     if key is not None:
         socket.curve_serverkey = key.public
         socket.curve_publickey, socket.curve_secretkey = key.public, key.secret
-    monitor = _monitor(context, socket)
-    socket.connect(endpoint)
     try:
+        monitor = _monitor(context, socket)
+    except BaseException:
+        socket.close(linger=0)
+        raise
+    try:
+        socket.connect(endpoint)
         await _handshake(monitor, address, key, deadline_s)
     except BaseException:
         _close_monitor(socket, monitor)
@@ -125,9 +131,13 @@ async def connect(
 
 def _monitor(context: zmq.asyncio.Context, socket: zmq.Socket[bytes]) -> zmq.asyncio.Socket:
     address = f"inproc://monitor-{uuid.uuid4().hex}"
-    socket.monitor(address)
     monitor = context.socket(zmq.PAIR)
-    monitor.connect(address)
+    try:
+        monitor.connect(address)
+        socket.monitor(address)  # last: libzmq would wait for ever to tell a monitor that nobody made that it ends
+    except BaseException:
+        monitor.close(linger=0)
+        raise
     return monitor
 
 

@@ -11,6 +11,7 @@ import pytest
 from exo_kimi.checkpoint.checkpoint import Checkpoint
 from exo_kimi.checkpoint.tiny.make import make_tiny
 from exo_kimi.errors import StageError
+from exo_kimi.runtime.cluster import supervisor
 from exo_kimi.runtime.cluster.cluster_plan import make_plan
 from exo_kimi.runtime.cluster.supervisor import ClusterOptions, StageCluster
 from exo_kimi.runtime.pipeline import Failed
@@ -19,13 +20,14 @@ SILENT = (sys.executable, "-c", "import time; time.sleep(60)")
 
 
 @pytest.mark.parametrize("loop", ["_watch", "_supervise"])
-async def test_a_bug_in_a_loop_is_told_to_the_engine(
+async def test_a_bug_that_ends_a_loop_again_and_again_ends_what_waits_for_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, loop: str
 ) -> None:
     async def broken(_: StageCluster) -> None:
         raise ZeroDivisionError("a bug")
 
     monkeypatch.setattr(StageCluster, loop, broken)
+    monkeypatch.setattr(supervisor, "FIRST_BACKOFF_S", 0.01)
     cluster = StageCluster(make_plan(Checkpoint(make_tiny(tmp_path / "tiny"))), ClusterOptions(child_command=SILENT))
     await cluster.start()
     try:
@@ -33,6 +35,8 @@ async def test_a_bug_in_a_loop_is_told_to_the_engine(
             event = await cluster.receive()
             with pytest.raises(StageError):
                 await cluster.wait_ready()
+            with pytest.raises(StageError, match="the supervisor failed: ZeroDivisionError: a bug"):
+                await cluster.receive()
     finally:
         await cluster.close()
     assert isinstance(event, Failed)

@@ -291,6 +291,12 @@ async def test_a_pipeline_that_breaks_its_contract_ends_requests_instead_of_hang
         pipeline.release(2)
         with pytest.raises(StageError, match="the engine stopped"):
             await task
+        with pytest.raises(StageError, match="the engine stopped"):
+            await asyncio.wait_for(engine.wait_broken(), 5)
+        pipeline.recover()  # nobody takes what the other loop would admit again
+        await settle()
+        with pytest.raises(StageError, match="the engine stopped"):
+            engine.check(request_of([1]))
     assert "the engine stopped" in caplog.text
 
 

@@ -1,0 +1,42 @@
+"""The limits of open files of this process: raised as far as they go, and refused where no stage could live with them."""
+
+from __future__ import annotations
+
+import logging
+import resource
+
+from exo_kimi.errors import UsageError
+
+WANTED_DESCRIPTORS = 16384
+NEEDED_DESCRIPTORS = 4096  # what mlx-lm asks for when it is imported, in every stage
+
+log = logging.getLogger(__name__)
+
+
+def raise_descriptor_limit() -> int:
+    """Raise the soft limit of descriptors as far as the hard one allows, to 16384 at most; returns the soft limit.
+
+    Raises:
+        UsageError: the hard limit is so low that no stage could start.
+    """
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if hard != resource.RLIM_INFINITY and hard < NEEDED_DESCRIPTORS:
+        raise UsageError(
+            "too few file descriptors for the stages (mlx-lm needs them when it is imported)",
+            expected=f"a hard limit of at least {NEEDED_DESCRIPTORS}",
+            found=hard,
+            fix=f"ulimit -Hn {NEEDED_DESCRIPTORS} (as root, or in the service's settings)",
+        )
+    wanted = WANTED_DESCRIPTORS if hard == resource.RLIM_INFINITY else min(hard, WANTED_DESCRIPTORS)
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        try:
+            resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
+        except (ValueError, OSError) as error:  # macOS has a limit of its own below the hard one
+            log.info("the limit of descriptors stays at %d: %s", soft, error)
+    return descriptor_limit()
+
+
+def descriptor_limit() -> int:
+    """The soft limit of descriptors of this process."""
+    soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    return WANTED_DESCRIPTORS if soft == resource.RLIM_INFINITY else soft
