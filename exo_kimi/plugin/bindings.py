@@ -77,6 +77,8 @@ _NODE = (
     CHUNK_STREAM,
     SEND_GENERATION,
     API_SETUP,
+    Name(module="exo.utils.keyed_backoff", name="KeyedBackoff.attempts", parameters=("self", "key")),
+    Name(module="exo.utils.keyed_backoff", name="KeyedBackoff.reset", parameters=("self", "key")),
     Name(module="exo.shared.types.tasks", name="CancelTask", fields=("instance_id", "cancelled_task_id", "runner_id")),
     Name(module="exo.shared.models.model_cards", name="ModelCard", fields=("model_id", "family")),
     Name(module="exo.main", name="main", parameters=()),
@@ -94,6 +96,9 @@ _RUNNER = (
     Name(module=f"{_TYPES}.chunks", name="TokenChunk", fields=("stats", "logprob", "top_logprobs", "is_thinking")),
     Name(module=f"{_TYPES}.chunks", name="ToolCallChunk", fields=("model", "tool_calls", "usage", "stats")),
     Name(module=f"{_TYPES}.chunks", name="ErrorChunk", fields=("model", "error_message")),
+    Name(module=f"{_TYPES}.events", name="ChunkGenerated", fields=("command_id", "chunk")),
+    Name(module=f"{_TYPES}.events", name="RunnerStatusUpdated", fields=("runner_id", "runner_status")),
+    Name(module=f"{_TYPES}.worker.runners", name="RunnerWarmingUp"),
     Name(module=f"{_TYPES}.chunks", name="PrefillProgressChunk", fields=("model", "processed_tokens", "total_tokens")),
     Name(
         module=f"{_TYPES}.text_generation",

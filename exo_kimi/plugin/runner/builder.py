@@ -24,6 +24,7 @@ from exo_kimi.plugin.runner.advice import advising
 from exo_kimi.plugin.runner.assignment import NodeLayers, key_of, node_layers_of
 from exo_kimi.plugin.runner.chunks import ExoTypes
 from exo_kimi.plugin.runner.engine import CancelReceiver, Follower, KimiEngine, Leading
+from exo_kimi.plugin.runner.events import RunnerEvents
 from exo_kimi.plugin.runner.leader import READY_S, Leader, cluster_plan, config_hash
 from exo_kimi.plugin.runner.options import EngineOptions
 from exo_kimi.plugin.runner.rank_messages import RankMessagesReader
@@ -49,7 +50,7 @@ class KimiBuilder:
 
     Args:
         model_id: exo's.
-        event_sender: exo's; unused, for exo's runner sends what `Engine.step` yields.
+        event_sender: exo's, as `launch.entrypoint` wraps it.
         cancel_receiver: exo's.
         types: exo's; None takes those of the exo around us.
         find_directory: gives a model's directory once its files are there; None asks exo.
@@ -58,13 +59,14 @@ class KimiBuilder:
     def __init__(
         self,
         model_id: Any,
-        event_sender: Any,
+        event_sender: RunnerEvents,
         cancel_receiver: CancelReceiver,
         *,
         types: ExoTypes | None = None,
         find_directory: Callable[[Any], Path | None] | None = None,
     ) -> None:
         self._model_id = model_id
+        self._events = event_sender
         self._cancel_receiver = cancel_receiver
         self._types = types or ExoTypes.installed()
         self._find_directory = find_directory or model_directory
@@ -119,7 +121,7 @@ class KimiBuilder:
             raise ExoLoadError("an engine is built of what was loaded", found="nothing", where=self._model_id)
         host, others = connected.host, connected.others
         if isinstance(others, RankMessagesReader):
-            return Follower(others, host, types=self._types, cancelled=self._cancel_receiver)
+            return Follower(others, host, types=self._types, events=self._events, cancelled=self._cancel_receiver)
         speaker = Speaker.from_directory(manifest.directory)
         plan = cluster_plan(connected.own, manifest.directory, manifest.config, host.address, connected.key)
         return Leading(
@@ -146,7 +148,8 @@ class KimiBuilder:
             # Its own stage listens where this process alone can reach it: the instance's address is the leader's.
             folder = self._exits.enter_context(tempfile.TemporaryDirectory(prefix="exo-kimi-"))
             host = self._open_host(Address("", 0, f"{folder}/0"), key)
-            leader = Leader(own, key=key, types=self._types, options=EngineOptions.from_environment())
+            options = EngineOptions.from_environment()
+            leader = Leader(own, key=key, types=self._types, events=self._events, options=options)
             self._exits.callback(leader.close)
             leader.wait_connected()
             self._connected = _Connected(own, key, host, leader)

@@ -6,23 +6,22 @@ every task to every rank; chunks come from rank 0, and the others say that a tas
 
 from __future__ import annotations
 
-import time
+import threading
 from collections.abc import Callable, Iterable
 from queue import Empty
 from typing import Any, Protocol
 
 from exo_kimi.errors import ExoError, StageDiedError
-from exo_kimi.plugin.runner.advice import advising
+from exo_kimi.plugin.runner.advice import advise, advising
 from exo_kimi.plugin.runner.chunks import ExoTypes
+from exo_kimi.plugin.runner.events import RunnerEvents
+from exo_kimi.plugin.runner.judge import HOPELESS_S, TICK_S, Judge
 from exo_kimi.plugin.runner.leader import ENDED, READY_S, Leader
-from exo_kimi.plugin.runner.rank_messages import RankMessagesReader
+from exo_kimi.plugin.runner.rank_messages import SILENCE_S, RankMessagesReader
 from exo_kimi.plugin.runner.stage import StageHost
 
 _WAIT_S = 0.02  # a step that has nothing to tell gives exo's runner a chance to take the next task
 _REMEMBERED = 256
-LOST_S = (
-    20.0  # exo sees a dead runner within 5 s, ends the others and starts all anew; each start counts, and five are all
-)
 
 
 class CancelReceiver(Protocol):
@@ -41,7 +40,7 @@ class KimiEngine:
         self._types = types
         self._cancel_receiver = cancelled
         self._cancelled_tasks: dict[str, None] = {}  # by exo's name; also of tasks that are still to come
-        self._active: dict[str, Any] = {}
+        self._active: dict[str, Any] = {}  # exo's tasks
 
     def should_cancel(self, task_id: Any) -> bool:
         """Whether exo wants this task to end."""
@@ -105,20 +104,16 @@ class Leading(KimiEngine):
     def submit(self, task: Any) -> None:
         """Begin a task."""
         task_id = str(task.task_id)
-        self._active[task_id] = task.task_id
-        self._leader.submit(task_id, task.task_params)
+        self._active[task_id] = task
+        self._leader.submit(task_id, task)
 
     def step(self) -> Iterable[tuple[Any, Any]]:
-        """What came since the last step, after waiting a little for something.
-
-        Raises:
-            RuntimeFault: the stages are gone for good.
-        """
+        """What came since the last step, after waiting a little for something."""
         results: list[tuple[Any, Any]] = []
         known = dict(self._active)
         for task_id in self._take_cancelled():
             self._leader.cancel(task_id)
-            results.append((known[task_id], self._types.CancelledResponse()))
+            results.append((known[task_id].task_id, self._types.CancelledResponse()))
         timeout_s = 0.0 if results else _WAIT_S
         while True:
             try:
@@ -129,11 +124,9 @@ class Leading(KimiEngine):
             if task_id not in self._active:
                 continue  # cancelled; exo's runner has forgotten it
             if output is ENDED:
-                results.append((self._active.pop(task_id), self._types.FinishedResponse()))
+                results.append((self._active.pop(task_id).task_id, self._types.FinishedResponse()))
             else:
-                results.append((self._active[task_id], output))
-        if not results and self._leader.fatal is not None:
-            raise self._leader.fatal
+                results.append((self._active[task_id].task_id, output))
         return results
 
     def close(self) -> None:
@@ -152,47 +145,61 @@ class Follower(KimiEngine):
         reader: hears rank 0.
         host: this rank's stage.
         types: exo's.
+        events: takes how rank 0 is.
         cancelled: exo's pipe.
     """
 
     def __init__(
-        self, reader: RankMessagesReader, host: StageHost, *, types: ExoTypes, cancelled: CancelReceiver
+        self,
+        reader: RankMessagesReader,
+        host: StageHost,
+        *,
+        types: ExoTypes,
+        events: RunnerEvents,
+        cancelled: CancelReceiver,
     ) -> None:
         super().__init__(host, types=types, cancelled=cancelled)
         self._reader = reader
-        self._lost_s: float | None = None
+        self._events = events
+        self._closed = threading.Event()
 
     def warmup(self) -> None:
         """Wait for rank 0, which exo warms up last."""
         with advising():
             self._reader.wait_ready(READY_S)
+        threading.Thread(target=self._judge, name="exo-kimi-judge", daemon=True).start()
 
     def submit(self, task: Any) -> None:
         """Take note of a task."""
-        self._active[str(task.task_id)] = task.task_id
+        self._active[str(task.task_id)] = task
 
     def step(self) -> Iterable[tuple[Any, Any]]:
-        """Tasks that are over, after waiting a little for one.
-
-        Raises:
-            StageDiedError: rank 0 is gone, and exo has not noticed by itself.
-        """
+        """Tasks that are over, after waiting a little for one."""
         known = dict(self._active)
         cancelled = self._take_cancelled()
         if cancelled:
-            return [(known[task_id], self._types.CancelledResponse()) for task_id in cancelled]
-        try:
-            done = self._reader.take_done(self._active, _WAIT_S)
-        except StageDiedError:
-            now_s = time.monotonic()
-            self._lost_s = self._lost_s or now_s
-            if now_s - self._lost_s > LOST_S:
-                raise
-            time.sleep(_WAIT_S)
-            return []
-        return [(self._active.pop(task_id), self._types.FinishedResponse()) for task_id in done]
+            return [(known[task_id].task_id, self._types.CancelledResponse()) for task_id in cancelled]
+        done = self._reader.take_done(self._active, _WAIT_S)
+        return [(self._active.pop(task_id).task_id, self._types.FinishedResponse()) for task_id in done]
 
     def close(self) -> None:
         """Stop; exo ends the process soon."""
+        self._closed.set()
         self._reader.close()
         self._host.stop()
+
+    def _judge(self) -> None:
+        """Whether rank 0 is there, with and without tasks; if it is gone for good, this runner ends."""
+        judge = Judge()
+        while not self._closed.wait(TICK_S):
+            lost, silent_s = self._reader.lost, self._reader.silent_s
+            match judge.tick(connected=lost is None and silent_s < SILENCE_S, silent_s=silent_s):
+                case "together":
+                    self._events.release()
+                case "apart":
+                    self._events.hold(f"rank 0 ({self._reader.leader}) is silent for {silent_s:.0f} s")
+                case "hopeless":
+                    what = f"rank 0 is gone and did not come back within {HOPELESS_S:g} s"
+                    error = StageDiedError(what, stage=0, found=lost and lost.what, where=self._reader.leader)
+                    self._events.end(advise(error), [task.command_id for task in tuple(self._active.values())])
+                    return

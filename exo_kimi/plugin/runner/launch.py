@@ -7,7 +7,6 @@ asks for it (`patches/`). Importing this module binds nothing.
 
 from __future__ import annotations
 
-import functools
 import importlib
 import importlib.util
 import logging
@@ -15,7 +14,7 @@ import os
 import sys
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from exo_kimi.errors import ExoKimiError, ExoVersionError, UsageError
@@ -31,7 +30,10 @@ from exo_kimi.plugin.bindings import (
     mismatches,
     nearest,
 )
+from exo_kimi.plugin.runner.beats import RunnerBeat, RunnerReport, RunnerWatch
+from exo_kimi.plugin.runner.events import EventTypes, TruthfulSender
 from exo_kimi.plugin.runner.options import EngineOptions
+from exo_kimi.plugin.runner.worker_plan import WorkerPlan
 
 logger = logging.getLogger(__name__)
 PARENT_WATCH_S = 1.0
@@ -122,13 +124,23 @@ def entrypoint(bound_instance: Any, event_sender: Any, task_receiver: Any, cance
     bootstrap: Any = importlib.import_module("exo.worker.runner.bootstrap")
     bootstrap.logger = _logger  # as exo's entrypoint does first: modules that we import before it take it from there
     reason = _put_builder_in(bound_instance)
-    card = bound_instance.bound_shard.model_card
+    model_id = bound_instance.bound_shard.model_card.model_id
+    report = RunnerReport(
+        pid=os.getpid(),
+        instance_id=str(bound_instance.instance.instance_id),
+        model_id=str(model_id),
+        rank=bound_instance.bound_shard.device_rank,
+        engine="exo-kimi" if reason is None else "exo",
+        why=reason,
+    )
+    beat = RunnerBeat.of_this_runner(report, os.environ)
     if reason is None:
         _pass_on_logs(_logger)
         _end_with_parent()
-        _logger.info(f"exo-kimi runs {card.model_id}")
+        _logger.info(f"exo-kimi runs {model_id}")
+        event_sender = TruthfulSender(event_sender, model_id, types=EventTypes.installed(), beat=beat)
     else:
-        _logger.info(f"exo's own engine runs {card.model_id}: {reason}")
+        _logger.info(f"exo's own engine runs {model_id}: {reason}")
     bootstrap.entrypoint(bound_instance, event_sender, task_receiver, cancel_receiver, _logger)
 
 
@@ -159,40 +171,14 @@ def _put_builder_in(bound_instance: Any) -> str | None:
     return None
 
 
-def _with_forgotten_cancels(plan: Callable[..., Any]) -> Callable[..., Any]:
-    """exo's plan, which looks for cancelled tasks every 100 ms. Its API cancels a task and deletes it in one go, so the plan
-    mostly never sees it, and a reply that nobody reads is generated to its end. What a runner still works on although it is
-    deleted is cancelled here."""
-
-    @functools.wraps(plan)
-    def plan_with_forgotten_cancels(
-        node_id: Any,
-        runners: Mapping[Any, Any],
-        global_download_status: Any,
-        instances: Any,
-        all_runners: Any,
-        tasks: Mapping[Any, Any],
-        *rest: Any,
-    ) -> Any:
-        planned = plan(node_id, runners, global_download_status, instances, all_runners, tasks, *rest)
-        return planned if planned is not None else _forgotten_cancel(runners, tasks)
-
-    return plan_with_forgotten_cancels
-
-
-def _forgotten_cancel(runners: Mapping[Any, Any], tasks: Mapping[Any, Any]) -> Any:
-    for runner_id, runner in runners.items():
-        for task_id, task in runner.in_progress.items():
-            if type(task).__name__ == "TextGeneration" and task_id not in tasks and task_id not in runner.cancelled:
-                tasks_module = importlib.import_module("exo.shared.types.tasks")
-                return tasks_module.CancelTask(
-                    instance_id=task.instance_id, cancelled_task_id=task_id, runner_id=runner_id
-                )
-    return None
+def _with_watched_runners(plan: Callable[..., Any]) -> WorkerPlan:
+    """exo's plan within ours. The watch begins with the worker."""
+    watch = RunnerWatch()
+    return WorkerPlan(plan, begin=lambda: watch.begin(os.environ))
 
 
 _WRAPPED: tuple[tuple[Name, Callable[[Any], Any]], ...] = (
-    (PLAN, _with_forgotten_cancels),
+    (PLAN, _with_watched_runners),
     (CHUNK_STREAM, watch_chunks),
     (SEND_GENERATION, watch_sending),
     (API_SETUP, with_answer_errors),

@@ -21,11 +21,13 @@ import zmq.asyncio
 
 from exo_kimi.arch.config import KimiConfig
 from exo_kimi.dialogue.speaker import Speaker
-from exo_kimi.errors import ExoKimiError, RuntimeFault, StageError
+from exo_kimi.errors import ExoKimiError, StageError
 from exo_kimi.plugin.api.refusal import Refusal
 from exo_kimi.plugin.runner.advice import advise
 from exo_kimi.plugin.runner.assignment import NodeLayers
 from exo_kimi.plugin.runner.chunks import ChunkWriter, ExoTypes
+from exo_kimi.plugin.runner.events import RunnerEvents
+from exo_kimi.plugin.runner.judge import HOPELESS_S, TICK_S, Judge
 from exo_kimi.plugin.runner.options import EngineOptions
 from exo_kimi.plugin.runner.rank_messages import RankMessagesListener
 from exo_kimi.plugin.runner.task import prepare_task
@@ -35,15 +37,13 @@ from exo_kimi.runtime.cluster.supervisor import StageCluster
 from exo_kimi.runtime.engine.engine import Engine
 from exo_kimi.runtime.engine.prefix_cache import PrefixOptions
 from exo_kimi.runtime.protocol.messages import Load, encode_path
-from exo_kimi.runtime.requests import GenerationRequest, SamplingParams
+from exo_kimi.runtime.requests import GenerationRequest, SamplingParams, StageHealth
 from exo_kimi.runtime.transport.address import Address
 from exo_kimi.runtime.transport.keys import ClusterKey
 
 logger = logging.getLogger(__name__)
 ENDED = object()
 READY_S = 120.0
-HOPELESS_S = 60.0  # the stages did not come together again: exo is to start the runners anew
-PROGRESS_S = 0.5
 _CLOSE_S = 2.0  # exo gives a runner three seconds
 Result = TypeVar("Result")
 
@@ -99,20 +99,27 @@ class Leader:
         own: rank 0's layers, and where the others reach it.
         key: the cluster's.
         types: exo's.
+        events: takes how the stages are.
         options: limits of sequences and of caches.
     """
 
     def __init__(
-        self, own: NodeLayers, *, key: ClusterKey, types: ExoTypes, options: EngineOptions | None = None
+        self,
+        own: NodeLayers,
+        *,
+        key: ClusterKey,
+        types: ExoTypes,
+        events: RunnerEvents,
+        options: EngineOptions | None = None,
     ) -> None:
         self.outputs: SimpleQueue[tuple[str, Any]] = SimpleQueue()
-        self.fatal: RuntimeFault | None = None
         self._own = own
         self._key = key
         self._types = types
+        self._events = events
         self._options = options or EngineOptions()
         self._serving: _Serving | None = None
-        self._tasks: dict[str, asyncio.Task[None]] = {}
+        self._tasks: dict[str, tuple[asyncio.Task[None], Any]] = {}  # with what exo's API calls it
         self._closed = False
         self._loop = asyncio.new_event_loop()
         self._context = zmq.asyncio.Context()
@@ -152,9 +159,9 @@ class Leader:
         except TimeoutError:
             raise StageError("the stages did not become ready", expected=f"within {timeout_s:g} s") from None
 
-    def submit(self, task_id: str, params: Any) -> None:
-        """Begin a reply; what goes wrong with it is one of its chunks."""
-        self._loop.call_soon_threadsafe(self._begin, task_id, params)
+    def submit(self, task_id: str, task: Any) -> None:
+        """Begin the reply to exo's task; what goes wrong with it is one of its chunks."""
+        self._loop.call_soon_threadsafe(self._begin, task_id, task)
 
     def cancel(self, task_id: str) -> None:
         """End a reply on every stage."""
@@ -208,14 +215,15 @@ class Leader:
         self._serving = _Serving(engine, speaker)
         if self._ranks is not None:
             self._ranks.send_ready()
-        self._exits.callback(asyncio.create_task(self._watch(engine)).cancel)
+        for work in (self._tell_progress(engine), self._judge(engine)):
+            self._exits.callback(asyncio.create_task(work).cancel)
 
-    def _begin(self, task_id: str, params: Any) -> None:
-        self._tasks[task_id] = asyncio.create_task(self._run(task_id, params))
+    def _begin(self, task_id: str, task: Any) -> None:
+        self._tasks[task_id] = (asyncio.create_task(self._run(task_id, task.task_params)), task.command_id)
 
     def _cancel(self, task_id: str) -> None:
-        if (task := self._tasks.get(task_id)) is not None:
-            task.cancel()
+        if (found := self._tasks.get(task_id)) is not None:
+            found[0].cancel()
 
     async def _run(self, task_id: str, params: Any) -> None:
         try:
@@ -259,17 +267,37 @@ class Leader:
         chunk = self._types.ErrorChunk(model=self._own.model_id, error_message=Refusal.of(error).to_text())
         self.outputs.put((task_id, chunk))
 
-    async def _watch(self, engine: Engine) -> None:
-        """Progress of long prompts; what the caches hold; and whether the stages are gone for good."""
+    async def _judge(self, engine: Engine) -> None:
+        """Whether the stages are together, with and without replies; if they are apart for good, this runner ends."""
+        judge = Judge()
+        while True:
+            await asyncio.sleep(TICK_S)
+            if self._ranks is not None:
+                self._ranks.send_beat()
+            snapshot = engine.snapshot()
+            quietest = max(snapshot.stages, key=lambda stage: stage.silent_s)
+            match judge.tick(connected=snapshot.ready, silent_s=quietest.silent_s):
+                case "together":
+                    self._events.release()
+                case "apart":
+                    away = next((stage for stage in snapshot.stages if stage.state != "ready"), quietest)
+                    self._events.hold(_what_is_missing(away))
+                case "hopeless":
+                    error = StageError(
+                        "the stages did not come together again",
+                        expected=f"within {HOPELESS_S:g} s",
+                        found="; ".join(_what_is_missing(stage) for stage in snapshot.stages if stage.state != "ready"),
+                    )
+                    self._events.end(advise(error), [command_id for _, command_id in self._tasks.values()])
+                    return
+
+    async def _tell_progress(self, engine: Engine) -> None:
+        """Progress of long prompts, and what the caches hold."""
         told: dict[str, int] = {}
         held = 0
-        down_s = 0.0
         while True:
-            await asyncio.sleep(PROGRESS_S)
+            await asyncio.sleep(TICK_S)
             snapshot = engine.snapshot()
-            down_s = 0.0 if snapshot.ready else down_s + PROGRESS_S
-            if down_s > HOPELESS_S:
-                self.fatal = StageError("the stages did not come together again", expected=f"within {HOPELESS_S:g} s")
             sequences = max((stage.sequences for stage in snapshot.stages), default=0)
             if sequences != held:
                 held = sequences
@@ -285,3 +313,8 @@ class Leader:
                     )
                     self.outputs.put((task_id, chunk))
             told = {task_id: each.prompt_done for task_id, each in prompts.items()}
+
+
+def _what_is_missing(stage: StageHealth) -> str:
+    said = f", {stage.last_error}" if stage.last_error is not None else ""
+    return f"rank {stage.stage} ({stage.address}) is {stage.state}, silent for {stage.silent_s:.0f} s{said}"

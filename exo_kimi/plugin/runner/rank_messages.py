@@ -1,29 +1,33 @@
-"""What rank 0 tells the other ranks' runners beside steps: that all are there, that it is ready, and which tasks are over.
+"""What rank 0 tells the other ranks' runners beside steps: that it lives and is ready, that all are there, which tasks are over.
 
 exo's states want it so: ranks stay connecting until the last one connects, and warm up until rank 0 does. And exo gives every
 task to every rank, and takes it as complete once any rank says so; only rank 0 can say.
 
-    rank i -> {"rank": i}          once
+    rank i -> {"rank": i}          when it connects, also anew
+    rank 0 -> {"beat": true}       again and again
     rank 0 -> {"connected": true}  when every rank has said so
     rank 0 -> {"ready": true}      when the stages work together
-    rank 0 -> {"done": [ids]}      tasks that ended, in whatever way
+    rank 0 -> {"done": [ids]}      tasks that ended, in whatever way; the last of them also to a rank that connects anew
 """
 
 from __future__ import annotations
 
 import asyncio
 import threading
+import time
+from collections import deque
 from collections.abc import Iterable
 from concurrent.futures import Future
 
 import zmq.asyncio
 
-from exo_kimi.errors import ExoKimiError, StageDiedError, StageStalledError, StageUnreachableError
+from exo_kimi.errors import ExoKimiError, StageStalledError, StageUnreachableError
 from exo_kimi.runtime.transport.address import Address
 from exo_kimi.runtime.transport.control import ControlClient, ControlListener, Message
 from exo_kimi.runtime.transport.keys import ClusterKey
 
 SILENCE_S = 30.0
+AGAIN_S = 1.0
 REMEMBERED = 1024  # tasks that ended before this rank had them
 
 
@@ -41,6 +45,7 @@ class RankMessagesListener:
         self._missing = set(range(1, ranks))
         self._complete = asyncio.Event()
         self._ready = False
+        self._done: deque[str] = deque(maxlen=REMEMBERED)
         self._task = asyncio.create_task(self._receive())
 
     @classmethod
@@ -78,7 +83,13 @@ class RankMessagesListener:
 
     def send_done(self, task_ids: Iterable[str]) -> None:
         """Tell every rank that tasks are over."""
-        self._send({"done": list(task_ids)})
+        done = list(task_ids)
+        self._done.extend(done)
+        self._send({"done": done})
+
+    def send_beat(self) -> None:
+        """Tell every rank that this one lives."""
+        self._send({"beat": True})
 
     def close(self) -> None:
         """Stop listening."""
@@ -101,10 +112,11 @@ class RankMessagesListener:
             if not self._missing:
                 self._complete.set()
                 self._send({"connected": True, "ready": self._ready})
+                self._channel.send(peer, {"done": list(self._done)})
 
 
 class RankMessagesReader:
-    """Another rank's side.
+    """Another rank's side. Once rank 0 was ready, a lost connection is made anew for as long as it takes.
 
     Args:
         leader: where rank 0 listens.
@@ -114,21 +126,21 @@ class RankMessagesReader:
     """
 
     def __init__(self, leader: Address, rank: int, *, key: ClusterKey, connect_s: float) -> None:
-        self._leader = leader
-        self._lost: ExoKimiError | None = None
+        self.leader = leader
+        self.lost: ExoKimiError | None = None
+        self._rank, self._key, self._connect_s = rank, key, connect_s
+        self._heard_s = time.monotonic()
+        self._closed = threading.Event()
         self._connected: Future[None] = Future()
         self._ready: Future[None] = Future()
         self._done: dict[str, None] = {}
         self._changed = threading.Condition()
-        self._channel = ControlClient(
-            leader,
-            key=key,
-            connect_s=connect_s,
-            silence_s=SILENCE_S,
-            hello={"rank": rank},
-            on_message=self._on_message,
-            on_lost=self._on_lost,
-        )
+        self._channel = self._connect()
+
+    @property
+    def silent_s(self) -> float:
+        """Since rank 0 was heard."""
+        return time.monotonic() - self._heard_s
 
     def wait_connected(self, timeout_s: float) -> None:
         """Wait until rank 0 says that every rank is there.
@@ -149,34 +161,42 @@ class RankMessagesReader:
         self._wait(self._ready, "did not become ready", timeout_s)
 
     def take_done(self, task_ids: Iterable[str], timeout_s: float) -> list[str]:
-        """Those of the tasks that are over, after waiting a little for one.
-
-        Raises:
-            StageDiedError: rank 0 is lost.
-        """
+        """Those of the tasks that are over, after waiting a little for one."""
         wanted = tuple(task_ids)
         with self._changed:
-            self._changed.wait_for(lambda: self._lost or any(each in self._done for each in wanted), timeout_s)
+            self._changed.wait_for(lambda: any(each in self._done for each in wanted), timeout_s)
             found = [each for each in wanted if each in self._done]
             for each in found:
                 del self._done[each]
-        if self._lost is not None and not found:
-            raise StageDiedError("rank 0 is gone", stage=0, where=self._leader) from self._lost
         return found
 
     def close(self) -> None:
         """End the connection."""
+        self._closed.set()
         self._channel.close()
+
+    def _connect(self) -> ControlClient:
+        return ControlClient(
+            self.leader,
+            key=self._key,
+            connect_s=self._connect_s,
+            silence_s=SILENCE_S,
+            hello={"rank": self._rank},
+            on_message=self._on_message,
+            on_lost=self._on_lost,
+        )
 
     def _wait(self, what: Future[None], problem: str, timeout_s: float) -> None:
         try:
             what.result(timeout_s)
         except TimeoutError:
             raise StageStalledError(
-                f"rank 0 {problem}", stage=0, expected=f"within {timeout_s:g} s", where=self._leader
+                f"rank 0 {problem}", stage=0, expected=f"within {timeout_s:g} s", where=self.leader
             ) from None
 
     def _on_message(self, message: Message) -> None:
+        self._heard_s = time.monotonic()
+        self.lost = None
         for name, future in (("connected", self._connected), ("ready", self._ready)):
             if message.get(name) and not future.done():
                 future.set_result(None)
@@ -189,9 +209,12 @@ class RankMessagesReader:
                 self._changed.notify_all()
 
     def _on_lost(self, error: ExoKimiError) -> None:
-        with self._changed:
-            self._lost = error
-            self._changed.notify_all()
+        self.lost = error
+        was_ready = self._ready.done() and self._ready.exception() is None
         for each in (self._connected, self._ready):
             if not each.done():
                 each.set_exception(error)
+        if was_ready and not self._closed.wait(AGAIN_S):
+            self._channel = self._connect()
+            if self._closed.is_set():
+                self._channel.close()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
@@ -26,6 +26,8 @@ from exo_kimi.errors import (
 from exo_kimi.plugin.control.prepare import prepare
 from exo_kimi.plugin.runner import builder as exo_builder
 from exo_kimi.plugin.runner import engine as exo_engine
+from exo_kimi.plugin.runner import judge
+from exo_kimi.plugin.runner import leader as exo_leader
 from exo_kimi.plugin.runner.advice import advise
 from exo_kimi.plugin.runner.builder import KimiBuilder
 from exo_kimi.plugin.runner.chunks import ExoTypes
@@ -51,6 +53,25 @@ class Cancelled:
         return taken
 
 
+class Told:
+    """What a rank tells exo of itself."""
+
+    def __init__(self) -> None:
+        self.held: list[str] = []
+        self.is_held = False
+        self.ended: list[tuple[ExoKimiError, list[str]]] = []
+
+    def hold(self, why: str) -> None:
+        self.is_held = True
+        self.held.append(why)
+
+    def release(self) -> None:
+        self.is_held = False
+
+    def end(self, error: ExoKimiError, command_ids: Iterable[str]) -> None:
+        self.ended.append((error, list(command_ids)))
+
+
 class Ranks:
     """Both runners of an instance, each step of exo's states at once on both."""
 
@@ -58,8 +79,10 @@ class Ranks:
         self.params = instance.params  # type: ignore[attr-defined]
         self.pipes = [Cancelled() for _ in split]
         self.bound = [instance(split, rank) for rank in range(len(split))]
+        self.told = [Told() for _ in split]
         self.builders = [
-            KimiBuilder(MODEL, None, pipe, types=types, find_directory=lambda _: directory) for pipe in self.pipes
+            KimiBuilder(MODEL, told, pipe, types=types, find_directory=lambda _: directory)
+            for told, pipe in zip(self.told, self.pipes, strict=True)
         ]
         self.engines: list[Any] = []
         self.progress: list[list[Any]] = []
@@ -73,7 +96,11 @@ class Ranks:
 
     def submit(self, task_id: str, prompt: str, **options: Any) -> None:
         for engine in self.engines:
-            engine.submit(SimpleNamespace(task_id=task_id, task_params=self.params(prompt, **options)))
+            engine.submit(self.task(task_id, prompt, **options))
+
+    def task(self, task_id: str, prompt: str, **options: Any) -> Any:
+        params = self.params(prompt, **options)
+        return SimpleNamespace(task_id=task_id, command_id=f"command-{task_id}", task_params=params)
 
     def run(self, rank: int, until: Callable[[list[tuple[str, Any]]], bool]) -> list[tuple[str, Any]]:
         """Steps of one rank until something has come out of it."""
@@ -218,7 +245,7 @@ def test_a_task_that_was_cancelled_before_it_came_is_ended(ranks: Ranks) -> None
 
 
 def test_a_rank_that_hears_of_the_end_before_the_task_finishes_it(ranks: Ranks) -> None:
-    task = SimpleNamespace(task_id="late", task_params=ranks.params("one", max_output_tokens=2))
+    task = ranks.task("late", "one", max_output_tokens=2)
     ranks.engines[0].submit(task)
     ranks.run(0, ended("late"))
     time.sleep(0.2)
@@ -293,21 +320,67 @@ def test_ranks_with_different_models_under_one_name_do_not_start(
         pair.close()
 
 
-def test_the_other_rank_fails_when_rank_0_is_gone_and_exo_does_not_notice(
-    exo_instance: Any, tiny: Path, types: ExoTypes, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(exo_engine, "LOST_S", 0.5)
+def until(true: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + SECONDS
+    while not true():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+@pytest.fixture
+def hurry(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Judge in a second what takes a minute."""
+    monkeypatch.setattr(
+        judge.Judge.__init__, "__kwdefaults__", {"quiet_s": 1.5, "hopeless_s": 1.0, "clock": time.monotonic}
+    )
+    monkeypatch.setattr(exo_engine, "TICK_S", 0.1)
+    monkeypatch.setattr(exo_leader, "TICK_S", 0.1)
+
+
+@pytest.mark.usefixtures("hurry")
+def test_an_idle_rank_is_not_ready_and_ends_when_rank_0_is_gone(exo_instance: Any, tiny: Path, types: ExoTypes) -> None:
     pair = Ranks(exo_instance, tiny, types, (2, 5))
     try:
         pair.start()
-        pair.engines[1].submit(SimpleNamespace(task_id="x", task_params=None))
+        until(lambda: not pair.told[1].is_held)
         pair.engines[0].close()
-        began = time.monotonic()
-        with pytest.raises(StageDiedError, match="rank 0 is gone"):
-            pair.run(1, ended("x"))
-        assert time.monotonic() - began >= 0.5
+        until(lambda: bool(pair.told[1].ended))
+        error, waiting = pair.told[1].ended[0]
+        assert isinstance(error, StageDiedError) and "rank 0 is gone" in str(error) and waiting == []
+        assert "rank 0" in pair.told[1].held[0] and pair.told[1].is_held
     finally:
         pair.close()
+
+
+@pytest.mark.usefixtures("hurry")
+def test_rank_0_is_not_ready_and_ends_when_another_is_gone_and_tells_who_waits(
+    exo_instance: Any, tiny: Path, types: ExoTypes
+) -> None:
+    pair = Ranks(exo_instance, tiny, types, (2, 5))
+    try:
+        pair.start()
+        until(lambda: not pair.told[0].is_held)
+        pair.engines[1].close()
+        until(lambda: pair.told[0].is_held)
+        pair.engines[0].submit(pair.task("t", "one"))
+        until(lambda: bool(pair.told[0].ended))
+        error, waiting = pair.told[0].ended[0]
+        assert "the stages did not come together again" in str(error) and "rank 1" in str(error.found)
+        assert waiting in ([], ["command-t"])  # where the engine had given it up before, it has its error
+        assert any(each.kind == "ErrorChunk" for _, each in pair.engines[0].step()) or waiting
+    finally:
+        pair.close()
+
+
+def test_a_rank_that_has_lost_rank_0_finds_it_again_and_hears_what_ended_meanwhile(ranks: Ranks) -> None:
+    reader: Any = ranks.builders[1]._connected.others  # type: ignore[union-attr]
+    ranks.submit("gap", "one", max_output_tokens=2)
+    reader._channel.close()
+    ranks.run(0, ended("gap"))
+    reader._on_lost(StageUnreachableError("the connection was lost"))
+    assert reader.lost is not None
+    assert ranks.run(1, ended("gap"))[-1][1].kind == "FinishedResponse"
+    until(lambda: reader.lost is None and reader.silent_s < 2)
 
 
 def test_a_missing_tensor_is_refused_before_this_rank_connects(
@@ -389,7 +462,7 @@ def test_an_error_inside_exo_tells_what_can_be_done_at_exo(
 ) -> None:
     """Nobody starts `exo-kimi stage` there: rank 0 listens nowhere, and rank 1 says so."""
     monkeypatch.setattr(exo_builder, "READY_S", 0.5)
-    made = KimiBuilder(MODEL, None, Cancelled(), types=types, find_directory=lambda _: tiny)
+    made = KimiBuilder(MODEL, Told(), Cancelled(), types=types, find_directory=lambda _: tiny)
     try:
         with pytest.raises((StageUnreachableError, StageStalledError)) as caught:  # whichever deadline is first
             made.connect(exo_instance((4, 3), 1))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
 from types import ModuleType, SimpleNamespace
 from typing import Any
 
@@ -69,6 +68,19 @@ class TextGeneration(SimpleNamespace):
     """As exo's."""
 
 
+class KeyedBackoff:
+    """As exo's, which counts starts."""
+
+    def __init__(self) -> None:
+        self.counted: dict[str, int] = {}
+
+    def attempts(self, key: str) -> int:
+        return self.counted.get(key, 0)
+
+    def reset(self, key: str) -> None:
+        self.counted.pop(key, None)
+
+
 @pytest.fixture
 def exo(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
     """Modules that have what a node's process needs of exo b5375f8ce."""
@@ -87,6 +99,8 @@ def exo(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
         "exo.worker.runner": {},
         "exo.worker.runner.bootstrap": {"entrypoint": _exo_entrypoint},
         "exo.worker.runner.supervisor": {"entrypoint": _exo_entrypoint},
+        "exo.utils": {},
+        "exo.utils.keyed_backoff": {"KeyedBackoff": KeyedBackoff},
         "exo.shared": {},
         "exo.shared.models": {},
         "exo.shared.models.model_cards": {"ModelCard": ModelCard},
@@ -211,31 +225,3 @@ def test_a_module_that_is_gone_is_told_for_every_name() -> None:
     told = mismatches(names, find)
     assert len(told) == len(names)
     assert all("cannot be imported" in each for each in told)
-
-
-@pytest.fixture
-def plan(exo: SimpleNamespace) -> Callable[..., Any]:
-    launch.bind()
-    runner = SimpleNamespace(
-        in_progress={"t": TextGeneration(task_id="t", instance_id="i"), "load": SimpleNamespace()}, cancelled=set()
-    )
-
-    def run(tasks: dict[str, Any], cancelled: set[str] | None = None) -> Any:
-        runner.cancelled = cancelled or set()
-        return exo.worker.plan("node", {"runner": runner}, {}, {}, {}, tasks, {}, {}, None, None)
-
-    return run
-
-
-def test_a_task_that_was_deleted_while_a_runner_works_on_it_is_cancelled(plan: Callable[..., Any]) -> None:
-    found = plan({})
-    assert vars(found) == {"instance_id": "i", "cancelled_task_id": "t", "runner_id": "runner"}
-
-
-def test_a_task_that_exo_still_knows_or_has_cancelled_is_let_alone(plan: Callable[..., Any]) -> None:
-    assert plan({"t": object()}) is None
-    assert plan({}, {"t"}) is None
-
-
-def test_what_exo_plans_goes_first(plan: Callable[..., Any]) -> None:
-    assert plan({"planned": "exo's"}) == "exo's"
