@@ -140,7 +140,12 @@ class StopMatcher:
 
     def __init__(self, stop: Collection[str]) -> None:
         self._scanner = MarkerScanner(stop)
-        self.stopped = False
+        self.met: str | None = None
+
+    @property
+    def stopped(self) -> bool:
+        """Whether the text has ended; `met` is the stop string then."""
+        return self.met is not None
 
     def feed(self, text: str) -> str:
         """The part of the text so far that may be shown and was not shown before."""
@@ -153,7 +158,8 @@ class StopMatcher:
     def _take(self, pieces: list[Piece]) -> str:
         shown = ""
         for piece in pieces:
-            self.stopped = self.stopped or piece.is_marker
+            if piece.is_marker and self.met is None:
+                self.met = piece.text
             if self.stopped:
                 break
             shown += piece.text

@@ -58,6 +58,11 @@ class OutputParser:
         return self._stop.stopped
 
     @property
+    def stop_met(self) -> str | None:
+        """The stop string that was met."""
+        return self._stop.met
+
+    @property
     def reasoning_open(self) -> bool:
         """Whether the reply so far ends inside its reasoning."""
         return self._reasoning.is_open

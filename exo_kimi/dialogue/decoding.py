@@ -36,6 +36,11 @@ class ReplyParser(Protocol):
         """Whether a stop string was met."""
         ...
 
+    @property
+    def stop_met(self) -> str | None:
+        """The stop string that was met."""
+        ...
+
 
 class TextParser:
     """Plain text of a text completion, ended by stop strings; control tokens are shown by their names.
@@ -55,6 +60,11 @@ class TextParser:
     def stopped(self) -> bool:
         """Whether a stop string was met."""
         return self._stop.stopped
+
+    @property
+    def stop_met(self) -> str | None:
+        """The stop string that was met."""
+        return self._stop.met
 
     def feed(self, token_id: int) -> list[OutputEvent]:
         """The text that this token completes."""
@@ -157,6 +167,7 @@ class ReplyDecoder:
             completion_tokens=self._completion_tokens,
             reasoning_tokens=self._reasoning_tokens,
             cached_tokens=self._cached_tokens,
+            stop_sequence=self._parser.stop_met,
             ttft_s=first_s - self._begun_s,
             decode_s=now_s - first_s,
         )

@@ -53,6 +53,7 @@ class EndEvent:
         completion_tokens: all that were generated, reasoning and end of turn included.
         reasoning_tokens: those of the reasoning.
         cached_tokens: of the prompt, those that a prefix cache held.
+        stop_sequence: the stop string that ended it; None where none did.
         ttft_s: seconds from the start to the first token.
         decode_s: seconds from the first token to the end.
     """
@@ -61,6 +62,7 @@ class EndEvent:
     completion_tokens: int
     reasoning_tokens: int = 0
     cached_tokens: int = 0
+    stop_sequence: str | None = None
     ttft_s: float = field(default=0.0, compare=False)
     decode_s: float = field(default=0.0, compare=False)
 

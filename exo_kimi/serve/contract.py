@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 from fastapi import FastAPI
@@ -15,15 +15,16 @@ REASONS: Mapping[int, str] = {
     400: "The request is wrong, or this server does not support it; `param` names the field.",
     401: "The API key is missing or wrong.",
     403: "`Host` or `Origin` is a name that this server was not told to answer to (`--allowed-host`).",
-    404: "No such model.",
+    404: "No such model, or nothing of that id.",
     408: "The headers or the body did not arrive in time; the connection is closed.",
+    409: "The answer was cancelled by `POST /v1/cancel/{id}`.",
     413: "The body is larger than this server takes.",
     415: "The body is a form; this server takes JSON.",
     500: "A failure that nobody foresaw.",
     503: "The stages are starting or have failed, or too many requests or connections wait. `Retry-After` says when to return.",
 }
 CONNECTION_STATUSES = (400, 408, 503)  # of `connections`, before any route is found: every route may give them
-GENERATION_STATUSES = (404, 413, 415, 500, *CONNECTION_STATUSES)
+GENERATION_STATUSES = (404, 409, 413, 415, 500, *CONNECTION_STATUSES)
 _SCHEMAS = "#/components/schemas/"
 
 
@@ -207,20 +208,49 @@ class TextCompletion(CompletionHead):
 
 
 class ModelCard(BaseModel):
-    """The model that is served; `context_length` in tokens."""
+    """A name of the model that is served; `context_length` and `max_model_len` (vLLM's word) are its context in tokens."""
 
     id: str
     object: Literal["model"]
     created: int
     owned_by: str
     context_length: int
+    max_model_len: int
 
 
 class ModelList(BaseModel):
-    """Every model of this server: one."""
+    """Every name of the one model."""
 
     object: Literal["list"]
     data: list[ModelCard]
+
+
+class AnthropicModelCard(BaseModel):
+    """A name of the model, for clients that send `anthropic-version`."""
+
+    type: Literal["model"]
+    id: str
+    display_name: str
+    created_at: str
+    lifecycle: Literal["active"]
+    max_input_tokens: int
+    max_tokens: int
+
+
+class AnthropicModelList(BaseModel):
+    """Every name of the one model, for clients that send `anthropic-version`; there is one page."""
+
+    data: list[AnthropicModelCard]
+    has_more: Literal[False]
+    first_id: str
+    last_id: str
+
+
+class CancelledAnswer(BaseModel):
+    """What was cancelled."""
+
+    id: str
+    cancelled: Literal[True]
 
 
 class HealthReport(BaseModel):
@@ -239,42 +269,62 @@ class HealthReport(BaseModel):
     events: list[Any]
 
 
-def refusals(*statuses: int) -> dict[int | str, dict[str, Any]]:
-    """The `responses` of a route that may answer with these statuses and those of the connection, with OpenAI's error object."""
-    return {
-        status: {"model": ErrorAnswer, "description": REASONS[status]} for status in (*statuses, *CONNECTION_STATUSES)
-    }
+def refusals(*statuses: int, error: type[BaseModel] = ErrorAnswer) -> dict[int | str, dict[str, Any]]:
+    """The `responses` of a route that may answer with these statuses and those of the connection.
+
+    Args:
+        statuses: of the route.
+        error: model of its error object. What the connection refuses before any route is found has OpenAI's.
+    """
+    either: Any = error if error is ErrorAnswer else error | ErrorAnswer
+    models = dict.fromkeys(statuses, error) | dict.fromkeys(CONNECTION_STATUSES, either)
+    return {status: {"model": model, "description": REASONS[status]} for status, model in models.items()}
 
 
 def generation_route(
     *,
-    body: type[GenerationFields],
+    body: type[BaseModel],
     answer: type[BaseModel],
-    chunk: type[BaseModel],
+    events: Sequence[type[BaseModel]],
     example: Mapping[str, Any],
     extra: tuple[int, ...],
+    error: type[BaseModel] = ErrorAnswer,
+    done: bool = True,
+    media_type: str = "text/event-stream",
 ) -> dict[str, Any]:
     """What FastAPI is told of a route that generates: its body, its answer whole and streamed, and its refusals.
 
     Args:
         body: model of the request.
         answer: model of the whole answer.
-        chunk: model of one event.
+        events: models of the events of a stream, its error among them.
         example: a body that this server answers.
         extra: statuses of the server, such as 401.
+        error: model of a refusal.
+        done: whether a stream ends with `[DONE]`.
+        media_type: of a stream; what is not server-sent events is a line of JSON an event.
     """
-    data = {"anyOf": [{"const": "[DONE]"}, _json_text(chunk), _json_text(ErrorAnswer)]}
-    event = {"type": "object", "properties": {"data": data}, "required": ["data"]}
+    ends: list[dict[str, Any]] = [{"const": "[DONE]"}] if done else []
+    if media_type == "text/event-stream":
+        data = {"anyOf": [*ends, *map(_json_text, events)]}
+        item: dict[str, Any] = {"type": "object", "properties": {"data": data}, "required": ["data"]}
+    else:
+        item = {"anyOf": [_reference(model) for model in events]}
     whole = {
-        "description": "The answer, whole or as server-sent events.",
-        "content": {"text/event-stream": {"itemSchema": event}},
+        "description": "The answer, whole or as a stream of events.",
+        "content": {media_type: {"itemSchema": item}},
     }
-    content = {"application/json": {"schema": {"$ref": f"{_SCHEMAS}{body.__name__}"}, "example": example}}
     return {
         "response_model": answer,
-        "responses": {200: whole, **refusals(*GENERATION_STATUSES, *extra)},
-        "openapi_extra": {"requestBody": {"required": True, "content": content}},
+        "responses": {200: whole, **refusals(*GENERATION_STATUSES, *extra, error=error)},
+        "openapi_extra": json_body(body, example),
     }
+
+
+def json_body(body: type[BaseModel], example: Mapping[str, Any]) -> dict[str, Any]:
+    """What OpenAPI is told of a body that a route reads itself."""
+    content = {"application/json": {"schema": _reference(body), "example": example}}
+    return {"requestBody": {"required": True, "content": content}}
 
 
 def openapi_document(app: FastAPI, *models: type[BaseModel]) -> dict[str, Any]:
@@ -303,8 +353,11 @@ def openapi_document(app: FastAPI, *models: type[BaseModel]) -> dict[str, Any]:
 
 
 def _json_text(model: type[BaseModel]) -> dict[str, Any]:
-    content = {"$ref": f"{_SCHEMAS}{model.__name__}"}
-    return {"type": "string", "contentMediaType": "application/json", "contentSchema": content}
+    return {"type": "string", "contentMediaType": "application/json", "contentSchema": _reference(model)}
+
+
+def _reference(model: type[BaseModel]) -> dict[str, str]:
+    return {"$ref": f"{_SCHEMAS}{model.__name__}"}
 
 
 def _taken_beside_the_model() -> dict[str, Any]:

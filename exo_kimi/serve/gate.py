@@ -16,11 +16,14 @@ from exo_kimi.serve.problems import ApiProblem
 
 log = logging.getLogger(__name__)
 
-OPEN_PATHS = frozenset({"/health", "/docs", "/openapi.json"})  # they tell what the source tells; a browser has no key
+OPEN_PATHS = frozenset(
+    {"/", "/health", "/docs", "/openapi.json"}
+)  # they tell what the source tells; a browser has no key
 OPEN_FOLDER = "/docs-files/"
 LOOPBACK_NAMES = frozenset({"localhost", "127.0.0.1", "::1"})
 ANY = "*"
 ADDRESSES = "addresses"  # no name of a page: its browser shows the address, so nothing was rebound
+REQUEST_ID_HEADERS = (b"x-request-id", b"request-id")  # OpenAI's and Anthropic's
 POLLED_PATHS = frozenset({"/health", "/metrics"})  # asked every few seconds: no log lines
 
 
@@ -31,9 +34,10 @@ class Gate:
         app: what is behind.
         metrics: told the path (as the routes know it) and the status of every answer.
         paths: paths that may become a label; all others count as `other`.
-        api_key: when given, every path but /health and the documentation needs `Authorization: Bearer KEY`.
+        api_key: when given, every path but /health, / and the documentation needs `Authorization: Bearer KEY`, or `x-api-key`.
         hosts: names that `Host` and `Origin` may have (`allowed_hosts`), without which any web page could have a browser
             reach this server under a name of its own (DNS rebinding); None or `*` allows all.
+        origins: of web pages that may call this server (`--cors-origin`); `*` allows all.
     """
 
     def __init__(
@@ -44,12 +48,14 @@ class Gate:
         paths: frozenset[str],
         api_key: str | None = None,
         hosts: frozenset[str] | None = None,
+        origins: frozenset[str] = frozenset(),
     ) -> None:
         self._app = app
         self._metrics = metrics
         self._paths = paths
         self._api_key = api_key
         self._hosts = frozenset({ANY}) if hosts is None else hosts
+        self._origins = origins
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answers 401 and 403 itself, and counts whatever is answered."""
@@ -64,16 +70,19 @@ class Gate:
                 self._metrics.answered(path, message["status"])
                 level = logging.DEBUG if path in POLLED_PATHS else logging.INFO
                 log.log(level, "%s %s %r %d", request_id, scope["method"], scope["path"], message["status"])
-                message = {**message, "headers": [*message["headers"], (b"x-request-id", request_id.encode())]}
+                ids = [(name, request_id.encode()) for name in REQUEST_ID_HEADERS]
+                message = {**message, "headers": [*message["headers"], *ids]}
             await send(message)
 
         refusal = self._wrong_host(scope)
         if refusal is None and not self._admits(scope):
             refusal = ApiProblem(
-                401, "missing or wrong API key: send `Authorization: Bearer KEY`", code="invalid_api_key"
+                401,
+                "missing or wrong API key: send `Authorization: Bearer KEY` or `x-api-key: KEY`",
+                code="invalid_api_key",
             )
         if refusal is not None:
-            await refusal.response()(scope, receive, counting_send)
+            await refusal.response(scope["path"])(scope, receive, counting_send)
         else:
             await self._app(scope, receive, counting_send)
 
@@ -84,6 +93,8 @@ class Gate:
             if name not in (b"host", b"origin"):
                 continue
             text = value.decode("latin-1")
+            if name == b"origin" and (ANY in self._origins or text in self._origins):
+                continue
             host = host_name(text if name == b"origin" else f"//{text}")
             if host is None or not self._is_ours(host):
                 message = (
@@ -97,13 +108,17 @@ class Gate:
         return host in self._hosts or (ADDRESSES in self._hosts and _is_address(host))
 
     def _admits(self, scope: Scope) -> bool:
+        if scope["method"] == "OPTIONS":
+            return True  # a browser asks without the key whether its page may send one; nothing else takes OPTIONS
         if self._api_key is None or scope["path"] in OPEN_PATHS or scope["path"].startswith(OPEN_FOLDER):
             return True
         headers: Iterable[tuple[bytes, bytes]] = scope["headers"]
+        key = next((value for name, value in headers if name == b"x-api-key"), b"")  # Anthropic's header
         given = next((value for name, value in headers if name == b"authorization"), b"")
-        scheme, _, key = given.partition(b" ")
+        scheme, _, bearer = given.partition(b" ")
+        keys = [key.strip(), bearer.strip() if scheme.lower() == b"bearer" else b""]
         # In constant time: the time must not tell how much of a key is right.
-        return scheme.lower() == b"bearer" and hmac.compare_digest(key.strip(), self._api_key.encode())
+        return sum(hmac.compare_digest(each, self._api_key.encode()) for each in keys) > 0
 
 
 def allowed_hosts(bound: str, extra: Iterable[str] = ()) -> frozenset[str]:

@@ -1,4 +1,4 @@
-"""Every failure as OpenAI's error object and HTTP status."""
+"""Every failure as an HTTP status and the error object that the clients of its door expect."""
 
 from __future__ import annotations
 
@@ -22,6 +22,16 @@ from exo_kimi.errors import (
 log = logging.getLogger(__name__)
 
 RETRY_AFTER_S = 5
+_TOO_LONG = "prompt is too long"
+# Anthropic's `error.type` by status; what is not here is an invalid request below 500 and an api_error from there on.
+_ANTHROPIC_TYPES = {
+    401: "authentication_error",
+    403: "permission_error",
+    404: "not_found_error",
+    413: "request_too_large",
+    429: "rate_limit_error",
+    503: "overloaded_error",
+}
 
 
 class ApiProblem(Exception):
@@ -51,19 +61,32 @@ class ApiProblem(Exception):
         self.param = param
         self.code = code
 
-    def body(self) -> dict[str, Any]:
-        """`{"error": {message, type, param, code}}`."""
+    def body(self, path: str = "") -> dict[str, Any]:
+        """OpenAI's `{"error": {message, type, param, code}}`, or what the door at the path has instead.
+
+        Args:
+            path: of the request. Source: Anthropic's and Ollama's documentation of errors.
+        """
+        if path.startswith("/v1/messages"):
+            default = "invalid_request_error" if self.status < 500 else "api_error"
+            kind = _ANTHROPIC_TYPES.get(self.status, default)
+            # Claude Code shortens a conversation when it reads Anthropic's words for one that is too long.
+            long = self.code == "context_length_exceeded" and not self.message.startswith(_TOO_LONG)
+            message = f"{_TOO_LONG}: {self.message}" if long else self.message
+            return {"type": "error", "error": {"type": kind, "message": message}}
+        if path.startswith("/api/"):
+            return {"error": self.message}
         error = {"message": self.message, "type": self.kind, "param": self.param, "code": self.code}
         return {"error": error}
 
-    def response(self) -> JSONResponse:
-        """The whole HTTP answer."""
+    def response(self, path: str = "") -> JSONResponse:
+        """The whole HTTP answer to a request for the path."""
         headers = {}
         if self.status == 503:
             headers["retry-after"] = str(RETRY_AFTER_S)
         if self.status == 401:
             headers["www-authenticate"] = "Bearer"
-        return JSONResponse(self.body(), status_code=self.status, headers=headers)
+        return JSONResponse(self.body(path), status_code=self.status, headers=headers)
 
 
 def to_problem(error: BaseException) -> ApiProblem:
@@ -127,17 +150,18 @@ def _snake(error: BaseException) -> str:
 
 async def answer_error(request: Request, error: Exception) -> JSONResponse:
     """Exception handler for everything that exo-kimi raises on purpose, and for what nobody foresaw."""
-    return to_problem(error).response()
+    return to_problem(error).response(request.url.path)
 
 
 async def answer_http_error(request: Request, error: Exception) -> JSONResponse:
     """Exception handler for the router's own 404 and 405."""
     assert isinstance(error, HTTPException)
-    where = f"{request.method} {request.url.path}"
+    path = request.url.path
+    where = f"{request.method} {path}"
     if error.status_code == 404:
-        return ApiProblem(404, f"unknown URL: {where}", code="unknown_url").response()
+        return ApiProblem(404, f"unknown URL: {where}", code="unknown_url").response(path)
     if error.status_code == 405:
-        response = ApiProblem(405, f"method not allowed: {where}", code="method_not_supported").response()
+        response = ApiProblem(405, f"method not allowed: {where}", code="method_not_supported").response(path)
         response.headers.update(error.headers or {})
         return response
-    return ApiProblem(error.status_code, str(error.detail)).response()
+    return ApiProblem(error.status_code, str(error.detail)).response(path)

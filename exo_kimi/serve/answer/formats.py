@@ -48,6 +48,11 @@ class Head:
 class Format(Protocol):
     """How one endpoint writes the events of its replies."""
 
+    @property
+    def head(self) -> Head:
+        """What every object of the answer repeats."""
+        ...
+
     def opening(self, choices: int) -> list[dict[str, Any]]:
         """Chunks to send before any event."""
         ...
@@ -135,7 +140,7 @@ class TextFormat:
     """
 
     def __init__(self, *, head: Head, tokenizer: KimiTokenizer, top_logprobs: int | None = None) -> None:
-        self._head = head
+        self.head = head
         self._tokenizer = tokenizer
         self._top = top_logprobs
         self._sent: dict[int, int] = {}
@@ -172,7 +177,7 @@ class TextFormat:
         return {"index": index, "text": text, "logprobs": logprobs, "finish_reason": reason}
 
     def _wrap(self, choices: list[dict[str, Any]]) -> dict[str, Any]:
-        return self._head.wrap("text_completion", choices)
+        return self.head.wrap("text_completion", choices)
 
 
 def _usage(usage: Usage) -> dict[str, Any]:

@@ -11,6 +11,7 @@ from typing import Protocol
 from exo_kimi.dialogue.events import EndEvent, ReplyEvent
 from exo_kimi.dialogue.prepare import Choice
 from exo_kimi.runtime.requests import TextEngine
+from exo_kimi.serve.problems import ApiProblem
 
 
 class Observer(Protocol):
@@ -42,7 +43,8 @@ class Generation:
         self._observer = observer
         self._begun_s = time.monotonic()
         self._open = len(choices)
-        self._seen_token = False
+        self._names = frozenset(choice.request.request_id for choice in choices)
+        self._cached_tokens: int | None = None
         self._closed = False
         self._queue: asyncio.Queue[tuple[int, ReplyEvent] | BaseException] = asyncio.Queue()
         self._tasks = [asyncio.create_task(self._run(index, choice)) for index, choice in enumerate(choices)]
@@ -54,10 +56,11 @@ class Generation:
 
         Raises:
             ExoKimiError: what the engine raised; the other choices are cancelled.
+            ApiProblem: what `fail` was given.
         """
         item = await self._queue.get()
         if isinstance(item, BaseException):
-            self.close("failed")
+            self.close("cancelled" if isinstance(item, ApiProblem) else "failed")
             raise item
         if isinstance(item[1], EndEvent):
             self._open -= 1
@@ -69,6 +72,18 @@ class Generation:
     def running(self) -> bool:
         """Whether more events are to come."""
         return self._open > 0
+
+    @property
+    def cached_tokens(self) -> int:
+        """Of the prompt, those that a cache holds, as far as it is known yet: exactly, from the first token on."""
+        if self._cached_tokens is not None:
+            return self._cached_tokens
+        under_way = (each for each in self._engine.snapshot().requests if each.request_id in self._names)
+        return min((each.cached_tokens for each in under_way), default=0)
+
+    def fail(self, error: Exception) -> None:
+        """End all choices; whoever awaits `next` raises the error."""
+        self._queue.put_nowait(error)
 
     def close(self, outcome: str = "cancelled") -> None:
         """Cancel what still runs, on every stage; calling it again does nothing."""
@@ -83,8 +98,8 @@ class Generation:
     async def _run(self, index: int, choice: Choice) -> None:
         async with aclosing(choice.generate(self._engine)) as steps:
             async for token, events in steps:
-                if token is not None and not self._seen_token:
-                    self._seen_token = True
+                if token is not None and self._cached_tokens is None:
+                    self._cached_tokens = token.cached_tokens
                     self._observer.first_token(time.monotonic() - self._begun_s)
                 for event in events:
                     self._queue.put_nowait((index, event))

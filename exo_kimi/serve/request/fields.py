@@ -80,23 +80,7 @@ class GenerationFields(Fields):
         Raises:
             RequestError: an empty one, one over 4096 bytes, or more than 16.
         """
-        stops = (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
-        longest = max((len(stop.encode()) for stop in stops[: MAX_STOPS + 1]), default=0)
-        if longest > MAX_STOP_BYTES:
-            raise RequestError(
-                "invalid 'stop'",
-                expected=f"texts of at most {MAX_STOP_BYTES} bytes",
-                found=f"one of {longest} bytes",
-                param="stop",
-            )
-        if len(stops) > MAX_STOPS or not all(stops):
-            raise RequestError(
-                "invalid 'stop'",
-                expected=f"at most {MAX_STOPS} texts, none of them empty",
-                found=f"{len(stops)} texts, {stops.count('')} of them empty",
-                param="stop",
-            )
-        return stops
+        return check_stops((self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ()), "stop")
 
     def check_stream_options(self) -> None:
         """Raises:
@@ -128,6 +112,34 @@ class GenerationFields(Fields):
                 continue
             raise RequestError("invalid 'logit_bias'", expected=expected, found=found, param="logit_bias")
         return tuple({int(key): float(bias) for key, bias in biases.items()}.items())
+
+
+def check_stops(stops: tuple[str, ...], param: str) -> tuple[str, ...]:
+    """The stop strings of a request.
+
+    Args:
+        stops: as the client wrote them.
+        param: the field they are in.
+
+    Raises:
+        RequestError: an empty one, one over 4096 bytes, or more than 16.
+    """
+    longest = max((len(stop.encode()) for stop in stops[: MAX_STOPS + 1]), default=0)
+    if longest > MAX_STOP_BYTES:
+        raise RequestError(
+            f"invalid '{param}'",
+            expected=f"texts of at most {MAX_STOP_BYTES} bytes",
+            found=f"one of {longest} bytes",
+            param=param,
+        )
+    if len(stops) > MAX_STOPS or not all(stops):
+        raise RequestError(
+            f"invalid '{param}'",
+            expected=f"at most {MAX_STOPS} texts, none of them empty",
+            found=f"{len(stops)} texts, {stops.count('')} of them empty",
+            param=param,
+        )
+    return stops
 
 
 def take_known(body: Mapping[str, Any], known: Collection[str], unsupported: Collection[str]) -> dict[str, Any]:

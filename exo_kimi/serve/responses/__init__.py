@@ -1,0 +1,1 @@
+"""OpenAI's Responses API: its requests, items and events, and the responses that are kept."""
