@@ -103,6 +103,7 @@ def create_app(
     )
     app.state.bodies = BodyReader(service.workers, service.text_bound, max_bytes=max_body_bytes)
     _add_routes(app, service, guarded=api_key is not None)
+    app.state.metrics = service.metrics
     app.openapi = partial(  # type: ignore[method-assign]  # FastAPI's own way to a document of one's own
         openapi_document, app, ChatRequest, CompletionRequest, ChatCompletionChunk, *responses.MODELS, *anthropic.MODELS
     )

@@ -27,6 +27,14 @@ REQUEST_ID_HEADERS = (b"x-request-id", b"request-id")  # OpenAI's and Anthropic'
 POLLED_PATHS = frozenset({"/health", "/metrics"})  # asked every few seconds: no log lines
 
 
+REQUEST_ID = "exo_kimi.request_id"  # in a request's scope, for whoever answers in its place
+
+
+def new_request_id() -> str:
+    """A name for one request, in its answer and in the log."""
+    return f"req_{uuid.uuid4().hex}"
+
+
 class Gate:
     """ASGI middleware.
 
@@ -62,7 +70,7 @@ class Gate:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        request_id = f"req_{uuid.uuid4().hex}"
+        request_id = scope[REQUEST_ID] = new_request_id()
         path = scope["path"] if scope["path"] in self._paths else "other"
 
         async def counting_send(message: Message) -> None:

@@ -117,7 +117,9 @@ def serve(options: ServeOptions, *, announce: Callable[[str], None] | None = Non
             await cluster.wait_ready()
             await engine.wait_broken()
 
-        return Served(app=app, engine=engine, wait_failed=wait_failed)
+        return Served(
+            app=app, engine=engine, wait_failed=wait_failed, connection_closed=app.state.metrics.connection_closed
+        )
 
     run(factory, host=options.host, port=options.port, announce=announce or _announce)
 

@@ -28,6 +28,12 @@ class Metrics:
         self._http = Counter(
             "exo_kimi_http_requests", "HTTP requests answered", ["path", "status"], registry=self._registry
         )
+        self._closed = Counter(
+            "exo_kimi_connections_closed",
+            "Connections closed before their request reached the API or their answer the client, by reason",
+            ["reason"],
+            registry=self._registry,
+        )
         self._ended = Counter(
             "exo_kimi_api_generations", "Generations that ended, by outcome", ["outcome"], registry=self._registry
         )
@@ -47,6 +53,10 @@ class Metrics:
     def answered(self, path: str, status: int) -> None:
         """An HTTP request was answered. `path` comes from the routes, never from the client."""
         self._http.labels(path=path, status=str(status)).inc()
+
+    def connection_closed(self, reason: str) -> None:
+        """A connection was closed by the server; `reason` is one of `connections.ClosedReason`."""
+        self._closed.labels(reason=reason).inc()
 
     def first_token(self, seconds: float) -> None:
         """As `generation.Observer`."""

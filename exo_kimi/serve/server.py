@@ -35,11 +35,13 @@ class Served:
 
     `wait_failed` waits for what no waiting mends, and raises it: stages that were never there, which is a mistake of the user's
     and not an outage, or an engine that has broken. The server ends with it, for it is up or it is gone, and never in between.
+    `connection_closed` is told why the server closed a connection (`connections.ClosedReason`).
     """
 
     app: FastAPI
     engine: TextEngine
     wait_failed: Callable[[], Awaitable[None]] | None = None
+    connection_closed: Callable[[str], None] = lambda _: None
 
 
 def run(
@@ -167,7 +169,7 @@ class _Uvicorn(uvicorn.Server):
     """uvicorn, but the engine ends first: it would wait for answers that only the engine can end."""
 
     def __init__(self, served: Served, announce: Callable[[], object]) -> None:
-        state = BoundedState(descriptor_limit())
+        state = BoundedState(descriptor_limit(), served.connection_closed)
         config = uvicorn.Config(
             served.app,
             http=BoundedProtocol,

@@ -6,7 +6,9 @@ import asyncio
 import json
 import logging
 import os
+import re
 import resource
+import socket
 import subprocess
 import sys
 import time
@@ -18,6 +20,7 @@ import pytest
 import uvicorn
 
 from exo_kimi.serve import connections
+from exo_kimi.serve.answer import generation
 from exo_kimi.serve.connections import BoundedProtocol, BoundedState, quiet_accept_errors
 from exo_kimi.serve.contract import REASONS, ErrorAnswer
 
@@ -29,8 +32,10 @@ HEAD = b"POST /v1/chat/completions HTTP/1.1\r\nhost: 127.0.0.1\r\ncontent-type: 
 
 @asynccontextmanager
 async def served(app, *, descriptors=4096):
-    """The port of the app behind `BoundedProtocol`."""
-    state = BoundedState(descriptors)
+    """The port of the app behind `BoundedProtocol`, and its state; `state.reasons` are those of closed connections."""
+    reasons = []
+    state = BoundedState(descriptors, reasons.append)
+    state.reasons = reasons
     config = uvicorn.Config(
         app, port=0, lifespan="off", log_config=None, http=BoundedProtocol, backlog=state.backlog, ws="none"
     )
@@ -48,6 +53,7 @@ async def served(app, *, descriptors=4096):
 
 async def refusal(reader) -> tuple[int, dict]:
     head, _, body = (await asyncio.wait_for(reader.read(), 5)).partition(b"\r\n\r\n")
+    assert re.search(rb"x-request-id: req_[0-9a-f]{32}\r\n", head + b"\r\n")
     return int(head.split()[1]), json.loads(body)
 
 
@@ -73,6 +79,9 @@ async def test_a_request_that_never_becomes_whole_is_ended(saying, app_of, monke
                 assert await asyncio.wait_for(reader.read(), 5) == b""
         writer.close()
         assert not state.half_open
+        assert not state.uploads
+        expected = "silent" if not sent else "body_timeout" if b"\r\n\r\n" in sent else "headers_timeout"
+        assert state.reasons == [expected]
         assert (await chat(port)).status_code == 200
 
 
@@ -133,12 +142,127 @@ async def test_half_open_connections_give_way_to_a_request(saying, app_of, caplo
     assert len([record for record in caplog.records if "connections" in record.message]) == 1
 
 
+async def test_an_honest_upload_is_not_what_gives_way_in_a_flood(saying, app_of):
+    body = json.dumps({**ASK, "user": "x" * 100_000}).encode()
+    async with served(app_of(saying()), descriptors=64) as (port, state):
+        reader, writer = await asyncio.open_connection("127.0.0.1", port)
+        writer.write(HEAD.replace(b"1000", str(len(body)).encode()) + b"connection: close\r\n\r\n")
+        flood = []
+        for start in range(0, len(body), 5_000):
+            writer.write(body[start : start + 5_000])
+            await writer.drain()
+            for _ in range(10):
+                _, other = await asyncio.open_connection("127.0.0.1", port)
+                other.write(HEAD + b"\r\n{")  # an upload as well, which drips
+                flood.append(other)
+            await asyncio.sleep(0.01)
+        assert (await asyncio.wait_for(reader.read(), 5)).startswith(b"HTTP/1.1 200")
+        assert state.reasons.count("gave_way") >= 150
+        for other in (writer, *flood):
+            other.close()
+
+
+async def test_a_refusal_for_want_of_room_is_counted_and_named(saying, app_of):
+    async with served(app_of(saying(delay_s=0.5)), descriptors=16) as (port, state):
+        asked = [asyncio.create_task(chat(port)) for _ in range(8)]
+        async with asyncio.timeout(5):
+            while len(state.tasks) < 8:
+                await asyncio.sleep(0.01)
+        reader, writer = await asyncio.open_connection("127.0.0.1", port)
+        status, body = await refusal(reader)
+        assert (status, body["error"]["code"]) == (503, "overloaded")
+        assert state.reasons == ["too_many"]
+        writer.close()
+        for task in asked:
+            task.cancel()
+
+
+async def test_a_body_that_stops_is_refused_under_the_id_that_the_log_has(saying, app_of, monkeypatch, caplog):
+    monkeypatch.setattr(connections, "BODY_S", 0.2)
+    with caplog.at_level(logging.INFO, logger="exo_kimi.serve.gate"):
+        async with served(app_of(saying())) as (port, _):
+            reader, writer = await asyncio.open_connection("127.0.0.1", port)
+            writer.write(HEAD + b"\r\n{")
+            answer = (await asyncio.wait_for(reader.read(), 5)).decode()
+            writer.close()
+    (name,) = re.findall(r"x-request-id: (req_\w+)", answer)
+    assert f"{name} POST '{CHAT}' 408" in caplog.text
+
+
+async def test_a_request_to_speak_another_protocol_is_answered_and_writes_no_line(saying, app_of, caplog):
+    async with served(app_of(saying())) as (port, _), httpx.AsyncClient() as client:
+        with caplog.at_level(logging.DEBUG):
+            for protocol in ("websocket", "h2c"):
+                headers = {"connection": "upgrade", "upgrade": protocol}
+                answer = await client.get(f"http://127.0.0.1:{port}/health", headers=headers)
+                assert answer.status_code == 200
+    assert not [record for record in caplog.records if "pgrade" in record.message or "WebSocket" in record.message]
+
+
+async def ask_and_not_read(port: int):
+    """A connection with small buffers that asks for far more than they hold."""
+    client = socket.socket()
+    client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+    client.setblocking(False)
+    await asyncio.get_running_loop().sock_connect(client, ("127.0.0.1", port))
+    reader, writer = await asyncio.open_connection(sock=client, limit=1024)
+    more = {"stream": True, "max_tokens": 4000, "logprobs": True, "top_logprobs": 20, "n": 4}
+    body = json.dumps({**ASK, **more}).encode()
+    writer.write(HEAD.replace(b"1000", str(len(body)).encode()) + b"connection: close\r\n\r\n" + body)
+    return reader, writer
+
+
+async def test_a_reader_that_takes_nothing_is_let_go_and_costs_little(saying, app_of, monkeypatch):
+    """A fast engine, a client that never reads: what waits is bounded, and then so is the time."""
+    monkeypatch.setattr(generation, "MOST_BEHIND_EVENTS", 200)
+    monkeypatch.setattr(connections, "WRITE_S", 0.3)
+    engine = saying([300] * 100_000)
+    waiting = []
+    put_nowait = asyncio.Queue.put_nowait
+
+    def counted(queue, item):
+        put_nowait(queue, item)
+        if isinstance(item, tuple):
+            waiting.append(queue.qsize())
+
+    monkeypatch.setattr(asyncio.Queue, "put_nowait", counted)
+    async with served(app_of(engine)) as (port, state):
+        _, writer = await ask_and_not_read(port)
+        async with asyncio.timeout(20):
+            while engine.open or not engine.requests:
+                await asyncio.sleep(0.01)
+        assert not engine.finished
+        async with asyncio.timeout(10):
+            while not state.reasons:
+                await asyncio.sleep(0.01)
+        assert state.reasons == ["unread"]
+        assert max(waiting) <= 210
+        writer.close()
+
+
+async def test_a_slow_reader_is_told_that_its_stream_ended_and_an_honest_one_gets_all(saying, app_of, monkeypatch):
+    monkeypatch.setattr(generation, "MOST_BEHIND_EVENTS", 200)
+    monkeypatch.setattr(connections, "WRITE_S", 0.5)
+    engine = saying([300] * 100_000)
+    async with served(app_of(engine)) as (port, state):
+        reader, writer = await ask_and_not_read(port)
+        async with asyncio.timeout(20):
+            while engine.open or not engine.requests:
+                await asyncio.sleep(0.01)
+        text = (await asyncio.wait_for(reader.read(), 10)).decode()
+        assert "stream_not_read" in text
+        assert "data: [DONE]" in text
+        writer.close()
+        assert state.reasons == []
+
+
 async def test_what_is_not_http_gets_the_declared_refusal(saying, app_of):
-    async with served(app_of(saying())) as (port, _):
+    async with served(app_of(saying())) as (port, state):
         reader, writer = await asyncio.open_connection("127.0.0.1", port)
         writer.write(b"\x16\x03\x01 hello\r\n\r\n")
         status, body = await refusal(reader)
         assert (status, body["error"]["code"]) == (400, "invalid_http")
+        assert state.reasons == ["invalid_http"]
         ErrorAnswer.model_validate(body)
         writer.close()
 

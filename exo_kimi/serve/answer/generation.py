@@ -10,8 +10,11 @@ from typing import Protocol
 
 from exo_kimi.dialogue.events import EndEvent, ReplyEvent
 from exo_kimi.dialogue.prepare import Choice
+from exo_kimi.errors import RequestError
 from exo_kimi.runtime.requests import TextEngine
 from exo_kimi.serve.problems import ApiProblem
+
+MOST_BEHIND_EVENTS = 4096  # each may hold 20 logprobs, some 4 KB
 
 
 class Observer(Protocol):
@@ -103,8 +106,18 @@ class Generation:
                     self._observer.first_token(time.monotonic() - self._begun_s)
                 for event in events:
                     self._queue.put_nowait((index, event))
+                if self._queue.qsize() > MOST_BEHIND_EVENTS:
+                    raise _not_read()
 
     def _hand_over(self, task: asyncio.Task[None]) -> None:
         """A choice that failed: whoever awaits `next` raises the error."""
         if not task.cancelled() and (error := task.exception()) is not None:
             self._queue.put_nowait(error)
+
+
+def _not_read() -> RequestError:
+    return RequestError(
+        "the stream was ended: its client did not read it",
+        code="stream_not_read",
+        expected=f"at most {MOST_BEHIND_EVENTS} events waiting for it",
+    )
