@@ -27,6 +27,7 @@ from exo_kimi.serve.app import create_app
 from exo_kimi.serve.gate import allowed_hosts
 from exo_kimi.serve.prefixes import prefix_disk_options
 from exo_kimi.serve.server import DEFAULT_HOST, DEFAULT_PORT, Served, run
+from exo_kimi.units import format_bytes
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -75,10 +76,12 @@ def serve(options: ServeOptions, *, announce: Callable[[str], None] | None = Non
     raise_descriptor_limit()
     key = find_key(key_file=options.key_file, environment_text=os.environ.get(ENVIRONMENT_NAME))
     checkpoint, scratch_bytes = Checkpoint(options.directory), None
+    planned_kv_bytes: tuple[int, ...] = ()
     if options.plan is not None:
         planned = read_plan(options.plan)
         options = _following(planned, options, checkpoint)
         scratch_bytes = min(stage.scratch_bytes for stage in planned.stages)
+        planned_kv_bytes = tuple(stage.kv_bytes for stage in planned.stages)
     plan = make_plan(
         checkpoint,
         split=options.split,
@@ -96,6 +99,7 @@ def serve(options: ServeOptions, *, announce: Callable[[str], None] | None = Non
     cluster_options = ClusterOptions(
         context=options.context,
         kv_bytes=options.kv_bytes,
+        planned_kv_bytes=planned_kv_bytes,
         stall_s=options.stall_deadline,
         link=options.link or "zmq",
         **disk,
@@ -155,6 +159,7 @@ def _following(plan: Plan, options: ServeOptions, checkpoint: Checkpoint) -> Ser
             where="--context",
             fix=f"plan again with --context {options.context}",
         )
+    _check_budgets(plan, options)
     return replace(
         options,
         split=plan.split,
@@ -162,6 +167,19 @@ def _following(plan: Plan, options: ServeOptions, checkpoint: Checkpoint) -> Ser
         link=options.link or ("jaccl" if plan.link == "jaccl" and options.stage else "zmq"),
         kv_bits=options.kv_bits or plan.model.kv_bits,
     )
+
+
+def _check_budgets(plan: Plan, options: ServeOptions) -> None:
+    """Refuse a budget above what the plan keeps for the caches of any stage; less is taken as given."""
+    most_bytes, asked_bytes = max(stage.kv_bytes for stage in plan.stages), options.kv_bytes
+    if asked_bytes is not None and asked_bytes > most_bytes:
+        raise UsageError(
+            "more KV memory than the plan has room for",
+            expected=f"at most {most_bytes} bytes ({format_bytes(most_bytes)}) a stage",
+            found=f"{asked_bytes} bytes ({format_bytes(asked_bytes)})",
+            where="--kv-bytes",
+            fix="leave it out, which takes what the plan keeps, or plan again with a larger --context or --concurrency",
+        )
 
 
 def _given(options: ServeOptions, *names: str) -> dict[str, int]:

@@ -6,16 +6,19 @@ import asyncio
 import sys
 from collections import Counter
 from collections.abc import Awaitable, Callable
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from exo_kimi.arch.geometry import kv_bytes_per_token
 from exo_kimi.checkpoint import index
 from exo_kimi.checkpoint.tiny.make import make_tiny
-from exo_kimi.errors import PlanInfeasibleError
+from exo_kimi.errors import PlanInfeasibleError, UsageError
 from exo_kimi.planner.command import plan_answer
+from exo_kimi.planner.plan import Plan
+from exo_kimi.runtime.cluster.capacity import StageMemory, kv_capacity_tokens
 from exo_kimi.serve import launch
 from exo_kimi.serve.launch import ServeOptions, serve
 
@@ -50,7 +53,11 @@ def test_headers_and_config_are_read_once(tmp_path: Path, monkeypatch: pytest.Mo
 
     async def start(factory: Callable[[], Awaitable[Any]]) -> None:
         served = await factory()
-        await served.engine.wait_ready()
+        await asyncio.wait_for(served.engine.wait_ready(), 60)
+        kept_tokens = served.engine.snapshot().kv_capacity_tokens
+        assert (kept_tokens <= 256) == planned, (
+            "a plan's room is kept whatever is free, and all that is free is taken without"
+        )
         await served.engine.close()
 
     monkeypatch.setattr(index, "read_header", counted)
@@ -80,3 +87,103 @@ def test_a_plan_over_a_limit_is_refused_unless_forced(tmp_path: Path, monkeypatc
     assert not started
     serve(replace(options, force=True))
     assert started
+
+
+# Every option of `serve`, with a value that bears on memory or none; REFUSED ones contradict a plan or ask for more than it.
+FOLLOWED: dict[str, Any] = {
+    "host": "127.0.0.2",
+    "port": 1,
+    "force": True,
+    "api_key": "secret",
+    "allowed_host": ("studio.local",),
+    "context": 128,
+    "model_id": "kimi",
+    "dtype": "float32",
+    "kv_bytes": 4096,
+    "kv_bits": 8,
+    "prefill_chunk": 4096,
+    "queue_limit": 1000,
+    "stall_deadline": 90.0,
+    "speculate": 8,
+    "link": "jaccl",
+    "prefix_cache_bytes": 1 << 40,
+    "prefix_disk_bytes": 1 << 30,
+    "prefix_dir": None,
+    "key_file": None,
+    "stage": (),
+    "stages": 2,
+}
+REFUSED: dict[str, Any] = {"split": "4,3", "context": 512, "kv_bytes": 1 << 40}
+
+
+@pytest.fixture(scope="module")
+def planned_tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_tiny(tmp_path_factory.mktemp("planned") / "tiny", config={"kv_lora_rank": 32, "qk_rope_head_dim": 32})
+
+
+@pytest.fixture
+def planned(planned_tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """`planned(**options)` serves a tiny Kimi by a plan, and gives the plan and the KV bytes that each stage would take."""
+    directory = planned_tiny
+    answer = plan_answer(directory=directory, cluster="2x m1-max-64", context=256, split="4,3", concurrency=3)
+    answer.plan.save(tmp_path / "plan.json")
+    started: list[tuple[Any, Any]] = []
+    monkeypatch.setattr(launch, "StageCluster", lambda plan, options: started.append((plan, options)) or object())
+    monkeypatch.setattr(launch, "Engine", lambda *_, **__: (_ for _ in ()).throw(EOFError))
+
+    async def factory_only(factory: Callable[[], Awaitable[Any]]) -> None:
+        with pytest.raises(EOFError):
+            await factory()
+
+    monkeypatch.setattr(launch, "run", lambda factory, **_: asyncio.run(factory_only(factory)))
+
+    def start(**options: Any) -> tuple[Plan, list[int]]:
+        serve(ServeOptions(directory=directory, **{"plan": tmp_path / "plan.json", **options}))
+        cluster, settings = started.pop()
+        element_bytes = 4 if options.get("dtype") == "float32" else 2
+        stages = [
+            StageMemory(
+                stage=index,
+                host=f"host{index}",
+                free_bytes=12 << 30,
+                free_scope="host",
+                active_bytes=0,
+                weights_bytes=stage.resident_bytes,
+                kv_bytes_per_token=kv_bytes_per_token(
+                    cluster.config,
+                    stage.load.start_layer,
+                    stage.load.end_layer,
+                    bytes_per_element=element_bytes,
+                    kv_bits=stage.load.kv_bits,
+                ),
+            )
+            for index, stage in enumerate(cluster.stages)
+        ]
+        tokens = kv_capacity_tokens(stages, kv_bytes=settings.kv_bytes, planned_kv_bytes=settings.planned_kv_bytes)
+        return answer.plan, [tokens * stage.kv_bytes_per_token for stage in stages]
+
+    return start
+
+
+def test_every_option_is_tried_with_a_plan() -> None:
+    assert {each.name for each in fields(ServeOptions)} - {"directory", "plan"} == set(FOLLOWED) | set(REFUSED)
+
+
+@pytest.mark.parametrize("option", ["nothing", *FOLLOWED])
+def test_no_option_makes_a_stage_take_more_kv_than_its_plan_says(planned: Any, option: str) -> None:
+    plan, taken = planned(**({} if option == "nothing" else {option: FOLLOWED[option]}))
+    for stage, bytes_ in zip(plan.stages, taken, strict=True):
+        assert 0 < bytes_ <= stage.kv_bytes
+        if option == "nothing":
+            assert bytes_ == stage.kv_bytes, "and no less, for three sequences of the whole context"
+
+
+@pytest.mark.parametrize("option", REFUSED)
+def test_what_contradicts_a_plan_is_refused_by_name(planned: Any, option: str) -> None:
+    with pytest.raises(UsageError, match=f"--{option.replace('_', '-')}"):
+        planned(**{option: REFUSED[option]})
+
+
+def test_without_a_plan_a_stage_takes_what_is_free(planned: Any) -> None:
+    _, taken = planned(plan=None)
+    assert min(taken) > 5 << 30

@@ -39,12 +39,15 @@ class StageMemory:
     kv_bytes_per_token: int
 
 
-def kv_capacity_tokens(stages: Sequence[StageMemory], *, kv_bytes: int | None) -> int:
+def kv_capacity_tokens(
+    stages: Sequence[StageMemory], *, kv_bytes: int | None, planned_kv_bytes: Sequence[int] = ()
+) -> int:
     """Tokens that every stage can cache, after its weights are loaded: the smallest of all machines.
 
     Args:
         stages: all stages, loaded and empty.
         kv_bytes: a budget for each stage in place of what is free.
+        planned_kv_bytes: what a plan keeps for each stage's caches, by its index; no stage takes more. Empty without a plan.
 
     Raises:
         StageOutOfMemoryError: not one token fits.
@@ -63,6 +66,17 @@ def kv_capacity_tokens(stages: Sequence[StageMemory], *, kv_bytes: int | None) -
             short_bytes = per_token_bytes - budget_bytes
             raise _short(neighbours, "caches", short_bytes=short_bytes, free_bytes=budget_bytes, fix=fix)
         capacities.append(budget_bytes // per_token_bytes)
+    for stage in stages if planned_kv_bytes else ():
+        planned_bytes = planned_kv_bytes[stage.stage]
+        if planned_bytes < stage.kv_bytes_per_token:
+            raise _short(
+                [stage],
+                "caches",
+                short_bytes=stage.kv_bytes_per_token - planned_bytes,
+                free_bytes=planned_bytes,
+                fix="plan again with a larger --context",
+            )
+        capacities.append(planned_bytes // stage.kv_bytes_per_token)
     return min(capacities)
 
 

@@ -18,6 +18,8 @@ class ClusterOptions:
     Args:
         context: most positions of one sequence; None takes the model's.
         kv_bytes: budget of each stage for caches; None takes what is free.
+        planned_kv_bytes: what a plan keeps for the caches of each stage, stage 0 first, which none of them exceeds; empty without
+            a plan.
         heartbeat_s: how often leader and stages say that they live.
         stall_s: silence after which a stage counts as stalled.
         connect_s: how long to try to reach a stage.
@@ -31,6 +33,7 @@ class ClusterOptions:
 
     context: int | None = None
     kv_bytes: int | None = None
+    planned_kv_bytes: tuple[int, ...] = ()
     heartbeat_s: float = 1.0
     stall_s: float = 30.0
     connect_s: float = 15.0

@@ -250,7 +250,9 @@ class StageCluster:
         self._info = PipelineInfo(
             context=self._context_tokens,
             kv_capacity_tokens=kv_capacity_tokens(
-                [stage.memory() for stage in connected], kv_bytes=self.options.kv_bytes
+                [stage.memory() for stage in connected],
+                kv_bytes=self.options.kv_bytes,
+                planned_kv_bytes=self.options.planned_kv_bytes,
             ),
             cache_step=cache_step,
             vocab_size=self.plan.config.vocab_size,

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import ipaddress
 import re
+import socket
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from exo_kimi.errors import AddressError
 
 _HOST = re.compile(r"[A-Za-z0-9]([A-Za-z0-9._-]{0,251}[A-Za-z0-9])?|\*")
 _MAX_IPC_BYTES = 100  # sun_path is 104 bytes on macOS, 108 on Linux
+AddressInfo = tuple[Any, Any, int, str, tuple[Any, ...]]
 EXAMPLE = "HOST:PORT or tcp://HOST:PORT, such as 192.168.1.20:52500 or [fd00::20]:52500"
 
 
@@ -75,15 +79,26 @@ def parse_address(text: str, *, option: str, listen: bool = False) -> Address:
     if host.startswith("[") and host.endswith("]"):
         host = host[1:-1]
         try:
-            ipaddress.IPv6Address(host)
+            number = ipaddress.IPv6Address(host)
         except ValueError:
             raise _bad(text, option, "an IPv6 address in the brackets") from None
+        if number.is_link_local and number.scope_id is None:
+            raise _bad(text, option, f"the interface of a link-local address, as in [{host}%en5]:{digits}")
     elif not _HOST.fullmatch(host):
         raise _bad(text, option, EXAMPLE)
     address = Address(host, int(digits))
     if address.is_wildcard and not listen:
         raise _bad(text, option, "one machine's name or address, not a wildcard")
     return address
+
+
+def numeric_host(found: Sequence[AddressInfo]) -> str:
+    """The first IPv4 address of what `getaddrinfo` found, else the first IPv6 one, as libzmq takes it: with the number of its
+    interface where it has one (`fe80::1%2`), without which a link-local address leads nowhere."""
+    sockaddr = min(found, key=lambda info: info[0] != socket.AF_INET)[4]
+    scope = sockaddr[3] if len(sockaddr) == 4 else 0
+    host = str(sockaddr[0]).partition("%")[0]
+    return f"{host}%{scope}" if scope else host
 
 
 def _bad(text: str, option: str, expected: str) -> AddressError:

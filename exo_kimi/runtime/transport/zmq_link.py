@@ -16,7 +16,7 @@ import zmq.asyncio
 from zmq.utils.monitor import parse_monitor_message
 
 from exo_kimi.errors import AddressError, KeyMismatchError, StageUnreachableError
-from exo_kimi.runtime.transport.address import Address
+from exo_kimi.runtime.transport.address import Address, numeric_host
 from exo_kimi.runtime.transport.keys import ClusterKey, require_key
 from exo_kimi.runtime.transport.link import MAX_PART_BYTES, Part
 from exo_kimi.runtime.transport.ready_socket import ReadySocket, plain_socket
@@ -220,7 +220,7 @@ async def _resolve(address: Address) -> str:
         found = await asyncio.get_running_loop().getaddrinfo(address.host, address.port, type=sockets.SOCK_STREAM)
     except OSError as error:
         raise AddressError("no such host", found=error.strerror, where=address) from error
-    return str(min(found, key=lambda info: info[0] != sockets.AF_INET)[4][0])
+    return numeric_host(found)
 
 
 def _wrong_key(address: Address) -> KeyMismatchError:

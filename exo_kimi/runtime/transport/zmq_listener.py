@@ -15,7 +15,7 @@ import zmq.asyncio
 from zmq.utils import z85
 
 from exo_kimi.errors import AddressError
-from exo_kimi.runtime.transport.address import Address
+from exo_kimi.runtime.transport.address import Address, numeric_host
 from exo_kimi.runtime.transport.keys import ClusterKey, require_key
 from exo_kimi.runtime.transport.link import Part
 from exo_kimi.runtime.transport.ready_socket import ReadySocket, plain_socket
@@ -131,4 +131,4 @@ def _number(address: Address, option: str) -> str:
         found = sockets.getaddrinfo(address.host, address.port, type=sockets.SOCK_STREAM)
     except OSError as error:
         raise AddressError("no such host", found=error.strerror, where=f"{option} {address}") from error
-    return str(min(found, key=lambda info: info[0] != sockets.AF_INET)[4][0])
+    return numeric_host(found)

@@ -68,3 +68,12 @@ def test_the_caches_of_a_machine_never_take_more_than_is_free(per_token_bytes: l
     ]
     tokens = kv_capacity_tokens(stages, kv_bytes=None)
     assert tokens * sum(per_token_bytes) <= free_bytes
+
+
+def test_a_plan_s_room_is_kept_whatever_is_free() -> None:
+    planned = (50_688 * 40, 19_584 * 30)
+    assert kv_capacity_tokens([STUDIO, M2], kv_bytes=None, planned_kv_bytes=planned) == 30
+    assert kv_capacity_tokens([STUDIO, M2], kv_bytes=50_688 * 20, planned_kv_bytes=planned) == 20
+    with pytest.raises(StageOutOfMemoryError, match="caches of stage 1 do not fit") as caught:
+        kv_capacity_tokens([STUDIO, M2], kv_bytes=None, planned_kv_bytes=(50_688, 100))
+    assert "plan again" in str(caught.value.fix)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import ipaddress
 import os
 import socket
 import time
@@ -16,9 +17,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from exo_kimi.errors import AddressError, KeyMismatchError, StageUnreachableError, UsageError
-from exo_kimi.runtime.transport.address import Address, parse_address
+from exo_kimi.runtime.transport.address import Address, numeric_host, parse_address
 from exo_kimi.runtime.transport.keys import ClusterKey, find_key
-from exo_kimi.runtime.transport.zmq_link import ZmqLink, connect
+from exo_kimi.runtime.transport.zmq_link import ZmqLink, connect, read_mechanism
 from exo_kimi.runtime.transport.zmq_listener import ZmqListener
 
 LOOPBACK = Address("127.0.0.1", 0)
@@ -260,6 +261,38 @@ async def test_a_host_without_address_is_an_error(context: zmq.asyncio.Context) 
 def test_addresses_are_read_and_judged(text: str, printed: str, loopback: bool) -> None:
     address = parse_address(text, option="--stage")
     assert (str(address), address.is_loopback) == (printed, loopback)
+
+
+def link_local() -> str | None:
+    """A link-local address of this machine with its interface; None where it has none."""
+    table = Path("/proc/net/if_inet6")
+    for line in table.read_text().splitlines() if table.exists() else []:
+        digits, _, _, _, _, name = line.split()
+        if digits.startswith("fe80"):
+            return f"{ipaddress.IPv6Address(int(digits, 16))}%{name}"
+    return None
+
+
+def test_a_link_local_address_keeps_its_interface() -> None:
+    address = parse_address("[fe80::1%lo]:5000", option="--stage")
+    assert (address.host, str(address)) == ("fe80::1%lo", "[fe80::1%lo]:5000")
+    assert parse_address(str(address), option="--stage") == address
+    number = socket.if_nametoindex("lo")
+    assert numeric_host(socket.getaddrinfo(address.host, 5000, type=socket.SOCK_STREAM)) == f"fe80::1%{number}"
+    assert numeric_host(socket.getaddrinfo("::1", 5000, type=socket.SOCK_STREAM)) == "::1"
+    with pytest.raises(AddressError, match=r"interface of a link-local address.*%en5"):
+        parse_address("[fe80::1]:5000", option="--stage")
+
+
+@pytest.mark.skipif(link_local() is None, reason="no link-local address here")
+async def test_a_stage_at_a_link_local_address_is_reached(context: zmq.asyncio.Context, listen: Listen) -> None:
+    key = ClusterKey.generate()
+    listener = listen(Address(str(link_local()), 0), key)
+    assert "%" in listener.address.host
+    link = await reach(context, parse_address(str(listener.address), option="--stage"), key)
+    link.send([b"hello"])
+    assert (await listener.receive())[1] == [b"hello"]
+    assert await read_mechanism(listener.address) == "CURVE"
 
 
 NOT_ADDRESSES = """5000 :5000 host host: host:0 host:65536 host:-1 host:5e3 ::1:5000 [::1] [x]:1 udp://host:1 tcp:// *:5000
