@@ -71,12 +71,14 @@ SEND_GENERATION = Name(
     module="exo.api.main", name="API._send_text_generation_with_images", parameters=("self", "task_params")
 )
 API_SETUP = Name(module="exo.api.main", name="API._setup_exception_handlers", parameters=("self",))
+API_ROUTES = Name(module="exo.api.main", name="API._setup_routes", parameters=("self",))
 _NODE = (
     Name(module="exo.worker.runner.bootstrap", name="entrypoint", parameters=_ENTRY),
     PLAN,
     CHUNK_STREAM,
     SEND_GENERATION,
     API_SETUP,
+    API_ROUTES,
     Name(module="exo.utils.keyed_backoff", name="KeyedBackoff.attempts", parameters=("self", "key")),
     Name(module="exo.utils.keyed_backoff", name="KeyedBackoff.reset", parameters=("self", "key")),
     Name(module="exo.shared.types.tasks", name="CancelTask", fields=("instance_id", "cancelled_task_id", "runner_id")),

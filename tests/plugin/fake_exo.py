@@ -29,7 +29,7 @@ RETRIES = 5
 
 @dataclass
 class FakeNode:
-    """A machine; `has` are the models whose files it has."""
+    """A machine; `has` are the models whose files it has, `version` is that of exo-kimi inside exo, None for a bare exo."""
 
     node_id: str
     name: str
@@ -39,6 +39,8 @@ class FakeNode:
     free_bytes: int = 480 * GIB
     kind: str = "thunderbolt"
     has: set[str] = field(default_factory=set)
+    version: str | None = "0.3.0"
+    answers: bool = True
 
 
 @dataclass
@@ -58,6 +60,7 @@ class FakeExo:
         vanishes: look at which somebody deletes every instance.
         loads: node id -> number of layers that its runner says it loads, whatever was asked.
         breaks_off: answers end before their first byte.
+        reports: what nodes say of their runners, each with its `node_id`.
         older: state as v1.0.71 tells it.
     """
 
@@ -73,6 +76,7 @@ class FakeExo:
     vanishes: int | None = None
     loads: dict[str, int] = field(default_factory=dict)
     breaks_off: bool = False
+    reports: list[dict[str, Any]] = field(default_factory=list)
     older: bool = False
     known: set[str] = field(default_factory=set)
     looks: int = 0
@@ -91,6 +95,8 @@ class FakeExo:
 
     def handle(self, request: httpx.Request) -> httpx.Response:
         path = unquote(request.url.path)
+        if path in ("/exo-kimi", "/node_id"):
+            return self._engine(path, request.url.host)
         routes: dict[tuple[str, str], Callable[[httpx.Request], httpx.Response]] = {
             ("GET", "/state"): self._state,
             ("GET", "/models"): self._models,
@@ -103,6 +109,20 @@ class FakeExo:
             return self._delete(path.rpartition("/")[2])
         route = routes.get((request.method, path))
         return route(request) if route else error(404, "Not Found")
+
+    def _engine(self, path: str, host: str) -> httpx.Response:
+        """By the node whose address was asked; the first for any other name."""
+        node = next((node for node in self.nodes if node.ip == host), self.nodes[0])
+        if not node.answers:
+            raise httpx.ConnectTimeout("frozen")
+        if path == "/node_id":
+            return httpx.Response(200, json=node.node_id)
+        if node.version is None:
+            return error(404, "Not Found")
+        versions = {"exo_kimi": node.version, "mlx": "0.32.0", "mlx_lm": "0.31.3"}
+        runners = [each for each in self.reports if each["node_id"] == node.node_id]
+        runners = [{key: value for key, value in each.items() if key != "node_id"} for each in runners]
+        return httpx.Response(200, json={"node_id": node.node_id, "versions": versions, "runners": runners})
 
     # --- what a look sees, and what happens meanwhile
 

@@ -9,6 +9,7 @@ from typing import Any
 
 from exo_kimi.errors import ExoKimiError, ExoLoadError, ExoPlacementError, UsageError
 from exo_kimi.planner.plan import Engine, Plan, check_headroom
+from exo_kimi.plugin.control.engines import ask_engines, check_engines
 from exo_kimi.plugin.control.http import ExoClient, Preview
 from exo_kimi.plugin.control.instance import (
     NodeAssignment,
@@ -103,6 +104,8 @@ def apply_plan(
     engine = _engine(plan, our_engine, tensor=tensor)
     check_machines(plan, nodes or {})
     state, assignments = _assigned(client, plan, nodes or {}, limits, times, say, wait=wait)
+    if engine == "exo-kimi":
+        check_engines(ask_engines(client, state), assignments)
     older = [instance for instance in state.instances if instance.model_id == name]
     if older and not replace:
         raise ExoPlacementError(

@@ -16,6 +16,7 @@ from exo_kimi.errors import UsageError
 from exo_kimi.planner.plan import read_plan
 from exo_kimi.planner.workload import RESERVE_BYTES, Objective
 from exo_kimi.plugin.control.apply import apply_plan
+from exo_kimi.plugin.control.engines import ask_engines
 from exo_kimi.plugin.control.http import DEFAULT_URL, ExoClient
 from exo_kimi.plugin.control.plan import exo_plan
 from exo_kimi.plugin.control.prepare import Linking, prepare
@@ -26,13 +27,14 @@ _MODEL_DIRS = ("EXO_MODELS_READ_ONLY_DIRS", "EXO_MODELS_DIRS", "EXO_DEFAULT_MODE
 
 
 def status(url: str = DEFAULT_URL) -> str:
-    """Machines, memory, links and instances of a running exo.
+    """Machines, memory, engines, links and instances of a running exo.
 
     Raises:
         ExoUnreachableError, ExoVersionError: as `ExoClient.state`.
     """
     with ExoClient(url) as client:
-        return status_text(client.state(), where=client.url)
+        state = client.state()
+        return status_text(state, where=client.url, engines=ask_engines(client, state))
 
 
 def plan(

@@ -13,6 +13,7 @@ from typing import Any, Literal
 import httpx
 
 from exo_kimi.errors import ExoRefusedError, ExoUnreachableError, ExoVersionError
+from exo_kimi.plugin.api.engine_route import NodeEngine, ask_engine
 from exo_kimi.plugin.control.model_card import Card
 from exo_kimi.plugin.control.state import ClusterState, parse_state
 
@@ -85,6 +86,22 @@ class ExoClient:
         if response.status_code == 404:
             raise self._not_exo()
         return parse_state(self._json(response), where=self.url)
+
+    def engine(self, url: str = "") -> NodeEngine:
+        """Which engine a node's Kimis run on.
+
+        Args:
+            url: of another node's API; empty for this one's.
+        """
+        return ask_engine(self._http, url)
+
+    def url_of(self, address: str) -> str:
+        """The API of another node of this cluster: exo presumes that all have the same port.
+
+        Args:
+            address: an IP address.
+        """
+        return str(self._http.base_url.copy_with(host=address)).rstrip("/")
 
     def previews(self, model_id: str, node_ids: Sequence[str] = ()) -> tuple[Preview, ...]:
         """What exo would place for a model, over at least these nodes.

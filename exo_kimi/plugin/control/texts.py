@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from itertools import permutations
 from pathlib import Path
 from shlex import quote
 
+from exo_kimi.plugin.api.engine_route import NodeEngine
 from exo_kimi.plugin.control.apply import Applied
 from exo_kimi.plugin.control.cluster import link_kind
+from exo_kimi.plugin.control.engines import engine_of_node, engine_of_rank
 from exo_kimi.plugin.control.http import DEFAULT_URL
 from exo_kimi.plugin.control.plan import ExoPlan
 from exo_kimi.plugin.control.prepare import PreparedDirectory
@@ -19,8 +21,15 @@ from exo_kimi.units import format_bytes, format_seconds
 _TESTED = {"b5375f8ce": "exo b5375f8ce or later", "1.0.71": "exo 1.0.x"}
 
 
-def status_text(state: ClusterState, *, where: str) -> str:
-    """Machines, memory, links and instances, with what is wrong and what to do about it."""
+def status_text(state: ClusterState, *, where: str, engines: Mapping[str, NodeEngine] | None = None) -> str:
+    """Machines, memory, engines, links and instances, with what is wrong and what to do about it.
+
+    Args:
+        state: of the cluster.
+        where: it was asked.
+        engines: of its nodes; None when they were not asked.
+    """
+    engines = engines or {}
     names = state.names
     lines = [f"{_TESTED[state.generation]} at {where}: {_count(len(state.nodes), 'node')}", ""]
     for node in state.nodes:
@@ -31,6 +40,8 @@ def status_text(state: ClusterState, *, where: str) -> str:
             )
         else:
             lines.append(f"{names[node.node_id]}  not measured yet")
+        if node.node_id in engines:
+            lines[-1] += f"  {engine_of_node(engines[node.node_id])}"
     if len(state.nodes) > 1:
         lines.append("")
     for one, other in permutations(state.nodes, 2):
@@ -44,7 +55,7 @@ def status_text(state: ClusterState, *, where: str) -> str:
         )
         lines.append(f"{names[one.node_id]} -> {names[other.node_id]}  {way}")
     lines.append("")
-    lines += [line for instance in state.instances for line in _instance_lines(instance, state)] or ["no instances"]
+    lines += [line for each in state.instances for line in _instance_lines(each, state, engines)] or ["no instances"]
     return "\n".join(lines) + "\n"
 
 
@@ -97,7 +108,7 @@ def prepared_text(prepared: PreparedDirectory) -> str:
     return "\n".join(lines) + "\n"
 
 
-def _instance_lines(instance: Instance, state: ClusterState) -> list[str]:
+def _instance_lines(instance: Instance, state: ClusterState, engines: Mapping[str, NodeEngine]) -> list[str]:
     lines = [f"{instance.model_id}  instance {instance.instance_id}"]
     for shard in instance.shards:
         name = state.names.get(shard.node_id)
@@ -112,7 +123,10 @@ def _instance_lines(instance: Instance, state: ClusterState) -> list[str]:
         )
         if name is None:
             phase, told, why = "its node has left the cluster", "", "; `exo-kimi exo apply PLAN --replace` places anew"
-        lines.append(f"  rank {shard.rank}  {name or shard.node_id}  {where}  {phase}{told}{why}")
+        line = f"  rank {shard.rank}  {name or shard.node_id}  {where}  {phase}{told}{why}"
+        if (engine := engines.get(shard.node_id)) is not None:
+            line = "  ".join([line, *engine_of_rank(engine, instance.instance_id, shard.rank)])
+        lines.append(line)
     return lines
 
 

@@ -197,7 +197,10 @@ class _Watch:
 
     def _failed(self, assignment: NodeAssignment, runner: Runner) -> None:
         messages = self.failures.setdefault(assignment.name, [])
-        messages.append(runner.message or "no message")
+        said = runner.message or "no message"
+        for node_id, each in self.assignments.items():
+            said = said.replace(node_id, each.name)
+        messages.append(said)
         if len(messages) >= self.deadlines.failures:
             raise ExoLoadError(
                 f"the runner on {assignment.name} failed {len(messages)} times",

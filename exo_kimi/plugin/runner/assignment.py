@@ -30,20 +30,24 @@ class NodeLayers:
         model_id: exo's.
         stage: this rank.
         ranges: half-open layers of every stage.
+        nodes: exo's ids of the nodes, by rank.
         listen: where this rank listens for others; None when it is alone.
         leader: where this rank reaches rank 0; None on rank 0.
         seen: where rank 0 reaches ranks 1, 2 and so on; empty on others.
         from_previous: where each of them is reached by the rank before it, which may be over another cable.
+        neighbours: rank -> the IP address at which this rank sees it; exo's instance has only some.
     """
 
     instance_id: str
     model_id: str
     stage: int
     ranges: tuple[tuple[int, int], ...]
+    nodes: tuple[str, ...]
     listen: Address | None = None
     leader: Address | None = None
     seen: tuple[Address, ...] = ()
     from_previous: tuple[Address, ...] = ()
+    neighbours: tuple[tuple[int, str], ...] = ()
 
     @property
     def stages(self) -> int:
@@ -111,6 +115,7 @@ def node_layers_of(bound_instance: Any) -> NodeLayers:
         model_id=str(bound_instance.bound_shard.model_card.model_id),
         stage=stage,
         ranges=ranges,
+        nodes=_nodes_by_rank(instance),
     )
     if own.stages == 1:
         return own
@@ -121,6 +126,7 @@ def node_layers_of(bound_instance: Any) -> NodeLayers:
         leader=_address(hosts, stage, 0) if stage else None,
         seen=() if stage else tuple(_address(hosts, 0, other) for other in range(1, own.stages)),
         from_previous=() if stage else tuple(_address(hosts, other - 1, other) for other in range(1, own.stages)),
+        neighbours=tuple((rank, host[0]) for rank, host in enumerate(hosts[stage]) if rank != stage and _is_real(host)),
     )
 
 
@@ -139,10 +145,14 @@ def key_of(own: NodeLayers, *, environment_text: str | None) -> ClusterKey:
 
 def _hosts_by_rank(instance: Any) -> list[list[tuple[str, int]]]:
     """For each rank, what it sees of each rank, as (IP, port)."""
+    hosts = instance.hosts_by_node
+    return [[(str(host.ip), int(host.port)) for host in hosts[node]] for node in _nodes_by_rank(instance)]
+
+
+def _nodes_by_rank(instance: Any) -> tuple[Any, ...]:
     assigned = instance.shard_assignments
     ranks = {assigned.runner_to_shard[runner].device_rank: node for node, runner in assigned.node_to_runner.items()}
-    hosts = instance.hosts_by_node
-    return [[(str(host.ip), int(host.port)) for host in hosts[ranks[rank]]] for rank in sorted(ranks)]
+    return tuple(ranks[rank] for rank in sorted(ranks))
 
 
 def _listen_address(hosts: list[list[tuple[str, int]]], rank: int) -> Address:

@@ -20,12 +20,14 @@ from exo_kimi.checkpoint.index import open_index
 from exo_kimi.checkpoint.manifest import StageManifest, resolve
 from exo_kimi.dialogue.speaker import Speaker
 from exo_kimi.errors import ExoLoadError
+from exo_kimi.plugin.api.engine_route import API_PORT
 from exo_kimi.plugin.runner.advice import advising
 from exo_kimi.plugin.runner.assignment import NodeLayers, key_of, node_layers_of
 from exo_kimi.plugin.runner.chunks import ExoTypes
 from exo_kimi.plugin.runner.engine import CancelReceiver, Follower, KimiEngine, Leading
 from exo_kimi.plugin.runner.events import RunnerEvents
 from exo_kimi.plugin.runner.leader import READY_S, Leader, cluster_plan, config_hash
+from exo_kimi.plugin.runner.neighbours import check_neighbours
 from exo_kimi.plugin.runner.options import EngineOptions
 from exo_kimi.plugin.runner.rank_messages import RankMessagesReader
 from exo_kimi.plugin.runner.stage import StageHost
@@ -79,7 +81,7 @@ class KimiBuilder:
 
         Raises:
             CheckpointError: this node's files are there and are not these layers.
-            ExoPlacementError, AddressError: the instance or its addresses cannot be used.
+            ExoPlacementError, AddressError: the instance or its addresses cannot be used, or a node does not run our engine.
             StageUnreachableError, StageStalledError: a rank did not come in time.
         """
         with advising():
@@ -135,6 +137,7 @@ class KimiBuilder:
     def _connect(self, bound_instance: Any) -> _Connected:
         own = node_layers_of(bound_instance)
         self._manifest = self._resolve(own)
+        check_neighbours(own, api_port=os.environ.get(API_PORT))
         key = key_of(own, environment_text=os.environ.get(ENVIRONMENT_NAME))
         logger.info("rank %d of %d: layers %d:%d", own.stage, own.stages, own.start_layer, own.end_layer)
         # exo has the last rank connect when it sees all others connecting: none may be done before.

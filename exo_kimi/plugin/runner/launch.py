@@ -19,7 +19,9 @@ from typing import Any
 
 from exo_kimi.errors import ExoKimiError, ExoVersionError, UsageError
 from exo_kimi.plugin.api.answers import watch_chunks, watch_sending, with_answer_errors
+from exo_kimi.plugin.api.engine_route import with_engine_route
 from exo_kimi.plugin.bindings import (
+    API_ROUTES,
     API_SETUP,
     BUILDER,
     CHUNK_STREAM,
@@ -86,7 +88,7 @@ def bind() -> tuple[str, ...]:
     found = (*mismatches(exo.node_names), *_lacking())
     if not found:
         setattr(importlib.import_module(exo.entrypoint.module), exo.entrypoint.name, entrypoint)
-        for name, wrap in _WRAPPED:
+        for name, wrap in _wrapped():
             _wrap(name, wrap)
     return found
 
@@ -171,18 +173,16 @@ def _put_builder_in(bound_instance: Any) -> str | None:
     return None
 
 
-def _with_watched_runners(plan: Callable[..., Any]) -> WorkerPlan:
-    """exo's plan within ours. The watch begins with the worker."""
+def _wrapped() -> tuple[tuple[Name, Callable[[Any], Any]], ...]:
+    """The names of exo that are bound to functions around its own. The watch of runners begins with the worker."""
     watch = RunnerWatch()
-    return WorkerPlan(plan, begin=lambda: watch.begin(os.environ))
-
-
-_WRAPPED: tuple[tuple[Name, Callable[[Any], Any]], ...] = (
-    (PLAN, _with_watched_runners),
-    (CHUNK_STREAM, watch_chunks),
-    (SEND_GENERATION, watch_sending),
-    (API_SETUP, with_answer_errors),
-)
+    return (
+        (PLAN, lambda plan: WorkerPlan(plan, begin=lambda: watch.begin(os.environ))),
+        (CHUNK_STREAM, watch_chunks),
+        (SEND_GENERATION, watch_sending),
+        (API_SETUP, with_answer_errors),
+        (API_ROUTES, with_engine_route(watch)),
+    )
 
 
 class _ToLoguru(logging.Handler):

@@ -55,6 +55,9 @@ def exo_api() -> type:
         def _setup_exception_handlers(self) -> None:
             """As exo's."""
 
+        def _setup_routes(self) -> None:
+            """As exo's."""
+
         async def _send_text_generation_with_images(self, task_params: Any) -> Any:
             """As exo's."""
 
@@ -129,7 +132,7 @@ def test_our_names_are_bound_and_exo_is_started_with_its_own_arguments(exo: Simp
     launch.run(["--api-port", "52415"], say=said.append)
     assert exo.supervisor.entrypoint is launch.entrypoint
     assert exo.worker.plan.__wrapped__ is _exo_plan
-    names = ("_setup_exception_handlers", "_send_text_generation_with_images", "_token_chunk_stream")
+    names = ("_setup_exception_handlers", "_setup_routes", "_send_text_generation_with_images", "_token_chunk_stream")
     assert all(hasattr(getattr(exo.api, name), "__wrapped__") for name in names)
     assert exo.called == [["exo", "--api-port", "52415"]]
     assert said == ["exo-kimi: Kimi models run on exo-kimi's engine (exo b5375f8ce)"]
