@@ -15,6 +15,7 @@ from exo_kimi.chat.sandbox import CompiledTemplate
 from exo_kimi.chat.tokenizer import KimiTokenizer
 from exo_kimi.chat.tokenizer_files import CONFIG_FILE, read_json_object, read_model_config
 from exo_kimi.chat.tool_declarations import Undeclarable, declare_tools, sorted_deep
+from exo_kimi.checkpoint.text_files import read_text
 from exo_kimi.errors import TemplateError
 
 TEMPLATE_FILE = "chat_template.jinja"
@@ -73,7 +74,7 @@ class ChatTemplate:
         directory = Path(path)
         file = directory / TEMPLATE_FILE
         try:
-            return cls(tokenizer, CompiledTemplate(file.read_text(encoding="utf-8"), str(file)))
+            return cls(tokenizer, CompiledTemplate(read_text(file), str(file)))
         except FileNotFoundError:
             pass  # the older places follow
         except (OSError, UnicodeDecodeError) as error:

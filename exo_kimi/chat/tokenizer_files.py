@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from exo_kimi.checkpoint.text_files import read_json
+from exo_kimi.checkpoint.text_files import read_bytes, read_json
 from exo_kimi.errors import TokenizerError
 
 MODEL_FILE = "tiktoken.model"
@@ -88,7 +88,7 @@ def read_json_object(path: Path, *, required: bool) -> dict[str, Any]:
 
 def _read_ranks(path: Path) -> dict[bytes, int]:
     try:
-        lines = path.read_bytes().splitlines()
+        lines = read_bytes(path).splitlines()
     except FileNotFoundError:
         raise TokenizerError(f"{path.name} is missing", where=path, fix=_FIX_COPY) from None
     except OSError as error:

@@ -7,9 +7,11 @@ Shapes alone would not do: K2-Instruct and K2-Instruct-0905 have the same. So th
 from __future__ import annotations
 
 import hashlib
+import os
 
 from exo_kimi.checkpoint.index import TensorEntry
 from exo_kimi.checkpoint.manifest import StageManifest
+from exo_kimi.checkpoint.text_files import open_regular
 from exo_kimi.errors import TensorFileError
 
 
@@ -33,7 +35,7 @@ def stage_fingerprint(manifest: StageManifest) -> str:
 def _read(manifest: StageManifest, entry: TensorEntry) -> bytes:
     path = manifest.directory / entry.file
     try:
-        with path.open("rb") as stream:
+        with os.fdopen(open_regular(path), "rb") as stream:
             stream.seek(entry.start)
             return stream.read(entry.nbytes)
     except OSError as error:

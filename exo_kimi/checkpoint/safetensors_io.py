@@ -19,6 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 from safetensors.numpy import save
 
+from exo_kimi.checkpoint.text_files import open_regular
 from exo_kimi.errors import TensorFileError
 
 BITS_PER_ELEMENT = {
@@ -90,7 +91,7 @@ def read_header(path: Path) -> tuple[bytes, list[TensorEntry], list[TensorFileEr
         that a problem makes unusable are left out.
     """
     try:
-        with path.open("rb") as stream:
+        with os.fdopen(open_regular(path), "rb") as stream:
             file_bytes = os.fstat(stream.fileno()).st_size
             prefix = stream.read(_LENGTH_BYTES)
             header_bytes = int.from_bytes(prefix, "little")

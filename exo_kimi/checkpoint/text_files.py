@@ -1,8 +1,11 @@
-"""The JSON files of a checkpoint directory, and config.json as what it says or as a Kimi's configuration."""
+"""Files that others wrote: regular ones only, text within a bound; JSON, and config.json as a Kimi's configuration."""
 
 from __future__ import annotations
 
+import errno
 import json
+import os
+import stat
 from pathlib import Path
 from typing import Any
 
@@ -10,17 +13,58 @@ from exo_kimi.arch.config import KimiConfig
 from exo_kimi.errors import ConfigError, NotACheckpointError
 
 CONFIG_NAME = "config.json"
+MOST_TEXT_BYTES = 128 * 2**20  # the index of a Kimi K2 with a tensor an expert has 25 MB; nothing else comes near
+
+
+def open_regular(path: str | Path) -> int:
+    """A descriptor of a file, to read from.
+
+    Raises:
+        OSError: it cannot be opened, or is no regular file: a pipe would wait for ever, and a device may never end.
+    """
+    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC)
+    mode = os.fstat(descriptor).st_mode
+    if stat.S_ISREG(mode):
+        return descriptor
+    os.close(descriptor)
+    if stat.S_ISDIR(mode):
+        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
+    kind = "a pipe" if stat.S_ISFIFO(mode) else "a device"
+    raise OSError(errno.EINVAL, f"it is {kind}, not a regular file", str(path))
+
+
+def read_bytes(path: str | Path, *, most_bytes: int = MOST_TEXT_BYTES) -> bytes:
+    """All bytes of a file.
+
+    Raises:
+        OSError: it cannot be read, is no regular file, or has more bytes than that.
+    """
+    with os.fdopen(open_regular(path), "rb") as stream:
+        data = stream.read(most_bytes + 1)  # not what fstat says: some files of the system claim to be empty
+    if len(data) > most_bytes:
+        raise OSError(errno.EFBIG, f"it has over {most_bytes} bytes", str(path))
+    return data
+
+
+def read_text(path: str | Path, *, encoding: str = "utf-8") -> str:
+    """All text of a file, its line ends as newlines.
+
+    Raises:
+        OSError: as `read_bytes`.
+        UnicodeDecodeError: it is not in this encoding.
+    """
+    return read_bytes(path).decode(encoding).replace("\r\n", "\n").replace("\r", "\n")
 
 
 def read_json(path: Path) -> Any:
     """Parse one JSON file in UTF-8; a byte order mark in front, as some editors write it, is skipped.
 
     Raises:
-        OSError: the file cannot be read.
+        OSError: the file cannot be read, is no regular file, or is longer than any that belongs to a checkpoint.
         ValueError: it is not UTF-8, not JSON, or nested too deep to parse.
     """
     try:
-        return json.loads(path.read_text(encoding="utf-8-sig"))
+        return json.loads(read_text(path, encoding="utf-8-sig"))
     except RecursionError:
         raise ValueError("its lists and objects are nested too deep") from None
 

@@ -11,6 +11,7 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
+from exo_kimi.checkpoint.text_files import read_text
 from exo_kimi.errors import UsageError
 
 
@@ -35,7 +36,7 @@ def read(path: str | Path, what: str) -> dict[str, Any]:
         UsageError: it cannot be read or is not TOML.
     """
     try:
-        return tomllib.loads(Path(path).read_text(encoding="utf-8"))
+        return tomllib.loads(read_text(path))
     except (OSError, ValueError, RecursionError) as error:
         raise UsageError(f"cannot read the {what}", found=error, where=path) from None
 

@@ -10,6 +10,7 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
+from exo_kimi.checkpoint.text_files import read_text
 from exo_kimi.errors import PlanError, PlanInfeasibleError
 from exo_kimi.planner.workload import OBJECTIVES, Workload
 from exo_kimi.units import format_bytes
@@ -177,7 +178,7 @@ def read_plan(path: str | Path) -> Plan:
         PlanError: it cannot be read or is not a plan.
     """
     try:
-        text = Path(path).read_text(encoding="utf-8")
+        text = read_text(path)
     except (OSError, ValueError) as error:
         raise PlanError("cannot read the plan", found=error, where=path) from None
     return Plan.from_json(text, where=path)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import codecs
+import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -11,12 +12,14 @@ import pytest
 from exo_kimi.chat.defaults import GenerationDefaults
 from exo_kimi.chat.template import ChatTemplate
 from exo_kimi.chat.tokenizer import KimiTokenizer
+from exo_kimi.checkpoint.checkpoint import Checkpoint
 from exo_kimi.checkpoint.doctor.doctor import doctor
 from exo_kimi.checkpoint.doctor.repair import repair
 from exo_kimi.checkpoint.doctor.report import inspect
 from exo_kimi.checkpoint.index import open_index
 from exo_kimi.checkpoint.text_files import read_json, read_kimi_config
-from exo_kimi.errors import ConfigError, NotACheckpointError
+from exo_kimi.dialogue.speaker import Speaker
+from exo_kimi.errors import ConfigError, ExoKimiError, NotACheckpointError
 
 Make = Callable[..., Path]
 
@@ -62,4 +65,40 @@ def test_a_directory_without_a_readable_config_is_refused(tmp_path: Path) -> Non
         read_kimi_config(tmp_path)
     (tmp_path / "config.json").write_text("[1, 2")
     with pytest.raises(ConfigError, match="cannot be read"):
+        read_kimi_config(tmp_path)
+
+
+# What is no regular file, or never ends: the two that a user can make by accident, and one that an attacker would.
+READ_FILES = ["config.json", "chat_template.jinja", "tokenizer_config.json", "tiktoken.model", "generation_config.json"]
+
+
+@pytest.mark.parametrize("name", [*READ_FILES, "model-*.safetensors", "model.safetensors.index.json"])
+@pytest.mark.parametrize("kind", ["pipe", "device", "directory"])
+def test_what_is_no_regular_file_is_refused_at_once(make: Make, name: str, kind: str) -> None:
+    """A pipe without a writer made every command wait for ever, /dev/zero filled the memory."""
+    directory = make(shards=2)
+    file = next(iter(directory.glob(name)), directory / name)
+    file.unlink(missing_ok=True)
+    if kind == "pipe":
+        os.mkfifo(file)
+    elif kind == "device":
+        file.symlink_to("/dev/zero")
+    else:
+        file.mkdir()
+    diagnosis = doctor(directory)
+    said = "\n".join(str(finding.error) for finding in diagnosis.findings)
+    assert not diagnosis.healthy, said
+    with pytest.raises(ExoKimiError) as error:
+        Speaker.from_directory(directory)
+        Checkpoint(directory).manifest()
+    for text in (said, str(error.value)):
+        assert ("a directory" if kind == "directory" else f"it is a {kind}, not a regular file") in text.replace(
+            "Is a", "a"
+        )
+
+
+def test_a_file_without_end_is_read_up_to_the_bound(tmp_path: Path) -> None:
+    with (tmp_path / "config.json").open("wb") as stream:
+        stream.truncate(2**40)  # sparse: it takes no room
+    with pytest.raises(ConfigError, match="it has over 134217728 bytes"):
         read_kimi_config(tmp_path)

@@ -6,6 +6,7 @@ are not read.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
@@ -14,6 +15,7 @@ import numpy as np
 from exo_kimi.checkpoint.doctor.findings import Checkup
 from exo_kimi.checkpoint.safetensors_io import TensorEntry
 from exo_kimi.checkpoint.sources import ModuleSource
+from exo_kimi.checkpoint.text_files import open_regular
 from exo_kimi.errors import NotFiniteError, ShapeMismatchError, TensorFileError
 
 Progress = Callable[[int, int], None]
@@ -119,7 +121,7 @@ def _check_shape(root: Path, entry: TensorEntry, source: ModuleSource, checkup: 
 def _pieces(root: Path, entry: TensorEntry) -> Iterator[memoryview]:
     """The bytes of a tensor, a few megabytes at a time, in one buffer that is used again."""
     buffer = memoryview(bytearray(min(PIECE_BYTES, max(entry.nbytes, 1))))
-    with (root / entry.file).open("rb", buffering=0) as stream:
+    with os.fdopen(open_regular(root / entry.file), "rb", buffering=0) as stream:
         stream.seek(entry.start)
         left = entry.nbytes
         while left:

@@ -12,6 +12,7 @@ from pathlib import Path
 from exo_kimi.checkpoint.doctor.deep import Progress
 from exo_kimi.checkpoint.doctor.doctor import diagnose, examine_directory
 from exo_kimi.checkpoint.doctor.findings import Change, Diagnosis, Remedy
+from exo_kimi.checkpoint.text_files import read_bytes
 from exo_kimi.errors import UsageError
 
 
@@ -56,7 +57,7 @@ def _apply(root: Path, remedy: Remedy) -> Change:
 def _back_up(path: Path) -> str | None:
     """Copy a file beside itself under the first free number; an older backup is never overwritten."""
     try:
-        content = path.read_bytes()
+        content = read_bytes(path)
     except FileNotFoundError:
         return None
     number = 1

@@ -20,6 +20,7 @@ from types import TracebackType
 import numpy as np
 
 from exo_kimi.checkpoint.index import TensorEntry
+from exo_kimi.checkpoint.text_files import open_regular
 from exo_kimi.errors import TensorFileError
 
 READ_BYTES = 16 * 1024**2
@@ -153,7 +154,7 @@ class TensorReader:
     def _descriptor(self, entry: TensorEntry) -> int:
         if entry.file not in self._descriptors:
             try:
-                self._descriptors[entry.file] = os.open(self.directory / entry.file, os.O_RDONLY)
+                self._descriptors[entry.file] = open_regular(self.directory / entry.file)
             except OSError as failure:
                 raise self._unreadable(entry, failure) from failure
         return self._descriptors[entry.file]

@@ -13,6 +13,7 @@ from pathlib import Path
 import zmq
 from zmq.utils import z85
 
+from exo_kimi.checkpoint.text_files import read_bytes
 from exo_kimi.errors import KeyMismatchError, UsageError
 
 ENVIRONMENT_NAME = "EXO_KIMI_KEY"
@@ -81,7 +82,7 @@ class ClusterKey:
                     where=path,
                     fix=f"chmod 600 {path}, or make a new key if others have read it",
                 )
-            return cls.from_text(path.read_text(encoding="ascii", errors="replace"), where=path)
+            return cls.from_text(read_bytes(path, most_bytes=4096).decode("ascii", errors="replace"), where=path)
         except OSError as error:
             raise UsageError("cannot read the key file", found=error.strerror, where=path, fix=_HOW) from error
 

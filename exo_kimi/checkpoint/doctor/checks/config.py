@@ -11,7 +11,7 @@ from typing import Any
 from exo_kimi.arch.config import KimiConfig
 from exo_kimi.checkpoint.doctor.findings import Checkup
 from exo_kimi.checkpoint.keys import TensorKey, has_prefix, parse_key
-from exo_kimi.checkpoint.text_files import CONFIG_NAME, read_config
+from exo_kimi.checkpoint.text_files import CONFIG_NAME, read_bytes, read_config
 from exo_kimi.errors import CheckpointError, CheckpointProblems, ConfigError, UnsupportedModelError
 
 # Only the routers of DeepSeek-V3 and of Kimi have it; those of DeepSeek-V2 do not.
@@ -44,7 +44,7 @@ def check_config(root: Path, names: Collection[str], checkup: Checkup) -> Config
         checkup.error(error)
         return None
     reading = _read(raw, names, checkup)
-    if reading is not None and (root / CONFIG_NAME).read_bytes().startswith(codecs.BOM_UTF8):
+    if reading is not None and read_bytes(root / CONFIG_NAME).startswith(codecs.BOM_UTF8):
         checkup.warn(
             ConfigError(
                 "config.json begins with a byte order mark",

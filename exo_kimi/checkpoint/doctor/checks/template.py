@@ -14,6 +14,7 @@ import jinja2.sandbox
 
 from exo_kimi.checkpoint.doctor.checks.tokenizer import TOKENIZER_CONFIG
 from exo_kimi.checkpoint.doctor.findings import Checkup
+from exo_kimi.checkpoint.text_files import read_text
 from exo_kimi.errors import TemplateError
 
 TEMPLATE_FILE = "chat_template.jinja"
@@ -44,7 +45,7 @@ def check_template(
     where = TEMPLATE_FILE
     stated: object = None
     try:
-        stated = path.read_text(encoding="utf-8")
+        stated = read_text(path)
     except FileNotFoundError:
         stated = (tokenizer_config or {}).get("chat_template")
         where = f"{TOKENIZER_CONFIG}, chat_template"

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from exo_kimi.checkpoint.doctor.findings import Checkup
-from exo_kimi.checkpoint.text_files import read_json
+from exo_kimi.checkpoint.text_files import read_bytes, read_json
 from exo_kimi.errors import TokenizerError
 
 MODEL_FILE = "tiktoken.model"
@@ -86,7 +86,7 @@ def read_object(root: Path, name: str, checkup: Checkup, *, fixable: bool = Fals
 def _check_ranks(path: Path, checkup: Checkup) -> int | None:
     """The number of ordinary tokens."""
     try:
-        lines = path.read_bytes().splitlines()
+        lines = read_bytes(path).splitlines()
     except FileNotFoundError:
         checkup.error(TokenizerError(f"{path.name} is missing", where=path.name, fix=_FIX))
         return None
