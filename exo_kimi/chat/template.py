@@ -11,10 +11,10 @@ from typing import Any, Literal
 from exo_kimi.chat.family import THINK_CLOSE, THINK_OPEN, Family, family_of
 from exo_kimi.chat.guard import TextGuard
 from exo_kimi.chat.messages import template_messages
-from exo_kimi.chat.sandbox import CompiledTemplate
 from exo_kimi.chat.tokenizer import KimiTokenizer
 from exo_kimi.chat.tokenizer_files import CONFIG_FILE, read_json_object, read_model_config
 from exo_kimi.chat.tool_declarations import Undeclarable, declare_tools, sorted_deep
+from exo_kimi.checkpoint.rendering.template import CompiledTemplate
 from exo_kimi.checkpoint.text_files import read_text
 from exo_kimi.errors import TemplateError
 

@@ -14,6 +14,7 @@ from exo_kimi.errors import ConfigError, NotACheckpointError
 
 CONFIG_NAME = "config.json"
 MOST_TEXT_BYTES = 128 * 2**20  # the index of a Kimi K2 with a tensor an expert has 25 MB; nothing else comes near
+_PIECE_BYTES = 2**16
 
 
 def open_regular(path: str | Path) -> int:
@@ -40,7 +41,9 @@ def read_bytes(path: str | Path, *, most_bytes: int = MOST_TEXT_BYTES) -> bytes:
         OSError: it cannot be read, is no regular file, or has more bytes than that.
     """
     with os.fdopen(open_regular(path), "rb") as stream:
-        data = stream.read(most_bytes + 1)  # not what fstat says: some files of the system claim to be empty
+        data = stream.read(min(os.fstat(stream.fileno()).st_size, most_bytes) + 1)
+        while len(data) <= most_bytes and (more := stream.read(_PIECE_BYTES)):  # files of the system claim to be empty
+            data += more
     if len(data) > most_bytes:
         raise OSError(errno.EFBIG, f"it has over {most_bytes} bytes", str(path))
     return data

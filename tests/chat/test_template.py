@@ -12,9 +12,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from exo_kimi.chat.sandbox import CompiledTemplate
 from exo_kimi.chat.template import ChatTemplate
 from exo_kimi.chat.tokenizer import KimiTokenizer
+from exo_kimi.checkpoint.rendering.template import CompiledTemplate
 from exo_kimi.errors import RequestError, TemplateError, UnsupportedError
 
 TEMPLATES = Path(__file__).parents[2].parent / "shared" / "data" / "templates"
@@ -271,7 +271,7 @@ def test_a_failing_template_is_an_error_with_its_line(source: str, line: str, to
 
 def test_a_template_that_never_stops_writing_is_stopped(tokenizer: KimiTokenizer) -> None:
     source = "{% for i in range(90000) %}{% for j in range(90000) %}{{ 'x' * 9000 }}{% endfor %}{% endfor %}"
-    with pytest.raises(TemplateError, match="writes too much"):
+    with pytest.raises(TemplateError, match="writes over"):
         ChatTemplate(tokenizer, CompiledTemplate(source, "test")).render([USER])
 
 

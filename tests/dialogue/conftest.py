@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from exo_kimi.chat.sandbox import CompiledTemplate
 from exo_kimi.chat.template import ChatTemplate
+from exo_kimi.checkpoint.rendering.template import CompiledTemplate
 from exo_kimi.checkpoint.tiny.make import make_tiny
 from exo_kimi.dialogue.speaker import Speaker
 

@@ -7,6 +7,7 @@ import json
 import re
 import threading
 from collections.abc import AsyncGenerator, Awaitable, Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ from exo_kimi.dialogue.speaker import Speaker
 from exo_kimi.errors import EngineStoppedError, RuntimeFault
 from exo_kimi.runtime.requests import EngineSnapshot, GenerationRequest, RequestProgress, StageHealth, TokenEvent
 from exo_kimi.serve.app import create_app
+from exo_kimi.serve.workers import THREADS
 
 MODEL = "tiny-kimi"
 DOCUMENTED: dict[bool, Any] = {}
@@ -170,6 +172,7 @@ class LiveServer:
         self._thread = threading.Thread(target=lambda: asyncio.run(self._main()), daemon=True)
 
     async def _main(self) -> None:
+        asyncio.get_running_loop().set_default_executor(ThreadPoolExecutor(THREADS))  # as `server.run` does
         app, self.engine = await self._factory()
         config = uvicorn.Config(app, port=0, lifespan="off", log_config=None, timeout_graceful_shutdown=1)
         self._server = uvicorn.Server(config)

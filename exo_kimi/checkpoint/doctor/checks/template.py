@@ -2,26 +2,26 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 from functools import lru_cache
 from importlib import resources
 from pathlib import Path
 from typing import Any
 
-import jinja2
-import jinja2.sandbox
-
 from exo_kimi.checkpoint.doctor.checks.tokenizer import TOKENIZER_CONFIG
 from exo_kimi.checkpoint.doctor.findings import Checkup
+from exo_kimi.checkpoint.rendering.messages import RenderFailure
+from exo_kimi.checkpoint.rendering.pool import shared_pool
 from exo_kimi.checkpoint.text_files import read_text
 from exo_kimi.errors import TemplateError
 
 TEMPLATE_FILE = "chat_template.jinja"
 _MARK = "one message of a user"
 _TURN = ("<|im_user|>", "<|im_middle|>", "<|im_end|>", "<|im_assistant|>")
-_GENERATION_TAG = re.compile(r"\{%[-+]?\s*(?:end)?generation\s*[-+]?%\}")
-_RENDER_ERRORS = (jinja2.TemplateError, TypeError, ValueError, LookupError, AttributeError, ArithmeticError)
+_WHAT = {
+    "compile": "the chat template does not compile",
+    "limit": "the chat template takes too much time, memory or text for one message",
+}
 _FIX = f"copy it from the model's original repository, or delete it: --fix then writes {TEMPLATE_FILE}"
 
 
@@ -116,35 +116,21 @@ def _check_source(source: str, where: str, checkup: Checkup) -> None:
         checkup.error(TemplateError(what, expected=expected, found=found, where=where, fix=_FIX))
 
 
-@lru_cache(maxsize=8)  # a repair looks twice, and compiling takes longer than all headers
+@lru_cache(maxsize=8)  # a repair looks twice
 def _problem_of(source: str) -> tuple[str, str | None, str] | None:
     """What is wrong with a template, what was expected and what was found."""
-    environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
-    )
-    environment.globals["raise_exception"] = _refuse
-    environment.globals["strftime_now"] = lambda form: form
-    try:
-        # The tag is transformers' own and only marks text for training.
-        template = environment.from_string(_GENERATION_TAG.sub("", source))
-    except jinja2.TemplateSyntaxError as error:
-        return "the chat template does not compile", None, f"line {error.lineno}: {error.message}"
-    except RecursionError:
-        return "the chat template does not compile", None, "it is nested too deep"
     message = {"role": "user", "content": _MARK}
     try:
         asked, told = (
-            template.render(messages=[message], tools=None, add_generation_prompt=ask) for ask in (True, False)
+            shared_pool().render(source, {"messages": [message], "tools": None, "add_generation_prompt": ask})
+            for ask in (True, False)
         )
-    except (*_RENDER_ERRORS, RecursionError, MemoryError) as error:
-        return "the chat template fails on one message", None, f"{type(error).__name__}: {error}"
+    except RenderFailure as failure:
+        place = "" if failure.line is None else f"line {failure.line}: "
+        return _WHAT.get(failure.kind, "the chat template fails on one message"), None, f"{place}{failure.found}"
     lost = [token for token in (_MARK, *_TURN) if token not in asked]
     if lost or asked == told:
         expected = f"{', '.join(_TURN)} and the message, the last of them where the reply begins"
         found = f"without {', '.join(lost)}" if lost else "nothing that asks for a reply"
         return "the chat template does not write a turn of Kimi", expected, found
     return None
-
-
-def _refuse(message: object) -> None:
-    raise jinja2.TemplateRuntimeError(str(message))
