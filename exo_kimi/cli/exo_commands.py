@@ -135,7 +135,9 @@ def run(
     rest: Annotated[list[str], argument("-- ARGS", "exo's own arguments")] = [],  # noqa: B006
     context: Annotated[
         int | None,
-        option("--context", parser=positive, metavar="N", help="most tokens of one sequence (default: the model's)"),
+        option(
+            "--context", parser=positive, metavar="N", help="most tokens of one sequence (default: the placed plan's)"
+        ),
     ] = None,
     kv_bytes: Annotated[
         int | None,

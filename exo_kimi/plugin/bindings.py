@@ -42,12 +42,14 @@ class Exo:
     Args:
         tested: its name for users.
         entrypoint: what a runner process runs, bound in the node.
+        refresh_cards: fills its cache of model cards, bound in the node.
         node_names: what a node's process needs, `entrypoint` and `PLAN` included.
         runner_names: what a runner's process needs.
     """
 
     tested: str
     entrypoint: Name
+    refresh_cards: Name
     node_names: tuple[Name, ...]
     runner_names: tuple[Name, ...]
 
@@ -70,6 +72,9 @@ CHUNK_STREAM = Name(module="exo.api.main", name="API._token_chunk_stream", param
 SEND_GENERATION = Name(
     module="exo.api.main", name="API._send_text_generation_with_images", parameters=("self", "task_params")
 )
+GET_MODELS = Name(module="exo.api.main", name="API.get_models", parameters=("self", "status"))
+_CARDS = "exo.shared.models.model_cards"
+FETCH_CARD = Name(module=_CARDS, name="ModelCard.fetch_from_hf", parameters=("model_id",))
 API_SETUP = Name(module="exo.api.main", name="API._setup_exception_handlers", parameters=("self",))
 API_ROUTES = Name(module="exo.api.main", name="API._setup_routes", parameters=("self",))
 _NODE = (
@@ -79,10 +84,12 @@ _NODE = (
     SEND_GENERATION,
     API_SETUP,
     API_ROUTES,
+    GET_MODELS,
+    FETCH_CARD,
     Name(module="exo.utils.keyed_backoff", name="KeyedBackoff.attempts", parameters=("self", "key")),
     Name(module="exo.utils.keyed_backoff", name="KeyedBackoff.reset", parameters=("self", "key")),
     Name(module="exo.shared.types.tasks", name="CancelTask", fields=("instance_id", "cancelled_task_id", "runner_id")),
-    Name(module="exo.shared.models.model_cards", name="ModelCard", fields=("model_id", "family")),
+    Name(module=_CARDS, name="ModelCard", fields=("model_id", "family", "context_length", "sampling_defaults")),
     Name(module="exo.main", name="main", parameters=()),
 )
 
@@ -119,13 +126,15 @@ _RUNNER = (
 )
 _BUILT_FROM = ("model_id", "event_sender", "cancel_receiver")
 
+_HEAD_REFRESH = Name(module=_CARDS, name="_CardCache.refresh", parameters=("self",))
 _HEAD_ENTRYPOINT = Name(module="exo.worker.runner.supervisor", name="entrypoint", parameters=_ENTRY)
 BUILDER = Name(module="exo.worker.engines.mlx.builder", name="MlxBuilder", fields=_BUILT_FROM)
 _ENGINE_METHODS = ("close", "serve_prefill", "step", "submit", "warmup")
 HEAD = Exo(
     tested="exo b5375f8ce",
     entrypoint=_HEAD_ENTRYPOINT,
-    node_names=(_HEAD_ENTRYPOINT, *_NODE),
+    refresh_cards=_HEAD_REFRESH,
+    node_names=(_HEAD_ENTRYPOINT, _HEAD_REFRESH, *_NODE),
     runner_names=(
         Name(module="exo.worker.engines.base", name="Builder", abstract=("build", "close", "connect", "load")),
         Name(module="exo.worker.engines.base", name="Engine", abstract=_ENGINE_METHODS),
@@ -136,6 +145,7 @@ HEAD = Exo(
     ),
 )
 
+_V71_REFRESH = Name(module=_CARDS, name="_refresh_card_cache", parameters=())
 _V71_ENTRYPOINT = Name(module="exo.worker.runner.runner_supervisor", name="entrypoint", parameters=_ENTRY)
 _V71_RUNNER = "exo.worker.runner.llm_inference.runner"
 V71_BUILDER = Name(
@@ -153,7 +163,14 @@ V71_CANCELLED = Name(module=_V71_RUNNER, name="Cancelled")
 V71 = Exo(
     tested="exo v1.0.71",
     entrypoint=_V71_ENTRYPOINT,
-    node_names=(_V71_ENTRYPOINT, *_NODE),
+    refresh_cards=_V71_REFRESH,
+    node_names=(
+        _V71_ENTRYPOINT,
+        _V71_REFRESH,
+        Name(module=_CARDS, name="get_card", parameters=("model_id",)),
+        Name(module=_CARDS, name="add_to_card_cache", parameters=("card",)),
+        *_NODE,
+    ),
     runner_names=(*_RUNNER, V71_BUILDER, V71_CONNECT, V71_LOAD, V71_ENGINE, V71_FINISHED, V71_CANCELLED),
 )
 

@@ -90,11 +90,12 @@ def bound_instance(
     kind: type = MlxRingInstance,
     ips: Sequence[str] = ("127.0.0.1", "127.0.0.2", "127.0.0.3", "127.0.0.4"),
     ranges: Sequence[tuple[int, int]] | None = None,
+    context: int = 0,
 ) -> Any:
     """exo's BoundInstance of a rank; a rank sees its neighbours in the ring, as exo fills it."""
     count = len(split)
     ranges = ranges or [(sum(split[:i]), sum(split[: i + 1])) for i in range(count)]
-    card = SimpleNamespace(model_id=model_id, family=family)
+    card = SimpleNamespace(model_id=model_id, family=family, context_length=context)
     shards = {
         f"runner{i}": shard(
             model_card=card,

@@ -129,7 +129,8 @@ def apply_plan(
             assignments, instance = _tensor(client, card, assignments, state)
         else:
             check_assignments(assignments, state, card)
-            instance = ring_instance(assignments, state, card, port=random.randint(*_PORTS))
+            port = random.randint(*_PORTS)
+            instance = ring_instance(assignments, state, card, port=port, context=plan.workload.context)
         started = times.clock()
         seen, answer = _placed(client, instance, name, assignments, limits, times, report, wait=wait)
     except BaseException as error:

@@ -114,7 +114,13 @@ def check_assignments(assignments: Sequence[NodeAssignment], state: ClusterState
 
 
 def ring_instance(
-    assignments: Sequence[NodeAssignment], state: ClusterState, card: Card, *, port: int, make_id: MakeId = new_id
+    assignments: Sequence[NodeAssignment],
+    state: ClusterState,
+    card: Card,
+    *,
+    port: int,
+    context: int | None = None,
+    make_id: MakeId = new_id,
 ) -> dict[str, Any]:
     """A MlxRingInstance for `POST /instance`.
 
@@ -123,12 +129,14 @@ def ring_instance(
         state: for the addresses by which neighbours reach each other.
         card: full, as exo gave it or `make_card`.
         port: of the ring on every node.
+        context: tokens of one sequence, as planned: written into every shard's card, where our engine and exo's API read it.
         make_id: of the instance and of every runner.
 
     Raises:
         ExoPlacementError: the result is not what was asked for (a mistake of this project).
     """
     world = len(assignments)
+    card = card if context is None else {**card, "contextLength": context}
     runners = [make_id() for _ in assignments]
     shards = {
         runner: {

@@ -12,7 +12,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from exo_kimi.checkpoint.checkpoint import Checkpoint
 from exo_kimi.checkpoint.index import CheckpointIndex, TensorEntry
@@ -20,12 +20,14 @@ from exo_kimi.checkpoint.manifest import StageManifest
 from exo_kimi.checkpoint.shards import INDEX_NAME
 from exo_kimi.checkpoint.text_files import read_json
 from exo_kimi.errors import MissingTensorError, TokenizerError, UsageError
-from exo_kimi.plugin.control.model_card import card_toml, make_card
+from exo_kimi.plugin.control.model_card import CARD_FILE, card_toml, make_card
 from exo_kimi.plugin.control.model_names import EXO_END_TOKEN, check_model_id, default_model_id, directory_name
+
+if TYPE_CHECKING:
+    from exo_kimi.dialogue.speaker import Speaker
 
 Linking = Literal["hard", "symbolic"]
 MARK = "exo_kimi_share.json"
-CARD_FILE = "exo_model_card.toml"
 TOKENIZER_CODE = "tokenization_kimi.py"
 _ENDS = ("model.embed_tokens", "model.norm", "lm_head")
 _SMALL_BYTES = 64 << 20  # tokenizers and templates; anything larger is no part of what exo reads
@@ -97,8 +99,10 @@ def prepare(
     links = _link_weights(source, target, entries, linking)
     total_bytes = _total_bytes(source, index)
     _write_json(target / "config.json", _config_for_exo(index, manifest))
-    notes += [*_small_files(source, target), *_end_notes(source)]
-    card = make_card(name, index.config, total_bytes)
+    notes += _small_files(source, target)
+    speaker = _speaker(target, index)
+    notes += _end_notes(speaker)
+    card = make_card(name, index.config, total_bytes, speaker)
     (target / CARD_FILE).write_text(card_toml(card), encoding="utf-8")
     # Last: without an index exo does not take the directory, so it never finds half of one.
     weight_map = {entry.name: links[entry.file] for entry in index.tensors.values() if entry.file in links}
@@ -221,11 +225,15 @@ def _small_files(source: Path, target: Path) -> Sequence[str]:
     return [f"the checkpoint has no {TOKENIZER_CODE}: exo-kimi's own was written, which exo will run"]
 
 
-def _end_notes(source: Path) -> list[str]:
-    """A warning where exo's own engine does not know this checkpoint's end of a turn, and would go on to the last token."""
-    from exo_kimi.chat.tokenizer import KimiTokenizer  # tiktoken: only where it is needed
+def _speaker(directory: Path, index: CheckpointIndex) -> Speaker:
+    from exo_kimi.dialogue.speaker import Speaker  # tiktoken: only where it is needed
 
-    tokenizer = KimiTokenizer.from_directory(source)
+    return Speaker.from_directory(directory, raw_config=index.raw_config)
+
+
+def _end_notes(speaker: Speaker) -> list[str]:
+    """A warning where exo's own engine does not know this checkpoint's end of a turn, and would go on to the last token."""
+    tokenizer = speaker.tokenizer
     if EXO_END_TOKEN in tokenizer.stop_ids:
         return []
     ends = ", ".join(map(str, sorted(tokenizer.stop_ids)))

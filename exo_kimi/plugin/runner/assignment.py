@@ -31,6 +31,7 @@ class NodeLayers:
         stage: this rank.
         ranges: half-open layers of every stage.
         nodes: exo's ids of the nodes, by rank.
+        context: most tokens of a sequence, as the instance was planned; None where it does not say.
         listen: where this rank listens for others; None when it is alone.
         leader: where this rank reaches rank 0; None on rank 0.
         seen: where rank 0 reaches ranks 1, 2 and so on; empty on others.
@@ -43,6 +44,7 @@ class NodeLayers:
     stage: int
     ranges: tuple[tuple[int, int], ...]
     nodes: tuple[str, ...]
+    context: int | None = None
     listen: Address | None = None
     leader: Address | None = None
     seen: tuple[Address, ...] = ()
@@ -116,6 +118,7 @@ def node_layers_of(bound_instance: Any) -> NodeLayers:
         stage=stage,
         ranges=ranges,
         nodes=_nodes_by_rank(instance),
+        context=int(bound_instance.bound_shard.model_card.context_length) or None,
     )
     if own.stages == 1:
         return own

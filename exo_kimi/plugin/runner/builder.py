@@ -139,7 +139,8 @@ class KimiBuilder:
         self._manifest = self._resolve(own)
         check_neighbours(own, api_port=os.environ.get(API_PORT))
         key = key_of(own, environment_text=os.environ.get(ENVIRONMENT_NAME))
-        logger.info("rank %d of %d: layers %d:%d", own.stage, own.stages, own.start_layer, own.end_layer)
+        context = f", a context of {own.context} tokens" if own.context else ""
+        logger.info("rank %d of %d: layers %d:%d%s", own.stage, own.stages, own.start_layer, own.end_layer, context)
         # exo has the last rank connect when it sees all others connecting: none may be done before.
         if own.leader is not None and own.listen is not None:
             host = self._open_host(own.listen, key)

@@ -1,8 +1,8 @@
 """Starts exo with our engine in its runners, for Kimi models; everything else of exo stays as it is.
 
 Some names of exo are bound, in this process only and after a check of their signatures: what a runner process runs, what the
-worker does next, and how the API answers when a Kimi's answer fails. `run` does it from outside; `install` is for an exo that
-asks for it (`patches/`). Importing this module binds nothing.
+worker does next, how the API answers when a Kimi's answer fails, and what it tells of Kimis. `run` does it from outside;
+`install` is for an exo that asks for it (`patches/`). Importing this module binds nothing.
 """
 
 from __future__ import annotations
@@ -19,12 +19,20 @@ from typing import Any
 
 from exo_kimi.errors import ExoKimiError, ExoVersionError, UsageError
 from exo_kimi.plugin.api.answers import watch_chunks, watch_sending, with_answer_errors
+from exo_kimi.plugin.api.cards import (
+    with_placed_context,
+    with_prepared_card,
+    with_prepared_cards,
+    with_prepared_cards_71,
+)
 from exo_kimi.plugin.api.engine_route import with_engine_route
 from exo_kimi.plugin.bindings import (
     API_ROUTES,
     API_SETUP,
     BUILDER,
     CHUNK_STREAM,
+    FETCH_CARD,
+    GET_MODELS,
     HEAD,
     PLAN,
     SEND_GENERATION,
@@ -39,7 +47,13 @@ from exo_kimi.plugin.runner.worker_plan import WorkerPlan
 
 logger = logging.getLogger(__name__)
 PARENT_WATCH_S = 1.0
-_PACKAGES = {"zmq": "pyzmq", "llguidance": "llguidance", "tiktoken": "tiktoken", "jinja2": "jinja2"}
+_PACKAGES = {
+    "zmq": "pyzmq",
+    "llguidance": "llguidance",
+    "tiktoken": "tiktoken",
+    "jinja2": "jinja2",
+    "json_repair": "json-repair",
+}
 
 
 def run(arguments: Sequence[str], *, options: EngineOptions | None = None, say: Callable[[str], None] = print) -> None:
@@ -90,6 +104,7 @@ def bind() -> tuple[str, ...]:
         setattr(importlib.import_module(exo.entrypoint.module), exo.entrypoint.name, entrypoint)
         for name, wrap in _wrapped():
             _wrap(name, wrap)
+        _wrap(exo.refresh_cards, with_prepared_cards if exo is HEAD else with_prepared_cards_71)
     return found
 
 
@@ -182,6 +197,8 @@ def _wrapped() -> tuple[tuple[Name, Callable[[Any], Any]], ...]:
         (SEND_GENERATION, watch_sending),
         (API_SETUP, with_answer_errors),
         (API_ROUTES, with_engine_route(watch)),
+        (GET_MODELS, with_placed_context),
+        (FETCH_CARD, with_prepared_card),
     )
 
 

@@ -193,8 +193,8 @@ class Leader:
         return ranks
 
     async def _start(self, speaker: Speaker, plan: ClusterPlan) -> None:
-        limit, wanted = plan.config.max_position_embeddings, self._options.context
-        context = limit if wanted is None else min(wanted, limit)
+        wanted = (plan.config.max_position_embeddings, self._own.context, self._options.context)
+        context = min(each for each in wanted if each is not None)
         cluster = StageCluster(plan, ClusterOptions(context=context, kv_bytes=self._options.kv_bytes))
         prefixes = PrefixOptions(memory_bytes=self._options.prefix_cache_bytes)
         engine = Engine(cluster, context=context, prefixes=prefixes)

@@ -17,7 +17,7 @@ class EngineOptions:
     """What a user may limit. Rank 0's node decides for all ranks of an instance.
 
     Args:
-        context: most tokens of one sequence; None, or more than a model has, takes the model's.
+        context: most tokens of one sequence; None, or more than the placed plan or the model has, takes theirs.
         kv_bytes: budget of each rank for caches; None takes what is free.
         prefix_cache_bytes: of that, for prompts answered before; None takes what is left, 0 keeps none.
     """

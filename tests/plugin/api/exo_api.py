@@ -73,6 +73,11 @@ class ScriptedApi(API):
             queue.close()
 
 
+def placed(model: str) -> Any:
+    shard = SimpleNamespace(model_card=SimpleNamespace(context_length=4096))
+    return SimpleNamespace(shard_assignments=SimpleNamespace(model_id=model, runner_to_shard={"r": shard}))
+
+
 async def main() -> None:
     receivers = [channel[Any]() for _ in range(4)]
     api = ScriptedApi(
@@ -83,8 +88,9 @@ async def main() -> None:
         download_command_sender=receivers[2][0],
         election_receiver=receivers[3][1],
     )
-    assigned = {name: SimpleNamespace(shard_assignments=SimpleNamespace(model_id=name)) for name in (KIMI, LLAMA)}
-    api.state = SimpleNamespace(instances=assigned, downloads={}, tasks={}, node_system={})  # type: ignore[assignment]
+    api.state = SimpleNamespace(  # type: ignore[assignment]
+        instances={name: placed(name) for name in (KIMI, LLAMA)}, downloads={}, tasks={}, node_system={}
+    )
     answers: dict[str, tuple[int, str, str]] = {}
     transport = httpx.ASGITransport(api.app, raise_app_exceptions=False)
     async with httpx.AsyncClient(transport=transport, base_url="http://exo", timeout=20) as client:
@@ -101,6 +107,11 @@ async def main() -> None:
                     answers[f"{route} {script} {'stream' if stream else 'whole'}"] = found
         unknown = await client.post("/v1/chat/completions", json={"model": "lab/none", "messages": ASKED})
         answers["unknown"] = (unknown.status_code, "", unknown.text)
+        listed = await client.get("/v1/models")
+        (card,) = (each for each in listed.json()["data"] if each["id"] == KIMI)
+        answers["listed"] = (listed.status_code, "", json.dumps(card))
+        added = await client.post("/models/add", json={"model_id": KIMI})
+        answers["added"] = (added.status_code, "", added.text)
     print(json.dumps(answers))
 
 

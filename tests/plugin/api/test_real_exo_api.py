@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 
 from exo_kimi.bench.setups.exo_here import REPOSITORY, ExoHere
+from exo_kimi.plugin.control.prepare import prepare
 
 pytestmark = [pytest.mark.exo, pytest.mark.timeout(200)]
 # script -> (status, words) of an answer that is nothing but the error
@@ -27,12 +28,13 @@ REFUSED = {
 
 
 @pytest.fixture(scope="module", params=["exo_head", "exo_71"])
-def answers(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    """What exo_api prints."""
+def answers(request: pytest.FixtureRequest, tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """What exo_api prints, with a prepared tiny Kimi in exo's models."""
     exo: ExoHere | str = request.getfixturevalue(request.param)
     if isinstance(exo, str) or (reason := exo.cannot_import_us()):
         pytest.skip(exo if isinstance(exo, str) else str(reason))
     home = tmp_path_factory.mktemp("home")
+    prepare(tiny, home / "models", model_id="lab/kimi-k2-tiny")
     paths = [*exo.paths, exo.standin, exo.source / "src", REPOSITORY]
     environment = {
         "PATH": os.environ["PATH"],
@@ -42,6 +44,7 @@ def answers(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
         "EXO_HOME": ".exo",
         "EXO_DASHBOARD_DIR": str(home),
         "EXO_OFFLINE": "true",
+        "EXO_MODELS_READ_ONLY_DIRS": str(home / "models"),
     }
     script = Path(__file__).with_name("exo_api.py")
     ran = subprocess.run([str(exo.python), str(script)], cwd=home, env=environment, capture_output=True, text=True)
@@ -82,3 +85,9 @@ def test_answers_are_whole(answers: dict[str, Any]) -> None:
 def test_other_models_and_exos_own_refusals_are_exos(answers: dict[str, Any]) -> None:
     assert of(answers, "llama")["/v1/chat/completions llama whole"][:1] == [200]
     assert answers["unknown"][0] == 404
+
+
+def test_a_prepared_model_is_listed_with_its_card_and_the_context_of_its_instance(answers: dict[str, Any]) -> None:
+    card = json.loads(answers["listed"][2])
+    assert (card["context_length"], card["capabilities"], card["family"]) == (4096, ["text"], "kimi")
+    assert answers["added"][0] == 200

@@ -38,6 +38,8 @@ def test_a_plan_is_placed_as_it_is_and_answers(make_exo: Any, apply: Any) -> Non
     exo = make_exo()
     applied = apply(exo)
     assert [layers_of(instance) for instance in exo.posted] == [{MINI: (0, 2), STUDIO: (2, 7)}]
+    (shard, _) = exo.posted[0]["MlxRingInstance"]["shardAssignments"]["runnerToShard"].values()
+    assert shard["PipelineShardMetadata"]["modelCard"]["contextLength"] == 4096  # the plan's
     assert applied.layers_seen == {"mini": 2, "studio": 5}
     assert applied.answer == "sea" and applied.seconds > 0
     assert exo.deleted == []

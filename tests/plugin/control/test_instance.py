@@ -87,6 +87,15 @@ def test_an_instance_holds_every_layer_once_in_the_order_of_the_ranks(counts: li
     assert {shard["worldSize"] for shard in shards} == {len(counts)}
 
 
+def test_the_planned_context_is_in_the_card_of_every_shard() -> None:
+    card = {**CARD, "contextLength": 262_144}
+    for context, written in ((4096, 4096), (None, 262_144)):
+        assigned = body(ring_instance(assignments(44, 17), cluster(2), card, port=50000, context=context))
+        shards = assigned["shardAssignments"]["runnerToShard"].values()
+        assert [shard["PipelineShardMetadata"]["modelCard"]["contextLength"] for shard in shards] == [written] * 2
+    assert card["contextLength"] == 262_144
+
+
 @given(st.integers(2, 6))
 def test_each_node_knows_itself_its_neighbours_and_nobody_else(count: int) -> None:
     chosen = assignments(*[1] * count)

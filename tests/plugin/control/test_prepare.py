@@ -15,6 +15,7 @@ from exo_kimi.chat.tokenizer import SPLIT_PATTERN, KimiTokenizer
 from exo_kimi.checkpoint.index import open_index
 from exo_kimi.checkpoint.manifest import resolve
 from exo_kimi.checkpoint.tiny.make import make_tiny
+from exo_kimi.dialogue.speaker import Speaker
 from exo_kimi.errors import CheckpointProblems, SplitError, TokenizerError, UsageError
 from exo_kimi.plugin.control.model_names import check_model_id, default_model_id, directory_name
 from exo_kimi.plugin.control.plan import exo_plan
@@ -178,6 +179,21 @@ def test_the_card_is_toml_with_the_models_bytes(tiny: Path, tmp_path: Path) -> N
     assert (card["model_id"], card["n_layers"], card["hidden_size"]) == (MODEL, 7, 256)
     assert card["storage_size"]["in_bytes"] == made.total_bytes
     assert card["tasks"] == ["TextGeneration"]
+    assert (card["capabilities"], card["reasoning_dialect"]) == (["text"], "none")
+    defaults = Speaker.from_directory(tiny).defaults.sampling()
+    assert card["sampling_defaults"] == {"temperature": defaults.temperature, "top_p": defaults.top_p}
+
+
+def test_the_card_of_a_model_that_thinks_has_the_toggle_and_both_samplings(tmp_path: Path) -> None:
+    thinker = make_tiny(tmp_path / "thinker", config={"num_hidden_layers": 2}, template="k25")
+    made = prepare(thinker, tmp_path / "models", model_id=MODEL)
+    card = tomllib.loads((made.directory / "exo_model_card.toml").read_text())
+    assert card["capabilities"] == ["text", "thinking", "thinking_toggle"]
+    defaults = Speaker.from_directory(thinker).defaults
+    for name, thinking in (("thinking", True), ("non_thinking", False)):
+        chosen = defaults.sampling(thinking)
+        assert card["sampling_defaults"][name] == {"temperature": chosen.temperature, "top_p": chosen.top_p}
+    assert card["reasoning_dialect"] == "suffix"
 
 
 @pytest.mark.parametrize(

@@ -51,6 +51,12 @@ def test_a_rank_that_is_no_neighbour_is_found_through_one_that_is(exo_shapes: Mo
     assert [str(address) for address in own_layers.seen] == ["127.0.0.2:50000", "127.0.0.3:50000", "127.0.0.4:50000"]
 
 
+def test_every_rank_takes_the_context_of_the_placed_instance(exo_shapes: ModuleType) -> None:
+    for rank in (0, 1):
+        assert node_layers_of(exo_shapes.bound_instance((5, 2), rank, context=4096)).context == 4096
+        assert node_layers_of(exo_shapes.bound_instance((5, 2), rank)).context is None  # exo's 0: unknown
+
+
 def test_an_instance_alone_needs_no_address(exo_shapes: ModuleType) -> None:
     own_layers = node_layers_of(exo_shapes.bound_instance((7,), 0))
     assert (own_layers.stages, own_layers.listen, own_layers.seen) == (1, None, ())

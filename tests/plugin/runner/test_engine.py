@@ -421,6 +421,21 @@ def test_the_context_and_the_cache_budget_of_the_environment_are_the_limits(
     assert options.kv_bytes == 100_000_000
 
 
+def test_the_context_of_the_placed_instance_is_the_limit(
+    exo_instance: Callable[..., Any], tiny: Path, types: ExoTypes
+) -> None:
+    ranks = Ranks(exo_instance, tiny, types, (7,))
+    try:
+        ranks.bound[0].bound_shard.model_card.context_length = 64
+        ranks.start()
+        ranks.submit("wide", "hello", max_output_tokens=10**6)
+        (*_, (_, last), _) = ranks.run(0, ended("wide"))
+        assert ranks.builders[0]._connected.others.engine.snapshot().context == 64  # type: ignore[union-attr]
+    finally:
+        ranks.close()
+    assert last.usage.total_tokens <= 64
+
+
 def test_a_prompt_that_was_answered_before_is_not_read_again(
     exo_instance: Callable[..., Any], tiny: Path, types: ExoTypes
 ) -> None:

@@ -42,10 +42,25 @@ class CancelTask(SimpleNamespace):
     model_fields = dict.fromkeys(("instance_id", "cancelled_task_id", "runner_id"))
 
 
-class ModelCard(SimpleNamespace):
-    """As exo's."""
+def exo_cards() -> dict[str, Any]:
+    """As exo's model cards, new ones for every test."""
 
-    model_fields = dict.fromkeys(("model_id", "family"))
+    class ModelCard(SimpleNamespace):
+        model_fields = dict.fromkeys(("model_id", "family", "context_length", "sampling_defaults"))
+
+        @staticmethod
+        async def fetch_from_hf(model_id: Any) -> Any:
+            """As exo's."""
+
+    class _CardCache:
+        async def refresh(self) -> None:
+            """As exo's."""
+
+    return {"ModelCard": ModelCard, "_CardCache": _CardCache}
+
+
+async def _refresh_card_cache() -> None:
+    """As v1.0.71's."""
 
 
 def exo_api() -> type:
@@ -62,6 +77,9 @@ def exo_api() -> type:
             """As exo's."""
 
         def _token_chunk_stream(self, command_id: Any) -> Any:
+            """As exo's."""
+
+        async def get_models(self, status: Any = None) -> Any:
             """As exo's."""
 
     return API
@@ -106,7 +124,7 @@ def exo(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
         "exo.utils.keyed_backoff": {"KeyedBackoff": KeyedBackoff},
         "exo.shared": {},
         "exo.shared.models": {},
-        "exo.shared.models.model_cards": {"ModelCard": ModelCard},
+        "exo.shared.models.model_cards": exo_cards(),
         "exo.shared.types": {},
         "exo.shared.types.tasks": {"CancelTask": CancelTask},
     }
@@ -123,6 +141,7 @@ def exo(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
         supervisor=sys.modules["exo.worker.runner.supervisor"],
         worker=sys.modules["exo.worker.main"],
         api=contents["exo.api.main"]["API"],
+        cards=sys.modules["exo.shared.models.model_cards"],
         called=called,
     )
 
@@ -132,8 +151,16 @@ def test_our_names_are_bound_and_exo_is_started_with_its_own_arguments(exo: Simp
     launch.run(["--api-port", "52415"], say=said.append)
     assert exo.supervisor.entrypoint is launch.entrypoint
     assert exo.worker.plan.__wrapped__ is _exo_plan
-    names = ("_setup_exception_handlers", "_setup_routes", "_send_text_generation_with_images", "_token_chunk_stream")
+    names = (
+        "_setup_exception_handlers",
+        "_setup_routes",
+        "_send_text_generation_with_images",
+        "_token_chunk_stream",
+        "get_models",
+    )
     assert all(hasattr(getattr(exo.api, name), "__wrapped__") for name in names)
+    assert hasattr(exo.cards.ModelCard.fetch_from_hf, "__wrapped__")
+    assert hasattr(exo.cards._CardCache.refresh, "__wrapped__")
     assert exo.called == [["exo", "--api-port", "52415"]]
     assert said == ["exo-kimi: Kimi models run on exo-kimi's engine (exo b5375f8ce)"]
 
@@ -151,9 +178,12 @@ def test_v1_0_71_is_bound_where_its_runners_are(exo: SimpleNamespace, monkeypatc
     old = ModuleType("exo.worker.runner.runner_supervisor")
     vars(old)["entrypoint"] = _exo_entrypoint
     monkeypatch.setitem(sys.modules, old.__name__, old)
+    old_names = {"get_card": lambda model_id: None, "add_to_card_cache": lambda card: None}
+    vars(exo.cards).update(old_names, _refresh_card_cache=_refresh_card_cache)
     said: list[str] = []
     launch.run([], say=said.append)
     assert nearest() is V71 and vars(old)["entrypoint"] is launch.entrypoint
+    assert exo.cards._refresh_card_cache.__wrapped__ is _refresh_card_cache
     assert said == ["exo-kimi: Kimi models run on exo-kimi's engine (exo v1.0.71)"]
 
 
