@@ -10,6 +10,10 @@ from exo_kimi.errors import RequestError, UnsupportedError
 _TEXT_FIELDS = {"text": "text", "input_text": "text", "output_text": "text", "refusal": "refusal"}
 
 
+PICTURE: Mapping[str, Any] = {"type": "image_url", "image_url": {"url": ""}}
+"""Stands for a picture, in the form that every published template knows; what is shown is not the template's to see."""
+
+
 def template_messages(messages: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     """Check messages and copy them in the form that templates read.
 
@@ -18,7 +22,7 @@ def template_messages(messages: Sequence[Mapping[str, Any]]) -> list[dict[str, A
 
     Raises:
         RequestError: a message is malformed.
-        UnsupportedError: a content part is not text.
+        UnsupportedError: a content part is neither text nor `PICTURE`.
     """
     return [_message(message, f"messages[{index}]") for index, message in enumerate(messages)]
 
@@ -40,7 +44,7 @@ def _message(message: Mapping[str, Any], param: str) -> dict[str, Any]:
     return kept
 
 
-def _content(content: object, param: str) -> str | list[dict[str, str]]:
+def _content(content: object, param: str) -> str | list[dict[str, Any]]:
     if isinstance(content, str):
         return content
     if not isinstance(content, list):
@@ -53,7 +57,9 @@ def _content(content: object, param: str) -> str | list[dict[str, str]]:
     return [_part(part, f"{param}[{index}]") for index, part in enumerate(content)]
 
 
-def _part(part: object, param: str) -> dict[str, str]:
+def _part(part: object, param: str) -> dict[str, Any]:
+    if part == PICTURE:
+        return dict(PICTURE)
     kind = part.get("type") if isinstance(part, Mapping) else None
     if not isinstance(part, Mapping) or not isinstance(kind, str):
         raise RequestError(f"{param} is no content part", param=param, expected="an object with a type")

@@ -58,7 +58,7 @@ Bench = Literal[  # modules of exo_kimi.bench, with - for _
 BENCHES: tuple[str, ...] = tuple(name for name in get_args(Bench) if name != "link_speed")
 
 Directory = Annotated[Path, argument("DIR", "a checkpoint")]
-SPLIT, MEMORY, PREFIXES = "Model and split", "Memory", "Prefix cache"
+SPLIT, MEMORY, PREFIXES, PICTURES = "Model and split", "Memory", "Prefix cache", "Pictures"
 NETWORK, SPEED, WORKLOAD, OUTPUT = "Network and keys", "Speculation", "Workload", "Output"
 
 
@@ -86,6 +86,9 @@ def tiny(
     seed: Annotated[int, option("--seed", parser=whole, metavar="N", help="seed of the weights (default 0)")] = 0,
     absorbed: Annotated[bool, flag("--absorbed", help="write embed_q and unembed_out instead of kv_b_proj")] = False,
     prefix: Annotated[bool, flag("--prefix", help="write keys under language_model., as K2.5 and later")] = False,
+    vision: Annotated[
+        bool, flag("--vision", help="with a vision tower and K2.5's chat template (writes --prefix's keys too)")
+    ] = False,
     shards: Annotated[
         int,
         option("--shards", parser=positive, metavar="N", help="safetensors files (default 2; 1 writes no index)"),
@@ -95,7 +98,7 @@ def tiny(
     options: dict[str, Any] = locals()
     from exo_kimi.checkpoint.tiny.make import make_tiny
 
-    path = make_tiny(**options)
+    path = make_tiny(**options, template="k25" if vision else "instruct")
     print(f"a tiny Kimi K2 ({layout}) is in {path}")
 
 
@@ -223,6 +226,26 @@ def serve(
             panel=PREFIXES,
         ),
     ] = None,
+    vision: Annotated[
+        Path | None,
+        option(
+            "--vision",
+            metavar="DIR",
+            help="where the vision tower's tensors are, if not beside the text model's",
+            panel=PICTURES,
+        ),
+    ] = None,
+    no_vision: Annotated[
+        bool, flag("--no-vision", help="take no pictures, and do not load what reads them", panel=PICTURES)
+    ] = False,
+    fetch_images: Annotated[
+        bool,
+        flag(
+            "--fetch-images",
+            help="get pictures from http(s) addresses too (never private ones); else data: URLs only",
+            panel=PICTURES,
+        ),
+    ] = False,
     host: Annotated[
         str,
         option(

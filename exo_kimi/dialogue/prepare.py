@@ -18,6 +18,7 @@ from exo_kimi.chat.template import Prompt, ReasoningMode
 from exo_kimi.chat.tokenizer import KimiTokenizer
 from exo_kimi.dialogue.decoding import ReplyDecoder, TextParser
 from exo_kimi.dialogue.events import EndEvent, ReplyEvent, Usage
+from exo_kimi.dialogue.pictures import take_pictures
 from exo_kimi.dialogue.request import ConversationRequest, ReplyOptions, TextRequest, ToolMode
 from exo_kimi.dialogue.speaker import Speaker
 from exo_kimi.errors import RequestError, UnsupportedError
@@ -122,8 +123,10 @@ def _prepare_conversation(request: ConversationRequest, speaker: Speaker, most_t
     tokenizer = speaker.tokenizer
     mode: ToolMode = request.tool_choice.mode if request.tools else "none"
     history = CallHistory.of(request.messages)
+    messages, urls = take_pictures(history.messages)
+    pictures = speaker.read_pictures(urls)
     prompt = speaker.template.render(
-        history.messages,
+        messages,
         tools=_declarations(request.tools) or None,
         thinking=request.thinking,
         most_tokens=most_tokens,
@@ -134,7 +137,8 @@ def _prepare_conversation(request: ConversationRequest, speaker: Speaker, most_t
     if mode == "none":  # without tools too: the calls of an earlier turn are no example to follow
         biases = dict(sampling.logit_bias) | dict(no_tools_bias(tokenizer))
         sampling = replace(sampling, logit_bias=tuple(biases.items()))
-    ids = (*prompt.ids, *tokenizer.encode(request.begun_reply or "", most_tokens=most_tokens))
+    prompt_ids, shown = speaker.place_pictures(prompt.ids, pictures, urls)
+    ids = (*prompt_ids, *tokenizer.encode(request.begun_reply or "", most_tokens=most_tokens))
     choices = []
     for index in range(request.n):
         constraint = _constraint(request, mode, tokenizer, reasoning=prompt.reasoning)
@@ -148,7 +152,7 @@ def _prepare_conversation(request: ConversationRequest, speaker: Speaker, most_t
         )
         choices.append(
             Choice(
-                request=_sequence(request, index, ids, sampling, tokenizer, constraint),
+                request=replace(_sequence(request, index, ids, sampling, tokenizer, constraint), pictures=shown),
                 decoder=ReplyDecoder(
                     parser,
                     stop_ids=tokenizer.stop_ids,

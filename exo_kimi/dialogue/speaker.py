@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -11,17 +11,25 @@ from exo_kimi.chat.defaults import GenerationDefaults
 from exo_kimi.chat.template import ChatTemplate
 from exo_kimi.chat.tokenizer import KimiTokenizer
 from exo_kimi.chat.tokenizer_files import read_model_config
+from exo_kimi.checkpoint.vision import NoVision
+from exo_kimi.dialogue.pictures import PicturePrompts
 from exo_kimi.dialogue.request import SamplingOverrides
-from exo_kimi.runtime.requests import SamplingParams
+from exo_kimi.errors import UnsupportedError
+from exo_kimi.pictures.picture import Picture
+from exo_kimi.pictures.reader import PictureUrl
+from exo_kimi.runtime.requests import PromptPicture, SamplingParams
+
+NO_PICTURES = NoVision("it was started without a vision tower")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Speaker:
-    """How a checkpoint reads and writes text, and how it likes to be sampled."""
+    """How a checkpoint reads and writes text, how it likes to be sampled, and how it reads pictures, or why not."""
 
     tokenizer: KimiTokenizer
     template: ChatTemplate
     defaults: GenerationDefaults
+    pictures: PicturePrompts | NoVision = NO_PICTURES
 
     @classmethod
     def from_directory(cls, directory: Path, *, raw_config: Mapping[str, Any] | None = None) -> Speaker:
@@ -37,6 +45,37 @@ class Speaker:
             template=ChatTemplate.from_directory(directory, tokenizer, raw_config=config),
             defaults=GenerationDefaults.from_directory(directory, tokenizer, raw_config=config),
         )
+
+    def read_pictures(self, urls: Sequence[PictureUrl]) -> list[Picture]:
+        """The pictures of a request. Slow: call it in a thread.
+
+        Raises:
+            UnsupportedError: this server takes none, or not of this kind.
+            RequestError: they cannot be read.
+        """
+        if not urls:
+            return []
+        if isinstance(self.pictures, NoVision):
+            raise UnsupportedError(
+                "this server reads text only",
+                expected="text",
+                found=f"a picture; {self.pictures.reason}",
+                param=urls[0].param,
+                code="unsupported_content",
+            )
+        return self.pictures.reader.read(urls)
+
+    def place_pictures(
+        self, ids: Sequence[int], pictures: Sequence[Picture], urls: Sequence[PictureUrl]
+    ) -> tuple[tuple[int, ...], tuple[PromptPicture, ...]]:
+        """See `PicturePrompts.place`.
+
+        Raises:
+            UnsupportedError: the template shows no pictures.
+        """
+        if not pictures or isinstance(self.pictures, NoVision):
+            return tuple(ids), ()
+        return self.pictures.place(ids, pictures, urls[0].param)
 
     def sampling(self, chosen: SamplingOverrides, *, thinking: bool | None = None) -> SamplingParams:
         """What the client chose over what the checkpoint recommends.

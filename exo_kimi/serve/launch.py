@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -10,8 +11,13 @@ from typing import Any
 
 from exo_kimi.checkpoint.checkpoint import Checkpoint
 from exo_kimi.checkpoint.doctor.doctor import text_errors
+from exo_kimi.checkpoint.vision import NoVision, VisionManifest, find_vision
+from exo_kimi.dialogue.pictures import PicturePrompts
 from exo_kimi.dialogue.speaker import Speaker
 from exo_kimi.errors import CheckpointProblems, UsageError
+from exo_kimi.pictures.fetching import fetch_picture
+from exo_kimi.pictures.picture import PixelRules
+from exo_kimi.pictures.reader import PictureReader
 from exo_kimi.planner.matching import check_matches
 from exo_kimi.planner.plan import Plan, check_headroom, read_plan
 from exo_kimi.planner.weights.bytes import bytes_of_manifest
@@ -58,6 +64,9 @@ class ServeOptions:
     prefix_cache_bytes: int | None = None
     prefix_disk_bytes: int | None = None
     prefix_dir: Path | None = None
+    vision: Path | None = None
+    no_vision: bool = False
+    fetch_images: bool = False
 
 
 def serve(options: ServeOptions, *, announce: Callable[[str], None] | None = None) -> None:
@@ -82,6 +91,7 @@ def serve(options: ServeOptions, *, announce: Callable[[str], None] | None = Non
         options = _following(planned, options, checkpoint)
         scratch_bytes = min(stage.scratch_bytes for stage in planned.stages)
         planned_kv_bytes = tuple(stage.kv_bytes for stage in planned.stages)
+    tower = _tower(options, checkpoint)
     plan = make_plan(
         checkpoint,
         split=options.split,
@@ -91,8 +101,10 @@ def serve(options: ServeOptions, *, announce: Callable[[str], None] | None = Non
         dtype=options.dtype,
         scratch_bytes=scratch_bytes,
         kv_bits=options.kv_bits,
+        vision=tower if isinstance(tower, VisionManifest) else None,
     )
     speaker = Speaker.from_directory(options.directory, raw_config=checkpoint.raw_config)
+    speaker = replace(speaker, pictures=_pictures(options, tower))
     _check_texts(checkpoint)
     model_id = _utf8(options.model_id or options.directory.resolve().name)
     disk = prefix_disk_options(options.prefix_disk_bytes, options.prefix_dir, check=not options.stage)
@@ -126,6 +138,25 @@ def serve(options: ServeOptions, *, announce: Callable[[str], None] | None = Non
         )
 
     run(factory, host=options.host, port=options.port, announce=announce or _announce)
+
+
+def _tower(options: ServeOptions, checkpoint: Checkpoint) -> VisionManifest | NoVision:
+    """The tower to load with the first stage; where config.json describes one that is not there, a line says so."""
+    if options.no_vision and options.vision is not None:
+        raise UsageError("--vision and --no-vision contradict each other", fix="give one of them")
+    if options.no_vision:
+        return NoVision("it was started with --no-vision")
+    tower = find_vision(checkpoint.index, options.vision)
+    if isinstance(tower, NoVision) and checkpoint.raw_config.get("vision_config") is not None:
+        print(f"text only: {tower.reason}", file=sys.stderr, flush=True)
+    return tower
+
+
+def _pictures(options: ServeOptions, tower: VisionManifest | NoVision) -> PicturePrompts | NoVision:
+    if isinstance(tower, NoVision):
+        return tower
+    rules = PixelRules.from_directory(tower.config, options.directory)
+    return PicturePrompts(tower.config, PictureReader(rules, fetch=fetch_picture if options.fetch_images else None))
 
 
 def _utf8(name: str) -> str:

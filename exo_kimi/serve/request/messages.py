@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from exo_kimi.dialogue.pictures import PICTURE_KINDS
 from exo_kimi.errors import RequestError, UnsupportedError
 from exo_kimi.serve.request.schemas import Message
 
@@ -19,11 +20,11 @@ _ROLE_FIELDS = {
 
 
 def template_messages(messages: Sequence[Message]) -> list[dict[str, Any]]:
-    """OpenAI-shaped dicts for the template: `developer` becomes `system`, text parts become one string.
+    """OpenAI-shaped dicts for the dialogue: `developer` becomes `system`; parts become one text unless there are pictures.
 
     Raises:
         RequestError: a field that the role does not have, or lacks; content that is not text.
-        UnsupportedError: images, audio, files.
+        UnsupportedError: audio, films, files.
     """
     return [_template_message(message, f"messages[{index}]") for index, message in enumerate(messages)]
 
@@ -37,7 +38,7 @@ def _template_message(message: Message, where: str) -> dict[str, Any]:
     if message.role == "tool" and not message.tool_call_id:
         param = f"{where}.tool_call_id"
         raise RequestError(f"missing required parameter: '{param}'", param=param, code="missing_required_parameter")
-    text = _text(message.content, f"{where}.content")
+    text = _content(message.content, f"{where}.content")
     if text is None and message.refusal:
         text = message.refusal
     if text is None and not (message.role == "assistant" and (message.tool_calls or message.reasoning_content)):
@@ -56,20 +57,27 @@ def _template_message(message: Message, where: str) -> dict[str, Any]:
     return rendered
 
 
-def _text(content: str | list[dict[str, Any]] | None, where: str) -> str | None:
+def _content(content: str | list[dict[str, Any]] | None, where: str) -> str | list[dict[str, Any]] | None:
     if content is None or isinstance(content, str):
         return content
     if not content:
         raise RequestError(f"'{where}' is an empty list", expected="at least one part", param=where)
+    if any(part.get("type") in PICTURE_KINDS for part in content):
+        return [
+            part
+            if part.get("type") in PICTURE_KINDS
+            else {"type": "text", "text": _part_text(part, f"{where}[{index}]")}
+            for index, part in enumerate(content)
+        ]
     return "".join(_part_text(part, f"{where}[{index}]") for index, part in enumerate(content))
 
 
 def _part_text(part: dict[str, Any], where: str) -> str:
     kind = part.get("type")
-    if kind in ("image_url", "input_audio", "file"):
+    if kind in ("input_audio", "audio_url", "video_url", "file"):
         raise UnsupportedError(
             f"content parts of type '{kind}' are not supported",
-            expected="text",
+            expected="text, or a picture (image_url)",
             param=where,
             code="unsupported_content",
         )
