@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ipaddress
 import socket
+import threading
 import time
 from urllib.parse import urljoin, urlsplit
 
@@ -20,6 +21,7 @@ from exo_kimi.units import format_bytes
 TIMEOUT_S = 10.0
 """For all of one picture."""
 MOST_REDIRECTS = 3
+_turns = threading.BoundedSemaphore(4)  # the threads that prepare requests are not all to wait for slow sites
 _TRANSLATED = tuple(map(ipaddress.IPv6Network, ("64:ff9b::/96", "64:ff9b:1::/48", "2002::/16", "2001::/32")))
 """IPv6 addresses that stand for one of IPv4: NAT64, 6to4, Teredo."""
 
@@ -30,6 +32,8 @@ def fetch_picture(url: PictureUrl) -> bytes:
     Raises:
         RequestError: it is not to be had, too large, too slow, or at an address that is not public.
     """
+    if not _turns.acquire(timeout=TIMEOUT_S):
+        raise _failed(url, "too many pictures are being fetched")
     deadline = time.monotonic() + TIMEOUT_S
     target = url.url
     try:
@@ -41,6 +45,8 @@ def fetch_picture(url: PictureUrl) -> bytes:
                 target = urljoin(target, found)
     except (httpx.HTTPError, httpx.InvalidURL, OSError, UnicodeError, ValueError) as error:
         raise _failed(url, f"{type(error).__name__}: {error}"[:160]) from None
+    finally:
+        _turns.release()
     raise _failed(url, f"more than {MOST_REDIRECTS} redirects")
 
 

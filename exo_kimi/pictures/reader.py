@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import binascii
+import time
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -22,6 +23,8 @@ MOST_BYTES = 20 * 1024**2
 """Of one file, as OpenAI's API has it."""
 MOST_REQUEST_BYTES = 64 * 1024**2
 """Of all pictures of one request, decoded to what the tower takes."""
+FETCHING_S = 30.0
+"""For all pictures of one request that are fetched."""
 KEPT_BYTES = 64 * 1024**2
 """Of pictures that were decoded lately: an agent sends its whole conversation with every turn."""
 
@@ -66,7 +69,16 @@ class PictureReader:
             )
         pictures: list[Picture] = []
         total = 0
+        deadline = time.monotonic() + FETCHING_S
         for url in urls:
+            if time.monotonic() > deadline and not url.url[:5].lower() == "data:":
+                raise RequestError(
+                    f"fetching the pictures up to '{url.param}' took too long",
+                    expected=f"at most {FETCHING_S:g} s for all",
+                    fix="send the pictures themselves, as data: URLs",
+                    param=url.param,
+                    code="image_not_fetched",
+                )
             picture = self._picture(self._data(url), url.param)
             total += len(picture.pixels)
             if total > MOST_REQUEST_BYTES:

@@ -17,6 +17,8 @@ from exo_kimi.serve.workers import SMALL_BYTES, HeldBytes, Workers
 
 MAX_BODY_BYTES = 16 * 2**20  # 64 bytes for each token of the longest Kimi's context
 MAX_HELD_BYTES = 96 * 2**20
+PICTURE_BYTES = 48 * 2**20
+"""What pictures add to all of these bounds, on servers that take them: as base64, a third more than the files."""
 MAX_DEPTH = 100
 # `[ ] { } : ,` outside of texts. A parser holds the GIL until it is done, and makes an object at every second of them.
 MAX_STRUCTURAL_CHARACTERS = 2**19
@@ -38,15 +40,17 @@ class TextBound:
     Args:
         context: in tokens.
         token_bytes: of the longest token.
+        picture_bytes: of texts that are pictures in truth.
     """
 
     context: int
     token_bytes: int
+    picture_bytes: int = 0
 
     @property
     def most_bytes(self) -> int:
         """UTF-8 bytes of all texts of a request; names and notes that never reach the model have some room beside."""
-        return self.context * self.token_bytes + SMALL_BYTES
+        return self.context * self.token_bytes + SMALL_BYTES + self.picture_bytes
 
     def check(self, text_bytes: int) -> None:
         """Raises:
@@ -67,14 +71,22 @@ class BodyReader:
     Args:
         workers: parse what is not small.
         bound: the most text now; the context may only be known once the stages are ready.
-        max_bytes: of one body.
+        max_bytes: of one body, pictures apart.
+        picture_bytes: more for pictures, in one body and in all together.
     """
 
-    def __init__(self, workers: Workers, bound: Callable[[], TextBound], *, max_bytes: int = MAX_BODY_BYTES) -> None:
+    def __init__(
+        self,
+        workers: Workers,
+        bound: Callable[[], TextBound],
+        *,
+        max_bytes: int = MAX_BODY_BYTES,
+        picture_bytes: int = 0,
+    ) -> None:
         self._workers = workers
         self._bound = bound
-        self._max_bytes = max_bytes
-        self._held = HeldBytes(MAX_HELD_BYTES)
+        self._max_bytes = max_bytes + picture_bytes
+        self._held = HeldBytes(MAX_HELD_BYTES + picture_bytes)
 
     async def read(self, request: Request, parse: Callable[[dict[str, Any]], Parsed]) -> Parsed:
         """What `parse` makes of the JSON object in a request's body; beyond a few KB in a thread.
