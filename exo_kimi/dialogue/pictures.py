@@ -16,6 +16,8 @@ from exo_kimi.runtime.requests import PromptPicture
 PICTURE_KINDS = ("image_url", "input_image", "image")
 """Content parts that are pictures: of OpenAI's chat, of its Responses, of Anthropic's Messages."""
 
+LEFT_OUT = "[image: left out, this server reads text only]"
+
 
 @dataclass(frozen=True, slots=True)
 class PicturePrompts:
@@ -84,6 +86,18 @@ def take_pictures(messages: Sequence[Mapping[str, Any]]) -> tuple[list[Mapping[s
                 parts.append(part)
         kept.append({**message, "content": parts})
     return kept, urls
+
+
+def leave_out_pictures(messages: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+    """Messages of `take_pictures` with words in the place of the pictures, so that a history with them stays of use."""
+    kept: list[Mapping[str, Any]] = []
+    for message in messages:
+        content = message.get("content")
+        if isinstance(content, list) and PICTURE in content:
+            texts = [LEFT_OUT if part == PICTURE else part.get("text") for part in content]
+            message = {**message, "content": "\n".join(text for text in texts if isinstance(text, str))}
+        kept.append(message)
+    return kept
 
 
 def _url(part: Mapping[str, Any], param: str) -> str:

@@ -16,9 +16,10 @@ from exo_kimi.chat.history import CallHistory
 from exo_kimi.chat.output import OutputParser
 from exo_kimi.chat.template import Prompt, ReasoningMode
 from exo_kimi.chat.tokenizer import KimiTokenizer
+from exo_kimi.checkpoint.vision import NoVision
 from exo_kimi.dialogue.decoding import ReplyDecoder, TextParser
 from exo_kimi.dialogue.events import EndEvent, ReplyEvent, Usage
-from exo_kimi.dialogue.pictures import take_pictures
+from exo_kimi.dialogue.pictures import leave_out_pictures, take_pictures
 from exo_kimi.dialogue.request import ConversationRequest, ReplyOptions, TextRequest, ToolMode
 from exo_kimi.dialogue.speaker import Speaker
 from exo_kimi.errors import RequestError, UnsupportedError
@@ -124,6 +125,10 @@ def _prepare_conversation(request: ConversationRequest, speaker: Speaker, most_t
     mode: ToolMode = request.tool_choice.mode if request.tools else "none"
     history = CallHistory.of(request.messages)
     messages, urls = take_pictures(history.messages)
+    warnings = list(request.warnings)
+    if urls and isinstance(speaker.pictures, NoVision) and not request.must_show_pictures:
+        warnings.append(f"{len(urls)} images were left out: this server reads text only ({speaker.pictures.reason})")
+        messages, urls = leave_out_pictures(messages), []
     pictures = speaker.read_pictures(urls)
     prompt = speaker.template.render(
         messages,
@@ -162,7 +167,7 @@ def _prepare_conversation(request: ConversationRequest, speaker: Speaker, most_t
             )
         )
     return PreparedRequest(
-        choices=tuple(choices), prompt_tokens=len(ids), choices_per_prompt=request.n, warnings=request.warnings
+        choices=tuple(choices), prompt_tokens=len(ids), choices_per_prompt=request.n, warnings=tuple(warnings)
     )
 
 

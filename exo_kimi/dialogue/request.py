@@ -112,6 +112,7 @@ class ConversationRequest(ReplyOptions):
         thinking: whether the model should reason first; None leaves it to the template.
         must_follow_thinking: refuse a `thinking` that the template cannot carry out, rather than answer without it.
         response_format: the form of the reply's text; None leaves it free.
+        must_show_pictures: refuse pictures that cannot be shown, rather than leave them out and say so.
         begun_reply: the begin of the reply, which the model goes on with; it is not repeated in the events.
     """
 
@@ -122,6 +123,7 @@ class ConversationRequest(ReplyOptions):
     must_follow_thinking: bool = False
     response_format: JsonFormat | None = None
     begun_reply: str | None = None
+    must_show_pictures: bool = True
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -59,7 +59,7 @@ class Speaker:
             raise UnsupportedError(
                 "this server reads text only",
                 expected="text",
-                found=f"a picture; {self.pictures.reason}",
+                found=f"an image_url; {self.pictures.reason}",
                 param=urls[0].param,
                 code="unsupported_content",
             )

@@ -101,7 +101,9 @@ def create_app(
         generate_unique_id_function=lambda route: route.name,
         swagger_ui_parameters={"validatorUrl": None},
     )
-    app.state.bodies = BodyReader(service.workers, service.text_bound, max_bytes=max_body_bytes)
+    app.state.bodies = BodyReader(
+        service.workers, service.text_bound, max_bytes=max_body_bytes, picture_bytes=service.picture_bytes
+    )
     _add_routes(app, service, guarded=api_key is not None)
     app.state.metrics = service.metrics
     app.openapi = partial(  # type: ignore[method-assign]  # FastAPI's own way to a document of one's own

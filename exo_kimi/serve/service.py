@@ -10,6 +10,7 @@ from functools import partial
 
 from starlette.requests import Request
 
+from exo_kimi.checkpoint.vision import NoVision
 from exo_kimi.dialogue.prepare import PreparedRequest
 from exo_kimi.dialogue.speaker import Speaker
 from exo_kimi.runtime.requests import TextEngine
@@ -18,7 +19,7 @@ from exo_kimi.serve.answer.frames import Frames
 from exo_kimi.serve.answer.generation import Generation
 from exo_kimi.serve.answer.running import RunningAnswers
 from exo_kimi.serve.answer.stream import AnswerStream
-from exo_kimi.serve.body import TextBound
+from exo_kimi.serve.body import PICTURE_BYTES, TextBound
 from exo_kimi.serve.metrics import Metrics
 from exo_kimi.serve.problems import ApiProblem
 from exo_kimi.serve.workers import Workers
@@ -84,7 +85,13 @@ class Service:
 
     def text_bound(self) -> TextBound:
         """The most text of a request, as the engine is now."""
-        return TextBound(context=self.context, token_bytes=self.speaker.tokenizer.longest_token_bytes)
+        longest = self.speaker.tokenizer.longest_token_bytes
+        return TextBound(context=self.context, token_bytes=longest, picture_bytes=self.picture_bytes)
+
+    @property
+    def picture_bytes(self) -> int:
+        """What a request may hold beside its text."""
+        return 0 if isinstance(self.speaker.pictures, NoVision) else PICTURE_BYTES
 
     async def prepared(self, request: Request, prepare: Callable[..., PreparedRequest]) -> PreparedRequest:
         """What `prepare(speaker, context=...)` makes of a request, off the event loop and for as long as the client waits."""

@@ -11,7 +11,7 @@ from typing import Any
 from exo_kimi.dialogue.request import ConversationRequest, SamplingOverrides, ToolChoice
 from exo_kimi.errors import RequestError
 from exo_kimi.serve.anthropic.request import CountRequest, MessagesRequest
-from exo_kimi.serve.request.parts import left_out_part, text_field
+from exo_kimi.serve.request.parts import joined, left_out_part, text_field
 from exo_kimi.serve.request.schemas import TOOL_NAME
 
 # Claude Code's first block of `system` is for Anthropic's accounts, and can differ in every request: no prompt would ever
@@ -41,6 +41,7 @@ def conversation_of_messages(request: CountRequest) -> ConversationRequest:
         thinking=request.thinks(),
         response_format=request.json_format() if choice.mode != "required" else None,
         begun_reply=begun,
+        must_show_pictures=False,
         warnings=tuple(warnings),
     )
     if not isinstance(request, MessagesRequest):
@@ -102,15 +103,15 @@ def _blocks(content: object, where: str) -> list[Mapping[str, Any]]:
 def _user(content: object, where: str, warnings: list[str]) -> list[dict[str, Any]]:
     """Results of tools first, for they follow their calls; then what the user says."""
     results: list[dict[str, Any]] = []
-    said: list[str] = []
+    said: list[str | Mapping[str, Any]] = []
     for index, block in enumerate(_blocks(content, where)):
         place = f"{where}[{index}]"
         if block.get("type") == "tool_result":
             results.append(_tool_result(block, place, warnings))
         else:
-            said.append(_block_text(block, place, warnings))
-    text = "\n\n".join(said)
-    return [*results, *([{"role": "user", "content": text}] if said or not results else [])]
+            said.append(_block(block, place, warnings))
+    content = joined(said, "\n\n")
+    return [*results, *([{"role": "user", "content": content}] if said or not results else [])]
 
 
 def _tool_result(block: Mapping[str, Any], where: str, warnings: list[str]) -> dict[str, Any]:
@@ -118,10 +119,13 @@ def _tool_result(block: Mapping[str, Any], where: str, warnings: list[str]) -> d
     content = block.get("content")
     if not isinstance(content, str | list | None):
         content = json.dumps(content, ensure_ascii=False)  # history is never refused
-    text = _text(content, f"{where}.content", warnings)
-    if block.get("is_error") and "error" not in text[:80].lower():
-        text = f"Error: {text}"  # Kimi's templates have no other word for it
-    return {"role": "tool", "tool_call_id": call_id, "content": text}
+    blocks = _blocks(content, f"{where}.content")
+    parts = [_block(each, f"{where}.content[{index}]", warnings) for index, each in enumerate(blocks)]
+    first = parts[0] if parts else ""
+    if block.get("is_error") and not (isinstance(first, str) and "error" in first[:80].lower()):
+        # Kimi's templates have no other word for it.
+        parts = [f"Error: {first}", *parts[1:]] if isinstance(first, str) else ["Error:", *parts]
+    return {"role": "tool", "tool_call_id": call_id, "content": joined(parts, "\n")}
 
 
 def _assistant(content: object, where: str, warnings: list[str]) -> dict[str, Any]:
@@ -155,6 +159,11 @@ def _assistant(content: object, where: str, warnings: list[str]) -> dict[str, An
 def _text(content: object, where: str, warnings: list[str]) -> str:
     blocks = _blocks(content, where)
     return "\n".join(_block_text(block, f"{where}[{index}]", warnings) for index, block in enumerate(blocks))
+
+
+def _block(block: Mapping[str, Any], where: str, warnings: list[str]) -> str | Mapping[str, Any]:
+    """A block as text, or as the picture that it is."""
+    return block if block.get("type") == "image" else _block_text(block, where, warnings)
 
 
 def _block_text(block: object, where: str, warnings: list[str]) -> str:

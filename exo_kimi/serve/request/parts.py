@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from exo_kimi.errors import RequestError
@@ -19,6 +19,21 @@ def left_out_part(kind: str, warnings: list[str]) -> str:
     if line not in warnings:
         warnings.append(line)
     return f"[{kind[:40]}: left out, this server reads text only]"
+
+
+def joined(parts: Sequence[str | Mapping[str, Any]], separator: str) -> str | list[dict[str, Any]]:
+    """Texts and pictures of one message as its content: one text where there are no pictures, else parts in their order."""
+    found: list[dict[str, Any]] = []
+    for part in parts:
+        if not isinstance(part, str):
+            found.append(dict(part))
+        elif found and found[-1]["type"] == "text":
+            found[-1]["text"] += separator + part
+        else:
+            found.append({"type": "text", "text": part})
+    if not found:
+        return ""
+    return found[0]["text"] if len(found) == 1 and found[0]["type"] == "text" else found
 
 
 def text_field(part: Mapping[str, Any], name: str, where: str) -> str:

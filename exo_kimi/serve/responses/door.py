@@ -219,6 +219,7 @@ def _conversation(
     instructions = [{"role": "system", "content": asked.instructions}] if asked.instructions else []
     choice = tools.choose(asked.tool_choice, parallel=asked.parallel_tool_calls is not False)
     return ConversationRequest(
+        must_show_pictures=False,
         messages=(*instructions, *history) or ({"role": "user", "content": ""},),
         tools=tuple(tools.functions),
         tool_choice=choice,

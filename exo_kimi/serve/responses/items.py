@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from exo_kimi.errors import RequestError
-from exo_kimi.serve.request.parts import left_out_part, text_field
+from exo_kimi.serve.request.parts import joined, left_out_part, text_field
 from exo_kimi.serve.responses.tools import CUSTOM_INPUT, declared_name
 
 ENCRYPTED_PREFIX = "exo-kimi:"  # before reasoning that a client keeps for us: encoded, for it is the client's own
@@ -79,7 +79,7 @@ class _ItemReader:
                 self._call(item, text, where)
             case "function_call_output" | "custom_tool_call_output":
                 call_id = text_field(item, "call_id", where)
-                output = self._text(item.get("output"), f"{where}.output")
+                output = self._content(item.get("output"), f"{where}.output")
                 self.messages.append({"role": "tool", "tool_call_id": call_id, "content": output})
             case "reasoning":
                 self._reasoning(item, where)
@@ -97,10 +97,10 @@ class _ItemReader:
             raise RequestError(
                 f"invalid '{where}.role'", expected=", ".join(_ROLES), found=found, param=f"{where}.role"
             )
-        text = self._text(item.get("content"), f"{where}.content")
         if role != "assistant":
-            self.messages.append({"role": role, "content": text})
+            self.messages.append({"role": role, "content": self._content(item.get("content"), f"{where}.content")})
             return
+        text = self._text(item.get("content"), f"{where}.content")
         turn = self._turn()
         turn["content"] += f"\n{text}" if turn["content"] and text else text
 
@@ -150,6 +150,18 @@ class _ItemReader:
             return json.dumps(content, ensure_ascii=False)
         return "".join(self._part(part, f"{where}[{index}]") for index, part in enumerate(content))
 
+    def _content(self, content: object, where: str) -> str | list[dict[str, Any]]:
+        """Content as one text, or as parts where there are pictures."""
+        if not isinstance(content, list):
+            return self._text(content, where)
+        return joined(
+            [
+                part if _is_picture(part) else self._part(part, f"{where}[{index}]")
+                for index, part in enumerate(content)
+            ],
+            "",
+        )
+
     def _part(self, part: object, where: str) -> str:
         if isinstance(part, str):
             return part
@@ -159,3 +171,8 @@ class _ItemReader:
         if kind in _TEXT_PARTS:
             return text_field(part, _TEXT_PARTS[kind], where)
         return left_out_part(kind, self._warnings)
+
+
+def _is_picture(part: object) -> bool:
+    """A picture that is in the request, or at an address; a file that was uploaded to another server is none."""
+    return isinstance(part, Mapping) and part.get("type") == "input_image" and part.get("image_url") is not None

@@ -223,9 +223,9 @@ async def test_history_of_any_kind_is_taken(saying, client_of):
         answer = await client.post(RESPONSES, json={"input": items})
     assert answer.status_code == 200, answer.text
     prompt = engine.voice.tokenizer.decode(engine.requests[0].prompt_ids)
-    assert "12 degrees" in prompt and "input_image: left out" in prompt
+    assert "12 degrees" in prompt and "image: left out" in prompt
     told = " ".join(answer.json()["warnings"])
-    assert "input_image" in told and "web_search_call" in told
+    assert "1 images were left out" in told and "web_search_call" in told
 
 
 def test_reasoning_text_and_calls_of_one_turn_are_one_message():
