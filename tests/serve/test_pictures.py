@@ -13,9 +13,9 @@ import pytest
 from PIL import Image
 
 from exo_kimi.arch.vision import VisionConfig
-from exo_kimi.chat.sandbox import CompiledTemplate
 from exo_kimi.chat.template import ChatTemplate
 from exo_kimi.checkpoint.checkpoint import Checkpoint
+from exo_kimi.checkpoint.rendering.template import CompiledTemplate
 from exo_kimi.dialogue.pictures import PicturePrompts
 from exo_kimi.pictures import decoding
 from exo_kimi.pictures.picture import PixelRules
