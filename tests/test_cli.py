@@ -155,7 +155,7 @@ def test_every_command_explains_itself(command: str) -> None:
 def test_every_option_of_serve_is_in_a_panel() -> None:
     serve = commands_of(command_tree())["serve"]
     panels = Counter(option.rich_help_panel for option in serve.params if option.param_type_name == "option")
-    assert set(panels) == {"Model and split", "Memory", "Prefix cache", "Network and keys", "Speculation"}
+    assert set(panels) == {"Model and split", "Memory", "Prefix cache", "Pictures", "Network and keys", "Speculation"}
 
 
 @pytest.mark.parametrize("group", [(), ("exo",), ("train",)])
