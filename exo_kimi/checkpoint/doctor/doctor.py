@@ -6,11 +6,12 @@ Headers only, unless `deep`. `checkpoint.doctor.repair` writes what an examinati
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from exo_kimi.checkpoint.doctor.checks.bits import check_bits
+from exo_kimi.checkpoint.doctor.checks.code import check_code
 from exo_kimi.checkpoint.doctor.checks.config import check_config
 from exo_kimi.checkpoint.doctor.checks.files import check_files, read_weight_files
 from exo_kimi.checkpoint.doctor.checks.generation import check_generation
@@ -50,8 +51,8 @@ def examine_directory(directory: str | Path, *, deep: bool = False, progress: Pr
     reading = check_config(root, files.names, checkup)
     manifest = check_files(root, files, reading, checkup)
     if reading is not None:
-        raw: Mapping[str, Any] = reading.raw
-        changes = list(reading.changes)
+        raw, removed = check_code(root, reading.raw, checkup)
+        changes = [*reading.changes, *removed]
         if manifest is not None:
             raw, mended = check_bits(raw, manifest, checkup)
             changes += mended

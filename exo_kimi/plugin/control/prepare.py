@@ -1,4 +1,4 @@
-"""`exo-kimi exo prepare`: a directory that exo accepts, with links to one node's share of a checkpoint.
+"""`exo-kimi exo prepare`: a directory that exo accepts, with links to one node's share of a checkpoint and no code but ours.
 
 exo looks for `org--name`, wants an index, loads every `model*.safetensors` with strict=False and holds embedding, norm and
 head on every rank; its locked mlx-lm asks for the bits of `kv_b_proj` under two other names.
@@ -14,11 +14,13 @@ from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from exo_kimi.chat.tokenizer_files import read_json_object
 from exo_kimi.checkpoint.checkpoint import Checkpoint
+from exo_kimi.checkpoint.foreign_code import code_files, without_code
 from exo_kimi.checkpoint.index import CheckpointIndex, TensorEntry
 from exo_kimi.checkpoint.manifest import StageManifest
 from exo_kimi.checkpoint.shards import INDEX_NAME
-from exo_kimi.checkpoint.text_files import read_json
+from exo_kimi.checkpoint.text_files import read_bytes, read_json
 from exo_kimi.errors import MissingTensorError, TokenizerError, UsageError
 from exo_kimi.plugin.control.model_card import CARD_FILE, card_toml, make_card
 from exo_kimi.plugin.control.model_names import EXO_END_TOKEN, check_model_id, default_model_id, directory_name
@@ -30,8 +32,11 @@ Linking = Literal["hard", "symbolic"]
 MARK = "exo_kimi_share.json"
 TOKENIZER_CODE = "tokenization_kimi.py"
 _ENDS = ("model.embed_tokens", "model.norm", "lm_head")
-_SMALL_BYTES = 64 << 20  # tokenizers and templates; anything larger is no part of what exo reads
-_WRITTEN = ("config.json", INDEX_NAME, MARK, CARD_FILE)
+DECLARATIONS_CODE = "tool_declaration_ts.py"  # exo runs it before the tokenizer, where there is one
+# All that exo and its mlx-lm read of a Kimi beside config.json and the weights. Nothing else is handed on: exo runs
+# `tokenization_kimi.py` and puts the directory on Python's path, mlx-lm runs the `model_file` of config.json.
+_TOKENIZER_FILES = ("tiktoken.model", "tokenizer_config.json")
+_OPTIONAL_FILES = ("generation_config.json", "special_tokens_map.json", "chat_template.jinja")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -183,7 +188,7 @@ def _total_bytes(source: Path, index: CheckpointIndex) -> int:
 
 def _config_for_exo(index: CheckpointIndex, manifest: StageManifest) -> dict[str, Any]:
     """config.json with the true bits of every module, and those of kv_b_proj under the names that exo's mlx-lm asks for."""
-    raw = dict(index.raw_config)
+    raw: dict[str, Any] = without_code(index.raw_config)
     hints = raw.get("quantization")
     if not isinstance(hints, dict):
         return raw
@@ -205,24 +210,32 @@ def _config_for_exo(index: CheckpointIndex, manifest: StageManifest) -> dict[str
 
 
 def _small_files(source: Path, target: Path) -> Sequence[str]:
-    """Tokenizer, template and generation defaults; our own tokenizer code where the checkpoint has none."""
-    for path in sorted(source.iterdir()):
-        wanted = (
-            path.is_file() and not path.name.startswith(".") and path.suffix in (".json", ".jinja", ".py", ".model")
-        )
-        if wanted and path.name not in _WRITTEN and path.stat().st_size <= _SMALL_BYTES:
-            (target / path.name).write_bytes(path.read_bytes())
-    if not (target / "tiktoken.model").exists() or not (target / "tokenizer_config.json").exists():
-        raise TokenizerError(
-            "no Kimi tokenizer in the checkpoint",
-            expected="tiktoken.model and tokenizer_config.json",
-            where=source,
-            fix="copy them from the model's original repository",
-        )
-    if (target / TOKENIZER_CODE).exists():
-        return [f"exo will run {TOKENIZER_CODE} of this checkpoint"]
-    (target / TOKENIZER_CODE).write_text(_own_tokenizer(), encoding="utf-8")
-    return [f"the checkpoint has no {TOKENIZER_CODE}: exo-kimi's own was written, which exo will run"]
+    """Tokenizer, template and generation defaults, without keys that name code; the tokenizer's program is always ours."""
+    for name in (*_TOKENIZER_FILES, *_OPTIONAL_FILES):
+        try:
+            data = read_bytes(source / name)
+        except FileNotFoundError:
+            if name in _OPTIONAL_FILES:
+                continue
+            raise TokenizerError(
+                "no Kimi tokenizer in the checkpoint",
+                expected=" and ".join(_TOKENIZER_FILES),
+                where=source,
+                fix="copy them from the model's original repository",
+            ) from None
+        except OSError as error:
+            raise TokenizerError(f"{name} cannot be read", found=error.strerror, where=source / name) from None
+        if name.endswith(".json"):
+            _write_json(target / name, without_code(read_json_object(source / name, required=True)))
+        else:
+            (target / name).write_bytes(data)
+    for name, text in ((TOKENIZER_CODE, _own_tokenizer()), (DECLARATIONS_CODE, _own_declarations())):
+        (target / name).write_text(text, encoding="utf-8")
+    left = code_files(source)
+    if not left:
+        return []
+    shown = ", ".join(left[:5]) + (" and more" if len(left) > 5 else "")
+    return [f"left out: {shown}; exo will run exo-kimi's own {TOKENIZER_CODE}"]
 
 
 def _speaker(directory: Path, index: CheckpointIndex) -> Speaker:
@@ -248,6 +261,11 @@ def _own_tokenizer() -> str:
 
     text = resources.files("exo_kimi.plugin").joinpath("data", "tokenization_kimi.txt").read_text(encoding="utf-8")
     return text.replace('"@SPLIT_PATTERN@"', repr(SPLIT_PATTERN))
+
+
+def _own_declarations() -> str:
+    """The tools as K2.5 reads them: our own module, which needs nothing but Python."""
+    return resources.files("exo_kimi.chat").joinpath("tool_declarations.py").read_text(encoding="utf-8")
 
 
 def _write_json(path: Path, document: object) -> None:

@@ -5,13 +5,18 @@ from __future__ import annotations
 import base64
 import json
 import re
+import sys
 import tomllib
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from exo_kimi.chat.template import ChatTemplate
 from exo_kimi.chat.tokenizer import SPLIT_PATTERN, KimiTokenizer
+from exo_kimi.checkpoint.doctor.checks.template import built_in_template
+from exo_kimi.checkpoint.doctor.doctor import doctor
+from exo_kimi.checkpoint.doctor.repair import repair
 from exo_kimi.checkpoint.index import open_index
 from exo_kimi.checkpoint.manifest import resolve
 from exo_kimi.checkpoint.tiny.make import make_tiny
@@ -144,12 +149,57 @@ def test_an_id_of_any_case_is_a_kimi() -> None:
     assert check_model_id("mlx-community/Kimi-K2-Thinking") == "mlx-community/Kimi-K2-Thinking"
 
 
-def test_a_checkpoints_own_tokenizer_code_is_kept_and_told(tmp_path: Path) -> None:
-    own = make_tiny(tmp_path / "own")
-    (own / "tokenization_kimi.py").write_text("# the checkpoint's\n")
+def test_no_code_of_a_checkpoint_is_handed_on(tmp_path: Path) -> None:
+    """mlx-lm runs `model_file` unasked; exo runs two files of the directory and puts it on Python's path."""
+    own = make_tiny(tmp_path / "own", prefix=True)
+    foreign = "raise SystemExit('code of the checkpoint was run')\n"
+    for name in ("tokenization_kimi.py", "tool_declaration_ts.py", "json.py", "modeling_kimi.py"):
+        (own / name).write_text(foreign)
+    (own / "more").mkdir()
+    (own / "more" / "hidden.py").write_text(foreign)
+    (own / "preprocessor_config.json").write_text(json.dumps({"auto_map": {"AutoProcessor": "processing.Kimi"}}))
+    config = read(own / "config.json")
+    config |= {"model_file": "modeling_kimi.py", "auto_map": {"AutoModel": "modeling_kimi.Kimi"}}
+    config["text_config"]["auto_map"] = {"AutoConfig": "configuration_kimi.Kimi"}
+    (own / "config.json").write_text(json.dumps(config))
+    tokenizer = read(own / "tokenizer_config.json")
+    (own / "tokenizer_config.json").write_text(json.dumps({**tokenizer, "auto_map": {"AutoTokenizer": ["t.T", None]}}))
+
     made = prepare(own, tmp_path / "models", model_id=MODEL)
-    assert (made.directory / "tokenization_kimi.py").read_text() == "# the checkpoint's\n"
-    assert "exo will run tokenization_kimi.py of this checkpoint" in prepared_text(made)
+    assert {path.name for path in made.directory.iterdir()} - {path.name for path in own.glob("*.safetensors")} == {
+        "chat_template.jinja",
+        "config.json",
+        "exo_kimi_share.json",
+        "exo_model_card.toml",
+        "generation_config.json",
+        "model.safetensors.index.json",
+        "tiktoken.model",
+        "tokenization_kimi.py",
+        "tokenizer_config.json",
+        "tool_declaration_ts.py",
+    }
+    for path in made.directory.iterdir():
+        if path.suffix in (".py", ".json", ".jinja"):
+            assert not re.search(r"auto_map|model_file|code of the checkpoint", path.read_text()), path
+    assert read(made.directory / "tokenizer_config.json") == tokenizer
+    assert "left out: json.py, modeling_kimi.py, more/hidden.py" in prepared_text(made)
+
+
+def test_the_doctor_names_code_and_removes_what_mlx_lm_would_run(tmp_path: Path) -> None:
+    own = make_tiny(tmp_path / "own")
+    assert not [note for note in doctor(own).notes if "code" in note]
+    (own / "configuration_kimi.py").write_text("")
+    (own / "config.json").write_text(
+        json.dumps({**read(own / "config.json"), "auto_map": {"AutoConfig": "configuration_kimi.C"}})
+    )
+    diagnosis = doctor(own)
+    assert not diagnosis.findings, "Moonshot publishes such files as well"
+    assert any("configuration_kimi.py, auto_map in config.json" in note for note in diagnosis.notes)
+    (own / "config.json").write_text(json.dumps({**read(own / "config.json"), "model_file": "configuration_kimi.py"}))
+    (warning,) = doctor(own).warnings
+    assert "names a program that mlx-lm and exo run unasked" in str(warning.error) and warning.fixable
+    assert not repair(own).findings
+    assert "model_file" not in read(own / "config.json") and "auto_map" in read(own / "config.json")
 
 
 def test_our_tokenizer_code_cuts_as_kimi_does(tiny: Path, tmp_path: Path) -> None:
@@ -160,6 +210,30 @@ def test_our_tokenizer_code_cuts_as_kimi_does(tiny: Path, tmp_path: Path) -> Non
     exec(line, names)
     assert names["SPLIT_PATTERN"] == SPLIT_PATTERN
     compile(code, "tokenization_kimi.py", "exec")
+
+
+def test_our_tokenizer_code_declares_tools_as_the_template_of_k25_wants(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As exo loads it: the declarations first, then the tokenizer, from a directory on Python's path."""
+    pytest.importorskip("transformers")
+    source = make_tiny(tmp_path / "k25", template="k25", prefix=True)
+    (source / "chat_template.jinja").write_text(built_in_template({}, "kimi_k25")[1])
+    made = prepare(source, tmp_path / "models", model_id=MODEL)
+    monkeypatch.syspath_prepend(str(made.directory))
+    names: dict[str, Any] = {"__name__": "tokenization_kimi"}
+    try:
+        exec((made.directory / "tokenization_kimi.py").read_text(), names)
+        tokenizer = names["TikTokenTokenizer"].from_pretrained(made.directory)
+    finally:
+        sys.modules.pop("tool_declaration_ts", None)
+    function = {"name": "find", "parameters": {"type": "object", "properties": {"place": {"type": "string"}}}}
+    tools = [{"type": "function", "function": function}]
+    messages = [{"role": "user", "content": "Hi"}]
+    ours = ChatTemplate.from_directory(made.directory, KimiTokenizer.from_directory(made.directory))
+    told = tokenizer.apply_chat_template(messages, tools=tools, tokenize=False, add_generation_prompt=True)
+    assert told == ours.render(messages, tools=tools).text
+    assert "type find = (_: {" in told
 
 
 def test_a_checkpoint_without_a_tokenizer_is_refused(tmp_path: Path) -> None:
