@@ -6,7 +6,7 @@ PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11; do \
 # Two workers: one for what starts processes, one for what computes (tests/conftest.py).
 TWO = -n 2 --dist loadgroup
 
-.PHONY: demo test test-oldest coverage lint types docs reference wheel-check clean
+.PHONY: demo test test-oldest test-exo coverage lint types docs reference wheel-check clean
 
 demo: .venv/done
 	.venv/bin/exo-kimi demo
@@ -17,6 +17,11 @@ test: .venv-test/done
 # The oldest mlx and mlx-lm that must work (exo's), over everything that touches them.
 test-oldest: .venv-oldest/done
 	.venv-oldest/bin/python -m pytest $(TWO) tests/models tests/chat tests/runtime tests/checkpoint
+
+# On the real exo that EXO_SRC, EXO_71_SRC or EXO_LEGACY_SRC point at (tests/plugin/standin/README.md), and exo's own tests beside it.
+test-exo: .venv-test/done
+	.venv-test/bin/python -m pytest -m exo tests/plugin
+	if [ -n "$$EXO_SRC" ]; then .venv-test/bin/python tests/plugin/standin/own_suite.py; fi
 
 # The tests, and how much of the package they run, stage processes too; the floor is in pyproject.toml.
 coverage: .venv-test/done

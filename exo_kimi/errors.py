@@ -34,6 +34,7 @@ ExoKimiError                    everything that exo-kimi raises on purpose
 |   +-- ExoRefusedError         exo answered a request with an error
 |   +-- ExoPlacementError       the exo cluster cannot take a plan as it is now
 |   +-- ExoLoadError            an instance did not become ready; it was taken back
+|       +-- ExoDeletedError     somebody deleted an instance before it had answered once
 +-- MachineError                the machine has no memory, descriptor, process or room left for what a command needs
 +-- RuntimeFault                the cluster of stages failed; the request did not (HTTP 503)
     +-- StageUnreachableError   a stage did not answer at its address
@@ -277,6 +278,10 @@ class ExoPlacementError(ExoError):
 
 class ExoLoadError(ExoError):
     """Raised when an instance did not become ready; it was taken back."""
+
+
+class ExoDeletedError(ExoLoadError):
+    """Raised when somebody deleted an instance before it had answered once."""
 
 
 class MachineError(ExoKimiError):

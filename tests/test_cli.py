@@ -415,7 +415,7 @@ def test_an_unexpected_error_is_not_hidden(monkeypatch: pytest.MonkeyPatch) -> N
 
 def test_what_follows_belongs_to_the_other_program(monkeypatch: pytest.MonkeyPatch) -> None:
     told: list[object] = []
-    monkeypatch.setattr(runner_launch, "run", lambda rest, *, options: told.append((rest, options.context)))
+    monkeypatch.setattr(runner_launch, "run", lambda rest, *, options, **_: told.append((rest, options.context)))
     monkeypatch.setattr(legacy_launch, "run", lambda options, rest: told.append((rest, str(options.plan))))
     monkeypatch.setattr(plan_bench, "main", told.append)
     run("exo", "run", "--context", "512", "--", "--force-master", "--context", "9")

@@ -81,7 +81,7 @@ def tiny(
     layout: Annotated[Layout, option("--layout", metavar=one_of(Layout), help="weight layout (default mlx)")] = "mlx",
     recipe: Annotated[
         str | None,
-        option("--recipe", metavar="NAME", help="bits per module of the mlx layout (default mixed346)"),
+        option("--recipe", metavar="RECIPE", help="bits per module of the mlx layout, as `plan` has (default q34+q6)"),
     ] = None,
     seed: Annotated[int, option("--seed", parser=whole, metavar="N", help="seed of the weights (default 0)")] = 0,
     absorbed: Annotated[bool, flag("--absorbed", help="write embed_q and unembed_out instead of kv_b_proj")] = False,
@@ -98,6 +98,10 @@ def tiny(
     options: dict[str, Any] = locals()
     from exo_kimi.checkpoint.tiny.make import make_tiny
 
+    if recipe is not None:
+        from exo_kimi.planner.weights.recipes import load_recipe
+
+        options["recipe"] = load_recipe(recipe)
     path = make_tiny(**options, template="k25" if vision else "instruct")
     print(f"a tiny Kimi K2 ({layout}) is in {path}")
 

@@ -21,10 +21,17 @@ from exo_kimi.cli.values import (
     positive,
     seconds,
 )
+from exo_kimi.errors import UsageError
 
 DEFAULT_URL = f"http://127.0.0.1:{DEFAULT_PORT}"
 
 Url = Annotated[str, option("--exo", metavar="URL", help=f"any node of the cluster (default {DEFAULT_URL})")]
+Fallbacks = Annotated[
+    list[Path],
+    option(
+        "--fallback", metavar="PLAN", help="of another model, placed while the plan's nodes are away; repeat for more"
+    ),
+]
 OurEngine = Annotated[bool, flag("--our-engine", help="for an exo that `exo-kimi exo run` started")]
 
 
@@ -103,12 +110,26 @@ def apply(
         float | None,
         option("--connect-s", parser=seconds, metavar="TIME", help="until the nodes have found each other"),
     ] = None,
+    keep: Annotated[
+        bool, flag("--keep", help="stay, and place it again after sleep, restart or death of a node")
+    ] = False,
+    fallbacks: Fallbacks = [],  # noqa: B006
 ) -> None:
     """Place a plan, watch the nodes load, and take it back if that fails."""
-    options: dict[str, Any] = locals()
-    from exo_kimi.plugin.control.command import apply
+    options: dict[str, Any] = {
+        name: value for name, value in locals().items() if name not in ("keep", "fallbacks", "echo")
+    }
+    echo = partial(print, file=sys.stderr, flush=True)
+    if fallbacks and not keep:
+        raise UsageError("--fallback is for --keep: it is placed while the plan's nodes are away")
+    if not keep:
+        from exo_kimi.plugin.control.command import apply
 
-    print(apply(**options, echo=partial(print, file=sys.stderr, flush=True)), end="")
+        print(apply(**options, echo=echo), end="")
+        return
+    from exo_kimi.plugin.node.command import keep as stay
+
+    stay(**{name: value for name, value in options.items() if name != "wait"}, fallbacks=fallbacks, echo=echo)
 
 
 def prepare(
@@ -154,13 +175,25 @@ def run(
             help="of them for prompts answered before (default: all that is left; 0: none)",
         ),
     ] = None,
+    keep: Annotated[
+        Path | None,
+        option(
+            "--keep", metavar="PLAN", help="keep this plan placed, after sleep and restarts too; the same on every node"
+        ),
+    ] = None,
+    fallbacks: Fallbacks = [],  # noqa: B006
+    no_plan: Annotated[
+        bool, flag("--no-plan", help="leave exo's own split to what is placed from its dashboard")
+    ] = False,
 ) -> None:
     """Start exo with our engine inside its runners: exo-kimi exo run -- ARGS."""
-    from exo_kimi.plugin.runner.launch import run
+    if fallbacks and keep is None:
+        raise UsageError("--fallback is for --keep: it is placed while the plan's nodes are away")
+    from exo_kimi.plugin.node.command import run
     from exo_kimi.plugin.runner.options import EngineOptions
 
     options = EngineOptions(context=context, kv_bytes=kv_bytes, prefix_cache_bytes=prefix_cache_bytes)
-    run(_without_dashes(rest), options=options)
+    run(_without_dashes(rest), options=options, kept=[*([keep] if keep else []), *fallbacks], no_plan=no_plan)
 
 
 def legacy(

@@ -62,8 +62,8 @@ def requantize(
     output: Annotated[Path, argument("OUT", "a new directory")],
     recipe: Annotated[
         str,
-        option("--recipe", metavar="NAME", help="bits per module (default mixed346: experts 3 and 4, rest 6)"),
-    ] = "mixed346",
+        option("--recipe", metavar="RECIPE", help="bits per module, as `plan` has (default q34+q6)"),
+    ] = "q34+q6",
 ) -> None:
     """Any Kimi checkpoint in MLX's layout with other bits."""
     from exo_kimi.train.export import requantize

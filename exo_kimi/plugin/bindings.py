@@ -93,6 +93,26 @@ _NODE = (
     Name(module="exo.main", name="main", parameters=()),
 )
 
+_API = "exo.api.main"
+CHOOSE_PLACEMENT = Name(module=_API, name="get_instance_placements")
+# What our planner binds in a node's API, and what it makes there.
+PLACING = (
+    CHOOSE_PLACEMENT,
+    Name(module=_API, name="API.place_instance", parameters=("self", "payload")),
+    Name(
+        module=_API,
+        name="API.get_placement",
+        parameters=("self", "model_id", "sharding", "instance_meta", "min_nodes"),
+    ),
+    Name(module=_API, name="API.get_placement_previews", parameters=("self", "model_id", "node_ids")),
+    Name(module=_API, name="API._send", parameters=("self", "command")),
+    Name(module=_API, name="ModelCard.load", parameters=("model_id",)),
+    Name(module=_API, name="PlaceInstance", fields=("model_card", "sharding", "instance_meta", "min_nodes")),
+    Name(module=_API, name="CreateInstance", fields=("instance",)),
+    Name(module=_API, name="CreateInstanceParams", fields=("instance",)),
+    Name(module=_API, name="CreateInstanceResponse", fields=("message", "command_id", "model_card")),
+)
+
 _TYPES = "exo.shared.types"
 _RUNNER = (
     Name(module=f"{_TYPES}.worker.instances", name="MlxRingInstance", fields=("hosts_by_node", "shard_assignments")),

@@ -19,8 +19,9 @@ from exo_kimi.checkpoint.text_files import read_json
 from exo_kimi.checkpoint.tiny.layouts import LayoutWriter
 from exo_kimi.checkpoint.tiny.make import stated_quantization, template_text
 from exo_kimi.checkpoint.tiny.tokenizer import write_tokenizer
-from exo_kimi.checkpoint.tiny.weights import RECIPES, resolve_recipe
+from exo_kimi.checkpoint.tiny.weights import Recipe, own_recipe, resolve_recipe
 from exo_kimi.errors import UsageError
+from exo_kimi.planner.weights.recipes import load_recipe
 from exo_kimi.runtime.loading.loader import load
 from exo_kimi.train.model.layers import Floats, Parameters
 from exo_kimi.train.model.parameters import BIAS
@@ -66,7 +67,7 @@ def write_checkpoint(
     parameters: Parameters,
     *,
     layout: Literal["mlx", "int4", "bf16"],
-    recipe: str | None = None,
+    recipe: Recipe | None = None,
 ) -> None:
     """Write a whole checkpoint, with the vocabulary files and the architecture of another.
 
@@ -74,13 +75,13 @@ def write_checkpoint(
         directory: made if missing; files of the same name are replaced.
         source: a directory with config.json, tokenizer files and template.
         layout: `int4` rounds as the aware training does: exact for weights that were trained so.
-        recipe: bits per module of the mlx layout, a name of `checkpoint.tiny.weights.RECIPES`.
+        recipe: bits per module of the mlx layout.
     """
     directory.mkdir(parents=True, exist_ok=True)
     raw = read_json(source / "config.json")
     raw = {key: value for key, value in raw.items() if key not in ("quantization", "quantization_config")}
     config = KimiConfig.from_dict(raw, where=source)
-    chosen = recipe or {"int4": "int4", "bf16": "plain"}.get(layout, "mixed346")
+    chosen = own_recipe(recipe or {"int4": "int4", "bf16": "plain"}.get(layout, "mixed346"))
     writer = LayoutWriter(
         weights=StoredWeights(parameters),
         layout=layout,
@@ -107,12 +108,12 @@ def requantize(directory: Path, output: Path, *, recipe: str) -> None:
     """
     if output.exists():
         raise UsageError("the output exists", where=output, fix="give a new directory")
-    if recipe not in RECIPES or recipe in ("int4", "plain"):
-        known = ", ".join(name for name in RECIPES if name not in ("int4", "plain"))
-        raise UsageError("no such recipe", expected=known, found=recipe)
+    chosen = load_recipe(recipe)
+    if chosen.name in ("int4", "bf16"):
+        raise UsageError("no bits of MLX's", expected="q34+q6, uniform-4 or another that quantizes", found=recipe)
     parameters = read_parameters(directory)
     try:
-        write_checkpoint(output, directory, parameters, layout="mlx", recipe=recipe)
+        write_checkpoint(output, directory, parameters, layout="mlx", recipe=chosen)
     except OSError as error:
         raise UsageError("the checkpoint cannot be written", found=error.strerror, where=output) from error
 

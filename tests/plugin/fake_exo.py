@@ -38,6 +38,7 @@ class FakeNode:
     total_bytes: int = 512 * GIB
     free_bytes: int = 480 * GIB
     kind: str = "thunderbolt"
+    heard: str = "2026-11-21T10:52:39.675797Z"
     has: set[str] = field(default_factory=set)
     version: str | None = "0.3.0"
     answers: bool = True
@@ -80,6 +81,7 @@ class FakeExo:
     older: bool = False
     known: set[str] = field(default_factory=set)
     looks: int = 0
+    last_event: int = 0
     waiting: list[dict[str, Any]] = field(default_factory=list)
     instances: dict[str, dict[str, Any]] = field(default_factory=dict)
     steps: dict[str, int] = field(default_factory=dict)
@@ -99,6 +101,7 @@ class FakeExo:
             return self._engine(path, request.url.host)
         routes: dict[tuple[str, str], Callable[[httpx.Request], httpx.Response]] = {
             ("GET", "/state"): self._state,
+            ("GET", "/node_id"): lambda request: httpx.Response(200, json=self.nodes[0].node_id),
             ("GET", "/models"): self._models,
             ("POST", "/models/add"): self._add,
             ("GET", "/instance/previews"): self._previews,
@@ -128,6 +131,7 @@ class FakeExo:
 
     def _state(self, request: httpx.Request) -> httpx.Response:
         self.looks += 1
+        self.last_event += 1
         gone = [node.node_id for node in self.nodes if self.looks >= self.leaves.get(node.node_id, self.looks + 1)]
         self.nodes = [node for node in self.nodes if node.node_id not in gone]
         if self.vanishes is not None and self.looks >= self.vanishes:
@@ -208,9 +212,9 @@ class FakeExo:
             "runners": self.runners,
             "downloads": downloads,
             "tasks": {},
-            "lastSeen": dict.fromkeys(ids, "2026-11-21T10:52:39.675797Z"),
+            "lastSeen": {node.node_id: node.heard for node in self.nodes},
             "topology": {"nodes": ids, "connections": connections},
-            "lastEventAppliedIdx": self.looks,
+            "lastEventAppliedIdx": self.last_event,
             "nodeIdentities": {
                 node.node_id: {
                     "modelId": "Mac Studio",

@@ -94,8 +94,12 @@ def test_a_patched_exo_without_us_is_exo_as_it_is(
 ) -> None:
     exo = patched(tag)
     (tmp_path / "models").mkdir()
-    paths = [exo.standin, exo.source / "src", *(path for path in exo.paths if path.name == "standin71")]
+    hidden = tmp_path / "hidden" / "exo_kimi"  # an exo-kimi in exo's own environment is not seen either
+    hidden.mkdir(parents=True)
+    (hidden / "__init__.py").write_text('raise ImportError("hidden by a test")\n')
+    paths = [hidden.parent, exo.standin, exo.source / "src", *(path for path in exo.paths if path.name == "standin71")]
     extra = {"PYTHONPATH": ":".join(map(str, paths))}
     with real_exo.exo_cluster(exo, tmp_path / "alone", tmp_path / "models", nodes=1, extra=extra) as cluster:
-        assert "exo-kimi is not installed here, exo runs as it is" in cluster.nodes[0].log.read_text()
+        log = cluster.nodes[0].log.read_text()
+        assert "exo-kimi is not installed here, exo runs as it is: hidden by a test" in log
         assert httpx.get(f"{cluster.url}/models", timeout=30, trust_env=False).status_code == 200

@@ -24,7 +24,7 @@ from exo_kimi.checkpoint.text_files import read_json
 from exo_kimi.checkpoint.tiny.config import FP8_CONFIG, INT4_CONFIG, nest, text_config
 from exo_kimi.checkpoint.tiny.layouts import LayoutWriter
 from exo_kimi.checkpoint.tiny.tokenizer import write_tokenizer
-from exo_kimi.checkpoint.tiny.weights import RECIPES, Recipe, TinyWeights, resolve_recipe, with_absorbed
+from exo_kimi.checkpoint.tiny.weights import RECIPES, Recipe, TinyWeights, own_recipe, resolve_recipe, with_absorbed
 from exo_kimi.errors import UsageError
 
 Layout = Literal["mlx", "int4", "fp8", "bf16"]
@@ -60,7 +60,8 @@ def make_tiny(
         directory: made if missing; else empty, or an older tiny checkpoint, which is replaced.
         layout: `mlx` (stacked experts, quantized by recipe), `int4` (compressed-tensors, per expert), `fp8` (e4m3 blocks)
             or `bf16` (plain, per expert).
-        recipe: bits per module for `mlx`, see `resolve_recipe`; `mixed346` by default, `plain` for stacked floats.
+        recipe: bits per module for `mlx`, see `resolve_recipe`; `mixed346` by default, which is the planner's `q34+q6`, and
+            `plain` for stacked floats, its `bf16`.
         seed: the same seed gives the same master weights in each layout.
         absorbed: (mlx) `embed_q` and `unembed_out` instead of `kv_b_proj`.
         prefix: nest the model as K2.5 and later do: model_type kimi_k25, text_config, `language_model.` names.
@@ -90,6 +91,7 @@ def make_tiny(
             found=f"{layout}, {shards} shards",
         )
     _check_recipe(layout, recipe)
+    recipe = own_recipe(recipe) if recipe is not None else None
     with _writing(root):
         _clear(root)
     overrides = dict(config or {})
@@ -135,11 +137,13 @@ def _vision_config(raw: Mapping[str, Any], kimi: KimiConfig) -> VisionConfig:
 def _check_recipe(layout: Layout, recipe: Recipe | None) -> None:
     """Refuse a named recipe that the layout cannot follow, rather than ignore it."""
     followed = {"int4": ("int4", "plain"), "fp8": ("plain",), "bf16": ("plain",)}
-    if isinstance(recipe, str) and layout in followed and recipe in RECIPES and recipe not in followed[layout]:
+    own = own_recipe(recipe) if recipe is not None else None
+    unknown_here = isinstance(own, str) and own in RECIPES and own not in followed.get(layout, RECIPES)
+    if unknown_here or (layout in followed and hasattr(own, "quant")):
         raise UsageError(
             f"the {layout} layout cannot follow this recipe",
-            expected=" or ".join(followed[layout]),
-            found=recipe,
+            expected=" or ".join("bf16" if name == "plain" else name for name in followed[layout]),
+            found=getattr(recipe, "name", recipe),
             fix="leave the recipe out, or choose the mlx layout",
         )
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import re
 import zlib
 from collections.abc import Callable, Mapping
+from typing import Protocol
 
 import numpy as np
 
@@ -19,10 +20,27 @@ from exo_kimi.checkpoint.tiny.tokenizer import IM_END, ordinary_tokens
 from exo_kimi.errors import UsageError
 
 Bits = int | tuple[int, int] | None  # bits; or bits and group size; or None for a plain weight
-Recipe = str | Mapping[str, Bits] | Callable[[str], Bits]
 RECIPES = ("mixed346", "uniform2", "uniform3", "uniform4", "uniform5", "uniform6", "uniform8", "dq3", "int4", "plain")
+# The planner's names of the same recipes, which are the ones that users know.
+_PLANNERS = {"q34+q6": "mixed346", "dq3_k_m-q8": "dq3", "bf16": "plain"}
 _HEAD_GAIN = 3.0
 _EXPERT = re.compile(r"model\.layers\.(\d+)\.mlp\.switch_mlp\.(\w+)_proj")
+
+
+class NamedBits(Protocol):
+    """Bits of a module by a recipe with a name, such as the planner's."""
+
+    @property
+    def name(self) -> str:
+        """As users know it."""
+        ...
+
+    def quant(self, spec: ModuleSpec) -> tuple[int, int] | None:
+        """Bits and group size of a module; None where it stays plain."""
+        ...
+
+
+Recipe = str | Mapping[str, Bits] | Callable[[str], Bits] | NamedBits
 
 
 class TinyWeights:
@@ -101,12 +119,22 @@ def with_absorbed(config: KimiConfig, specs: tuple[ModuleSpec, ...]) -> tuple[Mo
     return tuple(replaced)
 
 
+def own_recipe(recipe: Recipe) -> Recipe:
+    """A recipe of the planner by the name that it has here, where it has one; any other as it is."""
+    name = recipe if isinstance(recipe, str) else getattr(recipe, "name", None)
+    if not isinstance(name, str):
+        return recipe
+    own = _PLANNERS.get(name, re.sub(r"uniform-(\d)", r"uniform\1", name))
+    return own if own in RECIPES else recipe
+
+
 def resolve_recipe(recipe: Recipe, group_size: int) -> Callable[[ModuleSpec], tuple[int, int] | None]:
     """A recipe as a function from module to (bits, group size), or None for a plain weight.
 
     Args:
-        recipe: a name of `RECIPES`; a mapping from path to bits (`"*"` for every other path, else plain); or a function
-            of the path. Names follow reference/planning.md: `mixed346` is experts' gate and up 3, down 4, the rest 6.
+        recipe: a name of `RECIPES` or the planner's of the same; a mapping from path to bits (`"*"` for every other path, else
+            plain); a function of the path; or a recipe of the planner's kind. `mixed346`, the planner's `q34+q6`, is experts'
+            gate and up 3, down 4, the rest 6.
         group_size: where the recipe gives none.
 
     Raises:
@@ -115,18 +143,10 @@ def resolve_recipe(recipe: Recipe, group_size: int) -> Callable[[ModuleSpec], tu
     """
     if group_size not in AFFINE_GROUPS:
         raise UsageError("no such group size", expected=AFFINE_GROUPS, found=group_size)
-    if isinstance(recipe, str):
-        if recipe not in RECIPES:
-            raise UsageError("no such recipe", expected=", ".join(RECIPES), found=repr(recipe))
-        choose = _named(recipe)
-    elif isinstance(recipe, Mapping):
-        table = recipe
-        choose = lambda path: table.get(path, table.get("*"))  # noqa: E731 - one of three spellings of the same thing
-    else:
-        choose = recipe
+    choose = _chooser(own_recipe(recipe))
 
     def bits_and_group(spec: ModuleSpec) -> tuple[int, int] | None:
-        bits = choose(spec.path) if spec.quantizable else None
+        bits = choose(spec) if spec.quantizable else None
         pair = (bits, group_size) if isinstance(bits, int) else bits
         if pair is not None and (pair[0] not in AFFINE_BITS or pair[1] not in AFFINE_GROUPS):
             raise UsageError("no such packing", expected=f"bits {AFFINE_BITS}, group {AFFINE_GROUPS}", found=pair)
@@ -134,6 +154,19 @@ def resolve_recipe(recipe: Recipe, group_size: int) -> Callable[[ModuleSpec], tu
         return None if pair is None or spec.shape[-1] % pair[1] else pair
 
     return bits_and_group
+
+
+def _chooser(recipe: Recipe) -> Callable[[ModuleSpec], Bits]:
+    if isinstance(recipe, str):
+        if recipe not in RECIPES:
+            raise UsageError("no such recipe", expected=", ".join(RECIPES), found=repr(recipe))
+        named = _named(recipe)
+        return lambda spec: named(spec.path)
+    if isinstance(recipe, Mapping):
+        return lambda spec: recipe.get(spec.path, recipe.get("*"))
+    if callable(recipe):
+        return lambda spec: recipe(spec.path)
+    return recipe.quant
 
 
 def _named(recipe: str) -> Callable[[str], Bits]:

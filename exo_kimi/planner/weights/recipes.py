@@ -21,6 +21,7 @@ PLAIN_BITS = 16
 BITS = (2, 3, 4, 5, 6, 8, PLAIN_BITS)
 GROUPS = (32, 64, 128)
 KINDS = ("embedding", "linear", "heads", "experts")
+_FORMER = {"mixed346": "q34+q6", "dq3": "dq3_k_m-q8", "plain": "bf16"}  # as `exo-kimi tiny` called them until 0.2
 _UNIFORM = re.compile(r"uniform-?([234568])")
 _LAYERS = re.compile(r"(\d+)(?:-(\d+)(?:/(\d+))?)?")
 
@@ -97,12 +98,12 @@ def recipe_names() -> tuple[str, ...]:
 
 
 def load_recipe(name: str | Path) -> Recipe:
-    """A recipe by name (`int4+q8`, `uniform-4`), or from the user's own TOML file.
+    """A recipe by name (`int4+q8`, `uniform-4`), or from the user's own TOML file; older names of the same are known too.
 
     Raises:
         UsageError: no such recipe, or a file that is malformed.
     """
-    text = str(name)
+    text = _FORMER.get(str(name).lower(), str(name))
     uniform = _UNIFORM.fullmatch(text.lower())
     if uniform:
         bits = int(uniform[1])

@@ -3,20 +3,30 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from exo_kimi.errors import ExoKimiError, ExoLoadError, ExoPlacementError, UsageError
+from exo_kimi.errors import (
+    ExoDeletedError,
+    ExoKimiError,
+    ExoLoadError,
+    ExoPlacementError,
+    ExoRefusedError,
+    UsageError,
+)
 from exo_kimi.planner.plan import Engine, Plan, check_headroom
 from exo_kimi.plugin.control.engines import ask_engines, check_engines
 from exo_kimi.plugin.control.http import ExoClient, Preview
 from exo_kimi.plugin.control.instance import (
+    PORTS,
+    MakeId,
     NodeAssignment,
     assign_nodes,
     check_assignments,
     check_machines,
     missing_links,
+    new_id,
     renamed,
     ring_instance,
     unmeasured,
@@ -29,7 +39,6 @@ from exo_kimi.plugin.control.watch import Deadlines, LoadingProgress, Timing, ta
 
 Report = Callable[[Sequence[LoadingProgress]], None]
 Say = Callable[[str], None]
-_PORTS = (49153, 65535)
 _PROBE_TOKENS = 2  # the first comes from prefill alone; decoding may still hang
 _TENSOR_METAS = ("MlxJaccl", "MlxRing")  # RDMA first: 122 all-reduces a token want it
 
@@ -65,6 +74,9 @@ def apply_plan(
     nodes: Mapping[str, str] | None = None,
     tensor: bool = False,
     replace: bool = False,
+    ending: Collection[str] = (),
+    make_id: MakeId = new_id,
+    port: int | None = None,
     force: bool = False,
     wait: bool = True,
     our_engine: bool | None = None,
@@ -83,6 +95,10 @@ def apply_plan(
         tensor: the plan's nodes, but every one with a slice of every layer, as exo places it.
         replace: end instances of this model first, instead of refusing; once the plan is known to fit with their memory
             counted back, and with the same placed again when it fails.
+        ending: ids of instances to end first in the same way, of any model; with them and without `replace`, no others of this
+            model are ended.
+        make_id: gives the ids of its runners, then its own.
+        port: of the ring on every node; a random one when not given.
         force: place a plan that has a machine over its limit.
         wait: until its nodes have found each other, and until it answers; else until exo has taken the instance.
         our_engine: whether exo was started by `exo-kimi exo run`; None follows the plan, which was made for one engine.
@@ -106,15 +122,16 @@ def apply_plan(
     state, assignments = _assigned(client, plan, nodes or {}, limits, times, say, wait=wait)
     if engine == "exo-kimi":
         check_engines(ask_engines(client, state), assignments)
-    older = [instance for instance in state.instances if instance.model_id == name]
-    if older and not replace:
+    placed = [instance for instance in state.instances if instance.model_id == name]
+    older = [each for each in state.instances if each.instance_id in ending or (replace and each.model_id == name)]
+    if remaining := [instance for instance in placed if instance not in older]:
         raise ExoPlacementError(
             f"{name} is placed already",
-            found=", ".join(instance.instance_id for instance in older),
+            found=", ".join(instance.instance_id for instance in remaining),
             where=client.url,
             fix="--replace ends it first",
         )
-    card = older[0].card if older else _card(client, name, assignments, times)
+    card = placed[0].card if placed else _card(client, name, assignments, times)
     _check_card(card, plan)
     without = with_memory_back(state, older)
     if tensor:
@@ -126,11 +143,17 @@ def apply_plan(
         replacement.end()
         state = client.state() if older else state
         if tensor:
-            assignments, instance = _tensor(client, card, assignments, state)
+            assignments, instance = _tensor(client, card, assignments, state, make_id)
         else:
             check_assignments(assignments, state, card)
-            port = random.randint(*_PORTS)
-            instance = ring_instance(assignments, state, card, port=port, context=plan.workload.context)
+            instance = ring_instance(
+                assignments,
+                state,
+                card,
+                port=port or random.randint(*PORTS),
+                context=plan.workload.context,
+                make_id=make_id,
+            )
         started = times.clock()
         seen, answer = _placed(client, instance, name, assignments, limits, times, report, wait=wait)
     except BaseException as error:
@@ -216,13 +239,30 @@ def _placed(
         )
         if not wait:
             return seen, None
-        return seen, client.answer(model_id, "Hello", max_tokens=_PROBE_TOKENS, timeout_s=deadlines.answer_s)
+        return seen, _first_answer(client, body["instanceId"], model_id, assignments, deadlines)
     except BaseException as error:
         gone = take_back(client, body["instanceId"], deadlines, timing)
         if isinstance(error, ExoLoadError) and not gone:
             error.fix = (
                 f"{error.fix or ''}; the instance {body['instanceId']} is still there: DELETE /instance/ID".lstrip("; ")
             )
+        raise
+
+
+def _first_answer(
+    client: ExoClient, instance_id: str, model_id: str, assignments: Sequence[NodeAssignment], deadlines: Deadlines
+) -> str:
+    try:
+        return client.answer(model_id, "Hello", max_tokens=_PROBE_TOKENS, timeout_s=deadlines.answer_s)
+    except ExoRefusedError as error:
+        state = client.state()
+        there = all(state.node(each.node_id) is not None for each in assignments)
+        if state.instance(instance_id) is None and there:
+            raise ExoDeletedError(
+                "the instance was deleted before its first answer",
+                found=error.what,
+                fix="somebody else did: apply again",
+            ) from error
         raise
 
 
@@ -292,7 +332,7 @@ def _check_slices(card: Card, assignments: Sequence[NodeAssignment], state: Clus
 
 
 def _tensor(
-    client: ExoClient, card: Card, assignments: Sequence[NodeAssignment], state: ClusterState
+    client: ExoClient, card: Card, assignments: Sequence[NodeAssignment], state: ClusterState, make_id: MakeId
 ) -> tuple[tuple[NodeAssignment, ...], dict[str, Any]]:
     """exo's own tensor-parallel placement over the plan's nodes; the slices are equal, whatever the plan's shares were."""
     _check_slices(card, assignments, state)
@@ -317,7 +357,7 @@ def _tensor(
         NodeAssignment(node_id=node, name=named[node], start_layer=0, end_layer=layers, need_bytes=0)
         for node in sorted(ranks, key=ranks.__getitem__)
     )
-    return slices, renamed(able[0].instance or {})
+    return slices, renamed(able[0].instance or {}, make_id=make_id)
 
 
 def _errors(previews: Sequence[Preview]) -> str:

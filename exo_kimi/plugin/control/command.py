@@ -114,7 +114,7 @@ def apply(
     Raises:
         ExoKimiError: as `apply_plan`.
     """
-    pairs = dict(_pair(text) for text in nodes)
+    pairs = node_pairs(nodes)
     deadlines = Deadlines() if connect_s is None else Deadlines(connect_s=connect_s)
     with ExoClient(url) as client:
         applied = apply_plan(
@@ -164,6 +164,15 @@ def model_directories(environment: Mapping[str, str]) -> tuple[Path, ...]:
     """Where exo looks for models on this machine, by its own variables, then its default."""
     named = [part for key in _MODEL_DIRS for part in environment.get(key, "").split(":") if part]
     return (*(Path(part).expanduser() for part in named), Path("~/.exo/models").expanduser())
+
+
+def node_pairs(texts: Sequence[str]) -> dict[str, str]:
+    """Machine of a plan -> node, as `--node MACHINE=NODE` says.
+
+    Raises:
+        UsageError: not of this form.
+    """
+    return dict(_pair(text) for text in texts)
 
 
 def _pair(text: str) -> tuple[str, str]:

@@ -103,6 +103,10 @@ class ExoClient:
         """
         return str(self._http.base_url.copy_with(host=address)).rstrip("/")
 
+    def node_id(self) -> str:
+        """The id of the node that answers."""
+        return str(self._json(self._send("GET", "/node_id")))
+
     def previews(self, model_id: str, node_ids: Sequence[str] = ()) -> tuple[Preview, ...]:
         """What exo would place for a model, over at least these nodes.
 

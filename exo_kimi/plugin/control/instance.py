@@ -24,6 +24,9 @@ NOBODY = {"ip": "198.51.100.1", "port": 0}
 # As exo: the fastest cable first.
 _PREFERENCE = {"thunderbolt": 0, "maybe_ethernet": 1, "ethernet": 2, "wifi": 3, "unknown": 4}
 MakeId = Callable[[], str]
+PORTS = (49153, 65535)  # of exo's rings
+# An instance that a keeper has placed begins with it, so that every keeper, and a person in exo's dashboard, can tell.
+KEPT = "kept-"
 
 
 def new_id() -> str:
@@ -170,7 +173,7 @@ def ring_instance(
 
 
 def renamed(instance: Mapping[str, Any], *, make_id: MakeId = new_id) -> dict[str, Any]:
-    """A previewed instance with ids of our own, so that its runners can be told from all others.
+    """An instance with fresh ids, so that its runners can be told from all others; what a keeper placed stays a keeper's.
 
     Raises:
         ExoPlacementError: exo's preview itself does not add up.
@@ -181,7 +184,7 @@ def renamed(instance: Mapping[str, Any], *, make_id: MakeId = new_id) -> dict[st
     mine = {
         kind: {
             **body,
-            "instanceId": make_id(),
+            "instanceId": (KEPT if body["instanceId"].startswith(KEPT) else "") + make_id(),
             "shardAssignments": {
                 **assigned,
                 "runnerToShard": {fresh[runner]: shard for runner, shard in assigned["runnerToShard"].items()},

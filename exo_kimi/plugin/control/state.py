@@ -6,14 +6,16 @@ is read and missing means an exo that this project does not know.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from datetime import datetime
 from typing import Any, Literal
 
 from exo_kimi.errors import ExoVersionError
 from exo_kimi.plugin.control.model_card import Card
 
 Generation = Literal["1.0.71", "b5375f8ce"]
+_SILENT_S = 8.0
 ANSWERS = ("RunnerReady", "RunnerRunning")
 _NEEDED = ("instances", "runners", "downloads", "topology", "nodeIdentities", "nodeMemory", "nodeNetwork")
 
@@ -28,6 +30,7 @@ class Node:
     total_bytes: int
     available_bytes: int
     interfaces: Mapping[str, str]  # address -> wifi, ethernet, maybe_ethernet, thunderbolt or unknown
+    heard_s: float = 0.0  # when exo last heard of it, as seconds of the epoch; 0 where exo does not say
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -91,6 +94,8 @@ class ClusterState:
         runners: by id; exo keeps entries of instances that are gone.
         downloads: (node, model) -> status.
         cards: full cards of models that were added by a user.
+        last_event: number of the last event that made this state; it begins anew when exo elects another master, who knows
+            nothing of what was placed before.
     """
 
     generation: Generation
@@ -101,6 +106,7 @@ class ClusterState:
     runners: Mapping[str, Runner]
     downloads: Mapping[tuple[str, str], Download]
     cards: Mapping[str, Card]
+    last_event: int = 0
 
     def node(self, node_id: str) -> Node | None:
         """A node by id."""
@@ -177,13 +183,29 @@ def _parse(raw: Mapping[str, Any]) -> ClusterState:
                 rdma.add((source, sink))
     return ClusterState(
         generation="b5375f8ce" if "customModelCards" in raw else "1.0.71",
-        nodes=tuple(_node(node_id, raw) for node_id in raw["topology"]["nodes"]),
+        nodes=_without_former([_node(node_id, raw) for node_id in raw["topology"]["nodes"]]),
         sockets=sockets,
         rdma=frozenset(rdma),
         instances=tuple(_instance(entry) for entry in raw["instances"].values()),
         runners={runner_id: _runner(entry) for runner_id, entry in raw["runners"].items()},
         downloads=dict(_download(node_id, entry) for node_id, entries in raw["downloads"].items() for entry in entries),
         cards=dict(raw.get("customModelCards", {})),
+        last_event=int(raw.get("lastEventAppliedIdx", 0)),
+    )
+
+
+def _without_former(nodes: Sequence[Node]) -> tuple[Node, ...]:
+    """Nodes without what a restarted one was before: exo lists both for 30 s, and hears of every living node each second."""
+    return tuple(
+        node
+        for node in nodes
+        if not any(
+            (node.name, node.chip, node.total_bytes, node.interfaces)
+            == (other.name, other.chip, other.total_bytes, other.interfaces)
+            and node.interfaces
+            and other.heard_s - node.heard_s > _SILENT_S
+            for other in nodes
+        )
     )
 
 
@@ -198,7 +220,12 @@ def _node(node_id: str, raw: Mapping[str, Any]) -> Node:
         total_bytes=int(memory["ramTotal"]["inBytes"]) if memory else 0,
         available_bytes=int(memory["ramAvailable"]["inBytes"]) if memory else 0,
         interfaces={each["ipAddress"]: each["interfaceType"] for each in network["interfaces"]},
+        heard_s=_seconds(raw.get("lastSeen", {}).get(node_id)),
     )
+
+
+def _seconds(moment: object) -> float:
+    return datetime.fromisoformat(moment).timestamp() if isinstance(moment, str) else 0.0
 
 
 def _address(edge: Mapping[str, Any]) -> str:

@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
-from exo_kimi.errors import ExoError, ExoLoadError, ExoUnreachableError
+from exo_kimi.errors import ExoDeletedError, ExoError, ExoLoadError, ExoUnreachableError
 from exo_kimi.plugin.control.http import ExoClient
 from exo_kimi.plugin.control.instance import NodeAssignment
 from exo_kimi.plugin.control.state import ANSWERS, ClusterState, Runner
@@ -144,13 +144,17 @@ class _Watch:
 
     def _not_listed(self, now: float) -> None:
         told = [f"{name}: {messages[-1]}" for name, messages in self.failures.items()]
-        if self.created:
+        if self.created and told:
             raise ExoLoadError(
-                "exo deleted the instance after its retries"
-                if told
-                else "the instance was deleted while it was loading",
-                found="; ".join(told) or "no runner said why",
-                fix="look at exo's log on these machines" if told else "somebody else did: apply again",
+                "exo deleted the instance after its retries",
+                found="; ".join(told),
+                fix="look at exo's log on these machines",
+            )
+        if self.created:
+            raise ExoDeletedError(
+                "the instance was deleted while it was loading",
+                found="no runner said why",
+                fix="somebody else did: apply again",
             )
         if now - self.began > self.deadlines.create_s:
             raise ExoLoadError(

@@ -56,13 +56,20 @@ _PACKAGES = {
 }
 
 
-def run(arguments: Sequence[str], *, options: EngineOptions | None = None, say: Callable[[str], None] = print) -> None:
+def run(
+    arguments: Sequence[str],
+    *,
+    options: EngineOptions | None = None,
+    say: Callable[[str], None] = print,
+    begin: Callable[[bool], None] = lambda bound: None,
+) -> None:
     """Start exo in this process, with our engine inside its runners: the body of `exo-kimi exo run -- ARGS`.
 
     Args:
         arguments: exo's own.
         options: of our engine; what they do not say, this process's environment does.
         say: takes lines for the user.
+        begin: called last before exo starts, with whether our engine is bound.
 
     Raises:
         ExoVersionError: no exo 1.x is installed beside exo-kimi.
@@ -78,18 +85,23 @@ def run(arguments: Sequence[str], *, options: EngineOptions | None = None, say: 
             fix="in exo's folder: `uv pip install PATH_OF_EXO_KIMI`, then `uv run exo-kimi exo run -- ARGS`",
         ) from error
     os.environ.update((options or EngineOptions()).to_environment())  # runners inherit it
-    install(say)
+    begin(install(say))
     sys.argv = ["exo", *arguments]
     main.main()
 
 
-def install(say: Callable[[str], None]) -> None:
-    """Bind our functions in this node's process if this exo is one that we know, and say what was done."""
+def install(say: Callable[[str], None]) -> bool:
+    """Bind our functions in this node's process if this exo is one that we know, and say what was done.
+
+    Returns:
+        Whether they are bound.
+    """
     found = bind()
     for line in found or (f"Kimi models run on exo-kimi's engine ({nearest().tested})",):
         say(f"exo-kimi: {line}")
     if found:
         say("exo-kimi: exo is left as it is; its own engine runs every model")
+    return not found
 
 
 def bind() -> tuple[str, ...]:

@@ -1,0 +1,1 @@
+"""What acts for a node or beside it: keeps plans placed, and answers exo's own placing with our planner."""
