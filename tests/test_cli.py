@@ -352,7 +352,7 @@ def test_a_place_that_cannot_be_written(tmp_path: Path) -> None:
 
 def test_a_recipe_that_the_layout_cannot_follow(tmp_path: Path) -> None:
     for layout in ("int4", "fp8", "bf16"):
-        assert_refused(run("tiny", tmp_path / "x", "--layout", layout, "--recipe", "mixed346"), layout, "mixed346")
+        assert_refused(run("tiny", tmp_path / "x", "--layout", layout, "--recipe", "q34+q6"), layout, "q34+q6")
     assert not (tmp_path / "x").exists()
 
 
