@@ -11,6 +11,7 @@ import json
 import threading
 import weakref
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -19,6 +20,7 @@ from llguidance.tiktoken import lltokenizer_from_encoding
 
 from exo_kimi.chat.call_names import PREFIX
 from exo_kimi.chat.family import THINK_CLOSE, THINK_OPEN
+from exo_kimi.chat.schemas import bad_schema, json_rule
 from exo_kimi.chat.template import ReasoningMode
 from exo_kimi.chat.tokenizer import KimiTokenizer
 from exo_kimi.chat.tool_calls import ARGUMENT_BEGIN, CALL_BEGIN, CALL_END, TOOL_MARKERS
@@ -26,8 +28,6 @@ from exo_kimi.errors import ChatError, RequestError, UnsupportedError
 
 SECTION_BEGIN = "<|tool_calls_section_begin|>"
 SECTION_END = "<|tool_calls_section_end|>"
-# Unbounded blanks between JSON tokens let a model write blanks for ever; this still allows readable indentation.
-_JSON_STYLE = {"whitespace_pattern": r"[\x20\x0A\x0D\x09]{0,32}"}
 
 _tokenizers: weakref.WeakKeyDictionary[KimiTokenizer, dict[int, LLTokenizer]] = weakref.WeakKeyDictionary()
 _tokenizers_lock = threading.Lock()
@@ -52,86 +52,99 @@ def grammar_tokenizer(tokenizer: KimiTokenizer, vocab_size: int | None = None) -
         return by_size[size]
 
 
-def schema_grammar(schema: object, *, param: str) -> str:
+def schema_grammar(schema: object, *, param: str, passed_over: list[str] | None = None) -> str:
     """The grammar of JSON texts that obey a schema.
+
+    Args:
+        schema: a JSON schema.
+        param: the request field to blame.
+        passed_over: gets a sentence for what is not enforced; None refuses a schema that cannot be enforced in full.
 
     Raises:
         RequestError: it is no JSON schema, or uses a keyword that cannot be enforced.
     """
-    if not isinstance(schema, Mapping | bool):
-        raise RequestError("the JSON schema is no object", param=param, found=type(schema).__name__)
-    try:
-        grammar: str = LLMatcher.grammar_from_json_schema(json.dumps(schema), overrides=_JSON_STYLE)
-    except (ValueError, TypeError, RecursionError) as error:
-        raise _bad_schema(param, error) from error
-    return checked(grammar, param=param)
+    return checked(f"start: {json_rule(schema, param=param, passed_over=passed_over)}", param=param)
 
 
-def tools_grammar(
-    tokenizer: KimiTokenizer, tools: Sequence[Mapping[str, Any]], *, form: str, param: str = "tools"
-) -> str:
-    """The grammar of calls to any of some tools, in Kimi's format.
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CallRules:
+    """The grammar's rules of calls to some tools, in Kimi's format.
 
     Args:
-        tokenizer: names the markers' ids.
-        tools: OpenAI-shaped function tools, at least one. The schema of a `strict` one is enforced or refused; in any
-            other, keywords that cannot be enforced are passed over.
-        form: "one" (a section with one call), "some" (a section with one or more) or "rest" (the rest of a call whose
-            begin marker is written already).
-        param: the request field to blame.
-
-    Raises:
-        RequestError: a tool is malformed or its schema cannot be enforced.
-        UnsupportedError: the vocabulary has no tool markers.
+        first: what the first call of a reply is, behind its begin marker: it has the next number of the conversation.
+        any: the same for a call with any number.
+        rules: what both refer to.
     """
-    calls = []
-    rules = []
-    for number, tool in enumerate(tools):
-        function = tool.get("function")
-        if not isinstance(function, Mapping) or not isinstance(function.get("name"), str):
-            raise RequestError(f"{param}[{number}] is no function", param=param, expected="a function with a name")
-        calls.append(f"call{number}")
-        rules.append(_call_rule(tokenizer, number, function, f"{param}[{number}].function.parameters"))
-    any_call = f"({' | '.join(calls)}) {_marker(tokenizer, CALL_END)}"
-    whole_call = f"{_marker(tokenizer, CALL_BEGIN)} {any_call}"
-    begin, end = _marker(tokenizer, SECTION_BEGIN), _marker(tokenizer, SECTION_END)
-    start = {
-        "one": f"{begin} {whole_call} {end}",
-        "some": f"{begin} ({whole_call})+ {end}",
-        "rest": any_call,
-    }[form]
-    return checked(LLMatcher.grammar_from_lark("\n".join([f"start: {start}", *rules])), param=param)
+
+    first: str
+    any: str
+    rules: tuple[str, ...]
+
+    @classmethod
+    def of(
+        cls,
+        tokenizer: KimiTokenizer,
+        tools: Sequence[Mapping[str, Any]],
+        *,
+        next_index: int | None = None,
+        passed_over: list[str] | None = None,
+    ) -> CallRules:
+        """Rules for tools.
+
+        Args:
+            tokenizer: names the markers' ids.
+            tools: OpenAI-shaped function tools, at least one.
+            next_index: number of the first call; None leaves it open.
+            passed_over: gets a sentence for each schema that is not enforced in full. None refuses a `strict` tool with such
+                a schema; in any other, keywords that cannot be enforced are always passed over.
+
+        Raises:
+            RequestError: a tool is malformed or its schema cannot be enforced.
+            UnsupportedError: the vocabulary has no tool markers.
+        """
+        firsts, others, rules = [], [], []
+        any_index = "/0|[1-9][0-9]{0,3}/"
+        first_index = any_index if next_index is None else f'"{next_index}"'
+        for number, tool in enumerate(tools):
+            function = tool.get("function")
+            if not isinstance(function, Mapping) or not isinstance(function.get("name"), str):
+                raise RequestError(f"tools[{number}] is no function", param="tools", expected="a function with a name")
+            rules.append(f"arguments{number}: {_arguments_rule(function, number, passed_over)}")
+            head = json.dumps(f"{PREFIX}{function['name']}:", ensure_ascii=False)
+            rest = f"{_marker(tokenizer, ARGUMENT_BEGIN)} arguments{number}"
+            firsts.append(f"{head} {first_index} {rest}")
+            others.append(f"{head} {any_index} {rest}")
+        end = _marker(tokenizer, CALL_END)
+        return cls(first=f"({' | '.join(firsts)}) {end}", any=f"({' | '.join(others)}) {end}", rules=tuple(rules))
+
+    def section(self, tokenizer: KimiTokenizer, *, several: bool) -> str:
+        """A section with one call, or with one or more."""
+        begin = _marker(tokenizer, CALL_BEGIN)
+        more = f" ({begin} {self.any})*" if several else ""
+        return f"{_marker(tokenizer, SECTION_BEGIN)} {begin} {self.first}{more} {_marker(tokenizer, SECTION_END)}"
 
 
-def checked(grammar: str, *, param: str) -> str:
-    """Check that a grammar compiles, and return it.
+def _arguments_rule(function: Mapping[str, Any], number: int, passed_over: list[str] | None) -> str:
+    param = f"tools[{number}].function.parameters"
+    schema = function.get("parameters") or {"type": "object", "properties": {}}
+    if not isinstance(schema, Mapping):
+        raise RequestError("the tool's parameters are no JSON schema", param=param, found=type(schema).__name__)
+    if passed_over is None and function.get("strict") is not True:
+        passed_over = []
+    return json_rule({**schema, "type": "object"}, param=param, passed_over=passed_over)
+
+
+def checked(lark: str, *, param: str) -> str:
+    """Compile a grammar to see that it can be followed, and return it in llguidance's form.
 
     Raises:
         RequestError: llguidance cannot compile it.
     """
+    grammar: str = LLMatcher.grammar_from_lark(lark)
     message = LLMatcher.validate_grammar(grammar)
     if message:
-        raise _bad_schema(param, message)
+        raise bad_schema(param, message)
     return grammar
-
-
-def _call_rule(tokenizer: KimiTokenizer, number: int, function: Mapping[str, Any], param: str) -> str:
-    schema = function.get("parameters") or {"type": "object", "properties": {}}
-    if not isinstance(schema, Mapping):
-        raise RequestError("the tool's parameters are no JSON schema", param=param, found=type(schema).__name__)
-    strict = function.get("strict") is True
-    style = {**_JSON_STYLE, "lenient": not strict}
-    try:
-        text = json.dumps({**schema, "type": "object", "x-guidance": style})
-    except (ValueError, TypeError, RecursionError) as error:
-        raise _bad_schema(param, error) from error
-    rule = f"%json {text}"
-    checked(LLMatcher.grammar_from_lark(f"start: {rule}"), param=param)
-    head = json.dumps(f"{PREFIX}{function['name']}:", ensure_ascii=False)
-    return (
-        f"call{number}: {head} /[0-9]{{1,4}}/ {_marker(tokenizer, ARGUMENT_BEGIN)} arguments{number}\n"
-        f"arguments{number}: {rule}"
-    )
 
 
 def _marker(tokenizer: KimiTokenizer, name: str) -> str:
@@ -140,16 +153,6 @@ def _marker(tokenizer: KimiTokenizer, name: str) -> str:
             "this model cannot be made to call tools", param="tool_choice", expected=f"a control token {name}"
         )
     return f"<[{tokenizer.special[name]}]>"
-
-
-def _bad_schema(param: str, reason: object) -> RequestError:
-    return RequestError(
-        "the JSON schema cannot be enforced",
-        param=param,
-        code="invalid_schema",
-        found=str(reason).splitlines()[0][:300] if str(reason) else type(reason).__name__,
-        fix="leave the keyword out, or do without the constraint",
-    )
 
 
 _BARRED = -1.0e9  # finite, so that it survives JSON and cannot make a NaN
@@ -260,19 +263,30 @@ def json_object(
     tokenizer: KimiTokenizer, *, reasoning: ReasoningMode = "none", vocab_size: int | None = None
 ) -> GrammarConstraint:
     """Constraint to any JSON object: `response_format` of type json_object."""
-    grammar = schema_grammar({"type": "object"}, param="response_format")
-    return GrammarConstraint(tokenizer, grammar, reasoning=reasoning, vocab_size=vocab_size)
+    return json_schema(tokenizer, {"type": "object"}, reasoning=reasoning, vocab_size=vocab_size)
 
 
 def json_schema(
-    tokenizer: KimiTokenizer, schema: object, *, reasoning: ReasoningMode = "none", vocab_size: int | None = None
+    tokenizer: KimiTokenizer,
+    schema: object,
+    *,
+    reasoning: ReasoningMode = "none",
+    vocab_size: int | None = None,
+    passed_over: list[str] | None = None,
 ) -> GrammarConstraint:
     """Constraint to JSON that obeys a schema: `response_format` of type json_schema, strict or not.
+
+    Args:
+        tokenizer: the tokenizer of the model that replies.
+        schema: a JSON schema.
+        reasoning: how the reply may begin.
+        vocab_size: rows of the model's logits.
+        passed_over: gets a sentence for what is not enforced; None refuses a schema that cannot be enforced in full.
 
     Raises:
         RequestError: the schema is malformed or cannot be enforced.
     """
-    grammar = schema_grammar(schema, param="response_format")
+    grammar = schema_grammar(schema, param="response_format", passed_over=passed_over)
     return GrammarConstraint(tokenizer, grammar, reasoning=reasoning, vocab_size=vocab_size)
 
 
@@ -284,6 +298,8 @@ def tool_call(
     parallel: bool = True,
     reasoning: ReasoningMode = "none",
     vocab_size: int | None = None,
+    next_index: int | None = None,
+    passed_over: list[str] | None = None,
 ) -> GrammarConstraint:
     """Constraint to a section of tool calls: `tool_choice` "required", or one named function, called once.
 
@@ -294,6 +310,8 @@ def tool_call(
         parallel: whether there may be several calls.
         reasoning: how the reply may begin.
         vocab_size: rows of the model's logits.
+        next_index: number of the first call; None leaves it open.
+        passed_over: as `CallRules.of` takes it.
 
     Raises:
         RequestError: there is no such tool, or a schema cannot be enforced.
@@ -308,12 +326,50 @@ def tool_call(
             param="tool_choice",
             expected=", ".join(str((tool.get("function") or {}).get("name")) for tool in tools) or "at least one tool",
         )
-    grammar = tools_grammar(tokenizer, chosen, form="some" if parallel and name is None else "one")
+    calls = CallRules.of(tokenizer, chosen, next_index=next_index, passed_over=passed_over)
+    section = calls.section(tokenizer, several=parallel and name is None)
+    grammar = checked("\n".join([f"start: {section}", *calls.rules]), param="tools")
     return GrammarConstraint(tokenizer, grammar, reasoning=reasoning, vocab_size=vocab_size)
 
 
+def calls_or_json(
+    tokenizer: KimiTokenizer,
+    tools: Sequence[Mapping[str, Any]],
+    schema: object,
+    *,
+    parallel: bool = True,
+    reasoning: ReasoningMode = "none",
+    next_index: int | None = None,
+    passed_over: list[str] | None = None,
+) -> GrammarConstraint:
+    """Constraint of a `response_format` beside tools that may be called: a section of calls, or JSON that obeys the schema.
+
+    Args:
+        tokenizer: the tokenizer of the model that replies.
+        tools: OpenAI-shaped function tools, at least one.
+        schema: a JSON schema.
+        parallel: whether there may be several calls.
+        reasoning: how the reply may begin.
+        next_index: number of the first call; None leaves it open.
+        passed_over: as `CallRules.of` takes it.
+
+    Raises:
+        RequestError: a schema is malformed or cannot be enforced.
+        UnsupportedError: the vocabulary has no tool markers.
+    """
+    calls = CallRules.of(tokenizer, tools, next_index=next_index, passed_over=passed_over)
+    answer = json_rule(schema, param="response_format", passed_over=passed_over)
+    section = calls.section(tokenizer, several=parallel)
+    lark = "\n".join([f"start: {section} | answer", f"answer: {answer}", *calls.rules])
+    return GrammarConstraint(tokenizer, checked(lark, param="response_format"), reasoning=reasoning)
+
+
 def strict_tools(
-    tokenizer: KimiTokenizer, tools: Sequence[Mapping[str, Any]], *, vocab_size: int | None = None
+    tokenizer: KimiTokenizer,
+    tools: Sequence[Mapping[str, Any]],
+    *,
+    vocab_size: int | None = None,
+    passed_over: list[str] | None = None,
 ) -> StrictToolsConstraint | None:
     """Constraint for `tool_choice` "auto" with `strict` functions: calls may be left out but not be wrong; None without any.
 
@@ -323,7 +379,9 @@ def strict_tools(
     """
     if not any((tool.get("function") or {}).get("strict") is True for tool in tools):
         return None
-    return StrictToolsConstraint(tokenizer, tools_grammar(tokenizer, tools, form="rest"), vocab_size=vocab_size)
+    calls = CallRules.of(tokenizer, tools, passed_over=passed_over)
+    grammar = checked("\n".join([f"start: {calls.any}", *calls.rules]), param="tools")
+    return StrictToolsConstraint(tokenizer, grammar, vocab_size=vocab_size)
 
 
 def no_tools_bias(tokenizer: KimiTokenizer) -> tuple[tuple[int, float], ...]:

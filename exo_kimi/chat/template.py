@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib import resources
@@ -19,6 +20,8 @@ from exo_kimi.checkpoint.text_files import read_text
 from exo_kimi.errors import TemplateError
 
 TEMPLATE_FILE = "chat_template.jinja"
+TURN_END = "<|im_end|>"
+_MESSAGE_TOOLS = re.compile(r"""\b(?:message|msg|turn|m)(?:\.tools\b|\[['"]tools['"]\]|\.get\(['"]tools['"])""")
 ReasoningMode = Literal["open", "may_open", "none"]
 
 
@@ -110,6 +113,8 @@ class ChatTemplate:
         thinking: bool | None = None,
         add_generation_prompt: bool = True,
         most_tokens: int | None = None,
+        keep_reasoning: bool = False,
+        continue_last: bool = False,
     ) -> Prompt:
         """Render and encode a conversation.
 
@@ -119,6 +124,8 @@ class ChatTemplate:
             thinking: handed to the template as `thinking`; None leaves the variable undefined.
             add_generation_prompt: end where the assistant's reply begins.
             most_tokens: give up where the prompt has more; None never does.
+            keep_reasoning: show the reasoning of all earlier turns, where `keeps_reasoning` says that the template can.
+            continue_last: end inside the last message, an assistant's, in place of a reply's begin.
 
         Raises:
             ContextLengthError: the prompt has more tokens than that.
@@ -137,8 +144,8 @@ class ChatTemplate:
             variables: dict[str, Any] = {
                 "messages": guard.hide(prepared),
                 "tools": guard.hide(declared),
-                "add_generation_prompt": add_generation_prompt,
-                "preserve_thinking": False,  # the default of K2.6's own tokenizer class
+                "add_generation_prompt": add_generation_prompt and not continue_last,
+                "preserve_thinking": keep_reasoning,  # K2.6's name; False is the default of its own tokenizer class
                 **self._tokenizer.named_tokens,
             }
             if thinking is not None:
@@ -154,7 +161,31 @@ class ChatTemplate:
             ids += [part] if isinstance(part, int) else self._tokenizer.encode(part, most_tokens=left)
         if not ids:
             raise TemplateError("the chat template rendered nothing", where=template.where)
+        if continue_last:
+            turn_end = self._last_turn_end(ids, template)
+            text = guard.show(rendered)
+            return Prompt(ids=ids[:turn_end], text=text[: text.rfind(TURN_END)], reasoning="none")
         return Prompt(ids=ids, text=guard.show(rendered), reasoning=self._reasoning(ids, template))
+
+    @property
+    def keeps_reasoning(self) -> bool:
+        """Whether the template can show the reasoning of all earlier turns (K2.6 and later)."""
+        return "preserve_thinking" in self._template.source
+
+    @property
+    def shows_message_tools(self) -> bool:
+        """Whether the template declares tools that stand in a message, where it stands."""
+        return _MESSAGE_TOOLS.search(self._template.source) is not None
+
+    def _last_turn_end(self, ids: Sequence[int], template: CompiledTemplate) -> int:
+        """Where the end of the last turn stands; nothing but blanks follows it."""
+        end_id = self._tokenizer.special.get(TURN_END)
+        for at in range(len(ids) - 1, -1, -1):
+            if self._tokenizer.is_special(ids[at]):
+                if ids[at] == end_id:
+                    return at
+                break
+        raise TemplateError("the chat template cannot go on with a begun reply", where=template.where)
 
     def _reasoning(self, ids: Sequence[int], template: CompiledTemplate) -> ReasoningMode:
         """How the prompt leaves the think tags, looking back to where the last turn began."""

@@ -11,12 +11,13 @@ from contextlib import aclosing
 from dataclasses import dataclass, replace
 from typing import Any
 
-from exo_kimi.chat.constraint import json_object, json_schema, no_tools_bias, strict_tools, tool_call
+from exo_kimi.chat.constraint import no_tools_bias
 from exo_kimi.chat.history import CallHistory
 from exo_kimi.chat.output import OutputParser
-from exo_kimi.chat.template import Prompt, ReasoningMode
+from exo_kimi.chat.template import ChatTemplate, Prompt
 from exo_kimi.chat.tokenizer import KimiTokenizer
 from exo_kimi.checkpoint.vision import NoVision
+from exo_kimi.dialogue.constraints import ReplyForm, reply_constraint
 from exo_kimi.dialogue.decoding import ReplyDecoder, TextParser
 from exo_kimi.dialogue.events import EndEvent, ReplyEvent, Usage
 from exo_kimi.dialogue.pictures import leave_out_pictures, take_pictures
@@ -121,35 +122,39 @@ def prepare(
 
 
 def _prepare_conversation(request: ConversationRequest, speaker: Speaker, most_tokens: int | None) -> PreparedRequest:
-    tokenizer = speaker.tokenizer
+    tokenizer, template = speaker.tokenizer, speaker.template
+    told = list(request.warnings)
+    request = _with_gained_tools(request, shown=template.shows_message_tools, told=told)
     mode: ToolMode = request.tool_choice.mode if request.tools else "none"
     history = CallHistory.of(request.messages)
     messages, urls = take_pictures(history.messages)
-    warnings = list(request.warnings)
     if urls and isinstance(speaker.pictures, NoVision) and not request.must_show_pictures:
-        warnings.append(f"{len(urls)} images were left out: this server reads text only ({speaker.pictures.reason})")
+        told.append(f"{len(urls)} images were left out: this server reads text only ({speaker.pictures.reason})")
         messages, urls = leave_out_pictures(messages), []
     pictures = speaker.read_pictures(urls)
-    prompt = speaker.template.render(
-        messages,
+    begun = request.begun_reply
+    prompt = template.render(
+        messages if begun is None else (*messages, _begun_turn(begun, request.begun_name)),
         tools=_declarations(request.tools) or None,
         thinking=request.thinking,
         most_tokens=most_tokens,
+        keep_reasoning=bool(request.keep_reasoning),
+        continue_last=begun is not None,
     )
-    if request.must_follow_thinking:
-        _check_thinking(request.thinking, prompt)
+    _check_reasoning(request, prompt, template, told)
     sampling = speaker.sampling(request.sampling, thinking=request.thinking)
     if mode == "none":  # without tools too: the calls of an earlier turn are no example to follow
         biases = dict(sampling.logit_bias) | dict(no_tools_bias(tokenizer))
         sampling = replace(sampling, logit_bias=tuple(biases.items()))
     prompt_ids, shown = speaker.place_pictures(prompt.ids, pictures, urls)
-    ids = (*prompt_ids, *tokenizer.encode(request.begun_reply or "", most_tokens=most_tokens))
+    ids = tuple(prompt_ids)
+    form = ReplyForm(mode=mode, reasoning=prompt.reasoning, next_index=history.next_index, told=told)
     choices = []
     for index in range(request.n):
-        constraint = _constraint(request, mode, tokenizer, reasoning=prompt.reasoning)
+        constraint = reply_constraint(request, tokenizer, form)
         parser = OutputParser(
             tokenizer,
-            reasoning_open=prompt.reasoning_open and request.begun_reply is None,
+            reasoning_open=prompt.reasoning_open,
             tools=_callable_tools(request, mode),
             forced=mode == "required",
             stop=request.stop,
@@ -167,8 +172,40 @@ def _prepare_conversation(request: ConversationRequest, speaker: Speaker, most_t
             )
         )
     return PreparedRequest(
-        choices=tuple(choices), prompt_tokens=len(ids), choices_per_prompt=request.n, warnings=tuple(warnings)
+        choices=tuple(choices),
+        prompt_tokens=len(ids),
+        choices_per_prompt=request.n,
+        warnings=tuple(dict.fromkeys(told)),
     )
+
+
+def _begun_turn(text: str, name: str | None) -> dict[str, Any]:
+    """The assistant's message that the model goes on with."""
+    return {"role": "assistant", "content": text, **({"name": name} if name else {})}
+
+
+def _with_gained_tools(request: ConversationRequest, *, shown: bool, told: list[str]) -> ConversationRequest:
+    """The request with the tools of its messages among those that may be called.
+
+    Args:
+        request: of the door.
+        shown: whether the template declares them where they stand; else they are declared with the others.
+        told: gets a sentence where they are not.
+    """
+    gained = [tool for message in request.messages for tool in message.get("tools") or ()]
+    if not gained:
+        return request
+    if shown:
+        return replace(request, tools=(*request.tools, *gained))
+    told.append(
+        "tools inside of messages are declared at the begin of the prompt: this model's template has one place for them"
+    )
+    messages = [
+        {key: value for key, value in message.items() if key != "tools"}
+        for message in request.messages
+        if not message.get("tools") or message.get("content")
+    ]
+    return replace(request, tools=(*request.tools, *gained), messages=tuple(messages))
 
 
 def _prepare_texts(request: TextRequest, speaker: Speaker, most_tokens: int | None) -> PreparedRequest:
@@ -219,37 +256,6 @@ def _sequence(
     )
 
 
-def _constraint(
-    request: ConversationRequest, mode: ToolMode, tokenizer: KimiTokenizer, *, reasoning: ReasoningMode
-) -> TokenConstraint | None:
-    """A fresh grammar for one reply, or None for a reply that is free.
-
-    A call that must be made leaves no text, so a response format has nothing to say then.
-
-    Raises:
-        RequestError: a schema is malformed or cannot be enforced.
-        UnsupportedError: a response format beside tools that the model may or may not call, or a form for a begun reply.
-    """
-    form = request.response_format
-    if request.begun_reply is not None and (mode == "required" or form is not None):
-        raise UnsupportedError("a reply that is begun already cannot be held to a form", param="messages")
-    if mode == "required":
-        choice = request.tool_choice
-        return tool_call(tokenizer, request.tools, choice.name, parallel=choice.parallel, reasoning=reasoning)
-    if form is None:
-        return strict_tools(tokenizer, request.tools) if mode == "auto" else None
-    if mode == "auto":
-        raise UnsupportedError(
-            "'response_format' is not supported beside tools that the model may call",
-            fix="send tool_choice 'none' or 'required', or no tools",
-            param="response_format",
-            code="unsupported_value",
-        )
-    if form.schema is None:
-        return json_object(tokenizer, reasoning=reasoning)
-    return json_schema(tokenizer, form.schema, reasoning=reasoning)
-
-
 def _callable_tools(request: ConversationRequest, mode: ToolMode) -> Sequence[Mapping[str, Any]]:
     """The tools that the reply may call."""
     chosen = request.tool_choice.name if mode == "required" else None
@@ -258,16 +264,21 @@ def _callable_tools(request: ConversationRequest, mode: ToolMode) -> Sequence[Ma
     return [tool for tool in request.tools if chosen is None or (tool.get("function") or {}).get("name") == chosen]
 
 
-def _check_thinking(thinking: bool | None, prompt: Prompt) -> None:
-    """A wish about reasoning that the checkpoint's template cannot carry out is refused, not ignored."""
-    if thinking is None or thinking == (prompt.reasoning != "none"):
-        return
-    raise UnsupportedError(
-        "this model does not reason" if thinking else "this model's reasoning cannot be turned off",
-        fix="leave 'thinking' and 'reasoning_effort' out",
-        param="thinking",
-        code="unsupported_value",
-    )
+def _check_reasoning(request: ConversationRequest, prompt: Prompt, template: ChatTemplate, told: list[str]) -> None:
+    """What the checkpoint's template cannot carry out of the wishes about reasoning: refused where that is asked, or told."""
+    wish = request.thinking
+    if wish is not None and request.begun_reply is None and wish != (prompt.reasoning != "none"):
+        what = "this model does not reason" if wish else "this model's reasoning cannot be turned off"
+        if request.exact:
+            raise UnsupportedError(
+                what,
+                fix="leave 'thinking' and 'reasoning_effort' out",
+                param="thinking",
+                code="unsupported_value",
+            )
+        told.append(what)
+    if request.keep_reasoning and not template.keeps_reasoning:
+        told.append("the reasoning of earlier turns is not kept: this model's template does not show it")
 
 
 def _declarations(tools: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:

@@ -106,24 +106,33 @@ class ConversationRequest(ReplyOptions):
     """A conversation that the model is to answer.
 
     Args:
-        messages: OpenAI-shaped, as `ChatTemplate.render` takes them.
+        messages: OpenAI-shaped, as `ChatTemplate.render` takes them; a system message may hold `tools` that the conversation
+            gains there.
         tools: OpenAI-shaped function tools; `strict` ones have their arguments held to their schema.
         tool_choice: counts only when there are tools.
         thinking: whether the model should reason first; None leaves it to the template.
-        must_follow_thinking: refuse a `thinking` that the template cannot carry out, rather than answer without it.
-        response_format: the form of the reply's text; None leaves it free.
+        keep_reasoning: show the model the reasoning of all its earlier turns; None leaves it to the template.
+        reasoning_budget: most tokens of reasoning, after which the answer begins; None sets no limit.
+        response_format: the form of the reply's text; None leaves it free. Beside tools that may be called, the reply is
+            either calls or such a text.
         must_show_pictures: refuse pictures that cannot be shown, rather than leave them out and say so.
         begun_reply: the begin of the reply, which the model goes on with; it is not repeated in the events.
+        begun_name: the name that the reply goes by (role play), with `begun_reply`.
+        exact: refuse what cannot be carried out as it is asked (a `thinking` that the template does not have, a schema with
+            keywords that cannot be enforced), rather than do what can be done and say so in the warnings.
     """
 
     messages: tuple[Mapping[str, Any], ...]
     tools: tuple[Mapping[str, Any], ...] = ()
     tool_choice: ToolChoice = field(default_factory=ToolChoice)
     thinking: bool | None = None
-    must_follow_thinking: bool = False
+    keep_reasoning: bool | None = None
+    reasoning_budget: int | None = None
     response_format: JsonFormat | None = None
     begun_reply: str | None = None
     must_show_pictures: bool = True
+    begun_name: str | None = None
+    exact: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

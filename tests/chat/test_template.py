@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -90,7 +91,13 @@ def test_published_and_built_in_templates_render_as_in_a_plain_environment(
     expected = render_plainly(source, messages, tools=tools, add_generation_prompt=generation_prompt)
     published = ChatTemplate(tokenizer, CompiledTemplate(source, family))
     built_in = ChatTemplate.built_in(family, tokenizer)  # type: ignore[arg-type]
-    for template in (published, built_in):
+    expectations = [(published, expected)]
+    if family == "instruct":  # the file is the first day's; today's has the calls and results of K2-Thinking
+        today = render_plainly(real_source("thinking"), messages, tools=tools, add_generation_prompt=generation_prompt)
+        expectations.append((built_in, re.sub("<think>.*?</think>", "", today)))
+    else:
+        expectations.append((built_in, expected))
+    for template, expected in expectations:
         prompt = template.render(messages, tools, add_generation_prompt=generation_prompt)
         assert prompt.text == expected
         assert tokenizer.decode(prompt.ids) == expected
@@ -307,3 +314,39 @@ def test_an_unusable_template_entry_is_an_error(fresh_directory: Path) -> None:
     config_path.write_text(json.dumps({**json.loads(config_path.read_text()), "chat_template": 7}))
     with pytest.raises(TemplateError, match="no usable chat template"):
         ChatTemplate.from_directory(fresh_directory, KimiTokenizer.from_directory(fresh_directory))
+
+
+def test_reasoning_of_earlier_turns_is_kept_on_request_where_the_template_can(tokenizer: KimiTokenizer) -> None:
+    messages = [USER, ASSISTANT, USER]
+    k25, thinking = (ChatTemplate.built_in(family, tokenizer) for family in ("k25", "thinking"))
+    assert (k25.keeps_reasoning, thinking.keeps_reasoning) == (True, False)
+    assert "<think>be nice</think>Hi" in k25.render(messages, keep_reasoning=True).text
+    assert "<think></think>Hi" in k25.render(messages).text
+    assert "<think></think>Hi" in thinking.render(messages, keep_reasoning=True).text
+
+
+@pytest.mark.parametrize("family", ["instruct", "thinking", "k25"])
+def test_a_begun_reply_is_gone_on_with_inside_its_turn(family: Any, tokenizer: KimiTokenizer) -> None:
+    template = ChatTemplate.built_in(family, tokenizer)
+    begun = {"role": "assistant", "content": "Once upon <|im_end|> a", "name": "bard"}
+    prompt = template.render([USER, begun], continue_last=True)
+    thinks = "" if family == "instruct" else "<think></think>"
+    assert prompt.text.endswith(f"<|im_assistant|>bard<|im_middle|>{thinks}Once upon <|im_end|> a")
+    assert tokenizer.decode(prompt.ids).endswith("Once upon <|im_end|> a")
+    assert prompt.reasoning == "none"
+    assert prompt.ids[-1] not in tokenizer.stop_ids
+
+
+def test_a_template_that_ends_no_turn_cannot_go_on_with_one(tokenizer: KimiTokenizer) -> None:
+    template = ChatTemplate(tokenizer, CompiledTemplate("{{ messages[0].content }}", "test"))
+    with pytest.raises(TemplateError, match="go on"):
+        template.render([{"role": "assistant", "content": "x"}], continue_last=True)
+
+
+def test_a_template_that_declares_the_tools_of_messages_is_known(tokenizer: KimiTokenizer) -> None:
+    for source in ("{{ message.tools }}", "{{ message['tools'] }}", "{{ msg.get('tools') }}"):
+        assert ChatTemplate(
+            tokenizer, CompiledTemplate("{% set message = messages[0] %}" + source, "x")
+        ).shows_message_tools
+    for family in ("instruct", "thinking", "k25"):
+        assert not ChatTemplate.built_in(family, tokenizer).shows_message_tools  # type: ignore[arg-type]

@@ -51,7 +51,6 @@ def conversation_of(request: ChatRequest, *, vocab_size: int) -> ConversationReq
         tools=tuple(tool.model_dump(exclude_none=True) for tool in request.tools or ()),
         tool_choice=choice,
         thinking=request.wants_thinking(),
-        must_follow_thinking=True,
         response_format=_json_format(form),
         sampling=SamplingOverrides.of(
             request,
