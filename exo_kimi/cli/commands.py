@@ -270,6 +270,14 @@ def serve(
             panel=NETWORK,
         ),
     ] = [],  # noqa: B006 (typer's way to say none)
+    strict_api: Annotated[
+        bool,
+        flag(
+            "--strict-api",
+            help="refuse fields of a chat request that cannot be honoured, instead of naming them in the answer",
+            panel=NETWORK,
+        ),
+    ] = False,
     api_key: Annotated[
         str | None,
         option(

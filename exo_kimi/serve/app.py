@@ -67,6 +67,7 @@ def create_app(
     fingerprint: str | None = None,
     hosts: frozenset[str] | None = None,
     cors_origins: Sequence[str] = (),
+    strict_api: bool = False,
 ) -> FastAPI:
     """The API over one engine.
 
@@ -82,6 +83,7 @@ def create_app(
         fingerprint: names the weights; becomes part of `system_fingerprint`.
         hosts: names that this server answers to (`gate.allowed_hosts`); None is all.
         cors_origins: of web pages that may call it from a browser (`https://app.example`); `*` is all.
+        strict_api: refuse what a chat or text completion asks for and cannot have, rather than leave it out and say so.
     """
     service = Service(
         engine=engine,
@@ -101,6 +103,7 @@ def create_app(
         generate_unique_id_function=lambda route: route.name,
         swagger_ui_parameters={"validatorUrl": None},
     )
+    app.state.strict_api = strict_api
     app.state.bodies = BodyReader(
         service.workers, service.text_bound, max_bytes=max_body_bytes, picture_bytes=service.picture_bytes
     )
@@ -170,13 +173,13 @@ def _add_routes(app: FastAPI, service: Service, *, guarded: bool) -> None:
 async def read_chat(request: Request) -> ChatRequest:
     """The body of a chat request, read and checked by us: FastAPI's reader has no limit and other words."""
     bodies: BodyReader = request.app.state.bodies
-    return await bodies.read(request, parse_chat)
+    return await bodies.read(request, partial(parse_chat, strict=request.app.state.strict_api))
 
 
 async def read_completion(request: Request) -> CompletionRequest:
     """The body of a text completion request."""
     bodies: BodyReader = request.app.state.bodies
-    return await bodies.read(request, parse_completion)
+    return await bodies.read(request, partial(parse_completion, strict=request.app.state.strict_api))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

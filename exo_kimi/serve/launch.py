@@ -50,6 +50,7 @@ class ServeOptions:
     stage: Sequence[str] = field(default_factory=tuple)
     api_key: str | None = None
     allowed_host: Sequence[str] = field(default_factory=tuple)
+    strict_api: bool = False
     context: int | None = None
     model_id: str | None = None
     dtype: str | None = None
@@ -125,7 +126,14 @@ def serve(options: ServeOptions, *, announce: Callable[[str], None] | None = Non
     async def factory() -> Served:
         cluster = StageCluster(plan, cluster_options)
         engine = Engine(cluster, context=options.context, drafter=drafter, prefixes=prefixes, **given)
-        app = create_app(engine, speaker, model_id=model_id, api_key=options.api_key, hosts=hosts)
+        app = create_app(
+            engine,
+            speaker,
+            model_id=model_id,
+            api_key=options.api_key,
+            hosts=hosts,
+            strict_api=options.strict_api,
+        )
         await cluster.start()
         await engine.start()
 

@@ -220,8 +220,9 @@ def test_a_last_turn_of_the_assistant_is_gone_on_with_in_exo_only(speaker: Speak
     assert served.request.prompt_ids != tasked.request.prompt_ids
 
 
-def test_reasoning_that_the_template_does_not_have_is_refused_by_serve_only(speaker: Speaker) -> None:
+def test_reasoning_that_the_template_does_not_have_is_named_and_refused_by_a_strict_api_only(speaker: Speaker) -> None:
     messages = [{"role": "user", "content": "Hi"}]
     with pytest.raises(UnsupportedError, match="does not reason"):
-        through_serve(speaker, messages, thinking=True)
-    assert through_exo(speaker, messages, enable_thinking=True).prompt_tokens
+        prepare_chat(parse_chat({"messages": messages, "thinking": True}, strict=True), speaker)
+    assert through_serve(speaker, messages, thinking=True).warnings == ("this model does not reason",)
+    assert through_exo(speaker, messages, enable_thinking=True).warnings == ("this model does not reason",)

@@ -8,6 +8,7 @@ from contextlib import aclosing
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import pytest
 
 from exo_kimi.chat.defaults import SamplingDefaults
@@ -131,7 +132,7 @@ def test_a_reply_that_is_complete_ends_its_sequence(speaker: Speaker) -> None:
     assert isinstance(events[-1], EndEvent) and events[-1].finish_reason == "stop"
 
 
-def told(id_: str) -> tuple[dict[str, Any], ...]:
+def conversation_with(id_: str) -> tuple[dict[str, Any], ...]:
     """A conversation whose one call has this id."""
     call = {"id": id_, "type": "function", "function": {"name": "look", "arguments": "{}"}}
     return (
@@ -143,7 +144,77 @@ def told(id_: str) -> tuple[dict[str, Any], ...]:
 
 @pytest.mark.parametrize("id_", ["call_1", "toolu_01A", "functions_look_0", "functions.look:7", ""])
 def test_foreign_ids_give_the_same_prompt_as_kimis(id_: str, thinker: Speaker) -> None:
-    ours = prepare(ConversationRequest(messages=told("functions.look:0"), tools=(TOOL,)), thinker).choices[0].request
-    theirs = prepare(ConversationRequest(messages=told(id_), tools=(TOOL,)), thinker).choices[0].request
+    ours = (
+        prepare(ConversationRequest(messages=conversation_with("functions.look:0"), tools=(TOOL,)), thinker)
+        .choices[0]
+        .request
+    )
+    theirs = prepare(ConversationRequest(messages=conversation_with(id_), tools=(TOOL,)), thinker).choices[0].request
     assert theirs.prompt_ids == ours.prompt_ids
     assert "functions.look:0<|tool_call_argument_begin|>" in thinker.tokenizer.decode(ours.prompt_ids)
+
+
+def allowed(request: GenerationRequest, speaker: Speaker) -> set[bytes]:
+    """The tokens that may come next."""
+    assert request.constraint is not None
+    mask = request.constraint.mask()
+    assert mask is not None
+    bits = np.unpackbits(np.frombuffer(mask, np.uint8), bitorder="little")
+    return {speaker.tokenizer.token_bytes(int(id_)) for id_ in np.flatnonzero(bits)}
+
+
+def test_a_form_beside_tools_is_a_call_or_such_a_text(speaker: Speaker) -> None:
+    schema = {
+        "type": "object",
+        "properties": {"a": {"type": "integer"}},
+        "required": ["a"],
+        "additionalProperties": False,
+    }
+    asked = ConversationRequest(messages=ASK, tools=(TOOL,), response_format=JsonFormat(schema=schema))
+    for text in (
+        '{"a": 5}',
+        "<|tool_calls_section_begin|><|tool_call_begin|>functions.look:0<|tool_call_argument_begin|>{}",
+    ):
+        request = prepare(asked, speaker).choices[0].request
+        assert allowed(request, speaker) <= {b"{", b'{"', b"<|tool_calls_section_begin|>"}
+        assert request.constraint is not None
+        for id_ in speaker.tokenizer.encoding.encode(text, allowed_special="all"):
+            request.constraint.accept(id_)
+    assert b"<|tool_call_end|>" in allowed(request, speaker)
+
+
+def test_a_forced_call_has_the_next_number_and_no_leading_zero(speaker: Speaker) -> None:
+    asked = ConversationRequest(
+        messages=conversation_with("call_1"), tools=(TOOL,), tool_choice=ToolChoice(mode="required")
+    )
+    request = prepare(asked, speaker).choices[0].request
+    assert request.constraint is not None
+    head = "<|tool_calls_section_begin|><|tool_call_begin|>functions.look:"
+    for id_ in speaker.tokenizer.encoding.encode(head, allowed_special="all"):
+        request.constraint.accept(id_)
+    assert allowed(request, speaker) == {b"1"}
+
+
+@pytest.mark.parametrize("budget", [0, 1, 4])
+def test_reasoning_is_closed_at_its_budget(budget: int, thinker: Speaker) -> None:
+    for form in (None, JsonFormat()):
+        asked = ConversationRequest(messages=ASK, reasoning_budget=budget, response_format=form)
+        constraint = prepare(asked, thinker).choices[0].request.constraint
+        assert constraint is not None
+        for id_ in thinker.tokenizer.encode("abcdefgh")[:budget]:
+            mask = constraint.mask()
+            assert mask is None or len(mask) > 0
+            constraint.accept(id_)
+        request = prepare(asked, thinker).choices[0].request
+        close = thinker.tokenizer.special["</think>"]
+        mask = constraint.mask()
+        assert mask is not None
+        assert np.flatnonzero(np.unpackbits(np.frombuffer(mask, np.uint8), bitorder="little")).tolist() == [close]
+        constraint.accept(close)
+        assert (constraint.mask() is None) == (form is None)
+        assert request.constraint is not constraint
+
+
+def test_a_budget_of_a_model_that_does_not_reason_costs_nothing(speaker: Speaker) -> None:
+    asked = ConversationRequest(messages=ASK, reasoning_budget=5)
+    assert prepare(asked, speaker).choices[0].request.constraint is None

@@ -300,20 +300,21 @@ def test_thinking_can_be_turned_off(saying, openai_for, thinker, extra):
     assert thinker.tokenizer.decode(engine.requests[0].prompt_ids).endswith("<think></think>")
 
 
-def test_reasoning_effort_none_turns_thinking_off_and_other_efforts_are_refused(saying, openai_for, thinker):
+def test_reasoning_effort_none_turns_thinking_off_and_another_is_named(saying, openai_for, thinker):
     engine = saying("It rains.", by=thinker)
     client = openai_for(engine)
     client.chat.completions.create(model=MODEL, messages=ASK, reasoning_effort="none")
     assert thinker.tokenizer.decode(engine.requests[0].prompt_ids).endswith("<think></think>")
-    with pytest.raises(openai.BadRequestError, match="reasoning_effort"):
-        client.chat.completions.create(model=MODEL, messages=ASK, reasoning_effort="high")
+    answer = client.chat.completions.create(model=MODEL, messages=ASK, reasoning_effort="high")
+    assert thinker.tokenizer.decode(engine.requests[1].prompt_ids).endswith("<think>")
+    assert "effort 'high'" in answer.warnings[0]
 
 
-def test_thinking_is_refused_where_the_model_has_none(saying, openai_for, voice):
+def test_thinking_is_named_where_the_model_has_none(saying, openai_for, voice):
     client = openai_for(saying("It rains."))
     client.chat.completions.create(model=MODEL, messages=ASK, reasoning_effort="none")
-    with pytest.raises(openai.BadRequestError, match="does not reason"):
-        client.chat.completions.create(model=MODEL, messages=ASK, extra_body={"thinking": True})
+    answer = client.chat.completions.create(model=MODEL, messages=ASK, extra_body={"thinking": True})
+    assert answer.warnings == ["this model does not reason"]
 
 
 def test_all_roles_and_text_parts_reach_the_prompt(saying, openai_for):

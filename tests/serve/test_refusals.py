@@ -26,93 +26,97 @@ def error_of(response, status):
     return error
 
 
+ALWAYS = [
+    ({"messages": None}, "messages"),
+    ({"messages": []}, "messages"),
+    ({"messages": "hello"}, "messages"),
+    ({"messages": [{"role": "king", "content": "x"}]}, "messages[0].role"),
+    ({"messages": [{"role": "user"}]}, "messages[0].content"),
+    ({"messages": [{"role": "user", "content": 5}]}, "messages[0].content"),
+    ({"messages": [{"role": "user", "content": []}]}, "messages[0].content"),
+    ({"messages": [{"role": "user", "content": [{"type": "text"}]}]}, "messages[0].content[0].text"),
+    ({"messages": [{"role": "user", "content": [{"type": "smell"}]}]}, "messages[0].content[0].type"),
+    ({"messages": [{"role": "user", "content": "x", "tool_call_id": "1"}]}, "messages[0].tool_call_id"),
+    ({"messages": [{"role": "tool", "content": "x"}]}, "messages[0].tool_call_id"),
+    ({"temperature": 2.5}, "temperature"),
+    ({"temperature": "hot"}, "temperature"),
+    ({"temperature": True}, "temperature"),
+    ({"top_p": -0.1}, "top_p"),
+    ({"max_tokens": 0}, "max_tokens"),
+    ({"max_tokens": 1.5}, "max_tokens"),
+    ({"max_tokens": 10**30}, "max_tokens"),
+    ({"n": 0}, "n"),
+    ({"n": 17}, "n"),
+    ({"stop": [""]}, "stop"),
+    ({"stop": ["x"] * 17}, "stop"),
+    ({"stop": 5}, "stop"),
+    ({"stop": "x" * 4097}, "stop"),
+    ({"stop": ["ok", "é" * 2049]}, "stop"),
+    ({"seed": 2**63}, "seed"),
+    ({"presence_penalty": 2.1}, "presence_penalty"),
+    ({"repetition_penalty": 0}, "repetition_penalty"),
+    ({"logit_bias": {"300": 101}}, "logit_bias"),
+    ({"logit_bias": {"999999": 1}}, "logit_bias"),
+    ({"logit_bias": {"-1": 1}}, "logit_bias"),
+    ({"logit_bias": {"²": 1}}, "logit_bias"),
+    ({"logit_bias": {"5": "much"}}, "logit_bias"),
+    ({"top_logprobs": 2}, "top_logprobs"),
+    ({"logprobs": True, "top_logprobs": 21}, "top_logprobs"),
+    ({"logprobs": 1}, "logprobs"),
+    ({"stream": True, "stream_options": {"include_cost": True}}, "stream_options.include_cost"),
+    ({"stream": "yes"}, "stream"),
+    ({"tool_choice": "required"}, "tool_choice"),
+    ({"tools": [TOOL, TOOL]}, "tools[1].function.name"),
+    ({"tools": [{"type": "custom", "custom": {}}]}, "tools[0].type"),
+    ({"tools": [{"type": "function", "function": {"name": "white space"}}]}, "tools[0].function.name"),
+    ({"tools": [TOOL], "tool_choice": "always"}, "tool_choice"),
+    ({"tools": [TOOL], "tool_choice": {"type": "function", "function": {"name": "fly"}}}, "tool_choice"),
+    ({"tools": [TOOL], "tool_choice": {"type": "function", "function": "look"}}, "tool_choice"),
+    ({"response_format": {"type": "xml"}}, "response_format.type"),
+    ({"response_format": {"type": "json_schema"}}, "response_format.json_schema"),
+    (
+        {"response_format": {"type": "json_schema", "json_schema": {"name": "x"}}},
+        "response_format.json_schema.schema",
+    ),
+    (
+        {"response_format": {"type": "json_schema", "json_schema": {"name": "x", "schema": {"type": 5}}}},
+        "response_format",
+    ),
+    ({"functions": [{"name": "look"}]}, "functions"),
+    ({"function_call": "auto"}, "function_call"),
+    ({"audio": {"voice": "alloy", "format": "wav"}}, "audio"),
+    ({"web_search_options": {}}, "web_search_options"),
+    ({"best_of": 2}, "best_of"),
+    ({"tempratur": 0.5}, "tempratur"),
+]
+STRICTLY = [
+    ({"messages": [{"role": "user", "content": "x", "mood": "good"}]}, "messages[0].mood"),
+    ({"messages": [{"role": "assistant", "content": None}]}, "messages[0].content"),
+    ({"max_tokens": 4, "max_completion_tokens": 5}, "max_completion_tokens"),
+    ({"stream_options": {}}, "stream_options"),
+    ({"stream": True, "stream_options": {"include_obfuscation": True}}, "stream_options.include_obfuscation"),
+    ({"parallel_tool_calls": False}, "parallel_tool_calls"),
+    ({"tools": [TOOL], "tool_choice": {"type": "allowed_tools"}}, "tool_choice"),
+    ({"thinking": True, "chat_template_kwargs": {"thinking": False}}, "thinking"),
+    ({"chat_template_kwargs": {"mood": "good"}}, "chat_template_kwargs.mood"),
+    ({"reasoning_effort": "high"}, "reasoning_effort"),
+    ({"modalities": ["text", "audio"]}, "modalities"),
+    ({"prediction": {"type": "content", "content": "x"}}, "prediction"),
+    ({"service_tier": "priority"}, "service_tier"),
+    ({"store": True}, "store"),
+    ({"store": 0}, "store"),
+    ({"verbosity": "low"}, "verbosity"),
+    ({"tempratur": None}, "tempratur"),
+]
+
+
 @pytest.mark.parametrize(
-    ("fields", "param"),
-    [
-        ({"messages": None}, "messages"),
-        ({"messages": []}, "messages"),
-        ({"messages": "hello"}, "messages"),
-        ({"messages": [{"role": "king", "content": "x"}]}, "messages[0].role"),
-        ({"messages": [{"role": "user"}]}, "messages[0].content"),
-        ({"messages": [{"role": "user", "content": 5}]}, "messages[0].content"),
-        ({"messages": [{"role": "user", "content": []}]}, "messages[0].content"),
-        ({"messages": [{"role": "user", "content": [{"type": "text"}]}]}, "messages[0].content[0].text"),
-        ({"messages": [{"role": "user", "content": [{"type": "smell"}]}]}, "messages[0].content[0].type"),
-        ({"messages": [{"role": "user", "content": "x", "mood": "good"}]}, "messages[0].mood"),
-        ({"messages": [{"role": "user", "content": "x", "tool_call_id": "1"}]}, "messages[0].tool_call_id"),
-        ({"messages": [{"role": "tool", "content": "x"}]}, "messages[0].tool_call_id"),
-        ({"messages": [{"role": "assistant", "content": None}]}, "messages[0].content"),
-        ({"temperature": 2.5}, "temperature"),
-        ({"temperature": "hot"}, "temperature"),
-        ({"temperature": True}, "temperature"),
-        ({"top_p": -0.1}, "top_p"),
-        ({"max_tokens": 0}, "max_tokens"),
-        ({"max_tokens": 1.5}, "max_tokens"),
-        ({"max_tokens": 10**30}, "max_tokens"),
-        ({"max_tokens": 4, "max_completion_tokens": 5}, "max_completion_tokens"),
-        ({"n": 0}, "n"),
-        ({"n": 17}, "n"),
-        ({"stop": [""]}, "stop"),
-        ({"stop": ["x"] * 17}, "stop"),
-        ({"stop": 5}, "stop"),
-        ({"stop": "x" * 4097}, "stop"),
-        ({"stop": ["ok", "é" * 2049]}, "stop"),
-        ({"seed": 2**63}, "seed"),
-        ({"presence_penalty": 2.1}, "presence_penalty"),
-        ({"repetition_penalty": 0}, "repetition_penalty"),
-        ({"logit_bias": {"300": 101}}, "logit_bias"),
-        ({"logit_bias": {"999999": 1}}, "logit_bias"),
-        ({"logit_bias": {"-1": 1}}, "logit_bias"),
-        ({"logit_bias": {"²": 1}}, "logit_bias"),
-        ({"logit_bias": {"5": "much"}}, "logit_bias"),
-        ({"top_logprobs": 2}, "top_logprobs"),
-        ({"logprobs": True, "top_logprobs": 21}, "top_logprobs"),
-        ({"logprobs": 1}, "logprobs"),
-        ({"stream_options": {}}, "stream_options"),
-        ({"stream": True, "stream_options": {"include_cost": True}}, "stream_options.include_cost"),
-        ({"stream": True, "stream_options": {"include_obfuscation": True}}, "stream_options.include_obfuscation"),
-        ({"stream": "yes"}, "stream"),
-        ({"tool_choice": "required"}, "tool_choice"),
-        ({"parallel_tool_calls": False}, "parallel_tool_calls"),
-        ({"tools": [TOOL, TOOL]}, "tools[1].function.name"),
-        ({"tools": [{"type": "custom", "custom": {}}]}, "tools[0].type"),
-        ({"tools": [{"type": "function", "function": {"name": "white space"}}]}, "tools[0].function.name"),
-        ({"tools": [TOOL], "tool_choice": "always"}, "tool_choice"),
-        ({"tools": [TOOL], "tool_choice": {"type": "function", "function": {"name": "fly"}}}, "tool_choice"),
-        ({"tools": [TOOL], "tool_choice": {"type": "function", "function": "look"}}, "tool_choice"),
-        ({"tools": [TOOL], "tool_choice": {"type": "allowed_tools"}}, "tool_choice"),
-        ({"response_format": {"type": "xml"}}, "response_format.type"),
-        ({"response_format": {"type": "json_schema"}}, "response_format.json_schema"),
-        (
-            {"response_format": {"type": "json_schema", "json_schema": {"name": "x"}}},
-            "response_format.json_schema.schema",
-        ),
-        (
-            {"response_format": {"type": "json_schema", "json_schema": {"name": "x", "schema": {"type": 5}}}},
-            "response_format",
-        ),
-        ({"response_format": {"type": "json_object"}, "tools": [TOOL]}, "response_format"),
-        ({"thinking": True, "chat_template_kwargs": {"thinking": False}}, "thinking"),
-        ({"chat_template_kwargs": {"mood": "good"}}, "chat_template_kwargs.mood"),
-        ({"reasoning_effort": "high"}, "reasoning_effort"),
-        ({"functions": [{"name": "look"}]}, "functions"),
-        ({"function_call": "auto"}, "function_call"),
-        ({"audio": {"voice": "alloy", "format": "wav"}}, "audio"),
-        ({"modalities": ["text", "audio"]}, "modalities"),
-        ({"prediction": {"type": "content", "content": "x"}}, "prediction"),
-        ({"web_search_options": {}}, "web_search_options"),
-        ({"service_tier": "priority"}, "service_tier"),
-        ({"store": True}, "store"),
-        ({"store": 0}, "store"),
-        ({"verbosity": "low"}, "verbosity"),
-        ({"best_of": 2}, "best_of"),
-        ({"tempratur": 0.5}, "tempratur"),
-        ({"tempratur": None}, "tempratur"),
-    ],
+    ("fields", "param", "strict"),
+    [*((*each, strict) for each in ALWAYS for strict in (False, True)), *((*each, True) for each in STRICTLY)],
 )
-async def test_what_cannot_be_honoured_is_a_400_that_names_the_field(saying, client_of, fields, param):
+async def test_what_cannot_be_honoured_is_a_400_that_names_the_field(saying, client_of, fields, param, strict):
     engine = saying()
-    async with client_of(engine) as client:
+    async with client_of(engine, strict_api=strict) as client:
         body = {
             key: value for key, value in {"messages": ASK, **fields}.items() if value is not None or key == "tempratur"
         }
@@ -120,6 +124,22 @@ async def test_what_cannot_be_honoured_is_a_400_that_names_the_field(saying, cli
     assert error["param"] == param
     assert error["type"] == "invalid_request_error"
     assert not engine.requests
+
+
+@pytest.mark.parametrize("fields", [fields for fields, _ in STRICTLY])
+async def test_what_only_a_strict_api_refuses_is_answered_and_named_where_it_asks_for_something(
+    saying, client_of, fields
+):
+    async with client_of(saying()) as client:
+        response = await client.post(CHAT, json={"messages": ASK, **fields})
+    assert response.status_code == 200, response.text
+    first = json.loads(response.text.removeprefix("data: ").split("\n\n")[0])
+    told = first.get("warnings", [])
+    assert bool(told) == ("x-exo-kimi-warnings" in response.headers)
+    nothing_lost = ({"stream_options": {}}, {"parallel_tool_calls": False}, {"store": 0}, {"tempratur": None})
+    silent = fields in nothing_lost or ("messages" in fields and fields["messages"][0]["content"] is None)
+    if "stream" not in fields:
+        assert bool(told) != silent
 
 
 @pytest.mark.parametrize("kind", ["image_url", "input_audio", "file"])
@@ -260,7 +280,7 @@ async def test_an_unforeseen_failure_is_a_500_without_its_inside(saying, client_
     ],
 )
 async def test_text_completions_refuse_by_name_too(saying, client_of, fields, param):
-    async with client_of(saying()) as client:
+    async with client_of(saying(), strict_api="stream_options" in fields) as client:
         body = {key: value for key, value in fields.items() if value is not None}
         assert error_of(await client.post("/v1/completions", json=body), 400)["param"] == param
 

@@ -26,6 +26,10 @@ def template_messages(messages: Sequence[Message]) -> list[dict[str, Any]]:
         RequestError: a field that the role does not have, or lacks; content that is not text.
         UnsupportedError: audio, films, files.
     """
+    for index, message in enumerate(messages[:-1]):
+        if message.partial:
+            where = f"messages[{index}].partial"
+            raise RequestError(f"'{where}' is only for the last message", param=where)
     return [_template_message(message, f"messages[{index}]") for index, message in enumerate(messages)]
 
 
@@ -38,7 +42,15 @@ def _template_message(message: Message, where: str) -> dict[str, Any]:
     if message.role == "tool" and not message.tool_call_id:
         param = f"{where}.tool_call_id"
         raise RequestError(f"missing required parameter: '{param}'", param=param, code="missing_required_parameter")
+    if message.partial and (message.role != "assistant" or message.tool_calls):
+        raise RequestError(
+            f"'{where}.partial' is only for a message of the role 'assistant' without tool calls",
+            found=message.role,
+            param=f"{where}.partial",
+        )
     text = _content(message.content, f"{where}.content")
+    if message.tools:
+        return _gained_tools(message, text, where)
     if text is None and message.refusal:
         text = message.refusal
     if text is None and not (message.role == "assistant" and (message.tool_calls or message.reasoning_content)):
@@ -55,6 +67,18 @@ def _template_message(message: Message, where: str) -> dict[str, Any]:
     if message.tool_calls:
         rendered["tool_calls"] = [call.model_dump(exclude={"index"}) for call in message.tool_calls]
     return rendered
+
+
+def _gained_tools(message: Message, text: str | list[dict[str, Any]] | None, where: str) -> dict[str, Any]:
+    """Tools that the conversation gains here: a system message with nothing else."""
+    if message.role not in ("system", "developer") or text:
+        raise RequestError(
+            f"'{where}.tools' is only for a message of the role 'system' without content",
+            found=message.role if message.role != "system" else "content",
+            param=f"{where}.tools",
+        )
+    tools = [tool.model_dump(exclude_none=True) for tool in message.tools or ()]
+    return {"role": "system", "content": "", "tools": tools}
 
 
 def _content(content: str | list[dict[str, Any]] | None, where: str) -> str | list[dict[str, Any]] | None:

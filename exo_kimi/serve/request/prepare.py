@@ -46,11 +46,19 @@ def conversation_of(request: ChatRequest, *, vocab_size: int) -> ConversationReq
     choice = choose_tools(request)
     # A call that must be made leaves no text for a format to say anything about.
     form = request.response_format if choice.mode != "required" else None
+    messages = template_messages(request.messages)
+    begun = messages.pop() if request.messages[-1].partial else None
     return ConversationRequest(
-        messages=tuple(template_messages(request.messages)),
+        messages=tuple(messages),
+        begun_reply=None if begun is None else begun["content"] or "",
+        begun_name=None if begun is None else begun.get("name"),
         tools=tuple(tool.model_dump(exclude_none=True) for tool in request.tools or ()),
         tool_choice=choice,
         thinking=request.wants_thinking(),
+        keep_reasoning=request.keeps_reasoning,
+        reasoning_budget=request.reasoning_budget,
+        exact=request.exact,
+        warnings=request.warnings,
         response_format=_json_format(form),
         sampling=SamplingOverrides.of(
             request,
@@ -74,6 +82,7 @@ def texts_of(request: CompletionRequest, *, vocab_size: int) -> TextRequest:
     if count > MAX_SEQUENCES:
         raise RequestError("too many prompts", expected=f"{MAX_SEQUENCES} choices", found=count, param="prompt")
     return TextRequest(
+        warnings=request.warnings,
         prompts=prompts,
         echo=bool(request.echo),
         sampling=SamplingOverrides.of(request, logit_bias=request.biases(vocab_size), top_logprobs=request.logprobs),

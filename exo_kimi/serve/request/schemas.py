@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import Field, ValidationError
+from pydantic import Field, PrivateAttr, ValidationError
 
 from exo_kimi.errors import RequestError, UnsupportedError
 from exo_kimi.serve.problems import from_validation
+from exo_kimi.serve.request.accept import AcceptedChat, accept_fields, left_out_warning
 from exo_kimi.serve.request.fields import Fields, FirstOnly, GenerationFields, TokenCount, take_known
 
-TOOL_NAME = r"^[a-zA-Z0-9_.:\-]{1,64}$"
+TOOL_NAME = r"^[a-zA-Z0-9_.:/\-]{1,128}$"
+GAINED_TOOL_NAME = r"^[a-zA-Z_][a-zA-Z0-9_.:/\-]{0,127}$"  # Moonshot's rule for tools inside of messages
 
 Texts = Annotated[list[str], FirstOnly()]
 TokenIds = Annotated[list[int], FirstOnly()]
@@ -48,21 +50,6 @@ class ToolCall(Fields):
     index: int | None = None
 
 
-class Message(Fields):
-    """One message of any role; what a role needs and forbids is checked in `messages`."""
-
-    role: Literal["system", "developer", "user", "assistant", "tool"]
-    content: str | Annotated[list[dict[str, Any]], FirstOnly()] | None = None
-    name: str | None = None
-    tool_calls: Annotated[list[ToolCall], FirstOnly()] | None = None
-    tool_call_id: str | None = None
-    reasoning_content: str | None = None
-    refusal: str | None = None
-    annotations: list[Any] | None = None
-    audio: None = None
-    function_call: None = None
-
-
 class Function(Fields):
     """A function that the model may call. `strict` asks that its arguments always obey `parameters`."""
 
@@ -77,6 +64,40 @@ class Tool(Fields):
 
     type: Literal["function"]
     function: Function
+
+
+class GainedFunction(Function):
+    """A function that the conversation gains on the way."""
+
+    name: Annotated[str, Field(pattern=GAINED_TOOL_NAME)]
+
+
+class GainedTool(Fields):
+    """One entry of a system message's `tools`."""
+
+    type: Literal["function"]
+    function: GainedFunction
+
+
+class Message(Fields):
+    """One message of any role; what a role needs and forbids is checked in `messages`.
+
+    `partial`, on a last message of the assistant, has the model go on with it. `tools`, on a system message without text, are
+    tools that the conversation gains there. Both are Moonshot's.
+    """
+
+    role: Literal["system", "developer", "user", "assistant", "tool"]
+    content: str | Annotated[list[dict[str, Any]], FirstOnly()] | None = None
+    name: str | None = None
+    tool_calls: Annotated[list[ToolCall], FirstOnly()] | None = None
+    tool_call_id: str | None = None
+    reasoning_content: str | None = None
+    refusal: str | None = None
+    annotations: list[Any] | None = None
+    audio: None = None
+    function_call: None = None
+    partial: bool | None = None
+    tools: Annotated[list[GainedTool], FirstOnly()] | None = None
 
 
 class JsonSchema(Fields):
@@ -96,15 +117,21 @@ class ResponseFormat(Fields):
 
 
 class ThinkingOption(Fields):
-    """`thinking` as Moonshot's API writes it."""
+    """`thinking` as Moonshot's and Anthropic's APIs write it.
 
-    type: Literal["enabled", "disabled"]
+    `budget_tokens` caps the reasoning; `keep` "all" shows the model the reasoning of all its earlier turns.
+    """
+
+    type: Literal["enabled", "disabled"] | None = None
+    budget_tokens: Annotated[int, Field(ge=0, lt=2**63)] | None = None
+    keep: Literal["all"] | None = None
 
 
 class TemplateArguments(Fields):
-    """`chat_template_kwargs`: the one argument that Kimi's templates take."""
+    """`chat_template_kwargs`: the arguments that Kimi's templates take."""
 
     thinking: bool | None = None
+    preserve_thinking: bool | None = None
 
 
 class ChatRequest(GenerationFields):
@@ -121,6 +148,30 @@ class ChatRequest(GenerationFields):
     reasoning_effort: str | None = None
     thinking: bool | ThinkingOption | None = None
     chat_template_kwargs: TemplateArguments | None = None
+    _warnings: tuple[str, ...] = PrivateAttr(default=())
+    _exact: bool = PrivateAttr(default=False)
+
+    @property
+    def warnings(self) -> tuple[str, ...]:
+        """What of the request is not carried out."""
+        return self._warnings
+
+    @property
+    def exact(self) -> bool:
+        """Whether what cannot be carried out as it is asked must be refused."""
+        return self._exact
+
+    @property
+    def keeps_reasoning(self) -> bool | None:
+        """Whether the model is to see the reasoning of all its earlier turns; None leaves it to the template."""
+        if isinstance(self.thinking, ThinkingOption) and self.thinking.keep is not None:
+            return True
+        return self.chat_template_kwargs.preserve_thinking if self.chat_template_kwargs is not None else None
+
+    @property
+    def reasoning_budget(self) -> int | None:
+        """Most tokens of reasoning."""
+        return self.thinking.budget_tokens if isinstance(self.thinking, ThinkingOption) else None
 
     def token_limit(self) -> int | None:
         """`max_completion_tokens`, or its older name.
@@ -156,9 +207,10 @@ class ChatRequest(GenerationFields):
                     code="unsupported_value",
                 )
             wishes["reasoning_effort"] = False
-        if self.thinking is not None:
-            on = self.thinking if isinstance(self.thinking, bool) else self.thinking.type == "enabled"
-            wishes["thinking"] = on
+        if isinstance(self.thinking, bool):
+            wishes["thinking"] = self.thinking
+        elif self.thinking is not None and self.thinking.type is not None:
+            wishes["thinking"] = self.thinking.type == "enabled"
         if self.chat_template_kwargs is not None and self.chat_template_kwargs.thinking is not None:
             wishes["chat_template_kwargs"] = self.chat_template_kwargs.thinking
         if len(set(wishes.values())) > 1:
@@ -174,28 +226,47 @@ class CompletionRequest(GenerationFields):
     echo: bool | None = None
     best_of: Annotated[int, Field(ge=1)] | None = None
     logprobs: Annotated[int, Field(ge=0, le=5)] | None = None
+    _warnings: tuple[str, ...] = PrivateAttr(default=())
+
+    @property
+    def warnings(self) -> tuple[str, ...]:
+        """What of the request is not carried out."""
+        return self._warnings
 
 
-def parse_chat(body: dict[str, Any]) -> ChatRequest:
+def parse_chat(body: dict[str, Any], *, strict: bool = False) -> ChatRequest:
     """A chat request.
+
+    Args:
+        body: the parsed JSON.
+        strict: refuse what cannot be carried out, rather than leave it out and name it (`accept`).
 
     Raises:
         RequestError: a field that is missing, unknown, unsupported, or has the wrong type or value.
     """
+    told: list[str] = []
+    if not strict:
+        accepted = AcceptedChat(body)
+        body, told = accepted.body, accepted.told
     request = _validate(ChatRequest, take_known(body, ChatRequest.model_fields, UNSUPPORTED_CHAT))
+    request._warnings, request._exact = tuple(told), strict
     request.check_stream_options()
     if request.top_logprobs is not None and not request.logprobs:
         raise RequestError("'top_logprobs' is only allowed with 'logprobs': true", param="top_logprobs")
     return request
 
 
-def parse_completion(body: dict[str, Any]) -> CompletionRequest:
-    """A text completion request.
+def parse_completion(body: dict[str, Any], *, strict: bool = False) -> CompletionRequest:
+    """A text completion request; the arguments are those of `parse_chat`.
 
     Raises:
         RequestError: as `parse_chat`.
     """
+    left_out: list[str] = []
+    if not strict:
+        body, left_out = accept_fields(body)
     request = _validate(CompletionRequest, take_known(body, CompletionRequest.model_fields, UNSUPPORTED_TEXT))
+    request._warnings = tuple(left_out_warning(left_out))
     request.check_stream_options()
     if request.best_of is not None and request.best_of != (request.n or 1):
         raise UnsupportedError(

@@ -16,7 +16,8 @@ def choose_tools(request: ChatRequest) -> ToolChoice:
         RequestError: a choice without tools, an unknown function, a name used twice.
         UnsupportedError: a choice of another kind than OpenAI's none, auto, required or a named function.
     """
-    tools = request.tools or []
+    gained = [tool for message in request.messages for tool in message.tools or ()]
+    tools = [*(request.tools or ()), *gained]
     names = [tool.function.name for tool in tools]
     seen: set[str] = set()
     for index, name in enumerate(names):
