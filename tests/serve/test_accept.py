@@ -79,6 +79,8 @@ HISTORIES: dict[str, list[dict[str, Any]]] = {
     "a result that is JSON": [calling(), {**RESULT, "content": {"sky": "rain", "n": [1]}}],
     "a result that is a list": [calling(), {**RESULT, "content": ["a", 1]}],
     "a result that is a number": [calling(), {**RESULT, "content": 7}],
+    "a result with a file": [calling(), {**RESULT, "content": [{"type": "file", "file": {"file_id": "f"}}]}],
+    "a result with half a part": [calling(), {**RESULT, "content": [{"type": "text"}]}],
     "arguments as an object": [
         {"role": "assistant", "tool_calls": [{**CALL, "function": {"name": "look", "arguments": {"a": 1}}}]},
         RESULT,

@@ -10,6 +10,8 @@ import json
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+from exo_kimi.dialogue.pictures import PICTURE_KINDS
+
 # Documented by OpenAI or by agents, without effect on a Kimi: taken with any value, and named when that asks for something.
 WITHOUT_EFFECT = frozenset(
     {
@@ -241,12 +243,32 @@ class AcceptedChat:
         if isinstance(kept.get("content"), list):
             kept["content"] = [self._part(part, f"{where}.content[]") for part in kept["content"]]
         if kept.get("role") in ("assistant", "tool"):
-            kept["content"] = _as_history(kept.get("content"))
+            kept["content"] = self._as_history(kept.get("content"), where)
         if isinstance(kept.get("tool_calls"), list):
             kept["tool_calls"] = [self._call(call, f"{where}.tool_calls[]") for call in kept["tool_calls"]]
         elif isinstance(call := kept.pop("function_call", None), Mapping):
             kept["tool_calls"] = [self._call({"function": call}, f"{where}.function_call")]
         return kept
+
+    def _as_history(self, content: Any, where: str) -> Any:
+        """Content of an earlier turn: empty is empty, a part that cannot be read is named, other JSON is its text."""
+        if content is None or content == []:
+            return ""
+        if isinstance(content, str):
+            return content
+        if not isinstance(content, list) or not all(
+            isinstance(part, Mapping) and isinstance(part.get("type"), str) for part in content
+        ):
+            return _json(content)
+        parts: list[Any] = []
+        for part in content:
+            kind = part["type"]
+            if kind in PICTURE_KINDS or (kind in ("text", "refusal") and isinstance(part.get(kind), str)):
+                parts.append(part)
+            else:
+                self._leave_out(f"{where}.content[] of type '{kind}'")
+                parts.append({"type": "text", "text": f"[{kind[:40]}: left out, this server cannot read it]"})
+        return parts
 
     def _drop_foreign(self, kept: dict[str, Any], where: str) -> None:
         """Fields that an answer of some server has and that mean nothing in a history."""
@@ -311,19 +333,6 @@ class AcceptedChat:
                     self._leave_out(f"{where}.function.{key}")
             kept["function"] = {key: function[key] for key in known if key in function}
         return kept
-
-
-def _as_history(content: Any) -> Any:
-    """Content of an earlier turn: empty is empty, and JSON that is no content is its text."""
-    if content is None or content == []:
-        return ""
-    if isinstance(content, str):
-        return content
-    if isinstance(content, list) and all(
-        isinstance(part, Mapping) and isinstance(part.get("type"), str) for part in content
-    ):
-        return content
-    return _json(content)
 
 
 def _json(value: Any) -> str:

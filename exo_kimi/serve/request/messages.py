@@ -49,6 +49,8 @@ def _template_message(message: Message, where: str) -> dict[str, Any]:
             param=f"{where}.partial",
         )
     text = _content(message.content, f"{where}.content")
+    if message.partial and isinstance(text, list):
+        raise RequestError(f"'{where}' cannot be gone on with: its content is not text", param=f"{where}.content")
     if message.tools:
         return _gained_tools(message, text, where)
     if text is None and message.refusal:
