@@ -75,6 +75,7 @@ class Peer:
     node: Any
     sent: list[tuple[Any, ...]] = field(default_factory=list)
     broken: bool = False
+    frozen: bool = False
 
     def id(self) -> str:
         return str(self.node.id)
@@ -82,6 +83,8 @@ class Peer:
     async def send_tensor(self, shard: Any, tensor: Any, *, request_id: str, inference_state: Any) -> None:
         if self.broken:
             raise ConnectionError("the other side hung up")
+        if self.frozen:
+            await asyncio.Event().wait()
         raw = tensor.tobytes()
         assert len(raw) < LIMIT_BYTES
         copy = np.frombuffer(raw, np.dtype(str(tensor.dtype))).reshape(tensor.shape)
@@ -92,6 +95,8 @@ class Peer:
         await self.node.process_prompt(shard, prompt, request_id, json.loads(json.dumps(inference_state)))
 
     async def send_opaque_status(self, request_id: str, status: str) -> None:
+        if self.frozen:
+            return
         self.node.on_opaque_status.trigger_all(request_id, status)
 
 
@@ -124,8 +129,13 @@ def make_modules() -> dict[str, ModuleType]:
             return [Partition(node_id, 0.0, 1.0) for node_id, _ in topology.all_nodes()]
 
     class ChatGPTAPI:
-        def __init__(self) -> None:
+        def __init__(self, node: Any) -> None:
+            self.node = node
             self.token_queues: dict[str, asyncio.Queue[Any]] = defaultdict(asyncio.Queue)
+            self.response_timeout, self.default_model, self.system_prompt = 20, OTHER, None
+
+        async def handle_post_chat_completions(self, request: Any) -> Any:
+            return "exo's own answer"
 
         async def run(self, host: str = "0.0.0.0", port: int = 52415) -> tuple[str, int]:
             return host, port
@@ -158,7 +168,12 @@ def make_modules() -> dict[str, ModuleType]:
         _module("exo.topology.partitioning_strategy", Partition=Partition),
         _module("exo.topology.topology", PeerConnection=PeerConnection),
         _module("exo.download.new_shard_download", get_supported_models=get_supported_models),
-        _module("exo.api.chatgpt_api", resolve_tokenizer=resolve_tokenizer, ChatGPTAPI=ChatGPTAPI),
+        _module(
+            "exo.api.chatgpt_api",
+            resolve_tokenizer=resolve_tokenizer,
+            ChatGPTAPI=ChatGPTAPI,
+            web=SimpleNamespace(json_response=JsonResponse, StreamResponse=StreamResponse),
+        ),
         _module("exo.networking.grpc.grpc_peer_handle", mx=numpy_as_mx),
         _module("exo.networking.grpc.grpc_server", mx=numpy_as_mx),
     ]
@@ -178,7 +193,7 @@ def make_main(modules: dict[str, ModuleType], node_id: str) -> ModuleType:
         seen.append(opaque_status)
 
     node.on_opaque_status.register("preemptively_load_shard").on_next(preemptively_load_shard)
-    api = modules["exo.api.chatgpt_api"].ChatGPTAPI()
+    api = modules["exo.api.chatgpt_api"].ChatGPTAPI(node)
     node.on_token.register("api").on_next(lambda *told: api.token_queues[told[0]].put_nowait(told[1:]))
     return _module(
         "exo.main",
@@ -196,6 +211,48 @@ def _module(name: str, **names: Any) -> ModuleType:
     module = ModuleType(name)
     vars(module).update(names)
     return module
+
+
+@dataclass
+class JsonResponse:
+    """As aiohttp's."""
+
+    body: Any
+    status: int = 200
+
+
+@dataclass
+class StreamResponse:
+    """As aiohttp's; `after` writes the client is gone."""
+
+    status: int
+    reason: str
+    headers: dict[str, str]
+    written: list[str] = field(default_factory=list)
+    after: int | None = None
+    ended: bool = False
+
+    async def prepare(self, request: Any) -> None:
+        self.after = request.gone_after
+
+    async def write(self, data: bytes) -> None:
+        if self.after is not None and len(self.written) >= self.after:
+            raise ConnectionResetError("Cannot write to closing transport")
+        self.written.append(data.decode())
+
+    async def write_eof(self) -> None:
+        self.ended = True
+
+
+@dataclass
+class Request:
+    """As aiohttp's."""
+
+    body: Any
+    gone_after: int | None = None
+
+    async def json(self) -> Any:
+        return json.loads(self.body) if isinstance(self.body, str) else self.body
 
 
 @dataclass(frozen=True)
@@ -231,7 +288,7 @@ def _node_class() -> type:
             self.on_token, self.on_opaque_status = Callbacks(), Callbacks()
             self.outstanding_requests: dict[str, str] = {}
             self.buffered: dict[str, list[int]] = defaultdict(list)
-            self.max_generate_tokens = 5
+            self.max_generate_tokens, self.default_sample_temperature = 5, 0.0
             self.tasks: list[asyncio.Task[Any]] = []
 
         async def start(self, wait_for_peers: int = 0) -> None:
@@ -272,8 +329,8 @@ def _node_class() -> type:
                 ended = token.item() == self.inference_engine.tokenizer.eos_token_id
                 finished = ended or len(self.buffered[request_id]) >= self.max_generate_tokens
                 forward = token.reshape(1, -1)
-                for node in (self, *(peer.node for peer in self.peers)):
-                    node.on_token.trigger_all(request_id, [token.item()], finished)
+                self.trigger_on_token_callbacks(request_id, [token.item()], finished)
+                self.tasks.append(asyncio.create_task(self.broadcast_result(request_id, [token.item()], finished)))
             if finished:
                 self.outstanding_requests.pop(request_id, None)
                 return
@@ -281,6 +338,14 @@ def _node_class() -> type:
             self.tasks.append(
                 asyncio.create_task(self.forward_tensor(shard, forward, request_id, following, inference_state))
             )
+
+        def trigger_on_token_callbacks(self, request_id: str, tokens: list[int], is_finished: bool) -> None:
+            self.on_token.trigger_all(request_id, tokens, is_finished)
+
+        async def broadcast_result(self, request_id: str, result: list[int], is_finished: bool) -> None:
+            for peer in self.peers:
+                if not peer.frozen:
+                    peer.node.on_token.trigger_all(request_id, result, is_finished)
 
         async def process_tensor(
             self, base_shard: Any, tensor: Any, request_id: Any = None, inference_state: Any = None

@@ -18,7 +18,15 @@ _ENGINE = "exo.inference.mlx.sharded_inference_engine"
 _NODE = "exo.orchestration.node"
 _API = "exo.api.chatgpt_api"
 ENGINE_METHODS = ("ensure_shard", "infer_tensor", "sample")
-NODE_METHODS = ("get_current_shard", "process_prompt", "_process_prompt", "process_tensor", "forward_tensor")
+NODE_METHODS = (
+    "get_current_shard",
+    "process_prompt",
+    "_process_prompt",
+    "process_inference_result",
+    "process_tensor",
+    "forward_tensor",
+)
+API_METHODS = ("handle_post_chat_completions",)
 MAIN_NAMES = ("node", "api", "preemptively_load_shard", "resolve_tokenizer")
 
 _PROMPT = ("self", "base_shard", "prompt", "request_id", "inference_state")
@@ -52,6 +60,10 @@ NAMES = (
         parameters=("self", "base_shard", "tensor", "request_id", "target_index", "inference_state"),
     ),
     Name(module=_NODE, name="Node.broadcast_opaque_status", parameters=("self", "request_id", "status")),
+    Name(module=_NODE, name="Node.broadcast_result", parameters=("self", "request_id", "result", "is_finished")),
+    Name(
+        module=_NODE, name="Node.trigger_on_token_callbacks", parameters=("self", "request_id", "tokens", "is_finished")
+    ),
     Name(module=_NODE, name="Node.start", parameters=("self", "wait_for_peers")),
     Name(
         module="exo.topology.ring_memory_weighted_partitioning_strategy",
@@ -69,6 +81,9 @@ NAMES = (
     Name(module="exo.networking.grpc.grpc_server", name="mx.array"),
     Name(module=_API, name="resolve_tokenizer", parameters=("repo_id",)),
     Name(module=_API, name="ChatGPTAPI.run", parameters=("self", "host", "port")),
+    Name(module=_API, name="ChatGPTAPI.handle_post_chat_completions", parameters=("self", "request")),
+    Name(module=_API, name="web.json_response"),
+    Name(module=_API, name="web.StreamResponse"),
 )
 
 
@@ -105,6 +120,12 @@ def bind_engine(bound: Bound, make: Callable[[Mapping[str, Any]], Mapping[str, A
 def bind_node(bound: Bound, make: Callable[[Mapping[str, Any]], Mapping[str, Any]]) -> None:
     """Give exo's Node class our methods; `make` gets its own."""
     _bind_class(bound, importlib.import_module(_NODE).Node, NODE_METHODS, make)
+
+
+def bind_api(bound: Bound, make: Callable[[Mapping[str, Any], Any], Mapping[str, Any]]) -> None:
+    """Give exo's API class our methods; `make` gets its own, and aiohttp's `web`."""
+    module = importlib.import_module(_API)
+    _bind_class(bound, module.ChatGPTAPI, API_METHODS, lambda own: make(own, module.web))
 
 
 def bind_partition(bound: Bound, pieces: Callable[[set[str]], list[tuple[str, float, float]]]) -> None:

@@ -16,6 +16,7 @@ from mlx_lm.sample_utils import make_sampler
 
 from exo_kimi.errors import ExoPlacementError, UnsupportedError
 from exo_kimi.plugin.legacy.plan import PinnedPlan
+from exo_kimi.plugin.legacy.replies import carried
 from exo_kimi.plugin.legacy.stage import LegacyStage
 from exo_kimi.plugin.legacy.tensors import Array, position_of
 from exo_kimi.plugin.legacy.tokenizer import LegacyTokenizer
@@ -81,7 +82,7 @@ def engine_methods(
         await self.ensure_shard(shard)
         run = stage.thread.submit(stage.run, request_id, input_data, position)
         output, after = await asyncio.wrap_future(run)
-        return output, after.to_state()
+        return output, {**after.to_state(), **carried(inference_state)}
 
     async def sample(self: Any, x: Array, temp: float = 0.0, top_p: float = 1.0) -> Array:
         """A token of (1, L, vocab) logits. exo's own begins the computation in one thread and ends it in another, which MLX

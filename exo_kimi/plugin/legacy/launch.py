@@ -21,6 +21,7 @@ from exo_kimi.plugin.legacy.bindings import (
     NAMES,
     TESTED,
     Bound,
+    bind_api,
     bind_arrays,
     bind_card,
     bind_engine,
@@ -81,14 +82,18 @@ class Session:
     """
 
     def __init__(self, setup: LegacySetup, say: Say) -> None:
+        from exo_kimi.plugin.legacy.chat_api import api_methods
         from exo_kimi.plugin.legacy.engine import engine_methods
+        from exo_kimi.plugin.legacy.hook import QUIET_S, silence_of
         from exo_kimi.plugin.legacy.node import node_methods
+        from exo_kimi.plugin.legacy.replies import Liveness, Replies
         from exo_kimi.plugin.legacy.stage import LegacyStage
 
         self._setup, self._say = setup, say
         self._bound = Bound()
-        self._asked: set[str] = set()
         pinned, tokenizer = setup.pinned, setup.tokenizer
+        self._replies = Replies(tokenizer.eos_token_id.ids, pinned.tokens)
+        self._liveness = Liveness()
         self._stage = stage = LegacyStage(str(setup.directory), pinned, say=say)
         bind_card(self._bound, pinned.name, layers=pinned.layers, repo=setup.repo)
         bind_arrays(self._bound)
@@ -101,8 +106,20 @@ class Session:
                 pinned=pinned,
                 tokenizer=tokenizer,
                 hidden_size=setup.config.hidden_size,
-                asked=self._asked,
+                replies=self._replies,
                 say=say,
+            ),
+        )
+        shard_of = importlib.import_module("exo.inference.shard").Shard
+        bind_api(
+            self._bound,
+            lambda own, web: api_methods(
+                own,
+                name=pinned.name,
+                speaker=tokenizer.speaker,
+                web=web,
+                shard=lambda: shard_of(pinned.name, 0, 0, pinned.layers),
+                silent=lambda: silence_of(self._liveness.silent(QUIET_S)),
             ),
         )
         bind_tokenizer(
@@ -133,7 +150,8 @@ class Session:
             pinned=pinned,
             stage=self._stage,
             shard=importlib.import_module("exo.inference.shard").Shard(pinned.name, first, last, pinned.layers),
-            asked=self._asked,
+            replies=self._replies,
+            liveness=self._liveness,
             queues=main["api"].token_queues,
             original=main["preemptively_load_shard"],
             say=self._say,
@@ -144,8 +162,7 @@ class Session:
             self._say(f"the plan counts on a raised limit here: {setup.sysctl}")
         if setup.options.api_host is not None:
             main["api"].run = functools.partial(main["api"].run, setup.options.api_host)
-        if setup.options.preload:
-            node.start = _then(node.start, hooks.preload)
+        node.start = _then(node.start, hooks.watch, *([hooks.preload] if setup.options.preload else []))
         own = pinned.own
         self._say(
             f"{pinned.name} by plan: " + ", ".join(f"{s.node_id} {s.start_layer}:{s.end_layer}" for s in pinned.nodes)
@@ -193,10 +210,11 @@ def _find_exo(options: LegacyOptions) -> None:
         ) from error
 
 
-def _then(start: Callable[..., Any], after: Callable[[], None]) -> Callable[..., Any]:
+def _then(start: Callable[..., Any], *after: Callable[[], None]) -> Callable[..., Any]:
     async def started(wait_for_peers: int = 0) -> None:
         await start(wait_for_peers=wait_for_peers)
-        after()
+        for each in after:
+            each()
 
     return started
 

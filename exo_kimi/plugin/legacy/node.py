@@ -8,14 +8,15 @@ import asyncio
 import json
 import logging
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Coroutine, Mapping
 from itertools import permutations
 from typing import Any
 
 import numpy as np
 
-from exo_kimi.errors import ExoKimiError, ExoPlacementError, OverloadedError
+from exo_kimi.errors import ExoKimiError, ExoPlacementError, OverloadedError, StageStalledError
 from exo_kimi.plugin.legacy.plan import PinnedPlan
+from exo_kimi.plugin.legacy.replies import LegacyReply, Replies, carried, reply_of
 from exo_kimi.plugin.legacy.tensors import IDS, TensorPosition, ids_of, position_of
 from exo_kimi.plugin.legacy.tokenizer import LegacyTokenizer, RenderedPrompt
 
@@ -40,7 +41,7 @@ def node_methods(
     pinned: PinnedPlan,
     tokenizer: LegacyTokenizer,
     hidden_size: int,
-    asked: set[str],
+    replies: Replies,
     say: Callable[[str], None],
 ) -> dict[str, Method]:
     """Methods for exo's Node class.
@@ -50,10 +51,11 @@ def node_methods(
         pinned: the plan.
         tokenizer: of the checkpoint.
         hidden_size: of the model.
-        asked: gets the ids of requests that this node's API waits for.
+        replies: of this node.
         say: takes lines for the user.
     """
     digest, size = pinned.digest, piece_tokens(hidden_size)
+    running: set[asyncio.Task[None]] = set()
 
     def get_current_shard(self: Any, base_shard: Any, index: int | None = None) -> Any:
         """The plan's, whoever is there at the moment."""
@@ -71,11 +73,11 @@ def node_methods(
             return await original["process_prompt"](self, base_shard, prompt, request_id, inference_state)
         state = {**(inference_state or {}), IDS: list(prompt.ids)}
         if request_id is not None:
-            asked.add(request_id)
+            replies.asked.add(request_id)
         try:
             return await original["process_prompt"](self, base_shard, str(prompt), request_id, state)
         except BaseException:
-            asked.discard(str(request_id))  # the API is told by this very error
+            replies.asked.discard(str(request_id))  # the API is told by this very error
             raise
 
     async def process_first(self: Any, shard: Any, prompt: str, request_id: str, inference_state: Any) -> Any:
@@ -91,10 +93,15 @@ def node_methods(
                 fix="plan again with more --context",
             )
         sending: asyncio.Task[None] | None = None
+        wanted = carried(inference_state)
         for start in range(0, len(ids), size):
+            if replies.is_over(request_id):
+                return None
             piece = np.array([ids[start : start + size]], np.int64)
             position = TensorPosition(plan=digest, offset=start, layer=0, more=start + size < len(ids))
-            result, state = await self.inference_engine.infer_tensor(request_id, shard, piece, position.to_state())
+            result, state = await self.inference_engine.infer_tensor(
+                request_id, shard, piece, {**position.to_state(), **wanted}
+            )
             if sending is not None:
                 await sending
             if position.more and not shard.is_last_layer():
@@ -125,6 +132,8 @@ def node_methods(
         if base_shard.model_id != pinned.name:
             return await original["process_tensor"](self, base_shard, tensor, request_id, inference_state)
         ident = str(request_id)
+        if replies.is_over(ident):
+            return None  # it was on its way while somebody ended the request
         try:
             shard = self.get_current_shard(base_shard)
             self.outstanding_requests[ident] = "processing"
@@ -133,12 +142,53 @@ def node_methods(
                 await self.process_inference_result(shard, result, ident, state)
             elif not shard.is_last_layer():
                 await _forward(self, shard, result, ident, state)
-        except ExoKimiError as error:
-            await fail(self, ident, error, say)
         except Exception as error:  # the edge between our code and exo
-            logger.exception("request %s failed", ident)
+            if replies.is_over(ident):
+                self.outstanding_requests.pop(ident, None)  # its caches are gone already, which is no failure
+                return None
+            if not isinstance(error, ExoKimiError):
+                logger.exception("request %s failed", ident)
             await fail(self, ident, error, say)
         return None
+
+    async def process_inference_result(
+        self: Any, shard: Any, result: Any, request_id: str | None = None, inference_state: Any = None
+    ) -> Any:
+        """exo's own chooses every token by the node's temperature, ends at one id, and knows one limit for all."""
+        if shard.model_id != pinned.name:
+            return await original["process_inference_result"](self, shard, result, request_id, inference_state)
+        ident, complete, forward = str(request_id), False, result
+        if replies.is_over(ident):
+            self.outstanding_requests.pop(ident, None)
+            return None
+        if shard.is_last_layer():
+            wanted = reply_of(inference_state) or default_reply(self, ident)
+            token_id, complete = await asyncio.to_thread(
+                replies.next_token,
+                ident,
+                result,
+                position_of(inference_state),
+                wanted,
+                node_limit=self.max_generate_tokens,
+            )
+            forward = np.array([[token_id]], np.int64)
+            self.trigger_on_token_callbacks(ident, [token_id], complete)
+            start(self.broadcast_result(ident, [token_id], complete))
+        if complete:
+            self.outstanding_requests.pop(ident, None)
+        else:
+            self.outstanding_requests[ident] = "waiting"
+            start(self.forward_tensor(shard, forward, ident, self.get_partition_index(offset=1), inference_state))
+        return None
+
+    def default_reply(self: Any, ident: str) -> LegacyReply:
+        """One for all tokens of a reply, for its seed."""
+        return replies.defaults.setdefault(ident, LegacyReply.of_node(self.default_sample_temperature))
+
+    def start(work: Coroutine[Any, Any, None]) -> None:
+        task = asyncio.get_running_loop().create_task(work)
+        running.add(task)  # the loop alone would let it be collected
+        task.add_done_callback(running.discard)
 
     async def forward_tensor(
         self: Any, base_shard: Any, tensor: Any, request_id: str, target_index: int, inference_state: Any = None
@@ -159,6 +209,7 @@ def node_methods(
         "get_current_shard": get_current_shard,
         "process_prompt": process_prompt,
         "_process_prompt": _process_prompt,
+        "process_inference_result": process_inference_result,
         "process_tensor": process_tensor,
         "forward_tensor": forward_tensor,
     }
@@ -169,7 +220,8 @@ async def fail(node: Any, request_id: str, error: BaseException, say: Callable[[
     message = str(error) if isinstance(error, ExoKimiError) else f"{type(error).__name__}: {error}"
     say(f"request {request_id} failed on {node.id}: {message}")
     node.outstanding_requests.pop(request_id, None)
-    status = {"type": FAILED, "node_id": node.id, "request_id": request_id, "message": message}
+    busy = isinstance(error, OverloadedError | StageStalledError)
+    status = {"type": FAILED, "node_id": node.id, "request_id": request_id, "message": message, "busy": busy}
     await node.broadcast_opaque_status(request_id, json.dumps(status))
 
 

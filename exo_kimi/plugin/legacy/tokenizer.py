@@ -56,7 +56,7 @@ class LegacyTokenizer:
     """
 
     def __init__(self, speaker: Speaker, *, streaming: bool = False) -> None:
-        self._speaker = speaker
+        self.speaker = speaker
         self._tokenizer = tokenizer = speaker.tokenizer
         self.eos_token_id = StopIds(tokenizer.stop_ids, first=tokenizer.special[END_OF_TURN])
         self.vocab_size = tokenizer.vocab_size
@@ -75,7 +75,7 @@ class LegacyTokenizer:
 
     def of_reply(self) -> LegacyTokenizer:
         """The same for one reply."""
-        return LegacyTokenizer(self._speaker, streaming=True)
+        return LegacyTokenizer(self.speaker, streaming=True)
 
     def apply_chat_template(
         self,
@@ -90,7 +90,7 @@ class LegacyTokenizer:
             RequestError: a message that no text template can take.
             TemplateError: the template refuses the messages.
         """
-        prompt = self._speaker.template.render(conversation, tools=tools, add_generation_prompt=add_generation_prompt)
+        prompt = self.speaker.template.render(conversation, tools=tools, add_generation_prompt=add_generation_prompt)
         return prompt.ids if tokenize else RenderedPrompt(prompt.text, prompt.ids)
 
     def encode(self, text: str) -> list[int]:

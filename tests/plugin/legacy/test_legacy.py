@@ -6,7 +6,6 @@ import asyncio
 import json
 import shutil
 import sys
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
@@ -27,79 +26,13 @@ from exo_kimi.errors import (
     UnsupportedError,
     UsageError,
 )
-from exo_kimi.plugin.bindings import mismatches
 from exo_kimi.plugin.legacy import launch
 from exo_kimi.plugin.legacy import node as legacy_node
-from exo_kimi.plugin.legacy.bindings import NAMES
-from exo_kimi.plugin.legacy.launch import Session
 from exo_kimi.plugin.legacy.setup import LegacyOptions, prepare_legacy
-from exo_kimi.plugin.legacy.tokenizer import RenderedPrompt
 
 PROMPT = "the sea is"  # as it is, without the template: some ten tokens
 TOKENS = 5
 NAME = "kimi"
-
-
-class Cluster:
-    """Nodes with our bindings, one of them per machine of the plan."""
-
-    def __init__(self, fake: Any, plan: Path, models: list[Path], patch: pytest.MonkeyPatch) -> None:
-        self.fake, self.said, self.mains, self.sessions = fake, [], [], []
-        for number, model in enumerate(models, 1):
-            options = LegacyOptions(plan=plan, model=model, name=NAME)
-            setup = prepare_legacy(options, ["--node-id", f"node{number}"])
-            modules = fake.make_modules()
-            for name, module in modules.items():
-                patch.setitem(sys.modules, name, module)
-            lines: list[str] = []
-            self.said.append(lines)
-            assert mismatches(NAMES) == ()
-            session = Session(setup, lines.append)
-            main = fake.make_main(modules, f"node{number}")
-            session.attach(vars(main))
-            self.mains.append(main)
-            self.sessions.append(session)
-        for main in self.mains:
-            main.node.peers = [fake.Peer(other.node) for other in self.mains if other is not main]
-
-    @property
-    def nodes(self) -> list[Any]:
-        return [main.node for main in self.mains]
-
-    @property
-    def stages(self) -> list[Any]:
-        return [session._stage for session in self.sessions]
-
-    @property
-    def base_shard(self) -> Any:
-        return self.fake.Shard(NAME, 0, 0, 7)
-
-    async def ask(self, prompt: str = PROMPT, *, number: int = 1, request_id: str = "a") -> list[int]:
-        """As exo's API: render, process, take tokens from the queue until the last."""
-        main = self.mains[number - 1]
-        api = main.node.modules["exo.api.chatgpt_api"]
-        tokenizer = await api.resolve_tokenizer(f"exo-kimi/{NAME}")
-        text = RenderedPrompt("what the template made of it", tokenizer.encode(prompt))
-        await main.node.process_prompt(self.base_shard, text, request_id=request_id)
-        tokens: list[int] = []
-        while True:
-            got, finished = await asyncio.wait_for(main.api.token_queues[request_id].get(), 20)
-            tokens += got
-            if finished:
-                return tokens
-
-    def loads(self, number: int) -> list[str]:
-        return [line for line in self.said[number - 1] if line.startswith("loading layers") and line.count(":") == 1]
-
-
-@pytest.fixture
-def make(
-    fake_legacy: ModuleType, legacy_plan: Path, tiny: Path, monkeypatch: pytest.MonkeyPatch
-) -> Callable[..., Cluster]:
-    def made(*models: Path) -> Cluster:
-        return Cluster(fake_legacy, legacy_plan, list(models or (tiny, tiny)), monkeypatch)
-
-    return made
 
 
 @pytest.fixture(scope="module")
@@ -138,6 +71,7 @@ async def test_a_prompt_in_pieces_gives_the_same_tokens(
 
 @pytest.mark.parametrize("split", [(7,), (3, 2, 2)])
 async def test_one_node_or_three_answer_the_same_in_pieces(
+    legacy_cluster: Any,
     fake_legacy: ModuleType,
     legacy_shapes: ModuleType,
     tiny: Path,
@@ -149,7 +83,7 @@ async def test_one_node_or_three_answer_the_same_in_pieces(
     monkeypatch.setattr(legacy_node, "PIECE_TOKENS", 2)
     plan = tmp_path / "plan.json"
     legacy_shapes.plan_of_shape(split).save(plan)
-    cluster = Cluster(fake_legacy, plan, [tiny] * len(split), monkeypatch)
+    cluster = legacy_cluster(fake_legacy, plan, [tiny] * len(split), monkeypatch)
     assert await cluster.ask(number=len(split)) == expected
     assert [stage.loaded for stage in cluster.stages] == [True] * len(split)
 
@@ -298,15 +232,17 @@ async def test_a_tensor_out_of_place_is_refused(make: Any, change: dict[str, Any
 async def test_hidden_states_of_another_form_are_refused(make: Any) -> None:
     cluster = make()
     place = {"plan": cluster.stages[1]._digest, "offset": 0, "layer": 5, "more": False}
-    for tensor, message in (
-        (np.zeros((1, 3, 256), np.int64), "no hidden states"),
-        (np.zeros((1, 3, 255), np.float32), "wrong size"),
-        (np.zeros((3, 256), np.float32), "no hidden states"),
+    for number, (tensor, message) in enumerate(
+        (
+            (np.zeros((1, 3, 256), np.int64), "no hidden states"),
+            (np.zeros((1, 3, 255), np.float32), "wrong size"),
+            (np.zeros((3, 256), np.float32), "no hidden states"),
+        )
     ):
-        await cluster.nodes[1].process_tensor(cluster.base_shard, tensor, "x", {"exo_kimi": place})
+        await cluster.nodes[1].process_tensor(cluster.base_shard, tensor, f"x{number}", {"exo_kimi": place})
         assert message in cluster.said[1][-1]
     first = {**place, "layer": 0}
-    await cluster.nodes[0].process_tensor(cluster.base_shard, np.array([[999_999]]), "x", {"exo_kimi": first})
+    await cluster.nodes[0].process_tensor(cluster.base_shard, np.array([[999_999]]), "y", {"exo_kimi": first})
     assert "no token ids" in cluster.said[0][-1]
 
 

@@ -23,6 +23,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import httpx
 import pytest
 
 from exo_kimi.chat.tokenizer import KimiTokenizer
@@ -112,10 +113,11 @@ def test_each_node_loads_its_own_layers_on_the_first_prompt_and_both_answer_as_o
     long = "the sea is deep. " * 150  # two pieces
     assert reply(cluster, long) == legacy_models.kimi_reply(tiny, long, TOKENS)
     stream = cluster.ask(2, PROMPTS[2], model=MODEL, stream=True)
-    chunks = [json.loads(line.removeprefix("data: ")) for line in stream.text.splitlines() if line]
-    text = "".join(chunk["choices"][0]["delta"]["content"] for chunk in chunks)
-    kept = KimiTokenizer.from_directory(tiny)
-    assert kept.decode(expected[2]).startswith(text) and len(chunks) == TOKENS
+    lines = [line.removeprefix("data: ") for line in stream.text.splitlines() if line]
+    assert lines.pop() == "[DONE]"
+    deltas = [json.loads(line)["choices"][0]["delta"] for line in lines]
+    text = "".join(delta.get("content", "") for delta in deltas)
+    assert KimiTokenizer.from_directory(tiny).decode(expected[2]) == text
 
 
 def test_a_turn_ends(start: Any, legacy_models: Any, tiny: Path, tmp_path: Path) -> None:
@@ -131,6 +133,55 @@ def test_a_turn_ends(start: Any, legacy_models: Any, tiny: Path, tmp_path: Path)
     assert answer.json()["choices"][0]["message"]["content"] == KimiTokenizer.from_directory(model).decode(
         expected[:-1]
     )
+
+
+def post(node: Any, **options: Any) -> Any:
+    body = {"model": MODEL, "messages": [{"role": "user", "content": PROMPTS[0]}], **options}
+    return httpx.post(f"{node.url}/v1/chat/completions", json=body, timeout=120, trust_env=False)
+
+
+def test_wishes_of_a_request_are_honoured_or_refused_by_name(start: Any, legacy_models: Any, tiny: Path) -> None:
+    cluster = start(tiny, tiny)
+    said = KimiTokenizer.from_directory(tiny).decode(legacy_models.kimi_reply(tiny, PROMPTS[0], TOKENS))
+    for node in cluster.nodes:
+        short = post(node, max_tokens=3).json()
+        assert short["usage"]["completion_tokens"] == 3 and said.startswith(short["choices"][0]["message"]["content"])
+        stopped = post(node, stop=[said[4:6]]).json()["choices"][0]
+        assert stopped["message"]["content"] == said[: said.index(said[4:6])] and stopped["finish_reason"] == "stop"
+        hot, again = (post(node, temperature=2, seed=7).json()["choices"][0]["message"]["content"] for _ in range(2))
+        assert hot == again != said
+        assert post(node, temperature=2, seed=7, top_p=1e-6).json()["choices"][0]["message"]["content"] == said
+        seen = [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "data:,x"}}]}]
+        refused = post(node, messages=seen)
+        assert refused.status_code == 400 and "images" in refused.json()["error"]["message"]
+
+
+def test_a_frozen_node_is_an_error_within_the_deadline_and_serves_again_when_it_is_back(
+    start: Any, legacy_models: Any, tiny: Path
+) -> None:
+    cluster = start(tiny, tiny, extra=("--max-generate-tokens", "6000"))
+    expected = KimiTokenizer.from_directory(tiny).decode(legacy_models.kimi_reply(tiny, PROMPTS[0], TOKENS))
+    first, second = cluster.nodes
+    assert post(first, max_tokens=TOKENS).json()["choices"][0]["message"]["content"] == expected
+    with ThreadPoolExecutor(1) as pool:
+        streaming = pool.submit(post, first, stream=True)
+        time.sleep(3)
+        os.kill(second.process.pid, signal.SIGSTOP)
+        began = time.monotonic()
+        try:
+            text = streaming.result(timeout=60).text
+            took_s = time.monotonic() - began
+            refused = post(first, max_tokens=TOKENS)
+        finally:
+            os.kill(second.process.pid, signal.SIGCONT)
+    print(f"the stream ended {took_s:.1f} s after the freeze: {text[-400:]}")
+    assert took_s < 45 and "node2 is silent" in text and text.rstrip().endswith("[DONE]")
+    assert refused.status_code >= 500 and "node2" in refused.text
+    deadline = time.monotonic() + 60
+    while (answer := post(first, max_tokens=TOKENS)).status_code != 200:
+        assert time.monotonic() < deadline, f"{answer.text}\n{cluster.tail()}"
+        time.sleep(1)
+    assert answer.json()["choices"][0]["message"]["content"] == expected
 
 
 def test_preload_loads_at_start_and_a_changed_cluster_loads_nothing_anew(
