@@ -25,6 +25,8 @@ START, SERVE, CHECKPOINTS, EXO, WORKSHOP = (
 # Every mistake in the words of a command line: click's class up to typer 0.25, typer's own since.
 MISTAKE: Any = typer.BadParameter.__mro__[1]
 
+NAMES_OPTION = "--served-model-name"  # takes several words, as in vLLM
+
 Command = Any  # click's up to typer 0.25, typer's own since
 
 
@@ -110,10 +112,23 @@ def run(words: Sequence[str]) -> int:
     ):  # a file's name, or a model's text, may not fit the terminal's encoding
         sys.stdout.reconfigure(errors="backslashreplace")
     try:
-        status = command_tree().main(list(words), prog_name=NAME, standalone_mode=False)
+        status = command_tree().main(_spread(words), prog_name=NAME, standalone_mode=False)
     except MISTAKE as mistake:
         raise _usage_error(mistake) from None
     return int(status or 0)
+
+
+def _spread(words: Sequence[str]) -> list[str]:
+    """`--served-model-name A B` as the parser knows it: the option before each name."""
+    spread: list[str] = []
+    naming = False
+    for word in words:
+        if naming and not word.startswith("-") and spread[-1] != NAMES_OPTION:
+            spread.append(NAMES_OPTION)
+        elif word.startswith("-"):
+            naming = word == NAMES_OPTION
+        spread.append(word)
+    return spread
 
 
 def _usage_error(mistake: Any) -> UsageError:

@@ -27,8 +27,10 @@ from exo_kimi.cli.values import (
     guesses,
     host_name,
     key,
+    model_name,
     one_of,
     option,
+    origin,
     port,
     positive,
     whole,
@@ -173,6 +175,19 @@ def serve(
             panel=SPLIT,
         ),
     ] = None,
+    served_model_name: Annotated[
+        list[str],
+        option(
+            "--served-model-name",
+            parser=model_name,
+            metavar="NAME ...",
+            help="names that clients may ask for, the first being the model's own (default: --model-id)",
+            panel=SPLIT,
+        ),
+    ] = [],  # noqa: B006
+    any_model: Annotated[
+        bool, flag("--any-model", help="take every other name, too, for agents that ask for their own", panel=SPLIT)
+    ] = False,
     dtype: Annotated[
         Dtype | None,
         option("--dtype", metavar=one_of(Dtype), help="of activations and KV (default: as stored)", panel=MEMORY),
@@ -278,6 +293,16 @@ def serve(
             panel=NETWORK,
         ),
     ] = False,
+    cors_origin: Annotated[
+        list[str],
+        option(
+            "--cors-origin",
+            parser=origin,
+            metavar="URL",
+            help="a web page's origin that may call the API from a browser (repeatable; * is any; default: none)",
+            panel=NETWORK,
+        ),
+    ] = [],  # noqa: B006
     api_key: Annotated[
         str | None,
         option(

@@ -121,6 +121,25 @@ def host_name(text: str) -> str:
 
 
 @_parser
+def model_name(text: str) -> str:
+    """A name of a model, without blanks, as JSON can hold it."""
+    if not text or any(each.isspace() for each in text) or not text.isprintable():
+        raise typer.BadParameter(f"{text!r} is not a name such as kimi-k2, without blanks")
+    return text
+
+
+@_parser
+def origin(text: str) -> str:
+    """`https://app.example` or `http://localhost:3000`, as browsers send it, or `*`."""
+    scheme, _, rest = text.partition("://")
+    if text != "*" and (
+        scheme not in ("http", "https", "app", "tauri") or not rest or any(each in rest for each in "/@?# ")
+    ):
+        raise typer.BadParameter(f"{text!r} is not an origin such as https://app.example, without a path, or *")
+    return text
+
+
+@_parser
 def port(text: str) -> int:
     """A TCP port; 0 takes a free one."""
     if not text.isdecimal() or not 0 <= int(text) <= 65535:

@@ -23,7 +23,7 @@ from exo_kimi.dialogue.prepare import PreparedRequest
 from exo_kimi.dialogue.speaker import Speaker
 from exo_kimi.errors import ExoKimiError
 from exo_kimi.runtime.requests import TextEngine
-from exo_kimi.serve import models
+from exo_kimi.serve import models, tokens
 from exo_kimi.serve.answer.formats import ChatFormat, Format, TextFormat
 from exo_kimi.serve.answer.frames import ChunkFrames
 from exo_kimi.serve.answer.stream import WARNINGS_HEADER
@@ -43,6 +43,7 @@ from exo_kimi.serve.contract import (
 from exo_kimi.serve.gate import Gate
 from exo_kimi.serve.health import health_report
 from exo_kimi.serve.metrics import Metrics
+from exo_kimi.serve.ollama import door as ollama
 from exo_kimi.serve.problems import ApiProblem, answer_error, answer_http_error
 from exo_kimi.serve.request.fields import GenerationFields
 from exo_kimi.serve.request.prepare import prepare_chat, prepare_completion
@@ -110,7 +111,10 @@ def create_app(
     _add_routes(app, service, guarded=api_key is not None)
     app.state.metrics = service.metrics
     app.openapi = partial(  # type: ignore[method-assign]  # FastAPI's own way to a document of one's own
-        openapi_document, app, ChatRequest, CompletionRequest, ChatCompletionChunk, *responses.MODELS, *anthropic.MODELS
+        openapi_document,
+        app,
+        *(ChatRequest, CompletionRequest, ChatCompletionChunk),
+        *(model for room in (responses, anthropic, ollama, tokens) for model in room.MODELS),
     )
     for kind in (ExoKimiError, ApiProblem, Exception):
         app.add_exception_handler(kind, answer_error)
@@ -168,6 +172,8 @@ def _add_routes(app: FastAPI, service: Service, *, guarded: bool) -> None:
     models.add_routes(app, service, refused, key)
     responses.add_routes(app, service, refused, key)
     anthropic.add_routes(app, service, refused, key)
+    ollama.add_routes(app, service, refused, key)
+    tokens.add_routes(app, service, refused, key)
 
 
 async def read_chat(request: Request) -> ChatRequest:

@@ -53,6 +53,9 @@ class ServeOptions:
     strict_api: bool = False
     context: int | None = None
     model_id: str | None = None
+    served_model_name: Sequence[str] = field(default_factory=tuple)
+    any_model: bool = False
+    cors_origin: Sequence[str] = field(default_factory=tuple)
     dtype: str | None = None
     kv_bytes: int | None = None
     kv_bits: int | None = None
@@ -107,7 +110,8 @@ def serve(options: ServeOptions, *, announce: Callable[[str], None] | None = Non
     speaker = Speaker.from_directory(options.directory, raw_config=checkpoint.raw_config)
     speaker = replace(speaker, pictures=_pictures(options, tower))
     _check_texts(checkpoint)
-    model_id = _utf8(options.model_id or options.directory.resolve().name)
+    names = [_utf8(options.model_id)] if options.model_id else []
+    names += [*options.served_model_name] or ([] if names else [_utf8(options.directory.resolve().name)])
     disk = prefix_disk_options(options.prefix_disk_bytes, options.prefix_dir, check=not options.stage)
     cluster_options = ClusterOptions(
         context=options.context,
@@ -129,9 +133,12 @@ def serve(options: ServeOptions, *, announce: Callable[[str], None] | None = Non
         app = create_app(
             engine,
             speaker,
-            model_id=model_id,
+            model_id=names[0],
+            further_names=names[1:],
+            any_model=options.any_model,
             api_key=options.api_key,
             hosts=hosts,
+            cors_origins=options.cors_origin,
             strict_api=options.strict_api,
         )
         await cluster.start()

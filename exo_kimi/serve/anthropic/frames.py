@@ -5,7 +5,6 @@ message_start (content_block_start content_block_delta* content_block_stop)* mes
 
 from __future__ import annotations
 
-import json
 import uuid
 from collections.abc import Sequence
 from typing import Any, Literal
@@ -20,15 +19,13 @@ from exo_kimi.dialogue.events import (
     ToolCallEvent,
     Usage,
 )
+from exo_kimi.serve.answer.arguments import arguments_object
 from exo_kimi.serve.answer.formats import Head
 from exo_kimi.serve.answer.frames import SSE_TYPE, sse
 from exo_kimi.serve.problems import ApiProblem
 
 # Clients send thinking back only with a signature; this server asks for none.
 SIGNATURE = "exo-kimi"
-RAW_ARGUMENTS = (
-    "_raw_arguments"  # where arguments that are no JSON object stand, so that the client can refuse the call
-)
 
 Kind = Literal["text", "thinking", "tool_use"]
 _DELTAS = {"text": "text_delta", "thinking": "thinking_delta"}
@@ -116,7 +113,7 @@ class MessageFrames:
             case ToolCallDelta():
                 return [self._delta({"type": "input_json_delta", "partial_json": event.arguments})]
             case ToolCallEvent():
-                self._blocks[-1]["input"] = _input(event.arguments)
+                self._blocks[-1]["input"] = arguments_object(event.arguments)
                 return self._close()
             case EndEvent():
                 self._end = event
@@ -156,14 +153,6 @@ class MessageFrames:
             return "stop_sequence", self._end.stop_sequence
         reasons = {"stop": "end_turn", "length": "max_tokens", "tool_calls": "tool_use"}
         return reasons[self._end.finish_reason], None
-
-
-def _input(arguments: str) -> dict[str, Any]:
-    try:
-        value = json.loads(arguments or "{}")
-    except ValueError:
-        value = None
-    return value if isinstance(value, dict) else {RAW_ARGUMENTS: arguments}
 
 
 def _usage(usage: Usage) -> dict[str, int]:

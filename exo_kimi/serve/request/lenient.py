@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from typing import Any, TypeVar
 
 from pydantic import BaseModel, ConfigDict, ValidationError
@@ -43,9 +43,9 @@ def unknown_fields(part: LenientFields, path: str = "") -> Iterator[str]:
             yield from unknown_fields(value, f"{path}{name}.")
 
 
-def name_unknown(part: LenientFields) -> list[str]:
-    """One warning for all unknown fields, or none."""
-    found = list(unknown_fields(part))
+def name_unknown(part: LenientFields, *, silent: Collection[str] = ()) -> list[str]:
+    """One warning for all unknown fields but the `silent` ones, or none."""
+    found = [name for name in unknown_fields(part) if name not in silent]
     if not found:
         return []
     more = f" and {len(found) - MAX_NAMED} more" if len(found) > MAX_NAMED else ""

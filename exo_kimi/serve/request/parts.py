@@ -36,6 +36,19 @@ def joined(parts: Sequence[str | Mapping[str, Any]], separator: str) -> str | li
     return found[0]["text"] if len(found) == 1 and found[0]["type"] == "text" else found
 
 
+def list_field(part: Mapping[str, Any], name: str, where: str) -> list[Any]:
+    """A list that a part may have; absent and null are empty.
+
+    Raises:
+        RequestError: it is something else.
+    """
+    found = part.get(name)
+    if not isinstance(found, list | None):
+        kind = type(found).__name__
+        raise RequestError(f"'{where}.{name}' must be a list", found=kind, param=f"{where}.{name}", code="invalid_type")
+    return found or []
+
+
 def text_field(part: Mapping[str, Any], name: str, where: str) -> str:
     """A text that a part must have.
 

@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 from exo_kimi.dialogue.request import ToolChoice
 from exo_kimi.errors import RequestError
+from exo_kimi.serve.request.parts import list_field
 from exo_kimi.serve.request.schemas import TOOL_NAME
 
 CUSTOM_INPUT = "input"  # the one argument of a custom tool
@@ -96,7 +97,7 @@ class ToolBox:
             raise RequestError(f"'{where}' is no tool", expected="an object", param=where, code="invalid_type")
         kind = tool.get("type")
         if kind == "namespace" and namespace is None:
-            for index, each in enumerate(tool.get("tools") or ()):
+            for index, each in enumerate(list_field(tool, "tools", where)):
                 self._add(each, f"{where}.tools[{index}]", str(tool.get("name") or "") or None)
             return
         if kind not in ("function", "custom"):

@@ -1,0 +1,1 @@
+"""Ollama's API, for clients that speak no other: chat, generate, and what they ask about the model."""
