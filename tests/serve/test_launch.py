@@ -100,6 +100,7 @@ FOLLOWED: dict[str, Any] = {
     "model_id": "kimi",
     "served_model_name": ("kimi", "k2"),
     "any_model": True,
+    "strict_api": True,
     "cors_origin": ("https://app.example",),
     "vision": None,
     "no_vision": True,
