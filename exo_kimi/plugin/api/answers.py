@@ -31,6 +31,7 @@ App = Callable[[MutableMapping[str, Any], Receive, Send], Awaitable[None]]
 HOLD_S = 5.0
 """How long the head of a stream waits for the model to begin; exo sends a comment after 10 s of silence."""
 RETRY_AFTER_S = 5
+RAW_ARGUMENTS = "raw_arguments"
 _STREAMS = (b"text/event-stream", b"application/x-ndjson")
 
 
@@ -39,11 +40,13 @@ class Answering:
     """What is known of the answer to one HTTP request while exo makes it.
 
     Args:
+        path: of the request.
         command_id: exo's id of the request; None until it is one that a Kimi answers.
         refusal: why there is no answer, or no more of it.
         begun: set once the model has begun, or failed.
     """
 
+    path: str
     command_id: str | None = None
     refusal: Refusal | None = None
     begun: asyncio.Event = field(default_factory=asyncio.Event)
@@ -72,7 +75,7 @@ class AnswerErrors:
         if scope["type"] != "http" or scope["method"] != "POST":
             await self._app(scope, receive, send)
             return
-        answering = Answering()
+        answering = Answering(scope["path"])
         _answering.set(answering)
         held = _HeldAnswer(answering, shape_of(scope["path"]), send)
         try:
@@ -138,12 +141,34 @@ async def _watched(chunks: AsyncGenerator[Any, None], answering: Answering) -> A
                 return
             complete = complete or reason is not None
             answering.begun.set()
-            yield chunk
+            yield _with_object_arguments(chunk) if answering.path.endswith("/v1/messages") else chunk
     if not complete:
         message = (
             "exo ended the answer before the model did: the request was cancelled, its instance deleted, or exo stops"
         )
         answering.fail(Refusal(status=503, code="answer_broken_off", message=message))
+
+
+def _with_object_arguments(chunk: Any) -> Any:
+    """Anthropic's tool input is an object, and exo's adapter fails at what is none: a call whose arguments the model wrote wrong,
+    or could not finish, has them as one text, so that the client can say what is wrong with them."""
+    calls = getattr(chunk, "tool_calls", None)
+    if not calls or all(_is_object(call.arguments) for call in calls):
+        return chunk
+    kept = [
+        call
+        if _is_object(call.arguments)
+        else call.model_copy(update={"arguments": json.dumps({RAW_ARGUMENTS: call.arguments})})
+        for call in calls
+    ]
+    return chunk.model_copy(update={"tool_calls": kept})
+
+
+def _is_object(text: str) -> bool:
+    try:
+        return isinstance(json.loads(text), dict)
+    except ValueError:
+        return False
 
 
 def _unwritten(error: Exception) -> Refusal:

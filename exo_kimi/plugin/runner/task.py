@@ -41,7 +41,7 @@ def conversation_of_task(task_id: str, params: Any) -> ConversationRequest:
     begun = _begun_reply(messages)
     return ConversationRequest(
         messages=tuple(messages if begun is None else messages[:-1]),
-        tools=tuple(dict(tool) for tool in params.tools or ()),
+        tools=tuple(dict(tool) for tool in params.tools or () if _tool_name(tool)),
         thinking=_thinking(params),
         begun_reply=begun,
         sampling=SamplingOverrides.of(params, top_logprobs=(params.top_logprobs or 0) if params.logprobs else None),
@@ -69,6 +69,9 @@ def _thinking(params: Any) -> bool | None:
 
 def _not_carried_out(params: Any) -> Iterator[str]:
     """What exo hands on and our engine has no way to do, a sentence each."""
+    # exo's Responses route hands on tools that are run by the server (web_search) as functions without a name.
+    if any(not _tool_name(tool) for tool in params.tools or ()):
+        yield "tools other than functions are left out"
     # exo itself writes "medium" where a client only asked for thinking.
     if params.reasoning_effort not in (None, "none", "medium"):
         yield f"reasoning_effort {params.reasoning_effort} is thinking without a level: Kimi thinks or does not"
@@ -76,6 +79,11 @@ def _not_carried_out(params: Any) -> Iterator[str]:
         yield "repetition_context_size is not carried out: the repetition penalty counts the whole prompt and answer"
     if getattr(params, "prefill_endpoint", None) is not None:  # v1.0.71 has none
         yield "prefill_endpoint is not carried out: this instance computes its prompts itself"
+
+
+def _tool_name(tool: Mapping[str, Any]) -> str:
+    function = tool.get("function")
+    return str(function.get("name") or "") if isinstance(function, Mapping) else ""
 
 
 def _messages(params: Any) -> list[dict[str, Any]]:

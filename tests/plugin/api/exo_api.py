@@ -13,7 +13,8 @@ from typing import Any
 
 import httpx
 from exo.api.main import API
-from exo.shared.types.chunks import ErrorChunk, TokenChunk
+from exo.api.types import ToolCallItem
+from exo.shared.types.chunks import ErrorChunk, TokenChunk, ToolCallChunk
 from exo.utils.channels import channel
 
 from exo_kimi.errors import ContextLengthError, StageDiedError, UnsupportedError
@@ -50,6 +51,9 @@ SCRIPTS: dict[str, list[Any]] = {
     "late": [token("Hel"), error(Refusal.of(StageDiedError("stage 1 died")).to_text())],
     "killed": [error("Runner shutdown before completing command (signal=9)")],
     "closed": [],
+    "half a call": [
+        ToolCallChunk(model=KIMI, tool_calls=[ToolCallItem(name="write", arguments='{"text": "half')], usage=None)
+    ],
     "llama": [error("boom", LLAMA)],
 }
 

@@ -10,6 +10,7 @@ import asyncio
 import json
 import time
 from collections.abc import AsyncGenerator, AsyncIterator
+from dataclasses import dataclass, replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -194,6 +195,31 @@ def test_an_answer_that_exo_cannot_write_is_an_error(monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(PlainApi, "_whole", cannot)
     answer = ask(BoundApi(), "/v1/messages", [token("Hel"), token("", "stop")])
     assert answer.status_code == 500 and "JSONDecodeError" in answer.json()["error"]["message"]
+
+
+@dataclass(frozen=True)
+class Copied:
+    """A record with pydantic's way to change it."""
+
+    arguments: str = ""
+    tool_calls: tuple[Copied, ...] = ()
+    finish_reason: str = "tool_calls"
+
+    def model_copy(self, *, update: dict[str, Any]) -> Copied:
+        return replace(self, **update)
+
+
+@pytest.mark.parametrize("arguments", ['{"a": 1}', '{"a": ', "[1]", ""])
+def test_arguments_are_an_object_where_the_api_wants_one(arguments: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    async def calls(self: Any, chunks: AsyncIterator[Any]) -> AsyncIterator[str]:
+        yield json.dumps([call.arguments async for chunk in chunks for call in chunk.tool_calls])
+
+    monkeypatch.setattr(PlainApi, "_whole", calls)
+    chunk = Copied(tool_calls=(Copied('{"b": 2}'), Copied(arguments)))
+    (kept,) = ask(BoundApi(), "/v1/chat/completions", [chunk]).json()[1:]
+    first, second = (json.loads(each) for each in ask(BoundApi(), "/v1/messages", [chunk]).json())
+    assert (kept, first) == (arguments, {"b": 2})
+    assert second == ({"a": 1} if arguments == '{"a": 1}' else {"raw_arguments": arguments})
 
 
 def test_a_stream_is_not_held_back_for_longer_than_its_clients_wait(monkeypatch: pytest.MonkeyPatch) -> None:

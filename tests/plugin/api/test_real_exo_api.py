@@ -77,6 +77,15 @@ def test_a_failure_in_mid_stream_is_words_and_without_streaming_a_status(answers
     assert "response.completed" not in ends["/v1/responses"] and "response.failed" in ends["/v1/responses"]
 
 
+def test_a_call_whose_arguments_are_no_json_is_still_a_call_on_every_route(answers: dict[str, Any]) -> None:
+    found = of(answers, "half a call")
+    for key, (status, _, text) in found.items():
+        assert status == 200, key
+        assert "generate" in key or ("write" in text and "half" in text), key  # that route of Ollama's has no tools
+    whole = json.loads(found["/v1/messages half a call whole"][2])
+    assert whole["content"][-1]["input"] == {"raw_arguments": '{"text": "half'} and whole["stop_reason"] == "tool_use"
+
+
 def test_answers_are_whole(answers: dict[str, Any]) -> None:
     for key, (status, _, text) in of(answers, "fine").items():
         assert status == 200 and ("Hello" in text or ("Hel" in text and "lo" in text)), key

@@ -129,7 +129,8 @@ def test_benches_repeat_at_the_same_speed_and_tell_hits(cluster: Any) -> None:
     speeds = [run() for _ in range(6)]
     assert {each["prefix_cache_hit"] for each in speeds} == {"none"}
     first, last = (statistics.median(each["prompt_tps"] for each in part) for part in (speeds[:3], speeds[3:]))
-    print(f"prompt tokens per second, first half {first:.0f}, second half {last:.0f}, by run: {[round(each['prompt_tps']) for each in speeds]}")
+    runs = [round(each["prompt_tps"]) for each in speeds]
+    print(f"prompt tokens per second: first half {first:.0f}, second half {last:.0f}; {runs}")
     assert 0.8 < last / first < 1.25
     hits = [run(use_prefix_cache=True) for _ in range(2)]
     assert [each["prefix_cache_hit"] for each in hits] == ["none", "exact"]

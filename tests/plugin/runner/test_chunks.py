@@ -178,6 +178,11 @@ def test_a_bench_goes_on_at_the_end_of_a_turn_and_uses_no_cache(prepared: Callab
         ({"reasoning_effort": "high", "enable_thinking": True}, "reasoning_effort high"),
         ({"repetition_context_size": 20, "repetition_penalty": 1.1}, "repetition_context_size"),
         ({"prefill_endpoint": "http://node:1"}, "prefill_endpoint"),
+        (
+            {"tools": [TOOL, {"type": "function", "function": {"name": "", "parameters": {}}}]},
+            "tools other than functions",
+        ),
+        ({"tools": [TOOL]}, None),
         ({"reasoning_effort": "none", "enable_thinking": False}, None),
         ({"repetition_context_size": 20}, None),
     ],
