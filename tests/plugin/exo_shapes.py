@@ -107,11 +107,16 @@ def bound_instance(
         )
         for i, (start, end) in enumerate(ranges)
     }
-    hosts = {f"node{i}": [_host(i, j, count, ips[j], port) for j in range(count)] for i in range(count)}
     assigned = SimpleNamespace(
         model_id=model_id, runner_to_shard=shards, node_to_runner={f"node{i}": f"runner{i}" for i in range(count)}
     )
-    instance = kind(instance_id=instance_id, shard_assignments=assigned, hosts_by_node=hosts)
+    hosts = {f"node{i}": [_host(i, j, count, ips[j], port) for j in range(count)] for i in range(count)}
+    where: dict[str, Any] = {"hosts_by_node": hosts}
+    if kind is MlxJacclInstance:
+        devices = [[None if i == j else f"rdma_en{j}" for j in range(count)] for i in range(count)]
+        coordinators = {f"node{i}": f"{ips[0] if i else '0.0.0.0'}:{port}" for i in range(count)}
+        where = {"jaccl_devices": devices, "jaccl_coordinators": coordinators}
+    instance = kind(instance_id=instance_id, shard_assignments=assigned, **where)
     return SimpleNamespace(
         instance=instance,
         bound_runner_id=f"runner{rank}",

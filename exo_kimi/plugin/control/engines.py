@@ -73,7 +73,8 @@ def engine_of_rank(engine: NodeEngine, instance_id: str, rank: int) -> Iterator[
     """For a line about a rank: whose engine runs it and why, and what it waits for."""
     report = engine.runners.get((instance_id, rank))
     if report is not None:
-        yield "exo-kimi's engine" if report.engine == "exo-kimi" else f"exo's engine ({report.why})"
+        why = "" if report.why is None else f" ({report.why})"
+        yield f"{report.engine}'s engine{why}"
         if report.waits_for is not None:
             yield report.waits_for
     elif engine.engine == "exo":

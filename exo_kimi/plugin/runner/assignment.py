@@ -37,6 +37,8 @@ class NodeLayers:
         seen: where rank 0 reaches ranks 1, 2 and so on; empty on others.
         from_previous: where each of them is reached by the rank before it, which may be over another cable.
         neighbours: rank -> the IP address at which this rank sees it; exo's instance has only some.
+        rdma_device: of this node, to the other one; None for an instance over addresses. An instance on RDMA names the address
+            of rank 0 only: there the other rank says where it listens.
     """
 
     instance_id: str
@@ -50,6 +52,7 @@ class NodeLayers:
     seen: tuple[Address, ...] = ()
     from_previous: tuple[Address, ...] = ()
     neighbours: tuple[tuple[int, str], ...] = ()
+    rdma_device: str | None = None
 
     @property
     def stages(self) -> int:
@@ -80,8 +83,8 @@ def not_ours(bound_instance: Any, directory: Path | None) -> str | None:
         return "not a Kimi K2"
     if any(type(shard).__name__ != "PipelineShardMetadata" for shard in shards):
         return "placed with tensor parallelism"
-    if type(bound_instance.instance).__name__ != "MlxRingInstance" and len(shards) > 1:
-        return "placed on RDMA, whose instances do not name the nodes' addresses"
+    if type(bound_instance.instance).__name__ != "MlxRingInstance" and len(shards) > 2:
+        return "placed on RDMA over more than two nodes, whose instances do not name all addresses"
     if directory is not None and (directory / "config.json").exists():
         try:
             read_kimi_config(directory)
@@ -122,6 +125,8 @@ def node_layers_of(bound_instance: Any) -> NodeLayers:
     )
     if own.stages == 1:
         return own
+    if not hasattr(instance, "hosts_by_node"):
+        return _on_rdma(own, instance)
     hosts = _hosts_by_rank(instance)
     return replace(
         own,
@@ -130,6 +135,38 @@ def node_layers_of(bound_instance: Any) -> NodeLayers:
         seen=() if stage else tuple(_address(hosts, 0, other) for other in range(1, own.stages)),
         from_previous=() if stage else tuple(_address(hosts, other - 1, other) for other in range(1, own.stages)),
         neighbours=tuple((rank, host[0]) for rank, host in enumerate(hosts[stage]) if rank != stage and _is_real(host)),
+    )
+
+
+def with_address(own: NodeLayers, other: Address) -> NodeLayers:
+    """Rank 0 of two, once the other has said where its stage listens."""
+    return replace(own, seen=(other,), from_previous=(other,))
+
+
+def _on_rdma(own: NodeLayers, instance: Any) -> NodeLayers:
+    """One of two ranks on RDMA. exo's coordinator address is where rank 0 listens; exo's own group is not made.
+
+    Source: exo `shared/types/worker/instances.py: MlxJacclInstance` and `master/placement_utils.py` at b5375f8ce.
+    """
+    host, _, port = str(instance.jaccl_coordinators[own.nodes[own.stage]]).rpartition(":")
+    device = instance.jaccl_devices[own.stage][1 - own.stage]
+    if device is None or not port.isdecimal():
+        raise ExoPlacementError(
+            "the instance is on RDMA and names no device or coordinator of this rank",
+            expected="a device to the other rank, and IP:PORT of rank 0",
+            found=f"{device}, {host}:{port}",
+            where=f"instance {own.instance_id}",
+            fix="delete the instance and place it with `exo-kimi exo apply`",
+        )
+    leader = Address(host, int(port))
+    if own.stage == 0:
+        return replace(own, listen=Address("0.0.0.0", leader.port), rdma_device=str(device))
+    return replace(
+        own,
+        listen=Address("0.0.0.0", 0),
+        leader=leader,
+        neighbours=((0, leader.host),),
+        rdma_device=str(device),
     )
 
 

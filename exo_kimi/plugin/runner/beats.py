@@ -38,7 +38,7 @@ class RunnerReport:
         model_id: exo's.
         rank: in the instance.
         engine: `exo-kimi` or `exo`.
-        why: the reason, where it is exo's.
+        why: the reason, where it is exo's; how it works, where that is not as usual.
         waits_for: why it is not ready although it was; None when nothing is known against it.
         beat: a counter; 0 for one that does not beat.
     """
@@ -74,9 +74,9 @@ class RunnerBeat:
         folder = environment.get(FOLDER)
         return cls(report, Path(folder) if folder else None)
 
-    def tell(self, *, waits_for: str | None) -> None:
-        """Write what this runner waits for."""
-        self._write(waits_for=waits_for)
+    def tell(self, **changes: str | None) -> None:
+        """Write what this runner waits for (`waits_for`), or how it works (`why`)."""
+        self._write(**changes)
 
     def start(self) -> None:
         """Beat in a thread until the process ends; only from then on is silence a fault."""

@@ -22,7 +22,7 @@ from exo_kimi.dialogue.speaker import Speaker
 from exo_kimi.errors import ExoLoadError
 from exo_kimi.plugin.api.engine_route import API_PORT
 from exo_kimi.plugin.runner.advice import advising
-from exo_kimi.plugin.runner.assignment import NodeLayers, key_of, node_layers_of
+from exo_kimi.plugin.runner.assignment import NodeLayers, key_of, node_layers_of, with_address
 from exo_kimi.plugin.runner.chunks import ExoTypes
 from exo_kimi.plugin.runner.engine import CancelReceiver, Follower, KimiEngine, Leading
 from exo_kimi.plugin.runner.events import RunnerEvents
@@ -31,6 +31,7 @@ from exo_kimi.plugin.runner.neighbours import check_neighbours
 from exo_kimi.plugin.runner.options import EngineOptions
 from exo_kimi.plugin.runner.rank_messages import RankMessagesReader
 from exo_kimi.plugin.runner.stage import StageHost
+from exo_kimi.runtime.pairs.pairing_handshake import own_address_towards
 from exo_kimi.runtime.transport.address import Address
 from exo_kimi.runtime.transport.keys import ENVIRONMENT_NAME, ClusterKey
 
@@ -143,24 +144,29 @@ class KimiBuilder:
         logger.info("rank %d of %d: layers %d:%d%s", own.stage, own.stages, own.start_layer, own.end_layer, context)
         # exo has the last rank connect when it sees all others connecting: none may be done before.
         if own.leader is not None and own.listen is not None:
-            host = self._open_host(own.listen, key)
-            reader = RankMessagesReader(own.leader, own.stage, key=key, connect_s=READY_S)
+            host = self._open_host(own.listen, key, own.rdma_device)
+            told = None
+            if own.rdma_device is not None:
+                told = Address(own_address_towards(own.leader.host), host.address.port)
+            reader = RankMessagesReader(own.leader, own.stage, key=key, connect_s=READY_S, stage=told)
             self._exits.callback(reader.close)
             reader.wait_connected(READY_S)
             self._connected = _Connected(own, key, host, reader)
         else:
             # Its own stage listens where this process alone can reach it: the instance's address is the leader's.
             folder = self._exits.enter_context(tempfile.TemporaryDirectory(prefix="exo-kimi-"))
-            host = self._open_host(Address("", 0, f"{folder}/0"), key)
+            host = self._open_host(Address("", 0, f"{folder}/0"), key, own.rdma_device)
             options = EngineOptions.from_environment()
             leader = Leader(own, key=key, types=self._types, events=self._events, options=options)
             self._exits.callback(leader.close)
             leader.wait_connected()
+            if own.rdma_device is not None:
+                own = with_address(own, leader.address_of(1))
             self._connected = _Connected(own, key, host, leader)
         return self._connected
 
-    def _open_host(self, listen: Address, key: ClusterKey) -> StageHost:
-        host = StageHost(listen, key=key)
+    def _open_host(self, listen: Address, key: ClusterKey, rdma_device: str | None) -> StageHost:
+        host = StageHost(listen, key=key, rdma_device=rdma_device)
         self._exits.callback(host.stop)
         return host
 

@@ -35,6 +35,10 @@ class RunnerEvents(Protocol):
         """It is as ready as it last said."""
         ...
 
+    def explain(self, how: str) -> None:
+        """Say how this rank works where that is not as usual, for the status."""
+        ...
+
     def end(self, error: ExoKimiError, command_ids: Iterable[Any]) -> None:
         """This runner is of no use any more: tell those who wait, and have exo start it anew."""
         ...
@@ -124,6 +128,9 @@ class TruthfulSender:
                 logger.info("ready again")
             changed, self._held = self._held, False
             self._tell_again(changed)
+
+    def explain(self, how: str) -> None:
+        self._beat.tell(why=how)
 
     def end(self, error: ExoKimiError, command_ids: Iterable[Any]) -> None:
         logger.error("this runner ends, for exo to start it anew: %s", error)

@@ -21,7 +21,7 @@ import zmq.asyncio
 
 from exo_kimi.arch.config import KimiConfig
 from exo_kimi.dialogue.speaker import Speaker
-from exo_kimi.errors import ExoKimiError, StageError
+from exo_kimi.errors import ExoKimiError, RuntimeFault, StageError, StageUnreachableError
 from exo_kimi.plugin.api.refusal import Refusal
 from exo_kimi.plugin.runner.advice import advise
 from exo_kimi.plugin.runner.assignment import NodeLayers
@@ -36,7 +36,7 @@ from exo_kimi.runtime.cluster.options import ClusterOptions
 from exo_kimi.runtime.cluster.supervisor import StageCluster
 from exo_kimi.runtime.engine.engine import Engine
 from exo_kimi.runtime.engine.prefix_cache import PrefixOptions
-from exo_kimi.runtime.protocol.messages import Load, encode_path
+from exo_kimi.runtime.protocol.messages import LinkKind, Load, encode_path
 from exo_kimi.runtime.requests import GenerationRequest, SamplingParams, StageHealth
 from exo_kimi.runtime.transport.address import Address
 from exo_kimi.runtime.transport.keys import ClusterKey
@@ -44,6 +44,7 @@ from exo_kimi.runtime.transport.keys import ClusterKey
 logger = logging.getLogger(__name__)
 ENDED = object()
 READY_S = 120.0
+RDMA_LINK: LinkKind = "jaccl"
 _CLOSE_S = 2.0  # exo gives a runner three seconds
 Result = TypeVar("Result")
 
@@ -148,6 +149,17 @@ class Leader:
         if self._ranks is not None:
             self._wait(self._ranks.wait_complete(timeout_s), timeout_s=None)
 
+    def address_of(self, rank: int) -> Address:
+        """Where a rank's stage listens, as it said itself.
+
+        Raises:
+            StageUnreachableError: it did not say.
+        """
+        found = None if self._ranks is None else self._ranks.stages.get(rank)
+        if found is None:
+            raise StageUnreachableError(f"rank {rank} did not say where its stage listens", stage=rank)
+        return found
+
     def start(self, speaker: Speaker, plan: ClusterPlan, *, timeout_s: float = READY_S) -> None:
         """Bring the stages together and run a few tokens through them.
 
@@ -195,14 +207,7 @@ class Leader:
     async def _start(self, speaker: Speaker, plan: ClusterPlan) -> None:
         wanted = (plan.config.max_position_embeddings, self._own.context, self._options.context)
         context = min(each for each in wanted if each is not None)
-        cluster = StageCluster(plan, ClusterOptions(context=context, kv_bytes=self._options.kv_bytes))
-        prefixes = PrefixOptions(memory_bytes=self._options.prefix_cache_bytes)
-        engine = Engine(cluster, context=context, prefixes=prefixes)
-        self._exits.push_async_callback(engine.close)
-        await cluster.start()
-        await engine.start()
-        await cluster.wait_ready()
-        await engine.wait_ready()
+        engine = await self._bring_up(plan, context)
         request = GenerationRequest(
             request_id="warm-up",
             prompt_ids=tuple(speaker.tokenizer.encode("warm-up")) * 4,
@@ -217,6 +222,36 @@ class Leader:
             self._ranks.send_ready()
         for work in (self._tell_progress(engine), self._judge(engine)):
             self._exits.callback(asyncio.create_task(work).cancel)
+
+    async def _bring_up(self, plan: ClusterPlan, context: int) -> Engine:
+        """An engine over the stages. Where exo's instance is on RDMA, hidden states go that way, or else over addresses."""
+        device = self._own.rdma_device
+        if device is not None:
+            try:
+                engine = await self._bring_up_over(RDMA_LINK, plan, context)
+            except RuntimeFault as error:
+                logger.warning("RDMA by %s is not to be had, so addresses it is: %s", device, error)
+                self._events.explain(f"placed on RDMA, which could not be used: {error.what}")
+            else:
+                self._events.explain(f"hidden states over RDMA, {device}")
+                return engine
+        return await self._bring_up_over("zmq", plan, context)
+
+    async def _bring_up_over(self, link: LinkKind, plan: ClusterPlan, context: int) -> Engine:
+        cluster = StageCluster(plan, ClusterOptions(context=context, kv_bytes=self._options.kv_bytes, link=link))
+        prefixes = PrefixOptions(memory_bytes=self._options.prefix_cache_bytes)
+        engine = Engine(cluster, context=context, prefixes=prefixes)
+        try:
+            await cluster.start()
+            await engine.start()
+            await cluster.wait_ready()
+            await engine.wait_ready()
+        except BaseException:
+            await cluster.close(keep_layers=True)  # they are loaded once only, and another link may do
+            await engine.close()
+            raise
+        self._exits.push_async_callback(engine.close)
+        return engine
 
     def _begin(self, task_id: str, task: Any) -> None:
         self._tasks[task_id] = (asyncio.create_task(self._run(task_id, task.task_params)), task.command_id)

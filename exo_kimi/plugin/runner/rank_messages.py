@@ -3,7 +3,7 @@
 exo's states want it so: ranks stay connecting until the last one connects, and warm up until rank 0 does. And exo gives every
 task to every rank, and takes it as complete once any rank says so; only rank 0 can say.
 
-    rank i -> {"rank": i}          when it connects, also anew
+    rank i -> {"rank": i, "stage": "IP:PORT"}  when it connects, also anew; with its stage's address where exo's instance has none
     rank 0 -> {"beat": true}       again and again
     rank 0 -> {"connected": true}  when every rank has said so
     rank 0 -> {"ready": true}      when the stages work together
@@ -22,7 +22,7 @@ from concurrent.futures import Future
 import zmq.asyncio
 
 from exo_kimi.errors import ExoKimiError, StageStalledError, StageUnreachableError
-from exo_kimi.runtime.transport.address import Address
+from exo_kimi.runtime.transport.address import Address, parse_address
 from exo_kimi.runtime.transport.control import ControlClient, ControlListener, Message
 from exo_kimi.runtime.transport.keys import ClusterKey
 
@@ -41,6 +41,7 @@ class RankMessagesListener:
 
     def __init__(self, channel: ControlListener, *, ranks: int) -> None:
         self._channel = channel
+        self.stages: dict[int, Address] = {}
         self._peers: dict[bytes, int] = {}
         self._missing = set(range(1, ranks))
         self._complete = asyncio.Event()
@@ -107,6 +108,8 @@ class RankMessagesListener:
             rank = message.get("rank")
             if not isinstance(rank, int):
                 continue
+            if isinstance(stage := message.get("stage"), str):
+                self.stages[rank] = parse_address(stage, option=f"the address that rank {rank} told")
             self._peers[peer] = rank
             self._missing.discard(rank)
             if not self._missing:
@@ -123,12 +126,16 @@ class RankMessagesReader:
         rank: of this runner.
         key: the cluster's.
         connect_s: how long to try.
+        stage: where this rank's stage listens, for a rank 0 that cannot know; None where exo's instance says it.
     """
 
-    def __init__(self, leader: Address, rank: int, *, key: ClusterKey, connect_s: float) -> None:
+    def __init__(
+        self, leader: Address, rank: int, *, key: ClusterKey, connect_s: float, stage: Address | None = None
+    ) -> None:
         self.leader = leader
         self.lost: ExoKimiError | None = None
-        self._rank, self._key, self._connect_s = rank, key, connect_s
+        self._key, self._connect_s = key, connect_s
+        self._hello = {"rank": rank} | ({} if stage is None else {"stage": str(stage)})
         self._heard_s = time.monotonic()
         self._closed = threading.Event()
         self._connected: Future[None] = Future()
@@ -181,7 +188,7 @@ class RankMessagesReader:
             key=self._key,
             connect_s=self._connect_s,
             silence_s=SILENCE_S,
-            hello={"rank": self._rank},
+            hello=self._hello,
             on_message=self._on_message,
             on_lost=self._on_lost,
         )

@@ -84,9 +84,10 @@ class StageHost:
     Args:
         listen: where leaders and the stage before connect.
         key: for every connection, loopback too.
+        rdma_device: of this node, to its neighbour; None without RDMA.
     """
 
-    def __init__(self, listen: Address, *, key: ClusterKey) -> None:
+    def __init__(self, listen: Address, *, key: ClusterKey, rdma_device: str | None = None) -> None:
         self._orders: SimpleQueue[Order] = SimpleQueue()
         self._to_load: SimpleQueue[tuple[StageManifest, int, str] | None] = SimpleQueue()
         self._loaded: Future[None] = Future()
@@ -94,7 +95,7 @@ class StageHost:
         self._server: Future[StageServer] = Future()
         threading.Thread(target=self._work, name="exo-kimi-stage", daemon=True).start()
         self.status = self._status.result()
-        server, self.address = self._listen(listen, key)
+        server, self.address = self._listen(listen, key, rdma_device)
         self._server.set_result(server)
         sys.setswitchinterval(SWITCH_INTERVAL_S)
 
@@ -118,7 +119,7 @@ class StageHost:
         if self._server.done():
             self._server.result().stop()
 
-    def _listen(self, listen: Address, key: ClusterKey) -> tuple[StageServer, Address]:
+    def _listen(self, listen: Address, key: ClusterKey, rdma_device: str | None) -> tuple[StageServer, Address]:
         until_s = time.monotonic() + BIND_S
         while True:
             server = StageServer(
@@ -129,6 +130,7 @@ class StageHost:
                 status=self.status,
                 versions=Versions.installed(),
                 leader_may_vanish=True,
+                rdma_device=rdma_device,
             )
             threading.Thread(target=server.run, name="exo-kimi-stage-io", daemon=True).start()
             try:

@@ -157,8 +157,12 @@ class StageCluster:
             raise self._broken or EngineStoppedError("the stages were stopped")
         return event
 
-    async def close(self) -> None:
-        """Stop every stage; no process and no file is left behind."""
+    async def close(self, *, keep_layers: bool = False) -> None:
+        """Stop every stage; no process and no file is left behind.
+
+        Args:
+            keep_layers: leave remote stages without a goodbye: another cluster of this process comes for what they hold.
+        """
         if self._closed:
             return
         self._closed = True
@@ -167,7 +171,7 @@ class StageCluster:
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
-        await asyncio.gather(*(handle.close() for handle in self._handles))
+        await asyncio.gather(*(each.disconnect() if keep_layers else each.close() for each in self._handles))
         if self._directory is not None:
             shutil.rmtree(self._directory, ignore_errors=True)
         if self._tasks:

@@ -25,7 +25,9 @@ PAIR_DEADLINE_S = 15.0
 """For both link helpers to start and meet; the ring tries to connect five times, a second apart and more."""
 
 
-async def connect_pair(link: Link, backend: Backend, *, epoch: int, deadline_s: float) -> Link:
+async def connect_pair(
+    link: Link, backend: Backend, *, epoch: int, deadline_s: float, known_device: str | None = None
+) -> Link:
     """Make a pair with the stage at the other end of a link, as the side that sends.
 
     Args:
@@ -33,14 +35,15 @@ async def connect_pair(link: Link, backend: Backend, *, epoch: int, deadline_s: 
         backend: of `mx.distributed`.
         epoch: the pair is for.
         deadline_s: for each frame that is sent over it.
+        known_device: of this machine, for RDMA to the other; None finds it by the address.
 
     Raises:
         StageUnreachableError: the pair cannot be made.
         ProtocolError: the other side refused.
     """
     host = await _ipv4(link.address)
-    mine = _own_address_towards(host)
-    device = await _device(backend, mine)
+    mine = own_address_towards(host)
+    device = await _device(backend, mine, known_device)
     proposal = PairOffer(
         epoch=epoch, backend=backend, sender=f"{mine}:{_free_port(mine)}", sender_device=device, host=host
     )
@@ -59,9 +62,17 @@ class IncomingPair:
     Args:
         on_step: takes every step that arrives.
         on_lost: takes an epoch and why its pair is lost.
+        known_device: of this machine, for RDMA to the stage before; None finds it by the address.
     """
 
-    def __init__(self, *, on_step: Callable[[Step], None], on_lost: Callable[[int, RuntimeFault], None]) -> None:
+    def __init__(
+        self,
+        *,
+        on_step: Callable[[Step], None],
+        on_lost: Callable[[int, RuntimeFault], None],
+        known_device: str | None = None,
+    ) -> None:
+        self._known_device = known_device
         self._on_step = on_step
         self._on_lost = on_lost
         self._current: tuple[int, PartCollector] | None = None
@@ -73,7 +84,7 @@ class IncomingPair:
             StageUnreachableError: no such address or device here.
         """
         self.end()
-        device = await _device(proposal.backend, proposal.host)
+        device = await _device(proposal.backend, proposal.host, self._known_device)
         receiver = f"{proposal.host}:{_free_port(proposal.host)}"
         answer = PairAnswer(epoch=proposal.epoch, receiver=receiver, receiver_device=device)
         making = LinkHelper.start(_pair(proposal, answer), 1, deadline_s=PAIR_DEADLINE_S)
@@ -126,7 +137,7 @@ async def _ipv4(address: Address) -> str:
     return str(found[0][4][0])
 
 
-def _own_address_towards(host: str) -> str:
+def own_address_towards(host: str) -> str:
     """The address of this machine from which it reaches a host; nothing is sent."""
     with sockets.socket(sockets.AF_INET, sockets.SOCK_DGRAM) as probe:
         probe.connect((host, 9))
@@ -147,9 +158,11 @@ def _free_port(host: str) -> int:
         return int(probe.getsockname()[1])
 
 
-async def _device(backend: Backend, ip: str) -> str | None:
+async def _device(backend: Backend, ip: str, known: str | None) -> str | None:
     if backend != "jaccl":
         return None
+    if known is not None:
+        return known
     try:
         found = await asyncio.to_thread(subprocess.run, ["ifconfig"], capture_output=True, text=True, check=True)
     except (OSError, subprocess.CalledProcessError) as error:

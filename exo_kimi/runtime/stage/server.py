@@ -56,6 +56,7 @@ class StageServer:
         status: how the main thread fares.
         versions: of this process.
         leader_may_vanish: whether a silent leader is given up; a child's own parent is watched in another way.
+        rdma_device: of this machine, for pairs over RDMA with both neighbours; None finds each by its address.
     """
 
     def __init__(
@@ -68,6 +69,7 @@ class StageServer:
         status: StageStatus,
         versions: Versions,
         leader_may_vanish: bool,
+        rdma_device: str | None = None,
     ) -> None:
         self.bound: Future[Address] = Future()
         self._listen = listen
@@ -85,7 +87,8 @@ class StageServer:
         self._pairing: asyncio.Task[None] | None = None
         self._reset: asyncio.Future[Joined] | None = None
         self._is_first = False
-        self._incoming = IncomingPair(on_step=self._take, on_lost=self._send_fault)
+        self._rdma_device = rdma_device
+        self._incoming = IncomingPair(on_step=self._take, on_lost=self._send_fault, known_device=rdma_device)
 
     def run(self) -> None:
         """Serve until `stop`; the body of the IO thread. `bound` gets the address, or why there is none."""
@@ -226,7 +229,12 @@ class StageServer:
         try:
             if join.next_address is not None:
                 self._next = await open_next(
-                    self._context, join, key=self._next_key, leader=leader, versions=self._versions
+                    self._context,
+                    join,
+                    key=self._next_key,
+                    leader=leader,
+                    versions=self._versions,
+                    rdma_device=self._rdma_device,
                 )
             self._send_to_leader(await reset)
             if self._next is not None:
@@ -305,7 +313,13 @@ class StageServer:
 
 
 async def open_next(
-    context: zmq.asyncio.Context, join: Join, *, key: ClusterKey | None, leader: Hello, versions: Versions
+    context: zmq.asyncio.Context,
+    join: Join,
+    *,
+    key: ClusterKey | None,
+    leader: Hello,
+    versions: Versions,
+    rdma_device: str | None = None,
 ) -> Link:
     """Connect to the next stage and say hello on behalf of the leader's session, then make the pair that `join` asks for.
 
@@ -333,7 +347,9 @@ async def open_next(
         if not isinstance(answer, HelloAck):
             raise ProtocolError("the next stage refused", found=getattr(answer, "message", answer), where=address)
         if join.link != "zmq":
-            link = await connect_pair(link, join.link, epoch=join.epoch, deadline_s=leader.silence_s)
+            link = await connect_pair(
+                link, join.link, epoch=join.epoch, deadline_s=leader.silence_s, known_device=rdma_device
+            )
         return link
     except BaseException as error:
         if link is not None:

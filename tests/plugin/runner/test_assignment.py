@@ -10,7 +10,7 @@ import pytest
 
 from exo_kimi.checkpoint.text_files import read_kimi_config
 from exo_kimi.errors import ExoPlacementError, KeyMismatchError, UsageError
-from exo_kimi.plugin.runner.assignment import key_of, node_layers_of, not_ours
+from exo_kimi.plugin.runner.assignment import key_of, node_layers_of, not_ours, with_address
 from exo_kimi.plugin.runner.leader import cluster_plan
 from exo_kimi.runtime.transport.address import Address
 from exo_kimi.runtime.transport.keys import ClusterKey
@@ -23,6 +23,21 @@ def test_every_rank_knows_its_layers_and_where_to_meet(exo_shapes: ModuleType) -
     assert str(second.listen) == "127.0.0.2:50000"
     assert str(second.leader) == str(first.listen) == "127.0.0.1:50000"
     assert first.leader is None and second.seen == ()
+
+
+def test_on_rdma_rank_0_is_where_exos_coordinator_would_be_and_the_other_says_where_it_is(
+    exo_shapes: ModuleType,
+) -> None:
+    bound = [exo_shapes.bound_instance((5, 2), rank, kind=exo_shapes.MlxJacclInstance) for rank in (0, 1)]
+    first, second = map(node_layers_of, bound)
+    assert (str(first.listen), first.rdma_device, first.seen) == ("0.0.0.0:50000", "rdma_en1", ())
+    assert (str(second.leader), str(second.listen)) == ("127.0.0.1:50000", "0.0.0.0:0")
+    assert (second.rdma_device, second.neighbours) == ("rdma_en0", ((0, "127.0.0.1"),))
+    told = Address("127.0.0.2", 7)
+    assert with_address(first, told).seen == with_address(first, told).from_previous == (told,)
+    bound[1].instance.jaccl_devices[1][0] = None
+    with pytest.raises(ExoPlacementError, match="names no device"):
+        node_layers_of(bound[1])
 
 
 def test_a_rank_listens_only_where_others_see_it_unless_they_differ(exo_shapes: ModuleType) -> None:
@@ -104,6 +119,9 @@ def test_what_is_not_a_kimi_over_tcp_by_layers_is_left_to_exo(
     assert not_ours(make((5, 2), 0, family="", model_id="moonshotai/Kimi-K2-Instruct"), None) is None
     assert "not a Kimi" in str(not_ours(make((5, 2), 0, family="llama", model_id="lab/llama"), tiny))
     assert "tensor" in str(not_ours(make((5, 2), 0, shard=exo_shapes.TensorShardMetadata), tiny))
-    assert "RDMA" in str(not_ours(make((5, 2), 0, kind=exo_shapes.MlxJacclInstance), tiny))
+    assert not_ours(make((5, 2), 0, kind=exo_shapes.MlxJacclInstance), tiny) is None
+    assert "RDMA" in str(not_ours(make((3, 2, 2), 0, kind=exo_shapes.MlxJacclInstance), tiny))
+    tensor = make((5, 2), 0, kind=exo_shapes.MlxJacclInstance, shard=exo_shapes.TensorShardMetadata)
+    assert "tensor" in str(not_ours(tensor, tiny))
     (tmp_path / "config.json").write_text('{"model_type": "kimi_linear"}')
     assert not_ours(make((5, 2), 0), tmp_path) is not None

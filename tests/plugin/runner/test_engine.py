@@ -59,6 +59,7 @@ class Told:
     def __init__(self) -> None:
         self.held: list[str] = []
         self.is_held = False
+        self.explained = ""
         self.ended: list[tuple[ExoKimiError, list[str]]] = []
 
     def hold(self, why: str) -> None:
@@ -67,6 +68,9 @@ class Told:
 
     def release(self) -> None:
         self.is_held = False
+
+    def explain(self, how: str) -> None:
+        self.explained = how
 
     def end(self, error: ExoKimiError, command_ids: Iterable[str]) -> None:
         self.ended.append((error, list(command_ids)))
@@ -287,6 +291,30 @@ def test_three_ranks_answer_as_one_process(exo_instance: Any, tiny: Path, types:
             three.run(rank, ended("t"))
     finally:
         three.close()
+
+
+@pytest.mark.parametrize(("link", "how"), [("ring", "over RDMA, rdma_en1"), ("jaccl", "could not be used")])
+def test_two_ranks_on_rdma_answer_as_one_process_over_a_stand_in_and_over_addresses_without(
+    exo_instance: Any,
+    exo_shapes: ModuleType,
+    tiny: Path,
+    types: ExoTypes,
+    alone: Any,
+    monkeypatch: pytest.MonkeyPatch,
+    link: str,
+    how: str,
+) -> None:
+    """No machine here has RDMA: mx.distributed's ring stands in for jaccl, and jaccl itself fails as it does without."""
+    monkeypatch.setattr(exo_leader, "RDMA_LINK", link)
+    pair = Ranks(exo_instance, tiny, types, (5, 2))
+    pair.bound = [exo_instance((5, 2), rank, kind=exo_shapes.MlxJacclInstance) for rank in (0, 1)]
+    try:
+        pair.start()
+        pair.submit("t", "one", max_output_tokens=5)
+        assert text(pair.run(0, ended("t")), "t") == alone("one", 5)
+        assert how in pair.told[0].explained
+    finally:
+        pair.close()
 
 
 def test_ranks_that_have_only_their_own_layers_files_answer_as_one_process(
