@@ -21,7 +21,9 @@ def __getattr__(name: str) -> Any:
         from importlib.metadata import PackageNotFoundError, version
 
         try:
-            return version("exo-kimi")
+            found = version("exo-kimi")
         except PackageNotFoundError:  # run from a source tree that is not installed
-            return "0+source"
+            found = "0+source"
+        globals()[name] = found  # read once: a server is asked often, also when it has no descriptor left
+        return found
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -19,6 +19,7 @@ settings.load_profile("patient")
 _PROCESSES = (
     "tests/bench/",
     "tests/docs/",
+    "tests/faults/",
     "tests/plugin/",
     "tests/runtime/",
     "tests/serve/",

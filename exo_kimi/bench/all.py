@@ -49,6 +49,7 @@ LEFT_OUT = {
     "conformance": "checks and no ratios",
     "link-speed": "needs a listener on another machine",
     "plan": "a deviation and no ratio",
+    "soak": "takes as long as one likes",
 }
 
 

@@ -52,6 +52,7 @@ Bench = Literal[  # modules of exo_kimi.bench, with - for _
     "prefill-memory",
     "prefix-restart",
     "router",
+    "soak",
     "speculation",
     "step",
     "turns",

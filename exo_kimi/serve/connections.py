@@ -15,7 +15,7 @@ from uvicorn.protocols.http.h11_impl import STATUS_PHRASES, H11Protocol
 from uvicorn.server import ServerState
 
 from exo_kimi.runtime.descriptors import descriptor_limit
-from exo_kimi.serve.gate import REQUEST_ID, new_request_id
+from exo_kimi.serve.gate import REQUEST_ID, REQUEST_ID_HEADERS, new_request_id
 from exo_kimi.serve.problems import ApiProblem
 
 HEAD_S = 10.0  # from the first byte (or the connection) to the end of the headers
@@ -224,7 +224,7 @@ class BoundedProtocol(H11Protocol):
                 (b"content-type", b"application/json"),
                 (b"content-length", str(len(data)).encode()),
                 (b"connection", b"close"),
-                (b"x-request-id", request_id.encode()),
+                *((name, request_id.encode()) for name in REQUEST_ID_HEADERS),
             ]
             phrase = STATUS_PHRASES[problem.status]
             response = h11.Response(status_code=problem.status, headers=headers, reason=phrase)

@@ -17,7 +17,6 @@ from exo_kimi.errors import (
     RuntimeFault,
     StageDiedError,
     StageError,
-    StageStalledError,
     StageUnreachableError,
 )
 from exo_kimi.runtime.protocol.faults import from_message
@@ -45,6 +44,7 @@ class _Request(Generic[Response]):
 
     def __init__(self, answer: type[Response], epoch: int) -> None:
         self.epoch = epoch
+        self.asked_s = time.monotonic()
         self.response: asyncio.Future[Response] = asyncio.get_running_loop().create_future()
         self._answer: type[Response] = answer
 
@@ -92,9 +92,21 @@ class StageClient:
         """Time since the last frame."""
         return time.monotonic() - self._last_frame_s
 
+    @property
+    def is_idle(self) -> bool:
+        """Whether the stage has nothing to do, as it last said."""
+        return self.progress is not None and self.progress.busy_s == 0
+
+    @property
+    def unanswered_s(self) -> float:
+        """For how long an idle stage has owed the response to a request; 0 while it is busy or owes none."""
+        return time.monotonic() - self._request.asked_s if self._request is not None and self.is_idle else 0.0
+
     def extend_deadline(self, gap_s: float) -> None:
         """Do not count, as silence, a time in which this side was suspended."""
         self._last_frame_s += gap_s
+        if self._request is not None:
+            self._request.asked_s += gap_s
 
     async def send(self, message: Message) -> None:
         """Queue what needs no answer.
@@ -104,16 +116,8 @@ class StageClient:
         """
         self._link.send(encode(message))
 
-    async def ask(
-        self, message: Message, answer: type[Response], *, epoch: int, deadline_s: float | None = None
-    ) -> Response:
+    async def ask(self, message: Message, answer: type[Response], *, epoch: int) -> Response:
         """Send a question and wait for its answer, one at a time. Only what is about `epoch` counts.
-
-        Args:
-            message: the question.
-            answer: the class of the answer.
-            epoch: of the question.
-            deadline_s: after it the stage counts as lost, although it lives.
 
         Raises:
             ExoKimiError: what the stage answered instead, or the loss of the link.
@@ -122,15 +126,7 @@ class StageClient:
         self._request = request
         try:
             await self.send(message)
-            async with asyncio.timeout(deadline_s) as deadline:
-                return await request.response
-        except TimeoutError:
-            if not deadline.expired():
-                raise
-            what = f"stage {self._stage} lives and does not answer a {type(message).__name__}"
-            stalled = StageStalledError(what, stage=self._stage, expected=f"an answer in {deadline_s:g} s")
-            self._on_lost(stalled)
-            raise stalled from None
+            return await request.response
         finally:
             self._request = None
 

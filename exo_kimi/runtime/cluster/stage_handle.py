@@ -50,7 +50,7 @@ logger = logging.getLogger(__name__)
 BUSY_FACTOR = 4  # a step, or a load without progress, may take so many stall deadlines
 GOODBYE_S = 3.0
 EXIT_WAIT_S = 1.0
-CONNECT_NEXT_S = 30.0  # for a stage to reach the one after it
+CONNECT_NEXT_S = 10.0  # for a stage to reach the one after it; a pair of them has a stall deadline more
 
 
 class ConnectedStage:
@@ -96,8 +96,7 @@ class ConnectedStage:
             prefix_disk_bytes=self._options.prefix_disk_bytes,
             prefix_directory=None if directory is None else encode_path(directory),
         )
-        deadline_s = BUSY_FACTOR * self._options.stall_s + CONNECT_NEXT_S
-        joined = self.joined = await self._client.ask(join, Joined, epoch=epoch, deadline_s=deadline_s)
+        joined = self.joined = await self._client.ask(join, Joined, epoch=epoch)
         return joined
 
     def memory(self) -> StageMemory:
@@ -225,6 +224,8 @@ class StageHandle:
             what, limit_s = f"stage {self.stage} is silent for {silent_s:.1f} s", stall_s
         elif busy_s > BUSY_FACTOR * stall_s:
             what, limit_s = f"stage {self.stage} is at one thing for {busy_s:.1f} s", BUSY_FACTOR * stall_s
+        elif self._client.unanswered_s > (owed_s := 2 * stall_s + CONNECT_NEXT_S):
+            what, limit_s = f"stage {self.stage} lives and does not answer", owed_s
         else:
             return
         fix = None if self._child is not None else "look at `exo-kimi stage` there"
@@ -239,21 +240,30 @@ class StageHandle:
             logger.warning("stage %d: its socket file was deleted: %s", self.stage, path)
             self.broken = True
 
+    @property
+    def is_idle(self) -> bool:
+        """Whether the stage has nothing to do, as it last said."""
+        return self._client is not None and self._client.is_idle
+
+    def drop_link(self) -> None:
+        """Close the link and let a local process live: `connect` links to it anew."""
+        if self._client is not None:
+            self._client.close()
+            self._client = None
+        self._connected = None
+
     async def disconnect(self) -> None:
         """Close the link, and end the process if it is a local one."""
         if self._watching is not None:
             self._watching.cancel()
             self._watching = None
-        if self._client is not None:
-            self._client.close()
-            self._client = None
+        self.drop_link()
         if self._child is not None:
             child, self._child = self._child, None
             await child.end(grace_s=0)
             if self._address is not None and self._address.path is not None:
                 with contextlib.suppress(OSError):  # the next one listens elsewhere
                     Path(self._address.path).unlink()
-        self._connected = None
         self.broken = False
 
     async def close(self) -> None:
@@ -309,8 +319,10 @@ class StageHandle:
 
     async def _connect(self) -> ConnectedStage:
         settings, remote = self._settings, self.plan.remote
-        self._starts += 1
-        address = self._address = remote if remote is not None else await self._start_child()
+        if self._child is None or self._address is None:
+            self._starts += 1
+            self._address = remote if remote is not None else await self._start_child()
+        address = self._address
         lost = remote is not None and self._starts > 1
         deadline_s = settings.options.reconnect_s if lost else settings.options.connect_s
         key = settings.key if remote is not None else None

@@ -80,6 +80,7 @@ class StageCluster:
         self._backoff = RestartBackoff()
         self._last_fault: RuntimeFault | None = None
         self._broken: StageError | None = None
+        self._unanswered: dict[int, float] = {}
         self._closed = False
         self._tasks: list[asyncio.Task[None]] = []
         self._directory: Path | None = None
@@ -143,6 +144,7 @@ class StageCluster:
             raise self._last_fault or StageError(
                 "the stages are not ready", expected=f"epoch {self._epoch}", found=f"epoch {step.epoch}"
             )
+        self._unanswered[step.step_id] = time.monotonic()
         await self._handles[0].send(step)
 
     async def receive(self) -> PipelineEvent:
@@ -264,6 +266,7 @@ class StageCluster:
             disk_blocks=min(one.disk_blocks for one in joined),
         )
         self._ready = True
+        self._unanswered.clear()
         logger.info("%d stages are ready after %.1f s", self.stages, time.monotonic() - started_s)
         blocks = tuple(unpack_keys(one.blocks) for one in joined)
         self._events.put_nowait(Ready(epoch=self._epoch, info=self._info, blocks=blocks))
@@ -272,6 +275,7 @@ class StageCluster:
 
     def _on_result(self, result: StepResult) -> None:
         if self._ready and result.epoch == self._epoch:
+            self._unanswered.pop(result.step_id, None)
             self._backoff.reset()
             self._events.put_nowait(result)
 
@@ -306,6 +310,26 @@ class StageCluster:
                     handle.extend_deadline(late_s)
                 handle.check_deadlines()
                 await handle.ping()
+            self._check_steps(late_s if late_s > interval_s else 0.0)
+
+    def _check_steps(self, gap_s: float) -> None:
+        """A step that no stage works on and that is not answered was lost on its way.
+
+        Args:
+            gap_s: for which this loop itself was suspended.
+        """
+        if gap_s:
+            self._unanswered = {step_id: sent_s + gap_s for step_id, sent_s in self._unanswered.items()}
+        oldest_s = min(self._unanswered.values(), default=None)
+        if not self._ready or oldest_s is None or not all(handle.is_idle for handle in self._handles):
+            return
+        waited_s = time.monotonic() - oldest_s
+        if waited_s > self.options.stall_s:
+            # libzmq stops sending on a connection whose buffers the system refused once, and says nothing.
+            for handle in self._handles:
+                handle.drop_link()
+            what = f"a step was lost on its way: no stage has worked on it for {waited_s:.1f} s"
+            self._on_fault(StageStalledError(what, expected=f"an answer in {self.options.stall_s:g} s"), self._epoch)
 
 
 class RestartBackoff:

@@ -188,28 +188,32 @@ async def test_a_stage_that_cannot_reach_the_next_one_says_so_and_is_asked_again
         await one.close()
 
 
-async def test_a_stage_that_lives_and_never_answers_is_started_anew(
-    cluster: StageCluster, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("lost", ["step", "question"])
+async def test_what_is_lost_on_its_way_to_a_stage_that_lives_is_told_and_the_stage_linked_anew(
+    cluster: StageCluster, monkeypatch: pytest.MonkeyPatch, lost: str
 ) -> None:
-    await epoch_of(cluster)
-    monkeypatch.setattr(stage_handle, "BUSY_FACTOR", 0)
-    monkeypatch.setattr(stage_handle, "CONNECT_NEXT_S", 0.3)
+    """As after a refused `send`: libzmq sends nothing on that connection any more, and goes on receiving."""
+    epoch = await epoch_of(cluster)
     client = cluster._handles[0]._client
     assert client is not None
-    monkeypatch.setattr(client, "_request", None)
     before = [stage.pid for stage in cluster.health()]
-
-    async def deaf(_: object) -> None:
-        """What was asked never arrives."""
-
-    monkeypatch.setattr(client, "send", deaf)
-    monkeypatch.setattr(
-        cluster._handles[0]._connected, "load", lambda: asyncio.sleep(0, cluster._handles[0]._connected.loaded)
-    )
-    cluster._on_fault(StageError("as if a step had failed"), None)
+    monkeypatch.setattr(client._link, "send", lambda _: None)
+    if lost == "step":
+        segment = Segment(seq_id=1, offset=0, length=1, sample=True)
+        await cluster.send(Step(epoch=epoch, step_id=1, segments=(segment,), tokens=np.array([HARMLESS], np.int32)))
+    else:
+        monkeypatch.setattr(stage_handle, "CONNECT_NEXT_S", 1 - 2 * OPTIONS.stall_s)
+        cluster._on_fault(StageError("as if a step had failed"), None)
+    faults: list[StageError | StageStalledError] = []
     async with asyncio.timeout(30):
-        while not (isinstance(found := await cluster.receive(), Failed) and isinstance(found.error, StageStalledError)):
-            pass
-    monkeypatch.setattr(stage_handle, "BUSY_FACTOR", 4)
+        while not isinstance(found := await cluster.receive(), Ready):
+            assert isinstance(found, Failed)
+            faults.append(found.error)
+    assert isinstance(faults[-1], StageStalledError)
     assert await serves(cluster)
-    assert [stage.pid for stage in cluster.health()] != before
+    if lost == "step":
+        assert "a step was lost on its way" in str(faults[0])
+        assert [stage.pid for stage in cluster.health()] == before, "it is linked anew and keeps its weights"
+    else:
+        assert "stage 0 lives and does not answer" in str(faults[-1])
+        assert [stage.pid for stage in cluster.health()] != before
