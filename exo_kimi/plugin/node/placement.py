@@ -163,7 +163,7 @@ class PlacementPlanner:
         }
         ours = {kind: {**body, "shardAssignments": {**assigned, "runnerToShard": placed}}}
         check_instance(ours)
-        self._tell(wanted, found, "planned now, on RDMA")
+        self._tell(wanted, found, "planned now" if kind == "MlxRingInstance" else "planned now, on RDMA")
         return ours
 
     def _from_kept(self, wanted: WantedPlacement, state: ClusterState) -> _Chosen | None:
