@@ -28,8 +28,10 @@ from exo_kimi.checkpoint.tiny.make import make_tiny
 from exo_kimi.cli import commands, exo_commands, train_commands
 from exo_kimi.cli.app import command_tree
 from exo_kimi.cli.reference import cli_reference
+from exo_kimi.errors import UsageError
 from exo_kimi.plugin.legacy import launch as legacy_launch
 from exo_kimi.plugin.runner import launch as runner_launch
+from exo_kimi.runtime.transport.api_key import find_api_key
 from exo_kimi.serve import launch
 from exo_kimi.serve.launch import ServeOptions
 
@@ -346,6 +348,33 @@ def test_an_empty_key_in_the_environment_is_no_key(monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(launch, "serve", served.append)
     assert run("serve", "x").returncode == 0
     assert served[0].api_key is None
+    assert find_api_key(key_file=None, option=None, environment_text="") is None
+
+
+def test_an_api_key_comes_from_a_file_of_its_owner_alone(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """The list of processes shows everybody what is on a command line; that is told."""
+    file = tmp_path / "key"
+    file.write_text("from-a-file\n")
+    file.chmod(0o600)
+    assert find_api_key(key_file=file, option=None, environment_text="from-outside") == "from-a-file"
+    assert find_api_key(key_file=None, option=None, environment_text="from-outside") == "from-outside"
+    assert not caplog.records
+    assert find_api_key(key_file=None, option="typed", environment_text="from-outside") == "typed"
+    assert "every user of this machine can read it" in caplog.text and "typed" not in caplog.text
+    with pytest.raises(UsageError, match="both give a key"):
+        find_api_key(key_file=file, option="typed", environment_text=None)
+    file.chmod(0o644)
+    with pytest.raises(UsageError, match="other users may read"):
+        find_api_key(key_file=file, option=None, environment_text=None)
+    file.chmod(0o600)
+    for content in ("", "two words\nand lines", "sécret", "x" * 5000):
+        file.write_text(content)
+        with pytest.raises(UsageError) as error:
+            find_api_key(key_file=file, option=None, environment_text=None)
+        assert not content or content not in str(error.value)
+    for name in ("serve", "chat"):
+        said = run(name, "--help").stdout
+        assert said.index("--api-key-file") < said.index("--api-key ")
 
 
 def test_a_place_that_cannot_be_written(tmp_path: Path) -> None:

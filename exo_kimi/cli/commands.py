@@ -304,14 +304,22 @@ def serve(
             panel=NETWORK,
         ),
     ] = [],  # noqa: B006
+    api_key_file: Annotated[
+        Path | None,
+        option(
+            "--api-key-file",
+            metavar="FILE",
+            help="file, mode 600, with the key that clients must send (or EXO_KIMI_API_KEY)",
+            panel=NETWORK,
+        ),
+    ] = None,
     api_key: Annotated[
         str | None,
         option(
             "--api-key",
             parser=key,
             metavar="KEY",
-            envvar="EXO_KIMI_API_KEY",
-            help="required of clients (or EXO_KIMI_API_KEY)",
+            help="the same in sight of every user of this machine (ps)",
             panel=NETWORK,
         ),
     ] = None,
@@ -357,9 +365,13 @@ def serve(
 ) -> None:
     """Serve a checkpoint, split over stages, behind a ChatGPT-compatible API."""
     options: dict[str, Any] = locals()
+    from exo_kimi.runtime.transport.api_key import ENVIRONMENT_NAME, find_api_key
     from exo_kimi.serve.launch import ServeOptions, serve
 
     _log_to_stderr()
+    options["api_key"] = find_api_key(
+        key_file=options.pop("api_key_file"), option=api_key, environment_text=os.environ.get(ENVIRONMENT_NAME)
+    )
     serve(ServeOptions(**options))
 
 
@@ -399,22 +411,27 @@ def chat(
         str | None,
         option("--model", metavar="ID", help="the model's id (default: the first that the server lists)"),
     ] = None,
+    api_key_file: Annotated[
+        Path | None,
+        option("--api-key-file", metavar="FILE", help="file, mode 600, with the server's key (or EXO_KIMI_API_KEY)"),
+    ] = None,
     api_key: Annotated[
         str | None,
         option(
             "--api-key",
             parser=key,
             metavar="KEY",
-            envvar="EXO_KIMI_API_KEY",
-            help="the server's key (or EXO_KIMI_API_KEY)",
+            help="the same in sight of every user of this machine (ps)",
         ),
     ] = None,
     system: Annotated[str | None, option("--system", metavar="TEXT", help="a system prompt")] = None,
 ) -> None:
     """A terminal chat against any ChatGPT-compatible server."""
     from exo_kimi.client.terminal import chat
+    from exo_kimi.runtime.transport.api_key import ENVIRONMENT_NAME, find_api_key
 
-    chat(url, model=model, api_key=api_key, system=system)
+    found = find_api_key(key_file=api_key_file, option=api_key, environment_text=os.environ.get(ENVIRONMENT_NAME))
+    chat(url, model=model, api_key=found, system=system)
 
 
 def layer(

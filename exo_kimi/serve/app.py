@@ -35,12 +35,13 @@ from exo_kimi.serve.contract import (
     ChatCompletionChunk,
     ErrorAnswer,
     HealthReport,
+    HealthStatus,
     TextCompletion,
     generation_route,
     openapi_document,
     refusals,
 )
-from exo_kimi.serve.gate import Gate
+from exo_kimi.serve.gate import HAS_KEY, Gate
 from exo_kimi.serve.health import health_report
 from exo_kimi.serve.metrics import Metrics
 from exo_kimi.serve.ollama import door as ollama
@@ -78,7 +79,7 @@ def create_app(
         model_id: the one model served.
         further_names: under which clients may ask for it, too.
         any_model: take any other name.
-        api_key: asked of every client when given; /health stays open.
+        api_key: asked of every client when given; without it, /health only says whether all is well.
         max_body_bytes: larger bodies get 413.
         ping_interval_s: a silent stream gets a ping this often.
         fingerprint: names the weights; becomes part of `system_fingerprint`.
@@ -142,7 +143,7 @@ def _add_routes(app: FastAPI, service: Service, *, guarded: bool) -> None:
     }
     unhealthy: dict[int | str, dict[str, Any]] = {
         503: {
-            "model": HealthReport | ErrorAnswer,
+            "model": HealthReport | HealthStatus | ErrorAnswer,
             "description": "A stage is not ready, and `reason` says which and why; or too many connections.",
         }
     }
@@ -165,7 +166,8 @@ def _add_routes(app: FastAPI, service: Service, *, guarded: bool) -> None:
     app.post("/v1/chat/completions", **chat, **key)(door.chat)
     app.post("/v1/completions", **text, **key)(door.completion)
     app.post("/v1/cancel/{id}", response_model=CancelledAnswer, responses=refusals(404, *refused), **key)(door.cancel)
-    app.get("/health", response_model=HealthReport, responses={**refusals(403), **unhealthy})(door.health)
+    healthy: Any = HealthReport | HealthStatus if guarded else HealthReport
+    app.get("/health", response_model=healthy, responses={**refusals(403), **unhealthy})(door.health)
     app.get("/metrics", response_class=Response, responses={**metrics, **refusals(*refused)}, **key)(door.prometheus)
     app.get("/", response_class=PlainTextResponse, responses=refusals(403))(door.root)
     app.head("/", include_in_schema=False)(door.root)
@@ -218,10 +220,12 @@ class _CompletionsDoor:
         )
         return self._answer(completion, prepared, style)
 
-    async def health(self) -> JSONResponse:
-        """Tell how the engine and its stages are. Asks for no key."""
+    async def health(self, request: Request) -> JSONResponse:
+        """Tell how the engine and its stages are; without the key, where there is one, only whether all is well."""
         model, snapshot = self.service.names.first, self.service.engine.snapshot()
         status, report = health_report(snapshot, model=model, version=exo_kimi.__version__)
+        if not request.scope[HAS_KEY]:
+            report = {"status": report["status"]}
         return JSONResponse(report, status_code=status)
 
     async def prometheus(self) -> Response:

@@ -253,10 +253,15 @@ class CancelledAnswer(BaseModel):
     cancelled: Literal[True]
 
 
-class HealthReport(BaseModel):
-    """The engine and its stages; `reason` says what is wrong."""
+class HealthStatus(BaseModel):
+    """What everybody may know of a server that has an API key."""
 
     status: Literal["ok", "unavailable"]
+
+
+class HealthReport(HealthStatus):
+    """The engine and its stages; `reason` says what is wrong."""
+
     reason: str | None
     model: str
     version: str

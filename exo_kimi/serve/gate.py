@@ -27,6 +27,7 @@ REQUEST_ID_HEADERS = (b"x-request-id", b"request-id")  # OpenAI's and Anthropic'
 POLLED_PATHS = frozenset({"/health", "/metrics"})  # asked every few seconds: no log lines
 
 
+HAS_KEY = "exo_kimi.has_key"  # in a request's scope: whether it may know what only clients with the key may
 REQUEST_ID = "exo_kimi.request_id"  # in a request's scope, for whoever answers in its place
 
 
@@ -42,7 +43,8 @@ class Gate:
         app: what is behind.
         metrics: told the path (as the routes know it) and the status of every answer.
         paths: paths that may become a label; all others count as `other`.
-        api_key: when given, every path but /health, / and the documentation needs `Authorization: Bearer KEY`, or `x-api-key`.
+        api_key: when given, every path needs `Authorization: Bearer KEY` or `x-api-key`, but for /health (which says less
+            without it), / and the documentation.
         hosts: names that `Host` and `Origin` may have (`allowed_hosts`), without which any web page could have a browser
             reach this server under a name of its own (DNS rebinding); None or `*` allows all.
         origins: of web pages that may call this server (`--cors-origin`); `*` allows all.
@@ -82,8 +84,9 @@ class Gate:
                 message = {**message, "headers": [*message["headers"], *ids]}
             await send(message)
 
+        scope[HAS_KEY] = self._has_key(scope)
         refusal = self._wrong_host(scope)
-        if refusal is None and not self._admits(scope):
+        if refusal is None and not (scope[HAS_KEY] or self._is_open(scope)):
             refusal = ApiProblem(
                 401,
                 "missing or wrong API key: send `Authorization: Bearer KEY` or `x-api-key: KEY`",
@@ -115,10 +118,13 @@ class Gate:
     def _is_ours(self, host: str) -> bool:
         return host in self._hosts or (ADDRESSES in self._hosts and _is_address(host))
 
-    def _admits(self, scope: Scope) -> bool:
+    def _is_open(self, scope: Scope) -> bool:
         if scope["method"] == "OPTIONS":
             return True  # a browser asks without the key whether its page may send one; nothing else takes OPTIONS
-        if self._api_key is None or scope["path"] in OPEN_PATHS or scope["path"].startswith(OPEN_FOLDER):
+        return scope["path"] in OPEN_PATHS or scope["path"].startswith(OPEN_FOLDER)
+
+    def _has_key(self, scope: Scope) -> bool:
+        if self._api_key is None:
             return True
         headers: Iterable[tuple[bytes, bytes]] = scope["headers"]
         key = next((value for name, value in headers if name == b"x-api-key"), b"")  # Anthropic's header

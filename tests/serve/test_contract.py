@@ -19,6 +19,7 @@ from exo_kimi.serve.contract import (
     ChatCompletionChunk,
     ErrorAnswer,
     HealthReport,
+    HealthStatus,
     ModelCard,
     ModelList,
     TextCompletion,
@@ -84,6 +85,21 @@ async def test_what_the_server_tells_of_itself_is_as_declared(saying, client_of)
         models = (await client.get("/v1/models")).json()
         assert_declared(models, ModelList)
         assert_declared((await client.get(f"/v1/models/{models['data'][0]['id']}")).json(), ModelCard)
+
+
+async def test_without_the_key_health_tells_only_whether_all_is_well(saying, client_of):
+    """Layers, bytes, addresses and errors are for who has the key; what watches the server from outside has none."""
+    key = {"authorization": "Bearer secret"}
+    async with client_of(saying(), api_key="secret") as client:
+        answer = await client.get("/health")
+        assert (answer.status_code, answer.json()) == (200, {"status": "ok"})
+        assert_declared((await client.get("/health", headers=key)).json(), HealthReport)
+    async with client_of(saying(stage_states=("ready", "dead"), ready=False), api_key="secret") as client:
+        for headers in ({}, {"authorization": "Bearer wrong"}):
+            answer = await client.get("/health", headers=headers)
+            assert (answer.status_code, answer.json()) == (503, {"status": "unavailable"})
+            assert_declared(answer.json(), HealthStatus)
+        assert "exit code 137" in (await client.get("/health", headers=key)).json()["reason"]
 
 
 async def test_a_refusal_is_as_declared(saying, client_of):

@@ -6,15 +6,14 @@ A file with the key is readable by its owner only, so that a machine's other use
 from __future__ import annotations
 
 import os
-import stat
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import zmq
 from zmq.utils import z85
 
-from exo_kimi.checkpoint.text_files import read_bytes
 from exo_kimi.errors import KeyMismatchError, UsageError
+from exo_kimi.runtime.transport.secret_files import read_secret
 
 ENVIRONMENT_NAME = "EXO_KIMI_KEY"
 _KEY_CHARACTERS = 40
@@ -72,19 +71,7 @@ class ClusterKey:
         Raises:
             UsageError: it cannot be read, holds no key, or others may read it too.
         """
-        try:
-            mode = stat.S_IMODE(path.stat().st_mode)
-            if mode & 0o077:
-                raise UsageError(
-                    "other users may read the key file",
-                    expected="mode 600",
-                    found=f"mode {mode:o}",
-                    where=path,
-                    fix=f"chmod 600 {path}, or make a new key if others have read it",
-                )
-            return cls.from_text(read_bytes(path, most_bytes=4096).decode("ascii", errors="replace"), where=path)
-        except OSError as error:
-            raise UsageError("cannot read the key file", found=error.strerror, where=path, fix=_HOW) from error
+        return cls.from_text(read_secret(path, fix=_HOW), where=path)
 
     def write(self, path: Path) -> None:
         """Write a new key file with mode 600; an existing one is never replaced.
