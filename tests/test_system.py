@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import base64
 import contextlib
+import io
 import json
 import os
 import re
@@ -19,6 +21,7 @@ from typing import Any
 
 import httpx
 import pytest
+from PIL import Image
 
 from exo_kimi.checkpoint.tiny.make import make_tiny
 
@@ -349,3 +352,31 @@ def free_port() -> int:
         probe.bind(("127.0.0.1", 0))
         port: int = probe.getsockname()[1]
         return port
+
+
+def test_a_picture_is_answered_alike_before_and_after_its_stage_was_killed(tmp_path: Path) -> None:
+    small = {"hidden_size": 64, "intermediate_size": 64, "moe_intermediate_size": 64, "num_hidden_layers": 3}
+    seeing = make_tiny(tmp_path / "seeing", vision=True, template="k25", config={**small, "n_routed_experts": 4})
+
+    def shown(color: str) -> dict[str, Any]:
+        buffer = io.BytesIO()
+        Image.new("RGB", (90, 60), color).save(buffer, "PNG")
+        url = "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
+        parts = [{"type": "text", "text": "What?"}, {"type": "image_url", "image_url": {"url": url}}]
+        return {"messages": [{"role": "user", "content": parts}], "logprobs": True, "thinking": {"type": "disabled"}}
+
+    def chosen(answer: httpx.Response) -> list[float]:
+        assert answer.status_code == 200, answer.text
+        return [token["logprob"] for token in answer.json()["choices"][0]["logprobs"]["content"]]
+
+    with serving(seeing, "--stages", "2", "--split", "2,1") as server:
+        red, blue = chosen(server.ask(**shown("red"))), chosen(server.ask(**shown("blue")))
+        assert red != blue
+        again = server.ask(**shown("red"))
+        assert chosen(again) == pytest.approx(red, abs=1e-4)
+        assert again.json()["usage"]["prompt_tokens_details"]["cached_tokens"] > 0
+        os.kill(server.pids()[0], signal.SIGKILL)
+        wait_until(lambda: server.health()["status"] != "ok", START_S)
+        server.wait_ready()
+        assert chosen(server.ask(**shown("red"))) == pytest.approx(red, abs=1e-4)
+        assert chosen(server.ask(**shown("blue"))) == pytest.approx(blue, abs=1e-4)

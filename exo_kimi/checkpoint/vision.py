@@ -23,6 +23,7 @@ from exo_kimi.errors import (
     NotACheckpointError,
     ShapeMismatchError,
     UnexpectedTensorError,
+    UsageError,
 )
 
 _ROOTS = ("vision_tower.", "mm_projector.", "multi_modal_projector.")
@@ -104,6 +105,20 @@ def find_vision(index: CheckpointIndex, directory: Path | None = None) -> Vision
     if problems:
         raise CheckpointProblems(problems, where=place)
     return VisionManifest(directory=place, config=config, entries=found)
+
+
+def chosen_tower(
+    index: CheckpointIndex, directory: Path | None = None, *, no_vision: bool = False
+) -> VisionManifest | NoVision:
+    """`find_vision` as options ask for it.
+
+    Raises:
+        UsageError: a directory for a tower that is not wanted.
+        CheckpointError: as `find_vision`.
+    """
+    if no_vision and directory is not None:
+        raise UsageError("--vision and --no-vision contradict each other", fix="give one of them")
+    return NoVision("it was started with --no-vision") if no_vision else find_vision(index, directory)
 
 
 def _named(entry: TensorEntry) -> tuple[str, TensorEntry]:

@@ -508,6 +508,13 @@ def plan(
         option("--split", parser=counts, metavar="N,N,...", help="judge this split instead of searching"),
     ] = None,
     force: Annotated[bool, flag("--force", help="take --split even where a machine is over its limit")] = False,
+    vision: Annotated[
+        Path | None,
+        option(
+            "--vision", metavar="DIR", help="where the vision tower is, if not in DIR; with it there, it is counted"
+        ),
+    ] = None,
+    no_vision: Annotated[bool, flag("--no-vision", help="count no vision tower: serve text alone")] = False,
     explained: Annotated[
         bool, flag("--explain", help="why this split, what binds, and what would change it", panel=OUTPUT)
     ] = False,

@@ -12,6 +12,7 @@ from pathlib import Path
 
 from exo_kimi.arch.geometry import check_quantizable
 from exo_kimi.checkpoint.checkpoint import Checkpoint
+from exo_kimi.checkpoint.vision import chosen_tower
 from exo_kimi.errors import UsageError
 from exo_kimi.planner.answer import Answer, answer
 from exo_kimi.planner.machines.cluster import read_cluster
@@ -40,6 +41,8 @@ def plan_answer(
     split: str | Sequence[int] | None = None,
     force: bool = False,
     explained: bool = False,
+    vision: Path | None = None,
+    no_vision: bool = False,
 ) -> Answer:
     """The best plan for a checkpoint directory, or for a published model in a recipe.
 
@@ -60,6 +63,8 @@ def plan_answer(
         split: judge these layer counts, over the machines by memory, the largest first, instead of searching.
         force: take that split even where a machine is over its limit.
         explained: add the explanation to the text.
+        vision: where the tower for pictures is, if not beside the layers; with them it is counted without being named.
+        no_vision: count none.
 
     Raises:
         UsageError: arguments that contradict each other or cannot be read, or a split that cannot be.
@@ -68,7 +73,7 @@ def plan_answer(
     """
     if objective not in OBJECTIVES:
         raise UsageError("unknown objective", expected=", ".join(OBJECTIVES), found=objective, where="--objective")
-    weights = model_bytes(directory=directory, model=model, recipe=recipe)
+    weights = model_bytes(directory=directory, model=model, recipe=recipe, vision=vision, no_vision=no_vision)
     if kv_bits is not None:
         check_quantizable(weights.config)
         weights = replace(weights, kv_bits=kv_bits)
@@ -93,9 +98,14 @@ def plan_answer(
 
 
 def model_bytes(
-    *, directory: str | Path | None = None, model: str | None = None, recipe: str | Path | None = None
+    *,
+    directory: str | Path | None = None,
+    model: str | None = None,
+    recipe: str | Path | None = None,
+    vision: Path | None = None,
+    no_vision: bool = False,
 ) -> ModelBytes:
-    """Bytes from a directory's headers, or from a published model and a recipe.
+    """Bytes from a directory's headers, its vision tower's among them, or from a published model and a recipe.
 
     Raises:
         UsageError: neither or both, or a recipe for a directory.
@@ -107,6 +117,10 @@ def model_bytes(
     if directory is not None:
         if recipe is not None:
             raise UsageError("--recipe is for --model: a directory's headers say what it holds", found=str(recipe))
-        return bytes_of_manifest(Checkpoint(directory).manifest())
+        checkpoint = Checkpoint(directory)
+        tower = chosen_tower(checkpoint.index, vision, no_vision=no_vision)
+        return bytes_of_manifest(checkpoint.manifest()).with_tower(tower)
+    if vision is not None:
+        raise UsageError("--vision is for DIR: a published model is planned for text", where="--vision")
     published = published_model(str(model))
     return bytes_of_recipe(published.config, load_recipe(recipe or published.default_recipe), name=published.name)

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from exo_kimi.checkpoint.manifest import StageManifest
+from exo_kimi.checkpoint.vision import NoVision, VisionManifest
 from exo_kimi.errors import PlanMismatchError
 from exo_kimi.planner.plan import Plan
 from exo_kimi.planner.weights.bytes import bytes_of_manifest
+from exo_kimi.units import format_bytes
 
 
 def check_matches(plan: Plan, manifest: StageManifest) -> None:
@@ -52,3 +54,29 @@ def check_matches(plan: Plan, manifest: StageManifest) -> None:
                 where=manifest.directory,
                 fix=fix,
             )
+
+
+def check_tower_planned(plan: Plan, manifest: StageManifest, tower: VisionManifest | NoVision) -> None:
+    """Refuse a vision tower that a plan has no room for.
+
+    Args:
+        plan: that matches the checkpoint.
+        manifest: of the whole model.
+        tower: what the first stage is to hold beside its layers.
+
+    Raises:
+        PlanMismatchError: with the bytes.
+    """
+    if isinstance(tower, NoVision) or plan.workload.ends_everywhere:
+        return
+    first = plan.stages[0]
+    model = bytes_of_manifest(manifest).with_tower(tower)
+    weight_bytes = model.weight_bytes(first.start_layer, first.end_layer)
+    if weight_bytes > first.weight_bytes:
+        raise PlanMismatchError(
+            "the plan has no room for the vision tower",
+            expected=f"at most {format_bytes(first.weight_bytes)} on the first stage",
+            found=f"{format_bytes(weight_bytes)}, {format_bytes(model.vision_bytes)} of them for pictures",
+            where=manifest.directory,
+            fix="plan again for this checkpoint (its tower is counted), or serve text alone with --no-vision",
+        )

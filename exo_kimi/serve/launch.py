@@ -11,14 +11,14 @@ from typing import Any
 
 from exo_kimi.checkpoint.checkpoint import Checkpoint
 from exo_kimi.checkpoint.doctor.doctor import text_errors
-from exo_kimi.checkpoint.vision import NoVision, VisionManifest, find_vision
+from exo_kimi.checkpoint.vision import NoVision, VisionManifest, chosen_tower
 from exo_kimi.dialogue.pictures import PicturePrompts
 from exo_kimi.dialogue.speaker import Speaker
 from exo_kimi.errors import CheckpointProblems, UsageError
 from exo_kimi.pictures.fetching import fetch_picture
 from exo_kimi.pictures.picture import PixelRules
 from exo_kimi.pictures.reader import PictureReader
-from exo_kimi.planner.matching import check_matches
+from exo_kimi.planner.matching import check_matches, check_tower_planned
 from exo_kimi.planner.plan import Plan, check_headroom, read_plan
 from exo_kimi.planner.weights.bytes import bytes_of_manifest
 from exo_kimi.runtime.cluster.cluster_plan import make_plan
@@ -90,12 +90,14 @@ def serve(options: ServeOptions, *, announce: Callable[[str], None] | None = Non
     key = find_key(key_file=options.key_file, environment_text=os.environ.get(ENVIRONMENT_NAME))
     checkpoint, scratch_bytes = Checkpoint(options.directory), None
     planned_kv_bytes: tuple[int, ...] = ()
-    if options.plan is not None:
-        planned = read_plan(options.plan)
+    planned = read_plan(options.plan) if options.plan is not None else None
+    if planned is not None:
         options = _following(planned, options, checkpoint)
         scratch_bytes = min(stage.scratch_bytes for stage in planned.stages)
         planned_kv_bytes = tuple(stage.kv_bytes for stage in planned.stages)
     tower = _tower(options, checkpoint)
+    if planned is not None:
+        check_tower_planned(planned, checkpoint.manifest(), tower)
     plan = make_plan(
         checkpoint,
         split=options.split,
@@ -157,12 +159,8 @@ def serve(options: ServeOptions, *, announce: Callable[[str], None] | None = Non
 
 def _tower(options: ServeOptions, checkpoint: Checkpoint) -> VisionManifest | NoVision:
     """The tower to load with the first stage; where config.json describes one that is not there, a line says so."""
-    if options.no_vision and options.vision is not None:
-        raise UsageError("--vision and --no-vision contradict each other", fix="give one of them")
-    if options.no_vision:
-        return NoVision("it was started with --no-vision")
-    tower = find_vision(checkpoint.index, options.vision)
-    if isinstance(tower, NoVision) and checkpoint.raw_config.get("vision_config") is not None:
+    tower = chosen_tower(checkpoint.index, options.vision, no_vision=options.no_vision)
+    if isinstance(tower, NoVision) and not options.no_vision and checkpoint.raw_config.get("vision_config") is not None:
         print(f"text only: {tower.reason}", file=sys.stderr, flush=True)
     return tower
 

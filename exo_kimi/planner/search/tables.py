@@ -28,7 +28,7 @@ def need_table(question: Question) -> Int64s:
     table = _ranges(each)
     ends = model.embedding_bytes + model.head_bytes if workload.ends_everywhere else 0
     table += question.scratch_bytes + workload.reserve_bytes + ends
-    table[0, :] += workload.server_bytes
+    table[0, :] += workload.server_bytes + model.vision_bytes
     if not workload.ends_everywhere:
         table[0, :] += model.embedding_bytes
         table[:, question.layers] += model.head_bytes

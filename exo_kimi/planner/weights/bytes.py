@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from exo_kimi.arch.config import KimiConfig
 from exo_kimi.arch.geometry import kv_bytes_per_token
 from exo_kimi.arch.modules import ModuleSpec, stage_modules
 from exo_kimi.checkpoint.manifest import StageManifest
+from exo_kimi.checkpoint.vision import NoVision, VisionManifest
 from exo_kimi.errors import UsageError
 from exo_kimi.planner import data
 from exo_kimi.planner.weights.recipes import Recipe
@@ -30,6 +31,7 @@ class ModelBytes:
         embedding_bytes: held by the stage of layer 0.
         head_bytes: final norm and lm_head, held by the stage of the last layer.
         kv_bits: of its cache; None for bf16.
+        vision_bytes: of the vision tower and the vectors that it keeps, held by the stage of layer 0.
         widened_bytes: one per decoder layer, what serving holds on top: routers become float32.
     """
 
@@ -44,6 +46,7 @@ class ModelBytes:
     head_bytes: int
     widened_bytes: tuple[int, ...]
     kv_bits: int | None = None
+    vision_bytes: int = 0
 
     @property
     def layers(self) -> int:
@@ -53,7 +56,7 @@ class ModelBytes:
     @property
     def total_bytes(self) -> int:
         """All of it, every module once."""
-        return sum(self.layer_bytes) + self.embedding_bytes + self.head_bytes
+        return sum(self.layer_bytes) + self.embedding_bytes + self.head_bytes + self.vision_bytes
 
     @property
     def kv_layer_bytes(self) -> int:
@@ -75,7 +78,15 @@ class ModelBytes:
             total += self.embedding_bytes
         if end_layer == self.layers or ends_everywhere:
             total += self.head_bytes
+        if start_layer == 0:
+            total += self.vision_bytes
         return total
+
+    def with_tower(self, tower: VisionManifest | NoVision | None) -> ModelBytes:
+        """The same model with a vision tower, if there is one."""
+        if not isinstance(tower, VisionManifest):
+            return self
+        return replace(self, vision_bytes=tower.resident_bytes + tower.kept_bytes)
 
     def active_bytes(self, batch: int = 1) -> int:
         """Bytes read for one decode step of `batch` tokens, KV apart: everything but the embedding's rows."""

@@ -85,7 +85,7 @@ def make_plan(
             raise UsageError("--split and --stages disagree", expected=f"{stages} stages", found=f"--split {split}")
     else:
         count = stages if stages is not None else len(addresses) + 1 if addresses else DEFAULT_STAGES
-        ranges = balanced_split(bytes_of_manifest(whole), count)
+        ranges = balanced_split(bytes_of_manifest(whole).with_tower(vision), count)
     local = len(ranges) - len(addresses)
     if local < 0:
         raise UsageError(

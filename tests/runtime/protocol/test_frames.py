@@ -15,12 +15,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 from msgspec import structs
 
+from exo_kimi.arch.vision import Grid
 from exo_kimi.errors import ProtocolError, StageError
+from exo_kimi.pictures.picture import Picture
 from exo_kimi.runtime.protocol import frames as wire
 from exo_kimi.runtime.protocol import messages
 from exo_kimi.runtime.protocol.faults import to_message
 from exo_kimi.runtime.requests import SamplingParams
-from exo_kimi.runtime.steps import Blocks, Hidden, Sampled, Segment, SequenceStart, Step, StepResult
+from exo_kimi.runtime.steps import Blocks, Hidden, PictureSpan, Sampled, Segment, SequenceStart, Step, StepResult
 
 counts = st.integers(0, 2**63 - 1)
 token_ids = st.integers(0, 163_839)
@@ -40,6 +42,9 @@ blocks = st.builds(Blocks, seq_id=counts, offset=counts, block_tokens=st.integer
 def steps(draw: st.DrawFn) -> Step:
     lengths = draw(st.lists(st.integers(1, 5), max_size=4))
     masks = st.none() | st.binary(max_size=12)
+    grids = st.builds(Grid, st.integers(1, 3), st.integers(1, 5), st.integers(1, 5))
+    drawn = st.builds(Picture.of, grids, st.binary(max_size=9))
+    pictures = draw(st.lists(drawn, max_size=2, unique_by=lambda picture: picture.digest))
     segments = tuple(
         Segment(
             seq_id=draw(counts),
@@ -48,6 +53,10 @@ def steps(draw: st.DrawFn) -> Step:
             sample=draw(st.booleans()),
             mask=draw(masks),
             drafts=n // 2,
+            pictures=tuple(
+                PictureSpan(draw(counts), draw(st.integers(1, 9)), draw(st.sampled_from(pictures)).digest, draw(counts))
+                for _ in range(draw(st.integers(0, 2)) if pictures else 0)
+            ),
         )
         for n in lengths
     )
@@ -71,6 +80,7 @@ def steps(draw: st.DrawFn) -> Step:
         store=tuple(draw(st.lists(blocks, max_size=2))),
         drop=draw(keys),
         restored=tuple(draw(st.lists(st.tuples(counts, counts), max_size=2))),
+        pictures=tuple(pictures),
     )
 
 
@@ -127,7 +137,9 @@ def _holdable(message: Any) -> bool:
 
 def comparable(step: Step) -> tuple[Any, ...]:
     hidden = step.hidden and dataclasses.replace(step.hidden, data=bytes(step.hidden.data))
-    return dataclasses.replace(step, hidden=hidden, tokens=None), step.tokens.tolist()  # type: ignore[arg-type]
+    shown = [(picture.grid, picture.pixels, picture.digest) for picture in step.pictures]
+    rest = dataclasses.replace(step, hidden=hidden, tokens=None, pictures=())  # type: ignore[arg-type]
+    return rest, step.tokens.tolist(), shown
 
 
 @given(steps())
@@ -249,6 +261,8 @@ def test_hidden_states_are_not_copied_on_arrival() -> None:
         ({"extra": 1}, "an unknown member", "no extra", "'extra'"),
         ({"kind": "nope"}, "kind", "step or step_result or hello", "'nope'"),
         ({"hidden": ["int8", 1, 2]}, "hidden.dtype", "float32 or bfloat16 or float16", "'int8'"),
+        ({"pictures": [[], [[0, 0, 1, 0, 0]]]}, "a span of a picture", "of 0 pictures", "picture 0"),
+        ({"pictures": [[["00" * 16, 1, 0, 2]], []]}, "pictures.pictures[0].rows", ">= 1", "0"),
         ({"prefix": [[], [[1, 2, 3, ["zz"]]], [], []]}, "prefix.store[0].keys[0]", "{32}", "'zz'"),
     ],
 )
