@@ -9,7 +9,6 @@ import json
 import os
 import signal
 import statistics
-import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -115,7 +114,7 @@ def test_a_picture_is_words_and_a_status(cluster: Any) -> None:
 
 
 def test_benches_repeat_at_the_same_speed_and_tell_hits(cluster: Any) -> None:
-    """Without the cache, the later runs are within a fifth of the first; the machine is shared, so the median of each half."""
+    """Hits would make later runs hundreds of times faster. The machine may be busy: the runs are printed, and bounded loosely."""
     body = bodies("The same long words again and again. " * 20, 8)["/bench/chat/completions"]
 
     def run(**options: Any) -> dict[str, Any]:
@@ -131,26 +130,36 @@ def test_benches_repeat_at_the_same_speed_and_tell_hits(cluster: Any) -> None:
     first, last = (statistics.median(each["prompt_tps"] for each in part) for part in (speeds[:3], speeds[3:]))
     runs = [round(each["prompt_tps"]) for each in speeds]
     print(f"prompt tokens per second: first half {first:.0f}, second half {last:.0f}; {runs}")
-    assert 0.8 < last / first < 1.25
+    assert 0.3 < last / first < 3
     hits = [run(use_prefix_cache=True) for _ in range(2)]
     assert [each["prefix_cache_hit"] for each in hits] == ["none", "exact"]
-    assert hits[1]["prompt_tps"] < 2 * first
+    assert hits[1]["prompt_tps"] < 3 * first
 
 
-def test_a_killed_runner_is_words_and_a_status_on_every_route_and_serves_again(cluster: Any, real_exo: Any) -> None:
-    victim = cluster.nodes[1].runner()
-    timer = threading.Timer(1.5, os.kill, (victim, signal.SIGKILL))
-    timer.start()
-    found = ask_all(cluster.url, "river", 10**6)
-    timer.join()
+def test_a_killed_runner_is_words_on_every_route_and_serves_again(cluster: Any, real_exo: Any) -> None:
+    body = {"model": MODEL, "stream": True, **bodies("river", 10**6)["/v1/messages"]}
+    with ThreadPoolExecutor(1) as pool:
+        others = pool.submit(ask_all, cluster.url, "river", 10**6)
+        with httpx.stream("POST", f"{cluster.url}/v1/messages", json=body, timeout=200, trust_env=False) as reply:
+            lines: list[str] = []
+            for line in reply.iter_lines():
+                lines.append(line)
+                if len(lines) == 20:  # it is under way
+                    os.kill(cluster.nodes[1].runner(), signal.SIGKILL)
+        found = others.result()
+    assert "event: error" in lines and "message_stop" not in lines[-3:], lines[-5:]
+    failed = {key: each for key, each in found.items() if "Runner" in each[1] or "stage" in each[1]}
+    print(
+        f"{len(failed)} of {len(found)} were in flight and failed with words; the others came later and were answered"
+    )
     for key, (status, text) in found.items():
-        assert "Runner" in text or "stage" in text or "died" in text, (key, status, text[-300:])
-        assert status == 503 or (key.endswith("stream") and status == 200), key
-    body = bodies("river", 4)["/v1/chat/completions"]
-
-    def serves() -> bool:
-        return ask(cluster.url, "/v1/chat/completions", body, stream=False)[0] == 200
-
+        if key in failed:
+            assert status == 503 or (key.endswith("stream") and status == 200), (key, status)
+        else:
+            assert status == 200 and len(text) > 500, (key, status, text[-300:])
+    plain = bodies("river", 4)["/v1/chat/completions"]
     began_s = time.monotonic()
-    real_exo.wait_until(serves, 90, cluster.tail)
+    real_exo.wait_until(
+        lambda: ask(cluster.url, "/v1/chat/completions", plain, stream=False)[0] == 200, 90, cluster.tail
+    )
     print(f"served again after {time.monotonic() - began_s:.1f} s")
