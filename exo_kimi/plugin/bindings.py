@@ -73,6 +73,7 @@ SEND_GENERATION = Name(
     module="exo.api.main", name="API._send_text_generation_with_images", parameters=("self", "task_params")
 )
 GET_MODELS = Name(module="exo.api.main", name="API.get_models", parameters=("self", "status"))
+SHOW_MODEL = Name(module="exo.api.main", name="API.ollama_show", parameters=("self", "request"))
 _CARDS = "exo.shared.models.model_cards"
 FETCH_CARD = Name(module=_CARDS, name="ModelCard.fetch_from_hf", parameters=("model_id",))
 API_SETUP = Name(module="exo.api.main", name="API._setup_exception_handlers", parameters=("self",))
@@ -85,6 +86,7 @@ _NODE = (
     API_SETUP,
     API_ROUTES,
     GET_MODELS,
+    SHOW_MODEL,
     FETCH_CARD,
     Name(module="exo.utils.keyed_backoff", name="KeyedBackoff.attempts", parameters=("self", "key")),
     Name(module="exo.utils.keyed_backoff", name="KeyedBackoff.reset", parameters=("self", "key")),

@@ -98,6 +98,23 @@ def with_placed_context(get_models: Callable[..., Awaitable[Any]]) -> Callable[.
     return get_models_as_placed
 
 
+def with_shown_context(show: Callable[[Any, Any], Awaitable[Any]]) -> Callable[[Any, Any], Awaitable[Any]]:
+    """exo's `API.ollama_show`, where a placed Kimi has the context of its instance; v1.0.71 tells none."""
+
+    @functools.wraps(show)
+    async def ollama_show_as_placed(self: Any, request: Any) -> Any:
+        shown = await show(self, request)
+        contexts = placed_contexts(self.state.instances.values())
+        context = contexts.get(str(shown.modelfile).removeprefix("FROM "))
+        info = getattr(shown, "model_info", None)
+        if context is None or not info:
+            return shown
+        told = {key: context if key.endswith(".context_length") else value for key, value in info.items()}
+        return shown.model_copy(update={"model_info": told})
+
+    return ollama_show_as_placed
+
+
 def placed_contexts(instances: Iterable[Any]) -> dict[str, int]:
     """Model id -> tokens of one sequence, of every placed Kimi that says so; of several, the smallest."""
     found: dict[str, int] = {}

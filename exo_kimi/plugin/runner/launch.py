@@ -24,6 +24,7 @@ from exo_kimi.plugin.api.cards import (
     with_prepared_card,
     with_prepared_cards,
     with_prepared_cards_71,
+    with_shown_context,
 )
 from exo_kimi.plugin.api.engine_route import with_engine_route
 from exo_kimi.plugin.bindings import (
@@ -36,6 +37,7 @@ from exo_kimi.plugin.bindings import (
     HEAD,
     PLAN,
     SEND_GENERATION,
+    SHOW_MODEL,
     Name,
     mismatches,
     nearest,
@@ -210,6 +212,7 @@ def _wrapped() -> tuple[tuple[Name, Callable[[Any], Any]], ...]:
         (API_SETUP, with_answer_errors),
         (API_ROUTES, with_engine_route(watch)),
         (GET_MODELS, with_placed_context),
+        (SHOW_MODEL, with_shown_context),
         (FETCH_CARD, with_prepared_card),
     )
 

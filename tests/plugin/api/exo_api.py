@@ -114,6 +114,8 @@ async def main() -> None:
         listed = await client.get("/v1/models")
         (card,) = (each for each in listed.json()["data"] if each["id"] == KIMI)
         answers["listed"] = (listed.status_code, "", json.dumps(card))
+        shown = await client.post("/ollama/api/show", json={"model": KIMI})
+        answers["shown"] = (shown.status_code, "", shown.text)
         added = await client.post("/models/add", json={"model_id": KIMI})
         answers["added"] = (added.status_code, "", added.text)
     print(json.dumps(answers))

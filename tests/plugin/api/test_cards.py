@@ -18,6 +18,7 @@ from exo_kimi.plugin.api.cards import (
     with_prepared_card,
     with_prepared_cards,
     with_prepared_cards_71,
+    with_shown_context,
 )
 from exo_kimi.plugin.control.prepare import prepare
 
@@ -128,6 +129,29 @@ def test_a_placed_kimi_is_listed_with_the_context_of_its_instance() -> None:
     api.state.instances.clear()
     found = asyncio.run(with_placed_context(get_models)(api))
     assert found.data[0].context_length == 262_144
+
+
+@dataclass
+class Shown:
+    """exo's OllamaShowResponse."""
+
+    modelfile: str
+    model_info: dict[str, Any] | None
+
+    def model_copy(self, *, update: dict[str, Any]) -> Shown:
+        return replace(self, **update)
+
+
+@pytest.mark.parametrize(("model", "told"), [(MODEL, 4096), (OTHER, 262_144)])
+def test_ollamas_clients_are_shown_the_context_of_a_placed_kimi(model: str, told: int) -> None:
+    async def show(self: Any, request: Any) -> Shown:
+        info = {"general.architecture": "kimi", "kimi.context_length": 262_144}
+        return Shown(modelfile=f"FROM {model}", model_info=None if request == "v1.0.71" else info)
+
+    api = SimpleNamespace(state=SimpleNamespace(instances={"i": placed(MODEL, 4096), "j": placed(OTHER, 1024)}))
+    found = asyncio.run(with_shown_context(show)(api, "b5375f8ce")).model_info
+    assert found == {"general.architecture": "kimi", "kimi.context_length": told}
+    assert asyncio.run(with_shown_context(show)(api, "v1.0.71")).model_info is None
 
 
 def test_of_several_instances_the_smallest_context_is_told() -> None:

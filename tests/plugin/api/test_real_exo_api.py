@@ -99,4 +99,6 @@ def test_other_models_and_exos_own_refusals_are_exos(answers: dict[str, Any]) ->
 def test_a_prepared_model_is_listed_with_its_card_and_the_context_of_its_instance(answers: dict[str, Any]) -> None:
     card = json.loads(answers["listed"][2])
     assert (card["context_length"], card["capabilities"], card["family"]) == (4096, ["text"], "kimi")
-    assert answers["added"][0] == 200
+    assert answers["shown"][0] == answers["added"][0] == 200
+    info = json.loads(answers["shown"][2]).get("model_info")  # v1.0.71 has none
+    assert info is None or info["kimi.context_length"] == 4096

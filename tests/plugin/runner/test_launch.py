@@ -82,6 +82,9 @@ def exo_api() -> type:
         async def get_models(self, status: Any = None) -> Any:
             """As exo's."""
 
+        async def ollama_show(self, request: Any) -> Any:
+            """As exo's."""
+
     return API
 
 
