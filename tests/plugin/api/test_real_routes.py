@@ -132,7 +132,7 @@ def test_benches_repeat_at_the_same_speed_and_tell_hits(cluster: Any) -> None:
     print(f"prompt tokens per second: first half {first:.0f}, second half {last:.0f}; {runs}")
     assert 0.3 < last / first < 3
     hits = [run(use_prefix_cache=True) for _ in range(2)]
-    assert [each["prefix_cache_hit"] for each in hits] == ["none", "exact"]
+    assert hits[0]["prefix_cache_hit"] != "exact" and hits[1]["prefix_cache_hit"] == "exact"  # the template is shared
     assert hits[1]["prompt_tps"] < 3 * first
 
 
