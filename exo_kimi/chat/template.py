@@ -115,6 +115,7 @@ class ChatTemplate:
         most_tokens: int | None = None,
         keep_reasoning: bool = False,
         continue_last: bool = False,
+        effort: str | None = None,
     ) -> Prompt:
         """Render and encode a conversation.
 
@@ -125,6 +126,7 @@ class ChatTemplate:
             add_generation_prompt: end where the assistant's reply begins.
             most_tokens: give up where the prompt has more; None never does.
             keep_reasoning: show the reasoning of all earlier turns, where `keeps_reasoning` says that the template can.
+            effort: handed to the template as `thinking_effort` and `reasoning_effort`; None leaves both undefined.
             continue_last: end inside the last message, an assistant's, in place of a reply's begin.
 
         Raises:
@@ -150,6 +152,8 @@ class ChatTemplate:
             }
             if thinking is not None:
                 variables["thinking"] = thinking
+            if effort is not None:
+                variables["thinking_effort"] = variables["reasoning_effort"] = effort
             if declared and as_typescript and (text := _typescript(declared)):
                 variables["tools_ts_str"] = guard.hide(text)
         except RecursionError as error:
@@ -171,6 +175,11 @@ class ChatTemplate:
     def keeps_reasoning(self) -> bool:
         """Whether the template can show the reasoning of all earlier turns (K2.6 and later)."""
         return "preserve_thinking" in self._template.source
+
+    @property
+    def reads_effort(self) -> bool:
+        """Whether the template tells the model how much to reason."""
+        return "thinking_effort" in self._template.source or "reasoning_effort" in self._template.source
 
     @property
     def shows_message_tools(self) -> bool:

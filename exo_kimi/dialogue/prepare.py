@@ -14,16 +14,16 @@ from typing import Any
 from exo_kimi.chat.constraint import no_tools_bias
 from exo_kimi.chat.history import CallHistory
 from exo_kimi.chat.output import OutputParser
-from exo_kimi.chat.template import ChatTemplate, Prompt
 from exo_kimi.chat.tokenizer import KimiTokenizer
 from exo_kimi.checkpoint.vision import NoVision
 from exo_kimi.dialogue.constraints import ReplyForm, reply_constraint
 from exo_kimi.dialogue.decoding import ReplyDecoder, TextParser
 from exo_kimi.dialogue.events import EndEvent, ReplyEvent, Usage
 from exo_kimi.dialogue.pictures import leave_out_pictures, take_pictures
+from exo_kimi.dialogue.reasoning import check_reasoning, settle_effort
 from exo_kimi.dialogue.request import ConversationRequest, ReplyOptions, TextRequest, ToolMode
 from exo_kimi.dialogue.speaker import Speaker
-from exo_kimi.errors import RequestError, UnsupportedError
+from exo_kimi.errors import RequestError
 from exo_kimi.runtime.requests import GenerationRequest, SamplingParams, TextEngine, TokenConstraint, TokenEvent
 
 _SEED_RANGE = 2**63
@@ -125,6 +125,7 @@ def _prepare_conversation(request: ConversationRequest, speaker: Speaker, most_t
     tokenizer, template = speaker.tokenizer, speaker.template
     told = list(request.warnings)
     request = _with_gained_tools(request, shown=template.shows_message_tools, told=told)
+    request = settle_effort(request, template, told)
     mode: ToolMode = request.tool_choice.mode if request.tools else "none"
     history = CallHistory.of(request.messages)
     messages, urls = take_pictures(history.messages)
@@ -140,8 +141,9 @@ def _prepare_conversation(request: ConversationRequest, speaker: Speaker, most_t
         most_tokens=most_tokens,
         keep_reasoning=bool(request.keep_reasoning),
         continue_last=begun is not None,
+        effort=request.reasoning_effort,
     )
-    _check_reasoning(request, prompt, template, told)
+    check_reasoning(request, prompt, template, told)
     sampling = speaker.sampling(request.sampling, thinking=request.thinking)
     if mode == "none":  # without tools too: the calls of an earlier turn are no example to follow
         biases = dict(sampling.logit_bias) | dict(no_tools_bias(tokenizer))
@@ -262,23 +264,6 @@ def _callable_tools(request: ConversationRequest, mode: ToolMode) -> Sequence[Ma
     if mode == "none":
         return ()
     return [tool for tool in request.tools if chosen is None or (tool.get("function") or {}).get("name") == chosen]
-
-
-def _check_reasoning(request: ConversationRequest, prompt: Prompt, template: ChatTemplate, told: list[str]) -> None:
-    """What the checkpoint's template cannot carry out of the wishes about reasoning: refused where that is asked, or told."""
-    wish = request.thinking
-    if wish is not None and request.begun_reply is None and wish != (prompt.reasoning != "none"):
-        what = "this model does not reason" if wish else "this model's reasoning cannot be turned off"
-        if request.exact:
-            raise UnsupportedError(
-                what,
-                fix="leave 'thinking' and 'reasoning_effort' out",
-                param="thinking",
-                code="unsupported_value",
-            )
-        told.append(what)
-    if request.keep_reasoning and not template.keeps_reasoning:
-        told.append("the reasoning of earlier turns is not kept: this model's template does not show it")
 
 
 def _declarations(tools: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:

@@ -112,6 +112,7 @@ class ConversationRequest(ReplyOptions):
         tool_choice: counts only when there are tools.
         thinking: whether the model should reason first; None leaves it to the template.
         keep_reasoning: show the model the reasoning of all its earlier turns; None leaves it to the template.
+        reasoning_effort: how much to reason (`reasoning.EFFORT_BUDGETS`), for templates that read it; a cap elsewhere.
         reasoning_budget: most tokens of reasoning, after which the answer begins; None sets no limit.
         response_format: the form of the reply's text; None leaves it free. Beside tools that may be called, the reply is
             either calls or such a text.
@@ -128,6 +129,7 @@ class ConversationRequest(ReplyOptions):
     thinking: bool | None = None
     keep_reasoning: bool | None = None
     reasoning_budget: int | None = None
+    reasoning_effort: str | None = None
     response_format: JsonFormat | None = None
     begun_reply: str | None = None
     must_show_pictures: bool = True

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from exo_kimi.chat.template import ChatTemplate
+from exo_kimi.checkpoint.rendering.template import CompiledTemplate
 from exo_kimi.serve.request.schemas import parse_chat
 
 CHAT = "/v1/chat/completions"
@@ -181,8 +182,20 @@ async def test_a_partial_message_is_gone_on_with(saying, client_of, thinker):
 def test_a_budget_is_read_from_every_place(fields):
     request = parse_chat({"messages": ASK, **fields})
     assert request.reasoning_budget == 3
-    assert parse_chat({"messages": ASK, "reasoning_effort": "low"}).reasoning_budget == 2048
-    assert parse_chat({"messages": ASK, "reasoning_effort": "max"}).reasoning_budget is None
+
+
+async def test_an_effort_is_the_templates_or_a_cap(saying, client_of, thinker):
+    levels = CompiledTemplate("{{ thinking_effort }}<|im_end|><think>", "test")
+    for effort, cap in (("low", 2048), ("max", None)):
+        for field in ({"reasoning_effort": effort}, {"thinking": {"type": "enabled", "effort": effort}}):
+            engine = saying("hm</think>ok", by=thinker)
+            answer, _ = await answered(client_of, engine, **field)
+            assert (engine.requests[0].constraint is not None) == (cap is not None)
+            assert any(str(cap) in told for told in answer.get("warnings", ())) == (cap is not None)
+            engine = saying("hm</think>ok", by=replace(thinker, template=ChatTemplate(thinker.tokenizer, levels)))
+            answer, prompt = await answered(client_of, engine, **field)
+            assert prompt.startswith(effort)
+            assert (engine.requests[0].constraint, answer.get("warnings")) == (None, None)
 
 
 def test_wishes_that_contradict_each_other_are_settled_and_named():

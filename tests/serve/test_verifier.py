@@ -2,8 +2,8 @@
 
     KIMI_VERIFIER_SRC=CHECKOUT KIMI_VERIFIER_PYTHON=PYTHON pytest tests/serve/test_verifier.py
 
-PYTHON has pytest, pytest-rerunfailures, openai, httpx and jsonschema. The model says what a good one would: it reads the prompt for
-what the suite asks, and where a grammar forbids that, it writes any token that the grammar allows.
+PYTHON has pytest, pytest-rerunfailures, openai, httpx and jsonschema. The model says what a good one would: it reads the prompt
+for what the suite asks, and where a grammar forbids that, it writes any token that the grammar allows.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import subprocess
 from collections import deque
 from collections.abc import AsyncGenerator, Iterator
 from dataclasses import replace
+from importlib import resources
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ import numpy as np
 import pytest
 
 from exo_kimi.chat.template import ChatTemplate
+from exo_kimi.checkpoint.rendering.template import CompiledTemplate
 from exo_kimi.runtime.requests import GenerationRequest, TokenEvent
 from exo_kimi.serve.app import create_app
 
@@ -53,12 +55,9 @@ class ObedientEngine:
     async def generate(self, request: GenerationRequest) -> AsyncGenerator[TokenEvent, None]:
         prompt = self.voice.tokenizer.decode(request.prompt_ids)
         wished = deque(self._wish(prompt))
-        asked = "thinking_effort" in prompt.rsplit("<|im_user|>", 1)[-1]
         rng = np.random.default_rng(7)
         for count in range(1, (request.max_tokens or 20_000) + 1):
             token = self._next(request, wished, count, rng)
-            if asked and token == self._closing[0]:
-                wished = deque(self.voice.ids("max" if count > 3000 else "low"))  # it knows how long it could think
             if request.constraint is not None:
                 request.constraint.accept(token)
             if token == self._end or count == request.max_tokens:
@@ -84,12 +83,15 @@ class ObedientEngine:
     def _wish(self, prompt: str) -> Iterator[int]:
         question = prompt.rsplit("<|im_user|>", 1)[-1]
         thinks = prompt.endswith("<think>")
-        long = "逐步推理" in question or "thinking_effort" in question
-        reasoning = ("so " * 3500 if long else "Let me see.") + "</think>" if thinks else ""
+        effort = re.findall("effort: ([a-z]+)", prompt)[0]
+        long = "逐步推理" in question and effort != "low"
+        reasoning = ("so " * 500 if long else "Let me see.") + "</think>" if thinks else ""
         names = re.findall(r"type (\w+) = \(|\"name\": ?\"(\w+)\"", prompt)
         names = [one or two for one, two in names]
         calls = "不应使用" not in question and ("get_weather" in names)
-        if calls:
+        if "thinking_effort" in question:
+            text = effort
+        elif calls:
             call = '<|tool_call_begin|>functions.get_weather:0<|tool_call_argument_begin|>{"city": "Beijing"}<|tool_call_end|>'
             text = f"<|tool_calls_section_begin|>{call}<|tool_calls_section_end|>"
         elif "JSON" in question and "schema" not in question.lower():
@@ -109,7 +111,12 @@ class ObedientEngine:
 
 @pytest.fixture(scope="module")
 def url(live_server, tmp_path_factory, make_voice, thinker) -> Iterator[str]:
-    voice = replace(thinker, template=ChatTemplate.built_in("k25", thinker.tokenizer))
+    # A K3's template tells the model its effort; a K2's has none, and the effort is a cap.
+    told = "{{ system('system', 'effort: ' ~ (thinking_effort or 'max')) }}"
+    folder = resources.files("exo_kimi.chat").joinpath("templates")
+    source = "".join(folder.joinpath(name).read_text(encoding="utf-8") for name in ("macros.jinja", "k25.jinja"))
+    source = source.replace("{%- if add_generation_prompt", told + "{%- if add_generation_prompt")
+    voice = replace(thinker, template=ChatTemplate(thinker.tokenizer, CompiledTemplate(source, "test")))
 
     async def make() -> Any:
         engine = ObedientEngine(voice)
@@ -148,6 +155,13 @@ def test_the_api_behaves_as_moonshots(url, tmp_path, part):
     assert passed
     assert [name for name in names if not any(each in name for each in HOSTED_ONLY)] == []
     assert failed == len(names)
+
+
+def test_only_the_hosted_services_own_rules_on_parameters_are_not_ours(url, tmp_path):
+    passed, failed, names = verify(url, "tests/params", tmp_path)
+    hosted = ("temperature=1.1", "temperature=2.0", "top_p=0.8", "presence_penalty=0.5", "frequency_penalty=0.5", "n=2")
+    assert passed
+    assert [name for name in names if not any(name.endswith(f"-{rule}]") for rule in hosted)] == []
 
 
 def test_every_schema_is_obeyed_and_nothing_is_markup(url, tmp_path):

@@ -11,6 +11,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from exo_kimi.dialogue.pictures import PICTURE_KINDS
+from exo_kimi.dialogue.reasoning import EFFORT_BUDGETS
 
 # Documented by OpenAI or by agents, without effect on a Kimi: taken with any value, and named when that asks for something.
 WITHOUT_EFFECT = frozenset(
@@ -59,15 +60,6 @@ _THINKING_FIELDS = (
 )
 _ON = frozenset({"enabled", "enable", "adaptive", "auto", "on", "true", "yes", "1"})
 _OFF = frozenset({"disabled", "disable", "none", "off", "false", "no", "0"})
-# Kimi has no levels: the lower ones cap the reasoning, the others leave it to the model.
-EFFORT_BUDGETS: Mapping[str, int | None] = {
-    "minimal": 512,
-    "low": 2048,
-    "medium": None,
-    "high": None,
-    "xhigh": None,
-    "max": None,
-}
 _MESSAGE_FIELDS = frozenset(
     "role content name tool_calls tool_call_id reasoning_content refusal annotations audio function_call partial tools".split()
 )
@@ -154,6 +146,8 @@ class AcceptedChat:
             used = next(iter(wishes))
             rest = ", ".join(name for name in wishes if wishes[name] != wishes[used])
             self.told.append(f"{rest} contradicts {used} and was not used")
+        if wishes and not next(iter(wishes.values())):
+            settled.pop("effort", None)
         if wishes:
             settled["type"] = "enabled" if next(iter(wishes.values())) else "disabled"
         if settled:
@@ -188,19 +182,12 @@ class AcceptedChat:
         elif isinstance(value, bool):
             wishes.setdefault(name, value)
         elif isinstance(value, str) and value.lower() in EFFORT_BUDGETS:
-            self._read_effort(value.lower(), wishes, settled)
+            wishes.setdefault("reasoning_effort", True)
+            settled.setdefault("effort", value.lower())
         elif isinstance(value, str) and value.lower() in _ON | _OFF:
             wishes.setdefault(name, value.lower() in _ON)
         elif value is not None:
             self._leave_out(name)
-
-    def _read_effort(self, effort: str, wishes: dict[str, bool], settled: dict[str, Any]) -> None:
-        wishes.setdefault("reasoning_effort", True)
-        if (budget := EFFORT_BUDGETS[effort]) is not None and "budget_tokens" not in settled:
-            settled["budget_tokens"] = budget
-            self.told.append(f"effort '{effort}' caps the reasoning at {budget} tokens: Kimi has no levels of its own")
-        elif effort != "max" and budget is None:
-            self.told.append(f"effort '{effort}' is reasoning without a cap: Kimi has no levels of its own")
 
     def _read_keep(self, keep: Any, settled: dict[str, Any]) -> None:
         if keep == "all":

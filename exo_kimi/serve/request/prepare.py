@@ -57,6 +57,7 @@ def conversation_of(request: ChatRequest, *, vocab_size: int) -> ConversationReq
         thinking=request.wants_thinking(),
         keep_reasoning=request.keeps_reasoning,
         reasoning_budget=request.reasoning_budget,
+        reasoning_effort=request.level,
         exact=request.exact,
         warnings=request.warnings,
         response_format=_json_format(form),

@@ -119,12 +119,14 @@ class ResponseFormat(Fields):
 class ThinkingOption(Fields):
     """`thinking` as Moonshot's and Anthropic's APIs write it.
 
-    `budget_tokens` caps the reasoning; `keep` "all" shows the model the reasoning of all its earlier turns.
+    `budget_tokens` caps the reasoning; `keep` "all" shows the model the reasoning of all its earlier turns; `effort` is for
+    templates that read one, and a cap elsewhere.
     """
 
     type: Literal["enabled", "disabled"] | None = None
     budget_tokens: Annotated[int, Field(ge=0, lt=2**63)] | None = None
     keep: Literal["all"] | None = None
+    effort: str | None = None
 
 
 class TemplateArguments(Fields):
@@ -167,6 +169,11 @@ class ChatRequest(GenerationFields):
         if isinstance(self.thinking, ThinkingOption) and self.thinking.keep is not None:
             return True
         return self.chat_template_kwargs.preserve_thinking if self.chat_template_kwargs is not None else None
+
+    @property
+    def level(self) -> str | None:
+        """How much the model is to reason."""
+        return self.thinking.effort if isinstance(self.thinking, ThinkingOption) else None
 
     @property
     def reasoning_budget(self) -> int | None:

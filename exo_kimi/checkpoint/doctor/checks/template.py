@@ -114,6 +114,16 @@ def _check_source(source: str, where: str, checkup: Checkup) -> None:
     if problem is not None:
         what, expected, found = problem
         checkup.error(TemplateError(what, expected=expected, found=found, where=where, fix=_FIX))
+    elif "tool_calls" not in source:
+        checkup.warn(
+            TemplateError(
+                "the chat template shows no past tool calls: an agent's model never sees what it has called",
+                expected="`tool_calls` of messages, with their ids (Moonshot's templates since July 2025)",
+                found="none",
+                where=where,
+                fix="copy today's from the model's original repository, or delete it: --fix then writes our own",
+            )
+        )
 
 
 @lru_cache(maxsize=8)  # a repair looks twice
