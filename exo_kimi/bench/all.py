@@ -37,6 +37,7 @@ PARTS = (
     BenchPart(name="kv-b", limit_s=30.0),
     BenchPart(name="router", limit_s=40.0),
     BenchPart(name="cache-8bit", limit_s=60.0),
+    BenchPart(name="grammar", limit_s=60.0),
     BenchPart(name="step", options=("--rounds", "2"), limit_s=100.0),
     BenchPart(name="load", options=("--rounds", "3"), limit_s=90.0),
     BenchPart(name="turns", limit_s=120.0),

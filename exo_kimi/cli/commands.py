@@ -44,6 +44,7 @@ Bench = Literal[  # modules of exo_kimi.bench, with - for _
     "cache-8bit",
     "conformance",
     "exo",
+    "grammar",
     "kv-b",
     "link-speed",
     "load",

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from exo_kimi.cli.values import argument, one_of, option, positive, rates, share, whole
+from exo_kimi.errors import UsageError
 
 Matrices = Literal["muon", "adamw"]
 
@@ -73,9 +74,24 @@ def requantize(
 
 
 def evaluate(
-    directory: Annotated[Path, argument("DIR", "a checkpoint")],
+    directory: Annotated[Path | None, argument("DIR", "a checkpoint; or --tools URL")] = None,
     against: Annotated[
-        Path | None, option("--against", metavar="DIR2", help="a reference: adds KL and shared choices")
+        str | None,
+        option(
+            "--against", metavar="DIR2|URL2", help="a reference: KL and shared choices, or the calls of two servers"
+        ),
+    ] = None,
+    tools: Annotated[
+        str | None,
+        option("--tools", metavar="URL", help="judge a server's tool calls instead: how often, how valid, how alike"),
+    ] = None,
+    requests: Annotated[
+        Path | None,
+        option("--requests", metavar="FILE", help="with --tools: chat requests of your own, one a line"),
+    ] = None,
+    api_key: Annotated[
+        str | None,
+        option("--api-key", metavar="KEY", envvar="EXO_KIMI_API_KEY", help="with --tools: sent to the servers"),
     ] = None,
     count: Annotated[
         int, option("--count", parser=positive, metavar="N", help="questions of each task (default 100)")
@@ -83,9 +99,25 @@ def evaluate(
     seed: Annotated[int, option("--seed", parser=whole, metavar="N", help="of the questions (default 0)")] = 0,
     wrong: Annotated[int, option("--wrong", parser=whole, metavar="N", help="wrong answers to show (default 0)")] = 0,
 ) -> None:
-    """Ask a checkpoint held-out questions: right answers, tool calls, perplexity."""
+    """Ask a checkpoint held-out questions: right answers, tool calls, perplexity. Or judge a server's tool calls."""
+
+    def say(text: str) -> None:
+        print(text, file=sys.stderr)
+
+    if tools is not None:
+        from exo_kimi.train.evaluation.tool_calls import evaluate_tools
+
+        judged = evaluate_tools(
+            tools, say=say, against=against, requests=requests, count=count, seed=seed, api_key=api_key
+        )
+        print(judged.to_text(wrong))
+        print(judged.to_json())
+        return
+    if directory is None:
+        raise UsageError("nothing to evaluate", expected="a checkpoint, or --tools URL", fix="exo-kimi eval DIR")
     from exo_kimi.train.evaluation.evaluate import evaluate
 
-    report = evaluate(directory, say=lambda text: print(text, file=sys.stderr), against=against, count=count, seed=seed)
+    reference = None if against is None else Path(against)
+    report = evaluate(directory, say=say, against=reference, count=count, seed=seed)
     print(report.to_text(wrong))
     print(report.to_json())
