@@ -100,24 +100,21 @@ def evaluate(
     wrong: Annotated[int, option("--wrong", parser=whole, metavar="N", help="wrong answers to show (default 0)")] = 0,
 ) -> None:
     """Ask a checkpoint held-out questions: right answers, tool calls, perplexity. Or judge a server's tool calls."""
-
-    def say(text: str) -> None:
-        print(text, file=sys.stderr)
-
+    report: Any
     if tools is not None:
         from exo_kimi.train.evaluation.tool_calls import evaluate_tools
 
-        judged = evaluate_tools(
-            tools, say=say, against=against, requests=requests, count=count, seed=seed, api_key=api_key
-        )
-        print(judged.to_text(wrong))
-        print(judged.to_json())
-        return
-    if directory is None:
-        raise UsageError("nothing to evaluate", expected="a checkpoint, or --tools URL", fix="exo-kimi eval DIR")
-    from exo_kimi.train.evaluation.evaluate import evaluate
+        given = {"requests": requests, "count": count, "seed": seed, "api_key": api_key}
+        report = evaluate_tools(tools, say=_progress, against=against, **given)  # type: ignore[arg-type]
+    elif directory is not None:
+        from exo_kimi.train.evaluation.evaluate import evaluate
 
-    reference = None if against is None else Path(against)
-    report = evaluate(directory, say=say, against=reference, count=count, seed=seed)
+        report = evaluate(directory, say=_progress, against=Path(against) if against else None, count=count, seed=seed)
+    else:
+        raise UsageError("nothing to evaluate", expected="a checkpoint, or --tools URL")
     print(report.to_text(wrong))
     print(report.to_json())
+
+
+def _progress(text: str) -> None:
+    print(text, file=sys.stderr)
