@@ -19,6 +19,7 @@ from exo_kimi.runtime.descriptors import descriptor_limit
 from exo_kimi.runtime.end_signals import EndSignals
 from exo_kimi.runtime.requests import TextEngine
 from exo_kimi.serve.connections import BoundedProtocol, BoundedState, quiet_accept_errors
+from exo_kimi.serve.loop_watch import LoopWatch
 from exo_kimi.serve.progress import show_progress
 from exo_kimi.serve.workers import THREADS
 
@@ -129,7 +130,8 @@ async def _serve(
     server = leave.server = _Uvicorn(served, lambda: announce and announce(url))
     failing = asyncio.create_task(_watch(served, server, signals))
     try:
-        await server.serve(sockets=[listener])
+        with LoopWatch(loop):
+            await server.serve(sockets=[listener])
         if failing.done():
             await failing
     finally:

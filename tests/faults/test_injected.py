@@ -55,7 +55,9 @@ def serve(server: Server) -> Outcomes:
 
 def restart(server: Server) -> Outcomes:
     """A stage is killed in the middle of a stream."""
-    pids, outcomes = server.pids(), []
+    while not (pids := server.pids()):  # what fails may be just this question
+        time.sleep(0.05)
+    outcomes: Outcomes = []
     streaming = threading.Thread(target=lambda: outcomes.append(server.ask(stream=True, max_tokens=60)))
     streaming.start()
     time.sleep(0.05)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
 import threading
@@ -99,6 +100,34 @@ def test_ctrl_c_ends_within_5_s_whatever_is_computed(where: str, signals: int) -
         assert "Traceback" not in errors
     finally:
         guard.cancel()
+        process.kill()
+
+
+@pytest.mark.parametrize("work", ["in_c", "in_python"])
+def test_a_loop_that_is_stuck_for_good_ends_the_server_with_a_line(work: str) -> None:
+    begin = (
+        f"import exo_kimi.serve.loop_watch as w; w.STUCK_S = 1.2; asyncio.get_running_loop().call_later(0.5, {work})"
+    )
+    process = started(begin)
+    _, errors = process.communicate(timeout=40)
+    assert process.returncode == 1
+    (line,) = errors.splitlines()
+    assert "the server has been stuck for 1 s in <string>, line" in line
+
+
+def test_a_server_that_was_suspended_is_not_taken_for_stuck() -> None:
+    process = started("import exo_kimi.serve.loop_watch as w; w.STUCK_S = 0.6")
+    try:
+        assert process.stdout is not None
+        assert process.stdout.readline().startswith("http://")
+        process.send_signal(signal.SIGSTOP)
+        time.sleep(1.5)
+        process.send_signal(signal.SIGCONT)
+        time.sleep(0.5)
+        assert process.poll() is None
+        process.send_signal(signal.SIGINT)
+        assert process.wait(10) == 0
+    finally:
         process.kill()
 
 
