@@ -262,6 +262,10 @@ class Keeper:
             self._busy_s = None
         attempt.failures, attempt.retry_at_s, self._said = 0, _NEVER, ""
         self._say(f"{kept.model_id} answers, {format_seconds(applied.seconds)} after it was asked for")
+        state = self.client.state()
+        self._take_in(state)  # so that its end is noticed, however soon it comes
+        if state.instance(applied.instance_id) is None and not _missing(kept, state):
+            self._rest(kept.model_id)
 
     def _failed(self, index: int, error: ExoKimiError, session: int) -> None:
         kept, attempt = self.plans[index], self._attempts[index]

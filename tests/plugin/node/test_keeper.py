@@ -243,6 +243,22 @@ def test_what_a_person_ends_before_its_first_answer_stays_ended(home: Home) -> N
     assert keeper.record.rests(MODEL)
 
 
+@pytest.mark.parametrize("looks", [0, 1, 2])
+def test_what_a_person_ends_as_soon_as_it_answers_stays_ended(home: Home, looks: int) -> None:
+    home.keeper(plans=home.plans[:1])
+    original = home.exo._chat
+
+    def answer(request: Any) -> Any:
+        home.exo.vanishes = home.exo.looks + 1 + looks
+        return original(request)
+
+    home.exo._chat = answer
+    home.live(30)
+    home.exo.vanishes = None
+    home.live(120)
+    assert home.placed() == [] and len(home.exo.posted) == 1 and home.heard("somebody ended")
+
+
 def test_what_a_person_places_is_left_and_kept_from_then(home: Home, plan_of: Any) -> None:
     home.keeper(plans=home.plans[:1])
     home.live(30)
