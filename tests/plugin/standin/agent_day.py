@@ -134,6 +134,7 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--out", type=Path, default=None, help="folder for the log (default: a temporary one)")
     told = parser.parse_args(arguments)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # so that the nodes end with it
     exo = find_exo()
     if isinstance(exo, str):
         parser.error(exo)
