@@ -6,7 +6,7 @@ PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11; do \
 # Two workers: one for what starts processes, one for what computes (tests/conftest.py).
 TWO = -n 2 --dist loadgroup
 
-.PHONY: demo test test-oldest test-exo coverage lint types docs reference wheel-check clean
+.PHONY: demo test test-oldest test-exo test-agents agents coverage lint types docs reference wheel-check clean
 
 demo: .venv/done
 	.venv/bin/exo-kimi demo
@@ -22,6 +22,17 @@ test-oldest: .venv-oldest/done
 test-exo: .venv-test/done
 	.venv-test/bin/python -m pytest -m exo tests/plugin
 	if [ -n "$$EXO_SRC" ]; then .venv-test/bin/python tests/plugin/standin/own_suite.py; fi
+
+# The real clients of agents (node 20 or later is needed; Kimi Code gets its own), which `make test` uses too when they are there.
+agents:
+	mkdir -p .agents
+	cd .agents && npm install --silent --no-fund --no-audit @moonshot-ai/kimi-code @openai/codex @anthropic-ai/claude-code opencode-ai node@24
+	cd .agents && { npm install-scripts approve --all >/dev/null 2>&1 || true; } && npm rebuild --silent  # newer npm asks first
+	$(PYTHON) -m venv .agents/python
+	.agents/python/bin/python -m pip install --quiet --disable-pip-version-check litellm openai-agents "pydantic-ai-slim[openai,anthropic]"
+
+test-agents: .venv-test/done
+	.venv-test/bin/python -m pytest -m agents tests/serve/agents
 
 # The tests, and how much of the package they run, stage processes too; the floor is in pyproject.toml.
 coverage: .venv-test/done

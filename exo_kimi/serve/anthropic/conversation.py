@@ -39,6 +39,8 @@ def conversation_of_messages(request: CountRequest) -> ConversationRequest:
         tools=tuple(tools),
         tool_choice=choice,
         thinking=request.thinks(),
+        reasoning_budget=request.budget(warnings),
+        keep_reasoning=request.keeps_thinking(),
         response_format=request.json_format() if choice.mode != "required" else None,
         begun_reply=begun,
         must_show_pictures=False,

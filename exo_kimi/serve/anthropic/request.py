@@ -10,7 +10,7 @@ from pydantic import Field
 from exo_kimi.dialogue.request import JsonFormat
 from exo_kimi.errors import UnsupportedError
 from exo_kimi.serve.request.fields import Probability, TokenCount, check_stops
-from exo_kimi.serve.request.lenient import LenientFields, name_unknown, read_fields
+from exo_kimi.serve.request.lenient import LenientFields, capped_by, name_unknown, read_fields
 
 
 class ThinkingConfig(LenientFields):
@@ -56,6 +56,20 @@ class CountRequest(LenientFields):
             return None
         return self.thinking.type == "enabled"
 
+    def budget(self, warnings: list[str]) -> int | None:
+        """Most tokens of reasoning: `budget_tokens`, or what an effort means; None sets no limit."""
+        if self.thinking is not None and self.thinking.budget_tokens is not None:
+            return self.thinking.budget_tokens
+        return capped_by(self.output_config.effort if self.output_config else None, warnings)
+
+    def keeps_thinking(self) -> bool | None:
+        """Whether the model is to see the thinking of all its earlier turns; None leaves it to the template."""
+        return True if any(edit.get("keep") == "all" for edit in self._edits() if isinstance(edit, Mapping)) else None
+
+    def _edits(self) -> list[Any]:
+        edits = self.context_management.get("edits") if isinstance(self.context_management, Mapping) else None
+        return edits if isinstance(edits, list) else []
+
     def json_format(self) -> JsonFormat | None:
         """The form of the text; None is free."""
         form = self.output_format or (self.output_config.format if self.output_config else None)
@@ -66,9 +80,7 @@ class CountRequest(LenientFields):
         found = name_unknown(self)
         if self.mcp_servers:
             found.append("'mcp_servers' is not carried out: this server calls no others")
-        edits = self.context_management.get("edits") if isinstance(self.context_management, Mapping) else None
-        for edit in edits if isinstance(edits, list) else ():
-            # To keep all thinking is to edit nothing.
+        for edit in self._edits():
             if not isinstance(edit, Mapping) or edit.get("keep") != "all":
                 kind = str(edit.get("type") if isinstance(edit, Mapping) else edit)[:60]
                 found.append(f"'context_management' is not carried out: {kind}")

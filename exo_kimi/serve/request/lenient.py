@@ -8,6 +8,7 @@ from typing import Any, TypeVar
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from exo_kimi.serve.problems import from_validation
+from exo_kimi.serve.request.accept import EFFORT_BUDGETS
 
 MAX_NAMED = 12  # fields named in one warning
 
@@ -41,6 +42,23 @@ def unknown_fields(part: LenientFields, path: str = "") -> Iterator[str]:
     for name in type(part).model_fields:
         if isinstance(value := getattr(part, name), LenientFields):
             yield from unknown_fields(value, f"{path}{name}.")
+
+
+def capped_by(effort: str | None, warnings: list[str]) -> int | None:
+    """Most tokens of reasoning for an effort; None where it sets no limit.
+
+    Args:
+        effort: as the client wrote it; one that nobody knows is named.
+        warnings: gets a sentence where Kimi, which has no levels, does something of its own.
+    """
+    if effort is None or effort == "none":
+        return None
+    budget = EFFORT_BUDGETS.get(effort.lower())
+    if budget is not None:
+        warnings.append(f"effort '{effort}' caps the reasoning at {budget} tokens: Kimi has no levels of its own")
+    elif effort.lower() not in EFFORT_BUDGETS:
+        warnings.append(f"effort '{effort[:40]}' was left out: this server does not know it")
+    return budget
 
 
 def name_unknown(part: LenientFields, *, silent: Collection[str] = ()) -> list[str]:

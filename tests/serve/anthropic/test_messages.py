@@ -250,21 +250,29 @@ def test_tool_choices_are_read(choice, mode, name, parallel):
 
 
 @pytest.mark.parametrize(
-    ("thinking", "wanted"),
+    ("fields", "wanted", "budget", "keeps"),
     [
-        (None, None),
-        ({"type": "adaptive", "display": "summarized"}, None),
-        ({"type": "disabled"}, False),
-        ({"type": "enabled", "budget_tokens": 2000}, True),
+        ({}, None, None, None),
+        ({"thinking": {"type": "adaptive", "display": "summarized"}}, None, None, None),
+        ({"thinking": {"type": "disabled"}}, False, None, None),
+        (
+            {"thinking": {"type": "enabled", "budget_tokens": 2000}, "output_config": {"effort": "low"}},
+            True,
+            2000,
+            None,
+        ),
+        ({"output_config": {"effort": "low"}}, None, 2048, None),
+        ({"context_management": {"edits": [{"type": "clear_thinking_20251015", "keep": "all"}]}}, None, None, True),
     ],
 )
-def test_thinking_is_read(thinking, wanted):
-    assert conversation_of_messages(parse_messages({**ASK, "thinking": thinking})).thinking is wanted
+def test_thinking_is_read(fields, wanted, budget, keeps):
+    found = conversation_of_messages(parse_messages({**ASK, **fields}))
+    assert (found.thinking, found.reasoning_budget, found.keep_reasoning) == (wanted, budget, keeps)
 
 
 async def test_what_an_agent_sends_beside_is_taken_silently_and_what_is_lost_is_named(saying, client_of):
     keep = {"edits": [{"type": "clear_thinking_20251015", "keep": "all"}]}
-    silent = {"metadata": {"user_id": "u"}, "context_management": keep, "output_config": {"effort": "high"}}
+    silent = {"metadata": {"user_id": "u"}, "output_config": {"effort": "high"}}
     lost = {
         "context_management": {"edits": [{"type": "clear_tool_uses_20250919"}]},
         "tools": [{"type": "web_search_20250305", "name": "web_search"}],
@@ -272,6 +280,8 @@ async def test_what_an_agent_sends_beside_is_taken_silently_and_what_is_lost_is_
     }
     async with client_of(saying()) as client:
         assert "warnings" not in (await client.post(f"{MESSAGES}?beta=true", json={**ASK, **silent})).json()
+        kept = (await client.post(MESSAGES, json={**ASK, "context_management": keep})).json().get("warnings", [])
+        assert "context_management" not in " ".join(kept)
         answer = await client.post(MESSAGES, json={**ASK, **lost})
         start = events((await client.post(MESSAGES, json={**ASK, **lost, "stream": True})).text)[0]
     told = " ".join(answer.json()["warnings"])
