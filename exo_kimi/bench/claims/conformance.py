@@ -1,4 +1,4 @@
-"""How much of OpenAI's documented API servers honour, check by check.
+"""How much of OpenAI's and Anthropic's documented APIs servers honour, check by check.
 
     exo-kimi bench conformance http://127.0.0.1:52415 ...     any servers
     exo-kimi bench conformance --peer                         ours beside mlx_lm.server, on one tiny checkpoint
@@ -21,7 +21,7 @@ from pathlib import Path
 
 import httpx
 
-from exo_kimi.bench.api import answers, refusals, streams, texts, tools
+from exo_kimi.bench.api import answers, messages, refusals, responses, streams, texts, tools
 from exo_kimi.bench.api.caller import Broken, Caller, Check
 from exo_kimi.bench.setups.peer import our_server, peer_server
 from exo_kimi.checkpoint.tiny.make import make_tiny
@@ -51,7 +51,7 @@ TEMPLATE = """
 """
 
 CHECKS: tuple[Check, ...] = tuple(
-    check for part in (answers, streams, tools, refusals, texts) for check in part.checks.items
+    check for part in (answers, streams, tools, refusals, texts, responses, messages) for check in part.checks.items
 )
 
 

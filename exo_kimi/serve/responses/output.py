@@ -5,6 +5,7 @@ Each item: response.output_item.added, its own events, response.output_item.done
 
 from __future__ import annotations
 
+import json
 import uuid
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -118,7 +119,7 @@ class OutputWriter:
             return []
         item = self._open
         events = item.end()
-        item.value["status"] = status
+        item.value["status"] = "incomplete" if isinstance(item, _FunctionCall) and not item.is_json else status
         events = self._placed([*events, {"type": "response.output_item.done", "item": item.value}])
         self.items.append(item.value)
         self._open = None
@@ -238,6 +239,15 @@ class _Call:
 class _FunctionCall(_Call):
     def __init__(self, tool: OfferedTool, call_id: str) -> None:
         super().__init__(tool, call_id, prefix="fc", kind="function_call", field="arguments")
+
+    @property
+    def is_json(self) -> bool:
+        """Whether the arguments are whole: not cut by the token limit, nor beyond repair."""
+        try:
+            json.loads(self._text or "{}")
+        except ValueError:
+            return False
+        return True
 
     def grow(self, text: str) -> Events:
         self._text += text
