@@ -23,7 +23,8 @@ def test_kimi_code_edits_a_file(agent, client_named, provider):
         [str(command), "-p", ASKED],
         PATH=f"{node}:{run.environment['PATH']}",
         KIMI_MODEL_NAME="kimi",
-        KIMI_MODEL_API_KEY="x",
+        KIMI_MODEL_API_KEY="none",
+        KIMI_MODEL_MAX_CONTEXT_SIZE="131072",
         KIMI_MODEL_BASE_URL=run.url if provider == "anthropic" else f"{run.url}/v1",
         KIMI_MODEL_PROVIDER_TYPE=provider,
         KIMI_CODE_HOME=str(run.folder / "home" / "kimi"),
@@ -41,7 +42,17 @@ def test_codex_edits_a_file(agent, client_named):
     run.run(
         [
             *(str(command), "exec", "--skip-git-repo-check", "--dangerously-bypass-approvals-and-sandbox"),
-            *("-c", "model_provider=local", "-c", f"model_providers.local={provider}", "-m", "kimi", ASKED),
+            *(
+                "-c",
+                "model_provider=local",
+                "-c",
+                "model_context_window=131072",
+                "-c",
+                f"model_providers.local={provider}",
+                "-m",
+                "kimi",
+                ASKED,
+            ),
         ]
     )
     run.assert_edited()
@@ -57,6 +68,7 @@ def test_claude_code_edits_a_file(agent, client_named):
         ANTHROPIC_AUTH_TOKEN="x",
         ANTHROPIC_MODEL="kimi",
         ANTHROPIC_DEFAULT_HAIKU_MODEL="kimi",
+        CLAUDE_CODE_AUTO_COMPACT_WINDOW="131072",
         CLAUDE_CODE_DISABLE_NONESSENTIAL_TRAFFIC="1",
         DISABLE_TELEMETRY="1",
     )
