@@ -50,12 +50,16 @@ class Caller:
     Args:
         url: base address, without `/v1`.
         api_key: bearer token.
+        model: to ask for; None takes the first that the server lists.
+        timeout_s: of one answer.
     """
 
-    def __init__(self, url: str, *, api_key: str | None = None) -> None:
+    def __init__(
+        self, url: str, *, api_key: str | None = None, model: str | None = None, timeout_s: float = REQUEST_TIMEOUT_S
+    ) -> None:
         headers = {"authorization": f"Bearer {api_key}"} if api_key else {}
-        self.http = httpx.Client(base_url=url.rstrip("/"), headers=headers, timeout=REQUEST_TIMEOUT_S, trust_env=False)
-        self._model: str | None = None
+        self.http = httpx.Client(base_url=url.rstrip("/"), headers=headers, timeout=timeout_s, trust_env=False)
+        self._model = model
 
     @property
     def model(self) -> str:
@@ -66,9 +70,10 @@ class Caller:
         return self._model
 
     def healthy(self) -> bool:
-        """Whether the server says that it is well."""
+        """Whether the server says that it is well; one that has no word for it must list its models."""
         try:
-            return self.http.get("/health").status_code == 200
+            status = self.http.get("/health").status_code
+            return status == 200 or (status == 404 and self.http.get("/v1/models").status_code == 200)
         except httpx.HTTPError:
             return False
 

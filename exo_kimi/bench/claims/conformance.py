@@ -1,7 +1,7 @@
 """How much of OpenAI's and Anthropic's documented APIs servers honour, check by check.
 
     exo-kimi bench conformance http://127.0.0.1:52415 ...     any servers
-    exo-kimi bench conformance --peer                         ours beside mlx_lm.server, on one tiny checkpoint
+    exo-kimi bench conformance --peer                         ours beside mlx_lm.server and exo, on one tiny checkpoint
 
 Prints a table of all checks, one of their areas (Markdown), and then one JSON line.
 """
@@ -22,7 +22,9 @@ from pathlib import Path
 import httpx
 
 from exo_kimi.bench.api import answers, messages, refusals, responses, streams, texts, tools
-from exo_kimi.bench.api.caller import Broken, Caller, Check
+from exo_kimi.bench.api.caller import REQUEST_TIMEOUT_S, Broken, Caller, Check
+from exo_kimi.bench.setups.exo_answering import MODEL, exo_server
+from exo_kimi.bench.setups.exo_here import find_exo
 from exo_kimi.bench.setups.peer import our_server, peer_server
 from exo_kimi.checkpoint.tiny.make import make_tiny
 
@@ -55,6 +57,9 @@ CHECKS: tuple[Check, ...] = tuple(
 )
 
 
+EXO_TIMEOUT_S = 20.0  # of one answer: exo's own engine may hang when two requests decode
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Verdict:
     """What one check found; `reason` is empty when the server does as documented."""
@@ -74,12 +79,20 @@ def run_checks(url: str, api_key: str | None = None, checks: Sequence[Check] = C
     return [Verdict(check=check.name, reason=_reason(check, api)) for check in checks]
 
 
-def run_with_restarts(server: Callable[[], AbstractContextManager[str]]) -> list[Verdict]:
-    """Every check against a server of our own, started again whenever a check has killed it: it fails that check only."""
+def run_with_restarts(
+    server: Callable[[], AbstractContextManager[str]], *, model: str | None = None, timeout_s: float = REQUEST_TIMEOUT_S
+) -> list[Verdict]:
+    """Every check against a server of our own, started again whenever a check has killed it: it fails that check only.
+
+    Args:
+        server: starts it.
+        model: to ask for; None takes the first that it lists.
+        timeout_s: of one answer.
+    """
     verdicts: list[Verdict] = []
     while len(verdicts) < len(CHECKS):
         with server() as url:
-            api = Caller(url)
+            api = Caller(url, model=model, timeout_s=timeout_s)
             for check in CHECKS[len(verdicts) :]:
                 verdicts.append(Verdict(check=check.name, reason=_reason(check, api)))
                 if not api.healthy():
@@ -125,13 +138,24 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def compare() -> dict[str, list[Verdict]]:
-    """Ours beside `mlx_lm.server`, one after the other on the same checkpoint (fp32, which both run well on a CPU)."""
+    """Ours beside `mlx_lm.server`, and beside exo with its own engine where one can be started, one after the other.
+
+    All on the same checkpoint, in fp32, which all run well on a CPU.
+    """
     columns = {}
     with tempfile.TemporaryDirectory(prefix="conformance-") as temporary:
         checkpoint = make_tiny(Path(temporary) / "tiny", recipe="plain", dtype="F32", template=TEMPLATE)
         for name, server in (("exo-kimi", our_server), (f"mlx_lm.server {version('mlx-lm')}", peer_server)):
             print(f"{len(CHECKS)} checks against {name} ...", file=sys.stderr, flush=True)
             columns[name] = run_with_restarts(partial(server, checkpoint))
+        if isinstance(exo := find_exo(), str):
+            print(f"without exo: {exo}", file=sys.stderr)
+        else:
+            name = f"exo {exo.source.name}"
+            print(f"{len(CHECKS)} checks against {name} ...", file=sys.stderr, flush=True)
+            columns[name] = run_with_restarts(
+                partial(exo_server, exo, checkpoint), model=MODEL, timeout_s=EXO_TIMEOUT_S
+            )
     return columns
 
 
