@@ -66,6 +66,7 @@ class ScriptedEngine:
     room: int | None = None
     cached_tokens: int = 0
     ready: bool = True
+    obeys: bool = True  # a grammar: what it forbids fails the test
     context: int = 4096
     stage_states: tuple[str, ...] = ("ready", "ready")
     requests: list[GenerationRequest] = field(default_factory=list)
@@ -114,7 +115,7 @@ class ScriptedEngine:
 
     def _event(self, request: GenerationRequest, token: int) -> TokenEvent:
         constraint = request.constraint
-        if constraint is not None:
+        if constraint is not None and self.obeys:
             mask = constraint.mask()
             assert mask is None or mask[token // 8] >> (token % 8) & 1, f"the grammar forbids token {token}"
             constraint.accept(token)

@@ -14,7 +14,18 @@ import pytest
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
+from exo_kimi.dialogue.events import ToolCallEvent
+from exo_kimi.dialogue.prepare import prepare
+from exo_kimi.dialogue.request import ConversationRequest
+from exo_kimi.runtime.requests import TokenEvent
+from exo_kimi.serve.answer.formats import ChatFormat, Head
+from exo_kimi.serve.answer.frames import ChunkFrames
+from exo_kimi.serve.anthropic.frames import MessageFrames
 from exo_kimi.serve.gate import allowed_hosts
+from exo_kimi.serve.responses.frames import ResponseFrames, ResponseHead
+from exo_kimi.serve.responses.output import OutputOptions
+from exo_kimi.serve.responses.request import parse_responses
+from exo_kimi.serve.responses.tools import ToolBox
 
 ASK = {"messages": [{"role": "user", "content": "Hi"}]}
 BODIES: dict[str, dict[str, Any]] = {
@@ -159,7 +170,7 @@ FIELDS = st.dictionaries(
 @settings(max_examples=25, deadline=None, suppress_health_check=list(HealthCheck), phases=[Phase.generate])
 @given(data=st.data())
 async def test_garbage_is_an_answer_or_a_refusal_in_the_door_s_shape_never_a_500(saying, client_of, data):
-    async with client_of(saying()) as client:
+    async with client_of(saying(obeys=False)) as client:
         for path in NEW_DOORS:
             body = {**BODIES[path], **data.draw(FIELDS)}
             if data.draw(st.booleans()):
@@ -214,3 +225,72 @@ def test_a_client_that_leaves_or_does_not_read_ends_its_answer(saying, live, pat
     while engine.open and time.monotonic() < deadline:
         time.sleep(0.02)
     assert not engine.open
+
+
+TEXT = "def f():\n    return 'é \\\\ \"'\n" * 120
+
+
+def frames_of(path: str, speaker: Any) -> Any:
+    """What a door writes, with a tool `write` and a custom tool `patch`."""
+    head = Head(id="x", created=0, model="m", fingerprint="f")
+    if path == "/v1/messages":
+        return MessageFrames(head, prompt_tokens=1)
+    if path == "/v1/responses":
+        tools = ToolBox.of([{"type": "function", "name": "write"}, {"type": "custom", "name": "patch"}])
+        request = parse_responses({"input": "Hi"})
+        options = OutputOptions()
+        return ResponseFrames(
+            ResponseHead(head=head, request=request), tools, options, clock=time.time, keep=lambda *_: None
+        )
+    return ChunkFrames(ChatFormat(head=head, tokenizer=speaker.tokenizer), choices=1)
+
+
+def argument_pieces(frames: list[bytes]) -> list[str]:
+    """The pieces of a call's arguments in what a door sent."""
+    found = []
+    for frame in frames:
+        value = json.loads(frame.decode().split("data: ", 1)[1])
+        match value.get("type"):
+            case "content_block_delta" if value["delta"]["type"] == "input_json_delta":
+                found.append(value["delta"]["partial_json"])
+            case "response.function_call_arguments.delta" | "response.custom_tool_call_input.delta":
+                found.append(value["delta"])
+            case None:
+                calls = [call for choice in value["choices"] for call in choice["delta"].get("tool_calls") or ()]
+                found += [call["function"]["arguments"] for call in calls]
+    return [piece for piece in found if piece]
+
+
+@pytest.mark.parametrize(
+    ("path", "name"),
+    [
+        ("/v1/chat/completions", "write"),
+        ("/v1/messages", "write"),
+        ("/v1/responses", "write"),
+        ("/v1/responses", "patch"),
+    ],
+)
+def test_arguments_stream_from_their_first_tokens_on_every_door(voice, path, name):
+    declared = [{"type": "function", "function": {"name": each, "parameters": {}}} for each in ("write", "patch")]
+    asked = ConversationRequest(messages=({"role": "user", "content": "Hi"},), tools=tuple(declared))
+    choice = prepare(asked, voice).choices[0]
+    frames = frames_of(path, voice)
+    marks = "<|tool_calls_section_begin|><|tool_call_begin|>functions.{}:0<|tool_call_argument_begin|>"
+    arguments = voice.ids(json.dumps({"input": TEXT}))
+    tokens = [*voice.ids(marks.format(name)), *arguments, *voice.ids("<|tool_call_end|><|tool_calls_section_end|>")]
+    header = len(voice.ids(marks.format(name)))
+    assert len(arguments) > 2000
+    events, pieces, first = [], [], None
+    for place, token in enumerate(tokens):
+        found = choice.decoder.feed(TokenEvent(token_id=token))
+        events += found
+        new = argument_pieces([frame for event in found for frame in frames.event(0, event)])
+        if new and first is None:
+            first = place + 1 - header
+        pieces += new
+    quoted = len(voice.ids('{"input": "'))  # a custom tool's text begins behind it
+    assert first is not None and first <= (3 if name == "write" else quoted + 3)
+    assert len(pieces) > len(arguments) / 4
+    whole = next(event.arguments for event in events if isinstance(event, ToolCallEvent))
+    assert "".join(pieces) == (whole if name == "write" else TEXT)
+    assert json.loads(whole) == {"input": TEXT}
