@@ -463,3 +463,12 @@ def test_what_follows_belongs_to_the_other_program(monkeypatch: pytest.MonkeyPat
 @pytest.mark.parametrize("name", ["link-speed", "link_speed"])
 def test_a_bench_answers_to_its_old_spelling(name: str) -> None:
     assert "usage: exo-kimi bench link-speed" in run("bench", name, "--help").stdout
+
+
+def test_a_server_s_names_are_several_words_behind_one_option() -> None:
+    from exo_kimi.cli.app import NAMES_OPTION, _spread
+
+    words = ["serve", "DIR", NAMES_OPTION, "a", "b", "c", "--port", "1", NAMES_OPTION, "d"]
+    names = [NAMES_OPTION, "a", NAMES_OPTION, "b", NAMES_OPTION, "c"]
+    assert _spread(words) == ["serve", "DIR", *names, "--port", "1", NAMES_OPTION, "d"]
+    assert _spread(["serve", "DIR", NAMES_OPTION]) == ["serve", "DIR", NAMES_OPTION]
