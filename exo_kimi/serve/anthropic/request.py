@@ -10,7 +10,7 @@ from pydantic import Field
 from exo_kimi.dialogue.request import JsonFormat
 from exo_kimi.errors import UnsupportedError
 from exo_kimi.serve.request.fields import Probability, TokenCount, check_stops
-from exo_kimi.serve.request.lenient import LenientFields, capped_by, name_unknown, read_fields
+from exo_kimi.serve.request.lenient import LenientFields, known_effort, name_unknown, read_fields
 
 
 class ThinkingConfig(LenientFields):
@@ -56,11 +56,13 @@ class CountRequest(LenientFields):
             return None
         return self.thinking.type == "enabled"
 
-    def budget(self, warnings: list[str]) -> int | None:
-        """Most tokens of reasoning: `budget_tokens`, or what an effort means; None sets no limit."""
-        if self.thinking is not None and self.thinking.budget_tokens is not None:
-            return self.thinking.budget_tokens
-        return capped_by(self.output_config.effort if self.output_config else None, warnings)
+    def budget(self) -> int | None:
+        """Most tokens of reasoning; None sets no limit."""
+        return self.thinking.budget_tokens if self.thinking else None
+
+    def effort(self, warnings: list[str]) -> str | None:
+        """How much to reason; None leaves it to the model."""
+        return known_effort(self.output_config.effort if self.output_config else None, warnings)
 
     def keeps_thinking(self) -> bool | None:
         """Whether the model is to see the thinking of all its earlier turns; None leaves it to the template."""

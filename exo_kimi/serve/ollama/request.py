@@ -11,7 +11,7 @@ from pydantic import Field
 from exo_kimi.dialogue.request import ConversationRequest, JsonFormat, SamplingOverrides, TextRequest
 from exo_kimi.errors import RequestError
 from exo_kimi.serve.request.fields import Penalty, Probability, Temperature, check_stops
-from exo_kimi.serve.request.lenient import LenientFields, capped_by, name_unknown
+from exo_kimi.serve.request.lenient import LenientFields, known_effort, name_unknown
 from exo_kimi.serve.request.parts import left_out_part, list_field, text_field
 
 # They say how Ollama loads a model, or fine-tune samplers that this server does not have.
@@ -85,9 +85,9 @@ class OllamaFields(LenientFields):
         """Whether the model should reason first; None leaves it to the checkpoint's template."""
         return None if self.think is None else self.think not in (False, "none", "")
 
-    def budget(self, warnings: list[str]) -> int | None:
-        """Most tokens of reasoning, for `think` as a level; None sets no limit."""
-        return capped_by(self.think, warnings) if isinstance(self.think, str) else None
+    def effort(self, warnings: list[str]) -> str | None:
+        """How much to reason, for `think` as a level."""
+        return known_effort(self.think, warnings) if isinstance(self.think, str) else None
 
     def not_carried_out(self) -> list[str]:
         """Warnings for fields that change nothing here."""
@@ -113,7 +113,7 @@ class OllamaChatRequest(OllamaFields):
             messages=tuple(_messages(self.messages or (), warnings)),
             tools=tuple(_tools(self.tools or ())),
             thinking=self.thinking(),
-            reasoning_budget=self.budget(warnings),
+            reasoning_effort=self.effort(warnings),
             response_format=self.json_format(),
             warnings=tuple(warnings),
             **self.reply_options(),
@@ -146,7 +146,7 @@ class OllamaGenerateRequest(OllamaFields):
         return ConversationRequest(
             messages=(*system, {"role": "user", "content": text}),
             thinking=self.thinking(),
-            reasoning_budget=self.budget(warnings),
+            reasoning_effort=self.effort(warnings),
             response_format=self.json_format(),
             warnings=tuple(warnings),
             **self.reply_options(),

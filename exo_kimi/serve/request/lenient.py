@@ -7,8 +7,8 @@ from typing import Any, TypeVar
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
+from exo_kimi.dialogue.reasoning import EFFORT_BUDGETS
 from exo_kimi.serve.problems import from_validation
-from exo_kimi.serve.request.accept import EFFORT_BUDGETS
 
 MAX_NAMED = 12  # fields named in one warning
 
@@ -44,21 +44,19 @@ def unknown_fields(part: LenientFields, path: str = "") -> Iterator[str]:
             yield from unknown_fields(value, f"{path}{name}.")
 
 
-def capped_by(effort: str | None, warnings: list[str]) -> int | None:
-    """Most tokens of reasoning for an effort; None where it sets no limit.
+def known_effort(effort: str | None, warnings: list[str]) -> str | None:
+    """An effort as the dialogue knows it; none is asked for in another field.
 
     Args:
-        effort: as the client wrote it; one that nobody knows is named.
-        warnings: gets a sentence where Kimi, which has no levels, does something of its own.
+        effort: as the client wrote it.
+        warnings: gets a sentence for one that nobody knows.
     """
     if effort is None or effort == "none":
         return None
-    budget = EFFORT_BUDGETS.get(effort.lower())
-    if budget is not None:
-        warnings.append(f"effort '{effort}' caps the reasoning at {budget} tokens: Kimi has no levels of its own")
-    elif effort.lower() not in EFFORT_BUDGETS:
-        warnings.append(f"effort '{effort[:40]}' was left out: this server does not know it")
-    return budget
+    if effort.lower() in EFFORT_BUDGETS:
+        return effort.lower()
+    warnings.append(f"effort '{effort[:40]}' was left out: this server does not know it")
+    return None
 
 
 def name_unknown(part: LenientFields, *, silent: Collection[str] = ()) -> list[str]:

@@ -23,7 +23,7 @@ from exo_kimi.serve.answer.frames import SSE_TYPE
 from exo_kimi.serve.body import BodyReader
 from exo_kimi.serve.contract import generation_route, json_body, refusals
 from exo_kimi.serve.problems import ApiProblem, to_problem
-from exo_kimi.serve.request.lenient import capped_by
+from exo_kimi.serve.request.lenient import known_effort
 from exo_kimi.serve.responses.contract import (
     CountedInput,
     DeletedResponse,
@@ -226,7 +226,7 @@ def _conversation(
         tools=tuple(tools.functions),
         tool_choice=choice,
         thinking=asked.thinking(),
-        reasoning_budget=capped_by(asked.reasoning.effort if asked.reasoning else None, told),
+        reasoning_effort=known_effort(asked.reasoning.effort if asked.reasoning else None, told),
         response_format=asked.json_format() if choice.mode != "required" else None,
         sampling=SamplingOverrides.of(
             asked, top_logprobs=(asked.top_logprobs or 0) if asked.includes(LOGPROBS) else None

@@ -250,29 +250,37 @@ def test_tool_choices_are_read(choice, mode, name, parallel):
 
 
 @pytest.mark.parametrize(
-    ("fields", "wanted", "budget", "keeps"),
+    ("fields", "wanted", "budget", "effort", "keeps"),
     [
-        ({}, None, None, None),
-        ({"thinking": {"type": "adaptive", "display": "summarized"}}, None, None, None),
-        ({"thinking": {"type": "disabled"}}, False, None, None),
+        ({}, None, None, None, None),
+        ({"thinking": {"type": "adaptive", "display": "summarized"}}, None, None, None, None),
+        ({"thinking": {"type": "disabled"}}, False, None, None, None),
         (
             {"thinking": {"type": "enabled", "budget_tokens": 2000}, "output_config": {"effort": "low"}},
             True,
             2000,
+            "low",
             None,
         ),
-        ({"output_config": {"effort": "low"}}, None, 2048, None),
-        ({"context_management": {"edits": [{"type": "clear_thinking_20251015", "keep": "all"}]}}, None, None, True),
+        ({"output_config": {"effort": "low"}}, None, None, "low", None),
+        (
+            {"context_management": {"edits": [{"type": "clear_thinking_20251015", "keep": "all"}]}},
+            None,
+            None,
+            None,
+            True,
+        ),
     ],
 )
-def test_thinking_is_read(fields, wanted, budget, keeps):
+def test_thinking_is_read(fields, wanted, budget, effort, keeps):
     found = conversation_of_messages(parse_messages({**ASK, **fields}))
     assert (found.thinking, found.reasoning_budget, found.keep_reasoning) == (wanted, budget, keeps)
+    assert found.reasoning_effort == effort
 
 
 async def test_what_an_agent_sends_beside_is_taken_silently_and_what_is_lost_is_named(saying, client_of):
     keep = {"edits": [{"type": "clear_thinking_20251015", "keep": "all"}]}
-    silent = {"metadata": {"user_id": "u"}, "output_config": {"effort": "high"}}
+    silent = {"metadata": {"user_id": "u"}, "service_tier": "auto"}
     lost = {
         "context_management": {"edits": [{"type": "clear_tool_uses_20250919"}]},
         "tools": [{"type": "web_search_20250305", "name": "web_search"}],
