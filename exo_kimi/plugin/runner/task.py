@@ -36,7 +36,12 @@ def conversation_of_task(task_id: str, params: Any) -> ConversationRequest:
     """
     limit = _token_limit(params.max_output_tokens)
     if params.images:
-        raise UnsupportedError("images are not supported", expected="text", param="messages")
+        raise UnsupportedError(
+            "images are not supported inside exo",
+            expected="text",
+            fix="leave them out, or use `exo-kimi serve`, which takes pictures",
+            param="messages",
+        )
     messages = _messages(params)
     begun = _begun_reply(messages)
     return ConversationRequest(
