@@ -16,7 +16,9 @@ ExoKimiError                    everything that exo-kimi raises on purpose
 |   +-- ShapeMismatchError      a tensor's shape fits no reading of the architecture
 |   +-- DtypeError              a tensor is stored in a dtype that its role does not allow
 |   +-- QuantizationError       packed shapes and config contradict each other beyond repair
+|   +-- ForeignFormatError      the weights are in a known format that exo-kimi does not read
 |   +-- NotFiniteError          a weight or a scale is NaN or infinite
+|   +-- DamagedWeightsError     weights are zeros, copies, of no plausible size, or not the published file's
 |   +-- CheckpointProblems      one pass has several findings: all of them, raised once
 +-- PlanError                   a plan cannot be made, read or used
 |   +-- PlanInfeasibleError     no split fits; says which machine is short and what would make it fit
@@ -148,6 +150,14 @@ class QuantizationError(CheckpointError):
 
 class NotFiniteError(CheckpointError):
     """Raised when a weight or a scale is NaN or infinite."""
+
+
+class ForeignFormatError(CheckpointError):
+    """Raised when the weights are in a format that is known by name and that exo-kimi does not read."""
+
+
+class DamagedWeightsError(CheckpointError):
+    """Raised when weights are zeros, copies of others, of no plausible magnitude, or not those of the published file."""
 
 
 class CheckpointProblems(CheckpointError):

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 
 # K2.5 and later nest the text model; transformers 5 saves the same nesting the other way round.
 _PREFIXES = (("language_model.", ""), ("model.language_model.", "model."))
+_NESTED = tuple(prefix for prefix, _ in _PREFIXES)
 _NOT_TEXT = (
     (re.compile(r"(?:model\.)?vision_tower\..+"), "vision tower"),
     (re.compile(r"(?:model\.)?(?:mm_projector|multi_modal_projector)\..+"), "vision projector"),
@@ -91,7 +92,7 @@ def canonical_path(name: str) -> str:
 
 def has_prefix(name: str) -> bool:
     """Whether a name nests the text model, as K2.5 and later do."""
-    return _without_prefix(name) != name
+    return name.startswith(_NESTED)
 
 
 def _without_prefix(name: str) -> str:

@@ -7,16 +7,27 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from exo_kimi.arch.config import KimiConfig
-from exo_kimi.arch.modules import ModuleSpec, absorbed_modules, stage_modules
+from exo_kimi.arch.modules import ModuleSpec, absorbed_modules, check_range, stage_modules
 from exo_kimi.checkpoint.fitting import Fitting, mixed_floats
+from exo_kimi.checkpoint.formats import format_declared
 from exo_kimi.checkpoint.gathering import left_over, missing_module
 from exo_kimi.checkpoint.hints import read_hints
 from exo_kimi.checkpoint.index import CheckpointIndex
 from exo_kimi.checkpoint.keys import TensorKey, parse_key
 from exo_kimi.checkpoint.sources import ModuleSource
-from exo_kimi.errors import CheckpointError, CheckpointProblems, MissingTensorError
+from exo_kimi.errors import (
+    CheckpointError,
+    CheckpointProblems,
+    DtypeError,
+    MissingTensorError,
+    QuantizationError,
+    ShapeMismatchError,
+    UnexpectedTensorError,
+)
 
 __all__ = ["ModuleSource", "StageManifest", "resolve"]
+
+_UNREAD = (DtypeError, QuantizationError, ShapeMismatchError, UnexpectedTensorError)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -88,6 +99,9 @@ def examine(
     """
     config = index.config
     end = config.num_hidden_layers if end_layer is None else end_layer
+    if index.foreign is not None:
+        files = [problem.error for problem in index.problems]
+        return _nothing(index, start_layer, end), [index.foreign, *files]
     specs = [spec for spec in stage_modules(config, start_layer, end) for spec in _as_stored(index, spec)]
     wanted = {spec.path for spec in specs}
     problems: list[CheckpointError] = []
@@ -130,7 +144,35 @@ def examine(
         fingerprint=index.fingerprint,
         corrections={words: tuple(paths) for words, paths in fitting.corrections.items()},
     )
-    return manifest, problems + fitting.problems
+    return manifest, _named(index, problems + fitting.problems)
+
+
+def _nothing(index: CheckpointIndex, start_layer: int, end_layer: int) -> StageManifest:
+    """A manifest in which nothing could be resolved.
+
+    Raises:
+        SplitError: the range is empty or outside the model.
+    """
+    check_range(index.config, start_layer, end_layer)
+    return StageManifest(
+        directory=index.directory,
+        config=index.config,
+        start_layer=start_layer,
+        end_layer=end_layer,
+        sources=(),
+        notes=index.notes,
+        fingerprint=index.fingerprint,
+    )
+
+
+def _named(index: CheckpointIndex, problems: list[CheckpointError]) -> list[CheckpointError]:
+    """The problems, or where most modules have one and config.json or a file names a foreign format, that one finding."""
+    files = [problem.error for problem in index.problems]
+    unread = [problem for problem in problems if isinstance(problem, _UNREAD)]
+    if len(unread) <= index.config.num_hidden_layers:
+        return problems
+    foreign = format_declared(index.directory, index.raw_config)
+    return problems if foreign is None else [foreign, *files]
 
 
 def _as_stored(index: CheckpointIndex, spec: ModuleSpec) -> tuple[ModuleSpec, ...]:

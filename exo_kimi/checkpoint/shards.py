@@ -6,13 +6,13 @@ import re
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from exo_kimi.checkpoint.formats import format_of_files
 from exo_kimi.checkpoint.text_files import read_json
 from exo_kimi.errors import CheckpointError, NotACheckpointError, TensorFileError, UnsafeFormatError
 
 INDEX_NAME = "model.safetensors.index.json"
 _INDEX_FIX = "copy the file again, or delete it: the headers of the weight files say the same"
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
-_OTHERS = (".gguf", ".npz", ".h5", ".msgpack", ".onnx")
 _NUMBERED = re.compile(r"(?P<stem>.+)-(?P<number>\d{5})-of-(?P<total>\d{5})\.safetensors")
 
 
@@ -60,9 +60,9 @@ def find_shards(directory: Path, *, use_index: bool = True) -> Shards:
         shards.problems = _missing_numbers(models)
         return _with_unused(shards, present)
     weight_map = _read_weight_map(index_path)
-    names_by_file: dict[str, set[str]] = {}
+    names_by_file: dict[str, list[str]] = {file: [] for file in set(weight_map.values())}
     for name, file in weight_map.items():
-        names_by_file.setdefault(file, set()).add(name)
+        names_by_file[file].append(name)
     promised = {file: frozenset(names) for file, names in sorted(names_by_file.items())}
     shards = Shards([], promised)
     for file, names in promised.items():
@@ -115,7 +115,7 @@ def _read_weight_map(path: Path) -> dict[str, str]:
             where=path.name,
             fix=_INDEX_FIX,
         ) from None
-    odd = next((name for name in weight_map if not name.isprintable()), None)
+    odd = None if "".join(weight_map).isprintable() else next(name for name in weight_map if not name.isprintable())
     if odd is not None:
         raise TensorFileError(
             f"{INDEX_NAME} cannot be read",
@@ -179,11 +179,13 @@ def _no_weights(directory: Path) -> CheckpointError:
             where=directory,
             fix="get the safetensors version of this checkpoint",
         )
-    others = [name for name in names if name.endswith(_OTHERS)]
+    foreign = format_of_files(directory, [path.name for path in directory.iterdir()])
+    if foreign is not None:
+        return foreign
     return NotACheckpointError(
         "no weights in the directory",
         expected="*.safetensors",
-        found=_some(others or names) if names else "an empty directory",
+        found=_some(names) if names else "an empty directory",
         where=directory,
         fix="finish the download, or give the folder that holds the *.safetensors files",
     )

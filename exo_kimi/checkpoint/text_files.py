@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import errno
 import json
 import os
@@ -64,12 +65,20 @@ def read_json(path: Path) -> Any:
 
     Raises:
         OSError: the file cannot be read, is no regular file, or is longer than any that belongs to a checkpoint.
-        ValueError: it is not UTF-8, not JSON, or nested too deep to parse.
+        ValueError: it is not UTF-8 (UTF-16 is named), not JSON, nested too deep to parse, or there is text after its end.
     """
+    data = read_bytes(path)
+    if data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) or b"\0" in data[:4]:
+        raise ValueError("it is in UTF-16 or UTF-32, as Windows programs save text; JSON is UTF-8: save it as that")
     try:
-        return json.loads(read_text(path, encoding="utf-8-sig"))
+        return json.loads(data.decode("utf-8-sig"))
     except RecursionError:
         raise ValueError("its lists and objects are nested too deep") from None
+    except json.JSONDecodeError as error:
+        if error.msg == "Extra data":
+            rest = error.doc[error.pos : error.pos + 30]
+            raise ValueError(f"there is text after the end of its JSON, in line {error.lineno}: {rest!a}") from None
+        raise
 
 
 def read_config(directory: str | Path) -> dict[str, Any]:

@@ -567,14 +567,20 @@ def machine(
 def doctor(
     directory: Directory,
     fix: Annotated[bool, flag("--fix", help="write what can be derived, with backups; never weights")] = False,
-    deep: Annotated[bool, flag("--deep", help="also read the weights and look for NaN and infinity")] = False,
+    deep: Annotated[
+        bool, flag("--deep", help="also read the weights: NaN, zeros, copies, files that are not the hub's")
+    ] = False,
+    sha256: Annotated[
+        Path | None,
+        option("--sha256", metavar="FILE", help="a list as sha256sum writes it to hold the files against (reads them)"),
+    ] = None,
     json: Annotated[bool, flag("--json", help="one JSON document instead of text")] = False,
 ) -> int:
     """Everything that is wrong with a checkpoint directory, and a repair of config files."""
     from exo_kimi.checkpoint.doctor.doctor import doctor
     from exo_kimi.checkpoint.doctor.repair import repair
 
-    diagnosis = (repair if fix else doctor)(directory, deep=deep)
+    diagnosis = (repair if fix else doctor)(directory, deep=deep, sha256=sha256)
     print(diagnosis.to_json() if json else diagnosis.to_text())
     return 0 if diagnosis.healthy else 1
 

@@ -6,7 +6,7 @@ Headers only, unless `deep`. `checkpoint.doctor.repair` writes what an examinati
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,35 +17,45 @@ from exo_kimi.checkpoint.doctor.checks.files import check_files, read_weight_fil
 from exo_kimi.checkpoint.doctor.checks.generation import check_generation
 from exo_kimi.checkpoint.doctor.checks.template import check_template
 from exo_kimi.checkpoint.doctor.checks.tokenizer import check_tokenizer
-from exo_kimi.checkpoint.doctor.deep import Progress, check_values
+from exo_kimi.checkpoint.doctor.deep import Progress, check_other_hashes, check_values
 from exo_kimi.checkpoint.doctor.findings import Change, Checkup, Diagnosis
+from exo_kimi.checkpoint.doctor.hashes import hub_hashes, listed_hashes
 from exo_kimi.checkpoint.text_files import CONFIG_NAME
-from exo_kimi.errors import ExoKimiError, NotACheckpointError
+from exo_kimi.errors import ExoKimiError, NotACheckpointError, TensorFileError
 
 
-def doctor(directory: str | Path, *, deep: bool = False, progress: Progress | None = None) -> Diagnosis:
+def doctor(
+    directory: str | Path, *, deep: bool = False, sha256: Path | None = None, progress: Progress | None = None
+) -> Diagnosis:
     """Examine a checkpoint directory.
 
     Args:
         directory: a checkpoint directory, however damaged.
-        deep: also read weights and scales, and find NaN and infinity; minutes for half a terabyte.
+        deep: also read the weights, and find NaN, zeros, copies and files that are not the hub's; minutes for half a terabyte.
+        sha256: a list as sha256sum writes it, for files of which the hub's downloader left no hash; asks for `deep`.
         progress: called with (bytes read, bytes to read) while reading.
 
     Raises:
         NotACheckpointError: there is no such directory.
+        UsageError: the list cannot be read.
     """
-    return diagnose(Path(directory), examine_directory(directory, deep=deep, progress=progress), deep=deep)
+    checkup = examine_directory(directory, deep=deep, sha256=sha256, progress=progress)
+    return diagnose(Path(directory), checkup, deep=deep or sha256 is not None)
 
 
-def examine_directory(directory: str | Path, *, deep: bool = False, progress: Progress | None = None) -> Checkup:
+def examine_directory(
+    directory: str | Path, *, deep: bool = False, sha256: Path | None = None, progress: Progress | None = None
+) -> Checkup:
     """Examine as `doctor` does, and keep what a repair would write.
 
     Raises:
         NotACheckpointError: there is no such directory.
+        UsageError: the list cannot be read.
     """
     root = Path(directory)
     if not root.is_dir():
         raise NotACheckpointError("no such checkpoint directory", found=root, fix="give the folder of config.json")
+    listed = {} if sha256 is None else listed_hashes(sha256)
     checkup = Checkup()
     files = read_weight_files(root)
     reading = check_config(root, files.names, checkup)
@@ -63,9 +73,36 @@ def examine_directory(directory: str | Path, *, deep: bool = False, progress: Pr
         _check_texts(root, checkup, vocab_size=None, model_type=None)
     else:
         _check_texts(root, checkup, vocab_size=reading.config.vocab_size, model_type=reading.raw.get("model_type"))
-    if deep and manifest is not None:
-        check_values(root, manifest.sources, checkup, progress)
+    found = files.indexed or files.bare
+    if (deep or listed) and found is not None:
+        hashes = {**hub_hashes(root), **listed}
+        sources = () if manifest is None else manifest.sources
+        check_values(root, found.tensors, sources, checkup, hashes=hashes, progress=progress)
+        weights = {entry.file for entry in found.tensors.values()}
+        check_other_hashes(root, hashes, checkup, weights=weights)
+        _note_hashes(root, hashes, weights, checkup)
     return checkup
+
+
+def _note_hashes(root: Path, hashes: Mapping[str, str], weights: Collection[str], checkup: Checkup) -> None:
+    """Say of how many weight files the hash was known, and which files of a list are not there."""
+    known = sum(file in hashes for file in weights)
+    checkup.notes.append(
+        f"SHA-256 of {known:,} of {len(weights):,} weight files compared with the hub's"
+        if known
+        else "no SHA-256 of the hub's was at hand; --sha256 FILE gives one"
+    )
+    for file in sorted(set(hashes) - set(weights)):
+        if file.endswith(".safetensors") and not (root / file).is_file():
+            checkup.error(
+                TensorFileError(
+                    f"{file} is missing: its SHA-256 is listed",
+                    expected="the file",
+                    found="no such file",
+                    where=file,
+                    fix="download or copy this file",
+                )
+            )
 
 
 def text_errors(directory: str | Path, *, vocab_size: int, model_type: str) -> tuple[ExoKimiError, ...]:

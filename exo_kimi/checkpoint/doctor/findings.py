@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -11,6 +12,13 @@ from typing import Any, Literal
 from exo_kimi.errors import ExoKimiError
 
 Severity = Literal["error", "warning"]
+MOST_LINES = 40
+"""Lines of a report for a terminal, whatever the checkpoint has; `--json` has every finding."""
+MOST_CHARACTERS = 12_000
+MOST_WIDTH = 240
+EXAMPLES = 3
+_NUMBER = re.compile(r"\d[\d,]*")
+_PROJECTION = re.compile(r"\b(?:gate|up|down)_proj\b")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -119,7 +127,39 @@ class Diagnosis:
             blocks.append("\n".join(f"note     {note}" for note in self.notes))
         blocks.append(self._verdict())
         # What a damaged file holds can be text that no terminal can print.
-        return "\n\n".join(blocks).encode("utf-8", "backslashreplace").decode()
+        text = "\n\n".join(blocks).encode("utf-8", "backslashreplace").decode()
+        return text if text.count("\n") < MOST_LINES and len(text) < MOST_CHARACTERS else self._grouped_text()
+
+    def _grouped_text(self) -> str:
+        """At most MOST_LINES lines: findings that differ in numbers only are one, with a count and three examples."""
+        groups: dict[tuple[str, str, str], list[Finding]] = {}
+        for finding in self.findings:
+            key = finding.severity, type(finding.error).__name__, _pattern(finding.error.what)
+            groups.setdefault(key, []).append(finding)
+        lines = [_line(str(self.directory))]
+        lines += [_line(f"wrote    {change.file}") for change in self.changes[:3]]
+        notes = [_line(f"note     {note}") for note in self.notes]
+        if len(notes) > 3:
+            notes = [*notes[:2], f"note     and {len(notes) - 2:,} notes more (--json)"]
+        room = (
+            MOST_LINES - len(lines) - len(notes) - 3
+        )  # and the verdict, an empty line before it, and the rest by number
+        pending = list(groups.values())
+        # Whole findings first, as many as leave a line for every other group; then groups by one line each.
+        while pending:
+            block = _block(pending[0])
+            if len(block) + min(len(pending) - 1, 5) > room:
+                break
+            lines += block
+            room -= len(block)
+            pending.pop(0)
+        for group in pending[: max(room, 0)]:
+            lines.append(_line(f"{group[0].severity:<8} {len(group):,} times: {group[0].error.what}"))
+        left = sum(len(group) for group in pending[max(room, 0) :])
+        if left:
+            lines.append(f"... and {left:,} findings more (--json has all)")
+        text = "\n".join([*lines, *notes, "", self._verdict()])
+        return text.encode("utf-8", "backslashreplace").decode()
 
     def _verdict(self) -> str:
         looked = "weights were read" if self.deep else "headers only; --deep reads the weights too"
@@ -159,3 +199,26 @@ class Diagnosis:
                 for change in self.changes
             ],
         }
+
+
+def _pattern(what: str) -> str:
+    """What a finding is about, whatever layer, expert or projection it names."""
+    return _PROJECTION.sub("*_proj", _NUMBER.sub("*", what))
+
+
+def _block(group: list[Finding]) -> list[str]:
+    """A group as lines: its first finding whole, and how many are like it with the next examples."""
+    first = group[0]
+    head, *details = f"{first.severity:<8} {type(first.error).__name__}: {first.error}".splitlines()
+    lines = [_line(head), *(_line(detail) for detail in details)]
+    if first.fixable:
+        lines.append("  repair    `exo-kimi doctor DIR --fix` does it")
+    if len(group) > 1:
+        names = ", ".join(finding.error.what.partition(":")[0] for finding in group[1:EXAMPLES])
+        lines.append(_line(f"  alike     {len(group) - 1:,} more, such as {names}"))
+    return lines[:8]
+
+
+def _line(text: str) -> str:
+    text = text.replace("\n", " ")
+    return text if len(text) <= MOST_WIDTH else f"{text[: MOST_WIDTH - 3]}..."

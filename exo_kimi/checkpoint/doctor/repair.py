@@ -16,27 +16,29 @@ from exo_kimi.checkpoint.text_files import read_bytes
 from exo_kimi.errors import UsageError
 
 
-def repair(directory: str | Path, *, deep: bool = False, progress: Progress | None = None) -> Diagnosis:
+def repair(
+    directory: str | Path, *, deep: bool = False, sha256: Path | None = None, progress: Progress | None = None
+) -> Diagnosis:
     """Repair what can be derived, and examine what is left. A second repair changes nothing more.
 
     Args:
         directory: a checkpoint directory.
-        deep: also read weights and scales, after the repair.
-        progress: see `doctor`.
+        deep: also read the weights, after the repair.
+        sha256, progress: see `doctor`.
 
     Returns:
         What was changed, and what is still wrong.
 
     Raises:
         NotACheckpointError: there is no such directory.
-        UsageError: a file cannot be written.
+        UsageError: a file cannot be written, or the list of hashes cannot be read.
     """
     root = Path(directory)
     checkup = examine_directory(root)
     changes = [_apply(root, remedy) for remedy in checkup.remedies.values()]
-    if changes or deep:
-        checkup = examine_directory(root, deep=deep, progress=progress)
-    return diagnose(root, checkup, deep=deep, changes=changes)
+    if changes or deep or sha256 is not None:
+        checkup = examine_directory(root, deep=deep, sha256=sha256, progress=progress)
+    return diagnose(root, checkup, deep=deep or sha256 is not None, changes=changes)
 
 
 def _apply(root: Path, remedy: Remedy) -> Change:

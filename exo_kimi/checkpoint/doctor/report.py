@@ -18,6 +18,8 @@ from exo_kimi.checkpoint.text_files import read_json
 from exo_kimi.errors import CheckpointError, CheckpointProblems, ExoKimiError, NotACheckpointError
 from exo_kimi.units import format_bytes, format_gb
 
+MOST_PROBLEMS = 100  # of a report for a terminal
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PackingRow:
@@ -225,7 +227,9 @@ def render(report: Report) -> str:
     blocks.append([f"note     {note}" for note in report.notes])
     count = len(report.problems)
     blocks.append(["no problems" if report.ok else f"{count} problem{'' if count == 1 else 's'}"])
-    blocks[-1] += [f"{type(problem).__name__}: {problem}" for problem in report.problems]
+    blocks[-1] += [f"{type(problem).__name__}: {problem}" for problem in report.problems[:MOST_PROBLEMS]]
+    if count > MOST_PROBLEMS:
+        blocks[-1].append(f"... and {count - MOST_PROBLEMS:,} more (--json has all; `exo-kimi doctor DIR` groups them)")
     return "\n\n".join("\n".join(block) for block in blocks if block) + "\n"
 
 

@@ -85,7 +85,13 @@ class Patient:
         self.root = root
         self.random = random.Random(zlib.crc32(seed.encode()))
         self.shards = sorted(path.name for path in root.glob("*.safetensors"))
-        self.shard = self.random.choice(self.shards)
+        # A file with nothing of the text model, such as one of a vision tower alone, is none that any damage here means.
+        self.shard = self.random.choice([shard for shard in self.shards if b"_proj." in self.text_names(shard)])
+
+    def text_names(self, shard: str) -> bytes:
+        """The header of a file, as far as it is of the text model."""
+        header = json.loads((self.root / shard).read_bytes()[8 : self.header_bytes(shard)])
+        return " ".join(name for name in header if "vision" not in name and "projector" not in name).encode()
 
     def write(self, name: str, data: bytes | str) -> None:
         (self.root / name).unlink(missing_ok=True)

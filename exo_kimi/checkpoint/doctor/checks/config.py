@@ -108,14 +108,15 @@ def _model_types(raw: Mapping[str, Any]) -> str:
 
 
 def _check_prefix(config: KimiConfig, names: Collection[str], checkup: Checkup) -> None:
-    text_names = [name for name in names if isinstance(parse_key(name), TensorKey)]
-    odd = [name for name in text_names if has_prefix(name) != bool(config.key_prefix)]
+    nested = bool(config.key_prefix)
+    odd = [name for name in names if has_prefix(name) != nested and isinstance(parse_key(name), TensorKey)]
     if odd:
-        nested = "nested (kimi_k25)" if config.key_prefix else f"flat ({config.model_type})"
+        text_names = [name for name in names if isinstance(parse_key(name), TensorKey)]
+        said = "nested (kimi_k25)" if nested else f"flat ({config.model_type})"
         checkup.warn(
             ConfigError(
                 "config.json and the tensor names nest the text model differently",
-                expected=f"names {'with' if config.key_prefix else 'without'} language_model., since config.json is {nested}",
+                expected=f"names {'with' if config.key_prefix else 'without'} language_model., since config.json is {said}",
                 found=f"{len(odd):,} of {len(text_names):,} names are otherwise, {odd[0]} first",
                 where=CONFIG_NAME,
                 fix="exo-kimi reads both; for other programs, take config.json and weights from one source",
