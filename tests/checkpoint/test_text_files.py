@@ -102,3 +102,27 @@ def test_a_file_without_end_is_read_up_to_the_bound(tmp_path: Path) -> None:
         stream.truncate(2**40)  # sparse: it takes no room
     with pytest.raises(ConfigError, match="it has over 134217728 bytes"):
         read_kimi_config(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "name", ["config.json", "tokenizer_config.json", "generation_config.json", "model.safetensors.index.json"]
+)
+@pytest.mark.parametrize(
+    ("damage", "word"),
+    [
+        (lambda data: data.decode().encode("utf-16"), "UTF-16"),
+        (lambda data: data.decode().encode("utf-16-le"), "UTF-16"),
+        (lambda data: data.decode().encode("utf-32"), "UTF-16 or UTF-32"),
+        (lambda data: data + b"\n}} trailing", "text after the end of its JSON"),
+        (lambda data: data + data, "text after the end of its JSON"),
+    ],
+)
+def test_every_json_file_says_what_it_is_in_or_what_comes_after_its_end(
+    make: Make, name: str, damage: Callable[[bytes], bytes], word: str
+) -> None:
+    directory = make(shards=2)
+    path = directory / name
+    path.write_bytes(damage(path.read_bytes()))
+    found = [finding.error for finding in doctor(directory).findings if word in str(finding.error)]
+    assert len(found) == 1, doctor(directory).to_text()
+    assert str(found[0].where).endswith(name)
