@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from exo_kimi.arch.keys import check_other_keys, contradictions, read_q_lora_rank, read_required
+from exo_kimi.arch.keys import check_layer_kinds, check_other_keys, contradictions, read_q_lora_rank, read_required
 from exo_kimi.arch.rope import RopeScaling, read_rope, yarn_mscale
 from exo_kimi.errors import CheckpointError, CheckpointProblems, ConfigError, UnsupportedModelError
 
@@ -123,6 +123,8 @@ class KimiConfig:
         ignored = check_other_keys(text, where, problems)
         if not problems:
             problems += contradictions(values, where)
+        if not problems:
+            problems += check_layer_kinds(text, values, where)
         if len(problems) == 1:
             raise problems[0]
         if problems:

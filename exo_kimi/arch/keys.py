@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Mapping
 from typing import Any
 
@@ -41,6 +42,8 @@ _ONLY_VALUE: dict[str, object] = {
 }
 _OPTIONAL = (
     "model_type",
+    "mlp_layer_types",
+    "layer_types",
     "q_lora_rank",
     "moe_layer_freq",
     "attention_bias",
@@ -48,6 +51,10 @@ _OPTIONAL = (
     "rope_scaling",
     "rope_parameters",
 )
+# Hugging Face's classes take null for "no groups".
+_NULL_IS_ONE = ("n_group", "topk_group")
+# What transformers 5 calls the layers of a model that attends everywhere.
+_FULL_ATTENTION = ("full_attention", "attention")
 # Keys of real Kimi configs that bear on training, on generation or on the file itself, never on the forward pass.
 _HARMLESS = frozenset(
     """
@@ -71,6 +78,10 @@ def read_required(text: Mapping[str, Any], where: object, problems: list[Checkpo
     values: dict[str, Any] = {}
     for key, kind in _REQUIRED.items():
         found = text.get(key)
+        if key in _NULL_IS_ONE and key in text and found is None:
+            found = 1
+        if key == "first_k_dense_replace" and found is None:
+            found = _dense_layers(text.get("mlp_layer_types"))
         if found is None:
             problems.append(
                 ConfigError(
@@ -84,6 +95,52 @@ def read_required(text: Mapping[str, Any], where: object, problems: list[Checkpo
         else:
             values[key] = kind(found)
     return values
+
+
+def _dense_layers(kinds: object) -> int | None:
+    """How many layers are dense before the first sparse one, as transformers 5 spells `first_k_dense_replace`."""
+    if not isinstance(kinds, list) or not set(map(str, kinds)) <= {"dense", "sparse"}:
+        return None
+    return kinds.index("sparse") if "sparse" in kinds else len(kinds)
+
+
+def check_layer_kinds(text: Mapping[str, Any], values: Mapping[str, Any], where: object) -> list[CheckpointError]:
+    """Errors where lists of a kind for each layer say another model than the other keys."""
+    layers, dense, every = (values[key] for key in ("num_hidden_layers", "first_k_dense_replace", "moe_layer_freq"))
+    sparse = ["sparse" if layer >= dense and layer % every == 0 else "dense" for layer in range(layers)]
+    problems: list[CheckpointError] = []
+    kinds = text.get("mlp_layer_types")
+    if kinds is not None and kinds != sparse:
+        problems.append(
+            ConfigError(
+                "mlp_layer_types is another model than first_k_dense_replace and moe_layer_freq",
+                expected=f"{sparse.count('dense')} times dense and {sparse.count('sparse')} times sparse, in their order",
+                found=_in_words(kinds),
+                where=where,
+                fix="copy config.json from the source",
+            )
+        )
+    kinds = text.get("layer_types")
+    if kinds is not None and not (
+        isinstance(kinds, list) and len(kinds) == layers and all(kind in _FULL_ATTENTION for kind in kinds)
+    ):
+        problems.append(
+            ConfigError(
+                "layer_types has layers that do not attend to the whole context",
+                expected=f"{layers} times full_attention, as in every Kimi K2",
+                found=_in_words(kinds),
+                where=where,
+                fix="this checkpoint needs a newer exo-kimi",
+            )
+        )
+    return problems
+
+
+def _in_words(kinds: object) -> str:
+    if not isinstance(kinds, list):
+        return repr(kinds)[:80]
+    counts = Counter(map(str, kinds))
+    return (", ".join(f"{count} times {kind}" for kind, count in counts.most_common(4)) or "an empty list")[:200]
 
 
 def read_q_lora_rank(text: Mapping[str, Any], where: object, problems: list[CheckpointError]) -> int | None:

@@ -22,6 +22,7 @@ from exo_kimi.checkpoint.sources import FLOATS, Layout, ModuleSource, Parts, in_
 from exo_kimi.errors import CheckpointError, DtypeError, QuantizationError, ShapeMismatchError
 
 FP8_BLOCK = 128
+WHOLE_BITS = (2, 4, 8)
 _QUANT_PARTS = ("scales", "biases", "weight_scale", "weight_scale_inv")
 
 
@@ -32,12 +33,14 @@ class Fitting:
     Args:
         config: the architecture.
         hints: what config.json says of quantization.
+        optional: parts that no module of the checkpoint has, and that may be wanting: older compressed-tensors write no shapes.
 
     After `fit`: `problems`, and `corrections`: what is wrong with a hint in config.json, in words, to the paths it is wrong for.
     """
 
     config: KimiConfig
     hints: QuantHints
+    optional: frozenset[str] = frozenset()
     problems: list[CheckpointError] = field(default_factory=list)
     corrections: dict[str, list[str]] = field(default_factory=dict)
 
@@ -49,7 +52,7 @@ class Fitting:
             parts: what the files hold of it; at least one tensor.
         """
         layout = layout_of(parts)
-        gathered, problems = gather(self.config, spec, parts)
+        gathered, problems = gather(self.config, spec, parts, optional=self.optional)
         before = len(self.problems)
         self.problems += problems
         quant = None
@@ -89,10 +92,13 @@ class Fitting:
 
     def _fit_int4(self, spec: ModuleSpec, shape: tuple[int, ...], parts: Mapping[str, TensorEntry]) -> QuantSpec | None:
         packed, scale = parts["weight_packed"], parts["weight_scale"]
-        fits = self._fits(parts["weight_shape"], (*shape[:-2], 2), ("I32", "I64"))
-        if not self._fits(packed, (*shape[:-1], shape[-1] // 8), ("I32", "U32")) or not fits:
+        fits = "weight_shape" not in parts or self._fits(parts["weight_shape"], (*shape[:-2], 2), ("I32", "I64"))
+        columns, scale_columns = ((*entry.shape, 0)[-2 if entry.shape else 0] for entry in (packed, scale))
+        quant = infer_quant(shape[-1], columns, scale_columns, float_mode=False)
+        # Other bits leave a rest in compressed-tensors' words, and none in MLX's.
+        bits = quant.bits if quant is not None and quant.bits in WHOLE_BITS else 4
+        if not self._fits(packed, (*shape[:-1], shape[-1] * bits // 32), ("I32", "U32")) or not fits:
             return None
-        quant = infer_quant(shape[-1], packed.shape[-1], (*scale.shape, 0)[-2 if scale.shape else 0], float_mode=False)
         groups = shape[-1] // (32 if quant is None else quant.group_size)
         if not self._fits(scale, (*shape[:-1], groups), FLOATS) or quant is None:
             return None

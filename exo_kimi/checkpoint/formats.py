@@ -127,7 +127,7 @@ FORMATS = (
     ForeignFormat(
         name="compressed-tensors INT8 or FP8 for each channel",
         why="8-bit values with one factor for each row",
-        methods=("int-quantized", "naive-quantized"),
+        methods=("int-quantized", "naive-quantized", "float-quantized"),
     ),
     ForeignFormat(
         name="compressed-tensors with zero points",

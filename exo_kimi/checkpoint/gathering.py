@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 
 from exo_kimi.arch.config import KimiConfig
 from exo_kimi.arch.modules import ModuleSpec
@@ -15,16 +15,19 @@ COPY_FIX = "download or copy the checkpoint again"
 Gathered = dict[str, tuple[TensorEntry, ...]]
 
 
-def gather(config: KimiConfig, spec: ModuleSpec, parts: Parts) -> tuple[Gathered, list[CheckpointError]]:
+def gather(
+    config: KimiConfig, spec: ModuleSpec, parts: Parts, *, optional: Collection[str] = ()
+) -> tuple[Gathered, list[CheckpointError]]:
     """Gather a module's tensors: part -> one tensor, or one per expert in the order of the experts; and every problem met.
 
     Args:
         config: for the names of missing tensors.
         spec: the module.
         parts: what the files hold of it.
+        optional: parts that no module of the checkpoint has, and that may be wanting.
     """
     layout = layout_of(parts)
-    required = required_parts(spec, layout, parts)
+    required = tuple(part for part in required_parts(spec, layout, parts) if part not in optional)
     problems: list[CheckpointError] = [
         _left_over(spec, required, holders) for part, holders in parts.items() if part not in required
     ]

@@ -61,12 +61,14 @@ class QuantHints:
         entries: the hints for single modules, by canonical path.
         skips: patterns of modules that are not quantized.
         notes: what could not be understood.
+        groups: patterns of modules with a hint of their own, as several `config_groups` have them.
     """
 
     default: Hint = field(default_factory=Hint)
     entries: Mapping[str, Hint] = field(default_factory=dict)
     skips: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
+    groups: tuple[tuple[str, Hint], ...] = ()
 
     def for_path(self, path: str) -> tuple[Hint, bool]:
         """The hint for a module and whether it is about this module alone."""
@@ -75,7 +77,8 @@ class QuantHints:
             return entry, True
         if any(matches(pattern, path) for pattern in self.skips):
             return PLAIN, True
-        return self.default, False
+        group = next((hint for pattern, hint in self.groups if matches(pattern, path)), None)
+        return (self.default, False) if group is None else (group, False)
 
 
 def read_hints(raw_config: Mapping[str, Any]) -> QuantHints:
@@ -98,7 +101,26 @@ def read_hints(raw_config: Mapping[str, Any]) -> QuantHints:
     skips = [pattern for names in _SKIP_LISTS for pattern in _strings(section.get(names))]
     usable = [pattern for pattern in skips if _compiles(pattern)]
     notes += [f"config.json: {name} has a pattern that is no regular expression: {p}" for p in skips if p not in usable]
-    return QuantHints(_hint(_group_zero(section) or section), entries, tuple(usable), tuple(notes))
+    default, groups = _config_groups(section)
+    return QuantHints(default, entries, tuple(usable), tuple(notes), groups)
+
+
+def _config_groups(section: Mapping[str, Any]) -> tuple[Hint, tuple[tuple[str, Hint], ...]]:
+    """The hint of every module, and those of patterns. A group whose targets are a class (`Linear`) is the default."""
+    groups = section.get("config_groups")
+    if not isinstance(groups, Mapping) or len(groups) < 2:
+        return _hint(_group_zero(section) or section), ()
+    default, patterns = Hint(), list[tuple[str, Hint]]()
+    for group in groups.values():
+        weights = group.get("weights") if isinstance(group, Mapping) else None
+        if not isinstance(weights, Mapping):
+            continue
+        for target in _strings(group.get("targets")):
+            if target.isidentifier() and target[0].isupper():
+                default = _hint(weights)
+            elif _compiles(target):
+                patterns.append((target, _hint(weights)))
+    return default, tuple(patterns)
 
 
 def _group_zero(section: Mapping[str, Any]) -> Mapping[str, Any] | None:

@@ -18,7 +18,7 @@ from typing import Any
 from exo_kimi.arch.config import KimiConfig
 from exo_kimi.checkpoint.formats import format_of_tensors
 from exo_kimi.checkpoint.gathering import left_over
-from exo_kimi.checkpoint.keys import SkippedKey, TensorKey, is_prediction_layer, layer_of, parse_key
+from exo_kimi.checkpoint.keys import SkippedKey, TensorKey, is_prediction_layer, layer_of, parse_fused, parse_key
 from exo_kimi.checkpoint.safetensors_io import TensorEntry, read_header
 from exo_kimi.checkpoint.shards import FileProblem, Shards, disagreements, find_shards
 from exo_kimi.checkpoint.text_files import read_config
@@ -27,6 +27,8 @@ from exo_kimi.errors import ForeignFormatError, UnexpectedTensorError
 __all__ = ["CheckpointIndex", "FileProblem", "TensorEntry", "open_index"]
 
 
+# Of peft, and of mlx-lm.
+_ADAPTERS = ("adapter_config.json", "adapter_model.safetensors", "adapters.safetensors")
 _MOST_PREDICTION_LAYERS = 100  # a larger number is damage, and walking over it would take forever
 
 
@@ -95,7 +97,7 @@ class _Sorting:
         elif isinstance(key, SkippedKey):
             self.skipped[key.reason] += 1
         elif key is None:
-            self.unexpected.append(left_over(entry, "a name of no known layout"))
+            self._add_unknown(entry)
         elif layer is not None and layer >= self.config.num_hidden_layers:
             self.unexpected.append(
                 left_over(entry, f"config.json has num_hidden_layers {self.config.num_hidden_layers}")
@@ -103,13 +105,38 @@ class _Sorting:
         elif key.expert is not None and key.expert >= self.config.n_routed_experts:
             self.unexpected.append(left_over(entry, f"config.json has n_routed_experts {self.config.n_routed_experts}"))
         else:
-            holders = self.modules.setdefault(key.path, {}).setdefault(key.part, {})
-            if key.expert in holders:
-                self.unexpected.append(
-                    left_over(entry, f"{holders[key.expert].name} is the same weight under another name")
-                )
-            else:
-                holders[key.expert] = entry
+            self._put(key.path, key.part, key.expert, entry)
+
+    def _put(self, path: str, part: str, expert: int | None, entry: TensorEntry) -> None:
+        holders = self.modules.setdefault(path, {}).setdefault(part, {})
+        if expert in holders:
+            self.unexpected.append(left_over(entry, f"{holders[expert].name} is the same weight under another name"))
+        else:
+            holders[expert] = entry
+
+    def _add_unknown(self, entry: TensorEntry) -> None:
+        """A tensor of all experts of a layer, cut into those of each; or one of no known layout."""
+        fused, experts = parse_fused(entry.name), self.config.n_routed_experts
+        rows = 0 if fused is None or len(entry.shape) != 3 else entry.shape[1] // len(fused.paths)
+        if fused is None or not rows or fused.layer >= self.config.num_hidden_layers or entry.shape[0] != experts:
+            self.unexpected.append(left_over(entry, "a name of no known layout"))
+            return
+        size = entry.nbytes // experts // len(fused.paths)
+        for expert in range(experts):
+            for half, path in enumerate(fused.paths):
+                start = entry.start + (expert * len(fused.paths) + half) * size
+                part = entry._replace(shape=(rows, entry.shape[2]), start=start, end=start + size)
+                self._put(path, fused.part, expert, part)
+
+
+def _adapters(root: Path) -> list[str]:
+    """A note on LoRA adapters that lie in the directory."""
+    found = [name for name in _ADAPTERS if (root / name).is_file()]
+    return (
+        [f"{' and '.join(found)}: a LoRA adapter, which is not applied; merge it into the weights first"]
+        if found
+        else []
+    )
 
 
 def open_index(directory: str | Path, *, raw_config: Mapping[str, Any] | None = None) -> CheckpointIndex:
@@ -184,6 +211,8 @@ def sort_tensors(
     sorting = _Sorting(config, frozenset() if foreign else _prediction_layers(config, raw_config, tensors))
     for entry in () if foreign else tensors.values():
         sorting.add(entry)
+    for parts in sorting.modules.values():
+        _spell(parts)
     return CheckpointIndex(
         directory=root,
         config=config,
@@ -193,10 +222,36 @@ def sort_tensors(
         skipped=sorting.skipped,
         unexpected=tuple(sorting.unexpected),
         problems=found.problems,
-        notes=found.notes,
+        notes=(*found.notes, *_adapters(root)),
         fingerprint=digest.hexdigest(),
         foreign=foreign,
     )
+
+
+def _spell(parts: dict[str, dict[int | None, TensorEntry]]) -> None:
+    """Call the parts of a module as the layouts here do, where another program means the same bytes by other names.
+
+    compressed-tensors' `weight_scale` of FP8 blocks is `weight_scale_inv`: both multiply. Its MXFP4 is MLX's: two codes a
+    byte, the lower nibble first, are eight a word, and a scale of 8 bits for each 32 is the same exponent.
+    """
+    scales = parts.get("weight_scale")
+    if scales is None:
+        return
+    if _all_of(parts.get("weight"), "F8_E4M3") and "weight_scale_inv" not in parts:
+        parts["weight_scale_inv"] = parts.pop("weight_scale")
+    packed = parts.get("weight_packed")
+    words = packed is not None and all(entry.shape and entry.shape[-1] % 4 == 0 for entry in packed.values())
+    if packed is not None and words and _all_of(packed, "U8") and _all_of(scales, "U8", "F8_E8M0"):
+        del parts["weight_packed"], parts["weight_scale"]
+        parts["weight"] = {
+            expert: entry._replace(dtype="U32", shape=(*entry.shape[:-1], entry.shape[-1] // 4))
+            for expert, entry in packed.items()
+        }
+        parts["scales"] = {expert: entry._replace(dtype="U8") for expert, entry in scales.items()}
+
+
+def _all_of(holders: Mapping[int | None, TensorEntry] | None, *dtypes: str) -> bool:
+    return holders is not None and all(entry.dtype in dtypes for entry in holders.values())
 
 
 def _prediction_layers(

@@ -42,6 +42,14 @@ _TEXT = re.compile(
     """,
     re.VERBOSE,
 )
+_BIAS_OF_MLP = ".mlp.e_score_correction_bias"
+_FUSED = re.compile(
+    r"""
+    (?P<mlp>model\.layers\.(?P<layer>\d+)\.mlp)\.
+    (?: (?:experts|switch_mlp)\.gate_up_proj(?:\.(?P<part>weight|scales|biases))? | experts\.(?P<down>down_proj) )
+    """,
+    re.VERBOSE,
+)
 _LAYER = re.compile(r"model\.layers\.(\d+)\.")
 _MTP_ONLY = re.compile(r"model\.layers\.\d+\.(?:eh_proj|enorm|hnorm|embed_tokens|shared_head)\.")
 
@@ -73,6 +81,8 @@ class SkippedKey:
 def parse_key(name: str) -> TensorKey | SkippedKey | None:
     """Parse a tensor name; None for a name of no known layout."""
     name = _without_prefix(name)
+    if name.endswith(_BIAS_OF_MLP):  # as some conversions spell it
+        name = name.replace(_BIAS_OF_MLP, ".mlp.gate.e_score_correction_bias")
     match = _TEXT.fullmatch(name)
     if match is None:
         for pattern, reason in _NOT_TEXT:
@@ -83,6 +93,32 @@ def parse_key(name: str) -> TensorKey | SkippedKey | None:
     if expert is not None:
         path = path.replace(f".experts.{expert}.", ".switch_mlp.")
     return TensorKey(path, part, None if layer is None else int(layer), None if expert is None else int(expert))
+
+
+@dataclass(frozen=True, slots=True)
+class FusedExperts:
+    """A name of one tensor for all experts of a layer, as transformers 5 saves them.
+
+    Args:
+        layer: of the model.
+        paths: of the modules whose rows follow one another in each expert: gate and up, or down alone.
+        part: `weight`, or `scales` and `biases` of a packed one.
+    """
+
+    layer: int
+    paths: tuple[str, ...]
+    part: str
+
+
+def parse_fused(name: str) -> FusedExperts | None:
+    """Parse the name of a fused `gate_up_proj` (E, 2 I, D), or of a stacked `down_proj` (E, D, I) without `.weight`; None for
+    others."""
+    match = _FUSED.fullmatch(_without_prefix(name))
+    if match is None:
+        return None
+    names = ("down_proj",) if match["down"] else ("gate_proj", "up_proj")
+    paths = tuple(f"{match['mlp']}.switch_mlp.{each}" for each in names)
+    return FusedExperts(int(match["layer"]), paths, match["part"] or "weight")
 
 
 def canonical_path(name: str) -> str:

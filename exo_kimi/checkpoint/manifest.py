@@ -118,7 +118,8 @@ def examine(
     problems += _without_module(index)
     problems += mixed_floats(index.modules.values())
     hints = read_hints(index.raw_config)
-    fitting = Fitting(config, hints)
+    has_shapes = any("weight_shape" in parts for parts in index.modules.values())
+    fitting = Fitting(config, hints, optional=frozenset() if has_shapes else frozenset({"weight_shape"}))
     sources = []
     for spec in specs:
         parts = index.modules.get(spec.path)

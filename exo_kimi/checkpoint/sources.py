@@ -30,8 +30,9 @@ class ModuleSource:
     Args:
         spec: the module.
         quant: packing of `mlx` and `int4` weights, else None.
-        layout: `plain`: weight. `mlx`: weight, scales and (affine) biases. `int4`: weight_packed, weight_scale,
-            weight_shape; MLX reads it as affine with biases -8 * scales. `fp8`: weight, weight_scale_inv.
+        layout: `plain`: weight. `mlx`: weight, scales and (affine) biases. `int4` (compressed-tensors' integers of 2, 4 or 8
+            bits): weight_packed, weight_scale, and mostly weight_shape; MLX reads it as affine with biases -2^(bits - 1) *
+            scales. `fp8`: weight, weight_scale_inv.
         parts: part -> one tensor; or one tensor per expert, in the order of the experts. A linear may have `bias` too,
             a router has `e_score_correction_bias`.
     """
@@ -64,7 +65,7 @@ class ModuleSource:
         return sum(4 * math.prod(entry.shape) - entry.nbytes for entry in self.parts["weight"])
 
     def _bytes(self, part: str) -> int:
-        return sum(entry.nbytes for entry in self.parts[part])
+        return sum(entry.nbytes for entry in self.parts.get(part, ()))
 
 
 def layout_of(parts: Parts) -> Layout:

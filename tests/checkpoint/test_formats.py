@@ -70,6 +70,11 @@ LAYOUTS: dict[str, tuple[Parts, dict[str, Any], str]] = {
         {},
         "JANGTQ",
     ),
+    "Quark MXFP4": (
+        lambda o, i: {"weight": u8(o, i // 2), "weight_scale": u8(o, i // 32)},
+        {"quant_method": "quark"},
+        "AMD Quark",
+    ),
     "AWQ": (
         lambda o, i: {"qweight": i32(i, o // 8), "qzeros": i32(i // 32, o // 8), "scales": f32(i // 32, o)},
         {"quant_method": "awq", "bits": 4},

@@ -368,7 +368,9 @@ def _values_of(entry: TensorEntry, source: ModuleSource | None) -> _Values | Non
     if source is None:
         return None
     form: str | None = entry.dtype
-    if entry.dtype == "U8" and source.quant is not None and entry.name.endswith(("scales", "weight_scale")):
+    if entry.dtype == "F8_E8M0":
+        form = "E8M0"
+    elif entry.dtype == "U8" and source.quant is not None and entry.name.endswith(("scales", "weight_scale")):
         form = "F8_E4M3" if source.quant.mode == "nvfp4" else "E8M0"
     return _Values(entry, _FORMATS[form]) if form in _FORMATS else None
 

@@ -11,7 +11,7 @@ import numpy as np
 from exo_kimi.checkpoint.index import TensorEntry
 from exo_kimi.checkpoint.manifest import ModuleSource
 from exo_kimi.errors import DtypeError, QuantizationError
-from exo_kimi.models.sanitize import dequantize_fp8, int4_biases
+from exo_kimi.models.sanitize import INTEGER_BIASES, dequantize_fp8
 from exo_kimi.runtime.loading.parameter_memory import DerivedParameter, ParameterMemory, Target
 from exo_kimi.runtime.loading.tensor_reader import TensorReader
 
@@ -48,15 +48,16 @@ def jobs_of(source: ModuleSource, dtype: mx.Dtype | None) -> tuple[list[Job], di
         jobs, targets[f"{path}.weight"] = _fp8(source, dtype or mx.bfloat16)
         rest = {"bias": parts["bias"]} if "bias" in parts else {}
     elif source.layout == "int4":
-        jobs = [_shape_check(source, entry) for entry in parts["weight_shape"]]
+        jobs = [_shape_check(source, entry) for entry in parts.get("weight_shape", ())]
         rest = {"weight": parts["weight_packed"], "scales": parts["weight_scale"]}
     for leaf, entries in rest.items():
         wanted = mx.float32 if leaf == "e_score_correction_bias" else dtype
         leaf_jobs, target = _as_stored(entries, wanted, stacked=source.spec.kind == "experts")
         jobs += leaf_jobs
         targets[f"{path}.{leaf}"] = target
-        if source.layout == "int4" and leaf == "scales":
-            targets[f"{path}.biases"] = DerivedParameter(target.shape, target.dtype, derive=int4_biases, source=target)
+        if source.layout == "int4" and source.quant is not None and leaf == "scales":
+            derive = INTEGER_BIASES[source.quant.bits]
+            targets[f"{path}.biases"] = DerivedParameter(target.shape, target.dtype, derive=derive, source=target)
     return jobs, targets
 
 
