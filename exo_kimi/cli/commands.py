@@ -497,6 +497,16 @@ def plan(
         int | None,
         option("--new-tokens", parser=positive, metavar="N", help="that it generates (default 512)", panel=WORKLOAD),
     ] = None,
+    prefill_chunk: Annotated[
+        int | None,
+        option(
+            "--prefill-chunk",
+            parser=positive,
+            metavar="N",
+            help="prompt tokens of one step, as serve's (default 512)",
+            panel=WORKLOAD,
+        ),
+    ] = None,
     raise_limits: Annotated[
         bool, flag("--raise-limits", help="count on raised wired limits; the sysctl lines are shown")
     ] = False,

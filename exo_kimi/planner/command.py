@@ -34,6 +34,7 @@ def plan_answer(
     objective: Objective = "request",
     prompt_tokens: int | None = None,
     new_tokens: int | None = None,
+    prefill_chunk: int | None = None,
     reserve_bytes: int = RESERVE_BYTES,
     raise_limits: bool = False,
     ends_everywhere: bool = False,
@@ -56,6 +57,7 @@ def plan_answer(
         objective: what is minimised.
         prompt_tokens: of the request that is timed; 4,096 when not given.
         new_tokens: that it generates; 512 when not given.
+        prefill_chunk: prompt tokens of one step at most, as `serve --prefill-chunk`; 512 when not given.
         reserve_bytes: kept free on every machine.
         raise_limits: count on raised wired limits; the plan then holds the sysctl lines.
         ends_everywhere: every stage holds embedding and head, as exo's own engine does.
@@ -88,6 +90,7 @@ def plan_answer(
         new_tokens=new_tokens,
         reserve_bytes=reserve_bytes,
         ends_everywhere=ends_everywhere,
+        **({} if prefill_chunk is None else {"prefill_chunk": prefill_chunk}),
     )
     question = Question(model=weights, cluster=machines, workload=workload, objective=objective)
     if raise_limits:

@@ -186,7 +186,7 @@ def _check_texts(checkpoint: Checkpoint) -> None:
 
 
 def _following(plan: Plan, options: ServeOptions, checkpoint: Checkpoint) -> ServeOptions:
-    """The options with split, context, link and bits of the cache of a plan that is for this checkpoint.
+    """The options with split, context, link, prefill chunk and bits of the cache of a plan that is for this checkpoint.
 
     `--context` may ask for less, `--link` for another. Stages of this machine alone have no RDMA between them.
     """
@@ -210,6 +210,7 @@ def _following(plan: Plan, options: ServeOptions, checkpoint: Checkpoint) -> Ser
         context=options.context or planned,
         link=options.link or ("jaccl" if plan.link == "jaccl" and options.stage else "zmq"),
         kv_bits=options.kv_bits or plan.model.kv_bits,
+        prefill_chunk=options.prefill_chunk or plan.workload.prefill_chunk,
     )
 
 

@@ -96,6 +96,10 @@ FOLLOWED: dict[str, Any] = {
     "force": True,
     "api_key": "secret",
     "allowed_host": ("studio.local",),
+    "strict_api": True,
+    "vision": None,
+    "no_vision": True,
+    "fetch_images": True,
     "context": 128,
     "model_id": "kimi",
     "served_model_name": ("kimi", "k2"),
@@ -194,3 +198,25 @@ def test_what_contradicts_a_plan_is_refused_by_name(planned: Any, option: str) -
 def test_without_a_plan_a_stage_takes_what_is_free(planned: Any) -> None:
     _, taken = planned(plan=None)
     assert min(taken) > 5 << 30
+
+
+def test_a_plan_says_the_prefill_chunk_unless_an_option_does(
+    planned_tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plan_answer(directory=planned_tiny, cluster="m1-max-64", context=256, prefill_chunk=128).plan.save(tmp_path / "p")
+    seen: list[Any] = []
+
+    def engine(*_: Any, **given: Any) -> Any:
+        seen.append(given["prefill_chunk"])
+        raise EOFError
+
+    async def start(factory: Callable[[], Awaitable[Any]]) -> None:
+        with pytest.raises(EOFError):
+            await factory()
+
+    monkeypatch.setattr(launch, "StageCluster", lambda *_: object())
+    monkeypatch.setattr(launch, "Engine", engine)
+    monkeypatch.setattr(launch, "run", lambda factory, **_: asyncio.run(start(factory)))
+    for option in (None, 64):
+        serve(ServeOptions(directory=planned_tiny, plan=tmp_path / "p", prefill_chunk=option))
+    assert seen == [128, 64]
