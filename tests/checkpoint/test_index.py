@@ -5,6 +5,7 @@ from __future__ import annotations
 import builtins
 import io
 import json
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -48,17 +49,24 @@ def test_no_weight_byte_is_read(make, flip_weights, monkeypatch: pytest.MonkeyPa
     class Counting(io.FileIO):
         def read(self, size: int = -1) -> bytes:
             data = super().read(size)
-            name = Path(str(self.name)).name
+            name = Path(names.get(self.name, str(self.name))).name
             read_bytes[name] = read_bytes.get(name, 0) + len(data)
             return data
 
-    opened = io.open
+    opened, os_opened = io.open, os.open
+    names: dict[Any, str] = {}
+
+    def os_spy(path: Any, *args: Any, **kwargs: Any) -> int:
+        descriptor = os_opened(path, *args, **kwargs)
+        names[descriptor] = str(path)
+        return descriptor
 
     def spy(file: Any, mode: str = "r", *args: Any, **kwargs: Any) -> Any:
-        if str(file).endswith(".safetensors"):
+        if names.get(file, str(file)).endswith(".safetensors"):
             return Counting(file, "r")
         return opened(file, mode, *args, **kwargs)
 
+    monkeypatch.setattr(os, "open", os_spy)
     monkeypatch.setattr(io, "open", spy)
     monkeypatch.setattr(builtins, "open", spy)
     manifest = resolve(open_index(directory))

@@ -218,17 +218,25 @@ class HeaderOnly(io.FileIO):
 @contextmanager
 def headers_only() -> Iterator[None]:
     """Whoever reads past the header of a weight file fails."""
-    opened = io.open
+    opened, os_opened = io.open, os.open
+    descriptors: set[int] = set()
+
+    def os_spy(path: Any, *args: Any, **kwargs: Any) -> int:
+        descriptor = os_opened(path, *args, **kwargs)
+        descriptors.discard(descriptor)
+        if str(path).endswith(".safetensors") and Path(str(path)).is_file():
+            descriptors.add(descriptor)
+        return descriptor
 
     def spy(file: Any, mode: str = "r", *args: Any, **kwargs: Any) -> Any:
-        weights = str(file).endswith(".safetensors") and Path(str(file)).is_file()
+        weights = file in descriptors or (str(file).endswith(".safetensors") and Path(str(file)).is_file())
         return HeaderOnly(file, "r") if weights else opened(file, mode, *args, **kwargs)
 
-    io.open = spy
+    io.open, os.open = spy, os_spy
     try:
         yield
     finally:
-        io.open = opened
+        io.open, os.open = opened, os_opened
 
 
 @pytest.fixture
