@@ -258,19 +258,20 @@ def k2_nvfp4(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_a_quarter_of_a_million_foreign_tensors_are_one_finding_in_under_two_seconds(k2_nvfp4: Path) -> None:
-    times = []
-    for _ in range(2):
-        start_s = process_time()
-        diagnosis = doctor(k2_nvfp4)
-        text = diagnosis.to_text()
-        times.append(process_time() - start_s)
-        if times[-1] < 2:
-            break
+    start_s = process_time()
+    for path in k2_nvfp4.glob("*.safetensors"):
+        with path.open("rb") as stream:
+            json.loads(stream.read(int.from_bytes(stream.read(8), "little")))
+    parsing_s = process_time() - start_s  # a quarter of a second where nothing else runs
+    start_s = process_time()
+    diagnosis = doctor(k2_nvfp4)
+    text = diagnosis.to_text()
+    took_s = process_time() - start_s
     weights = [f.error for f in diagnosis.errors if not f.error.what.startswith(("tiktoken", "tokenizer"))]
     assert [type(error) for error in weights] == [ForeignFormatError]
     assert "69,120 of 277,335 tensors" in str(weights[0])
     assert text.count("\n") < MOST_LINES
-    assert min(times) < 2.0, "processor seconds"
+    assert took_s < 2.0 * max(1.0, parsing_s / 0.2), "processor seconds; a busy machine is allowed for"
     assert len(diagnosis.to_json()) < 10_000
 
 

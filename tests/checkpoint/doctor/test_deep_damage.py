@@ -17,6 +17,7 @@ from exo_kimi.checkpoint.doctor import pages
 from exo_kimi.checkpoint.doctor.doctor import doctor
 from exo_kimi.checkpoint.index import open_index
 from exo_kimi.checkpoint.tiny.make import make_tiny
+from exo_kimi.cli import commands
 from exo_kimi.errors import DamagedWeightsError, UsageError
 
 Make = Callable[..., Path]
@@ -288,3 +289,13 @@ def test_tensors_that_a_text_model_does_not_use_are_read_for_zeros_too(make: Mak
     path.write_bytes(whole[: entry.start] + bytes(len(whole) - entry.start))
     assert not doctor(directory, deep=True).healthy
     assert json.loads(doctor(directory).to_json())["healthy"]
+
+
+def test_the_command_takes_a_list_and_says_which_file_is_another(make: Make, tmp_path: Path) -> None:
+    directory = make(layout="int4", shards=2)
+    listed = tmp_path / "SHA256SUMS"
+    listed.write_text("\n".join(f"{digest}  {name}" for name, digest in sums(directory).items()))
+    assert commands.doctor(directory, sha256=listed) == 0
+    change_one_byte(directory / "model-00001-of-00002.safetensors")
+    assert commands.doctor(directory, sha256=listed) == 1
+    assert commands.doctor(directory) == 0, "without the list nothing shows it"
