@@ -198,6 +198,18 @@ async def test_an_effort_is_the_templates_or_a_cap(saying, client_of, thinker):
             assert (engine.requests[0].constraint, answer.get("warnings")) == (None, None)
 
 
+async def test_a_budget_caps_the_reasoning_on_every_door(saying, client_of, thinker):
+    engine = saying("hm</think>ok", by=thinker)
+    async with client_of(engine) as client:
+        budget = {"type": "enabled", "budget_tokens": 1024}
+        body = {"model": "tiny-kimi", "max_tokens": 99, "messages": ASK, "thinking": budget}
+        assert (await client.post("/v1/messages", json=body)).status_code == 200
+        for effort in ("low", "high"):
+            asked = {"model": "tiny-kimi", "input": "Hi", "reasoning": {"effort": effort}}
+            assert (await client.post("/v1/responses", json=asked)).status_code == 200
+    assert [request.constraint is not None for request in engine.requests] == [True, True, False]
+
+
 def test_wishes_that_contradict_each_other_are_settled_and_named():
     request = parse_chat({"messages": ASK, "thinking": {"type": "disabled"}, "reasoning_effort": "high"})
     assert request.wants_thinking() is False

@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import json
+import os
+import random
+import re
 from typing import Any
 
+import jsonschema
 import numpy as np
 import openai
 import pytest
@@ -84,3 +88,60 @@ def test_the_package_carries_a_small_native_int4_model():
     assert experts
     for name, value in experts.items():
         np.testing.assert_array_equal(fake_quant(value), value, err_msg=name)
+
+
+@pytest.mark.parametrize(
+    "style", ["functions.get_weather:0", "call_abc123", "toolu_01A", "functions_get_weather_0", "0"]
+)
+def test_every_style_of_id_gets_the_same_prompt_and_answer(client, style):
+    call = {"id": style, "type": "function", "function": {"name": "get_weather", "arguments": '{"city": "Oslo"}'}}
+    messages = [
+        {"role": "user", "content": "What is the weather in Oslo?"},
+        {"role": "assistant", "content": "", "tool_calls": [call]},
+        {"role": "tool", "tool_call_id": style, "content": json.dumps(OBSERVED)},
+    ]
+    ours = [dict(message) for message in messages]
+    ours[1]["tool_calls"] = [{**call, "id": "functions.get_weather:0"}]
+    ours[2]["tool_call_id"] = "functions.get_weather:0"
+    options = {"model": "tiny", "temperature": 0, "max_tokens": 96, "tools": [WEATHER]}
+    answer, expected = (client.chat.completions.create(messages=each, **options) for each in (messages, ours))
+    assert answer.usage.prompt_tokens == expected.usage.prompt_tokens
+    assert answer.choices[0].message.content == expected.choices[0].message.content
+    assert "Oslo" in answer.choices[0].message.content
+
+
+def random_schema(rng: random.Random, depth: int = 2) -> dict[str, Any]:
+    """A schema of an object with a few properties, all required, nested twice at most."""
+
+    def value(left: int) -> dict[str, Any]:
+        kinds: list[dict[str, Any]] = [
+            {"type": "string", "maxLength": rng.randint(1, 12)},
+            {"type": "integer", "minimum": 0, "maximum": rng.randint(1, 999)},
+            {"type": "boolean"},
+            {"enum": ["red", "green", 7, None]},
+            {"type": "array", "items": {"type": "boolean"}, "maxItems": 3},
+        ]
+        return random_schema(rng, left - 1) if left and rng.random() < 0.3 else rng.choice(kinds)
+
+    names = rng.sample(["city", "n", "ok", "a b", "tags", "日"], rng.randint(1, 3))
+    properties = {name: value(depth) for name in names}
+    return {"type": "object", "properties": properties, "required": names, "additionalProperties": False}
+
+
+@pytest.mark.parametrize("seed", range(int(os.environ.get("EXO_KIMI_SCHEMAS", "6"))))
+def test_an_answer_under_a_schema_is_valid_and_has_no_run_of_blanks(client, seed):
+    schema = random_schema(random.Random(seed))
+    form = {"type": "json_schema", "json_schema": {"name": "x", "schema": schema}}
+    answer = client.chat.completions.create(
+        model="tiny",
+        messages=[{"role": "user", "content": "What is the weather in Oslo? Answer in JSON."}],
+        response_format=form,  # type: ignore[arg-type]
+        temperature=1.0,
+        seed=seed,
+        max_tokens=400,
+        extra_body={"thinking": False},
+    )
+    text = answer.choices[0].message.content
+    assert answer.choices[0].finish_reason == "stop", text
+    jsonschema.validate(json.loads(text), schema)
+    assert not re.search(r"\s\s", re.sub(r'"(?:[^"\\]|\\.)*"', '""', text)), text
