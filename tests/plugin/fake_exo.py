@@ -63,6 +63,7 @@ class FakeExo:
         breaks_off: answers end before their first byte.
         reports: what nodes say of their runners, each with its `node_id`.
         older: state as v1.0.71 tells it.
+        own_id: of the node that answers; the first one's when not given.
     """
 
     nodes: list[FakeNode]
@@ -82,6 +83,7 @@ class FakeExo:
     known: set[str] = field(default_factory=set)
     looks: int = 0
     last_event: int = 0
+    own_id: str = ""
     waiting: list[dict[str, Any]] = field(default_factory=list)
     instances: dict[str, dict[str, Any]] = field(default_factory=dict)
     steps: dict[str, int] = field(default_factory=dict)
@@ -101,7 +103,6 @@ class FakeExo:
             return self._engine(path, request.url.host)
         routes: dict[tuple[str, str], Callable[[httpx.Request], httpx.Response]] = {
             ("GET", "/state"): self._state,
-            ("GET", "/node_id"): lambda request: httpx.Response(200, json=self.nodes[0].node_id),
             ("GET", "/models"): self._models,
             ("POST", "/models/add"): self._add,
             ("GET", "/instance/previews"): self._previews,
@@ -119,7 +120,7 @@ class FakeExo:
         if not node.answers:
             raise httpx.ConnectTimeout("frozen")
         if path == "/node_id":
-            return httpx.Response(200, json=node.node_id)
+            return httpx.Response(200, json=self.own_id or node.node_id)
         if node.version is None:
             return error(404, "Not Found")
         versions = {"exo_kimi": node.version, "mlx": "0.32.0", "mlx_lm": "0.31.3"}

@@ -151,6 +151,7 @@ class Keeper:
         self._attempts = [_Attempt() for _ in plans]
         self._guest_s = random.uniform(0.0, 2.0)
         self._busy_s: float | None = None
+        self._own_id = ""
 
     def run(self, until: Callable[[], bool] = lambda: False) -> None:
         """Keep the plans until `until` says so, or for ever."""
@@ -162,6 +163,11 @@ class Keeper:
         """Look once, and do what is to be done."""
         try:
             state = self.client.state()
+            self._own_id = self.client.node_id()
+            if state.node(self._own_id) is None:
+                # A node that has just started goes through all that has happened, under another id: that is not now.
+                self._once("exo on this node has not caught up with the cluster yet")
+                return
             self._take_in(state)
             index = self._next(state)
             if index is not None:
@@ -283,8 +289,7 @@ class Keeper:
         ids = sorted(node.node_id for node in state.nodes)
         if not self._member:
             return len(ids) * self.patience.turn_s + self._guest_s
-        own = self.client.node_id()
-        return (ids.index(own) if own in ids else len(ids)) * self.patience.turn_s
+        return ids.index(self._own_id) * self.patience.turn_s
 
     def _idle(self, index: int, state: ClusterState) -> bool:
         """Whether what makes room has nothing to do, or was waited for long enough."""

@@ -286,6 +286,21 @@ def test_a_persons_other_model_in_the_way_is_never_ended(home: Home) -> None:
     assert home.heard("could not be placed: this cluster cannot take the plan")
 
 
+def test_what_a_restarted_node_goes_through_of_the_past_is_not_taken_for_now(home: Home) -> None:
+    home.keeper(plans=home.plans[:1])
+    home.live(30)
+    home.keepers.clear()
+    home.exo.own_id = "e" * 32  # the id that the node has now
+    home.keeper(name="restarted", plans=home.plans[:1])
+    home.live(10)
+    home.exo.instances.clear()  # as a person did yesterday
+    home.live(10)
+    assert len(home.exo.posted) == 1 and home.heard("has not caught up") and not home.heard("somebody ended")
+    home.exo.own_id = STUDIO
+    home.live(30)
+    assert home.placed() == [BOTH]
+
+
 def test_keepers_on_every_node_place_once(home: Home) -> None:
     for name in ("one", "two", "guest"):
         home.keeper(name=name, member=name != "guest")
