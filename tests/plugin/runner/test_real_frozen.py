@@ -33,6 +33,24 @@ DEADLINES = Deadlines(poll_s=0.3, connect_s=150.0, quiet_s=180.0)
 SERVED_S = 60.0  # after the last machine is back
 NOTICED_S = 12.0  # quiet for 5 s, and a busy machine of two cores
 SERVING = ("RunnerReady", "RunnerRunning")
+KEEPERS = """
+import multiprocessing, os, pathlib, threading, time
+
+from exo_kimi.plugin.node.command import keep_beside, kept_plans
+from exo_kimi.plugin.runner.launch import bind
+
+assert bind() == (), bind()
+
+
+def keep(path):
+    while not path.exists():
+        time.sleep(0.5)
+    keep_beside(f"http://{os.environ['NODE_IP']}:52415", kept_plans([path]))
+
+
+if multiprocessing.current_process().name == "MainProcess":
+    threading.Thread(target=keep, args=[pathlib.Path(os.environ["KEPT_PLAN"])], daemon=True).start()
+"""
 
 
 @pytest.fixture(scope="module")
@@ -44,6 +62,21 @@ def cluster(exo_head: Any, real_exo: Any, tiny: Path, tmp_path_factory: pytest.T
     prepare(tiny, models, model_id=MODEL)
     root = tmp_path_factory.mktemp("exo")
     with real_exo.exo_cluster(exo_head, root, models, plugin=real_exo.BIND_US) as running:
+        yield running
+
+
+@pytest.fixture(scope="module")
+def kept(exo_head: Any, real_exo: Any, tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
+    """Two nodes that keep a plan (`exo run --keep`)."""
+    if isinstance(exo_head, str) or (reason := exo_head.cannot_import_us()):
+        pytest.skip(exo_head if isinstance(exo_head, str) else reason)
+    models = tmp_path_factory.mktemp("models")
+    prepare(tiny, models, model_id=MODEL)
+    root = tmp_path_factory.mktemp("kept")
+    plan = root / "plan.json"
+    with real_exo.exo_cluster(exo_head, root, models, plugin=KEEPERS, extra={"KEPT_PLAN": str(plan)}) as running:
+        with ExoClient(running.url) as client:
+            exo_plan(client.state(), tiny, model_id=MODEL, context=4096, split=(5, 2), our_engine=True).plan.save(plan)
         yield running
 
 
@@ -207,3 +240,36 @@ def test_a_frozen_runner_is_told_replaced_or_taken_back_and_no_request_is_silent
     if busy:
         streaming.join(30)
         assert not streaming.is_alive() and "error" in reader[-1]
+
+
+@pytest.mark.parametrize("number", [1, 0], ids=["second", "master"])
+def test_a_frozen_machine_is_forgotten_and_serves_again_when_it_wakes(kept: Any, real_exo: Any, number: int) -> None:
+    """The node and its runner stop for a minute, as in sleep; the other one is asked."""
+    other = kept.nodes[1 - number]
+    real_exo.wait_until(lambda: serving(other.url), 120, kept.tail)
+    node = kept.nodes[number]
+    pids = (node.process.pid, *real_exo._descendants(node.process.pid))
+    for pid in pids:
+        os.kill(pid, signal.SIGSTOP)
+    began_s = time.monotonic()
+    with Watched(other.url) as seen:
+        time.sleep(60)
+        for pid in pids:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGCONT)
+        woken_s = time.monotonic()
+        with contextlib.suppress(Exception):
+            real_exo.wait_until(lambda: seen.served_from(woken_s) < float("inf"), SERVED_S + 60, kept.tail)
+        time.sleep(15)
+    print(told(seen, began_s))
+    lies = [
+        at - began_s
+        for at, each in seen.statuses
+        if began_s + NOTICED_S < at < woken_s and each and all(phase in SERVING for phase in each)
+    ]
+    assert not lies
+    assert seen.served_from(woken_s) - woken_s < SERVED_S
+    deadline = time.monotonic() + 60
+    while any(each.answered_s is None for each in seen.requests) and time.monotonic() < deadline:
+        time.sleep(0.5)
+    assert not [each for each in seen.requests if each.answered_s is None or not (each.text or each.error)]
