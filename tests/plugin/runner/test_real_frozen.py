@@ -169,6 +169,10 @@ def stream(url: str, prompt: str, *, tokens: int) -> Iterator[dict[str, Any]]:
 @pytest.fixture
 def placed(cluster: Any, real_exo: Any, tiny: Path) -> Any:
     """The tiny Kimi on both nodes, serving."""
+    return place(cluster, real_exo, tiny)
+
+
+def place(cluster: Any, real_exo: Any, tiny: Path) -> Any:
     if not serving(cluster.url):
         with ExoClient(cluster.url) as client:
             plan = exo_plan(client.state(), tiny, model_id=MODEL, context=4096, split=(5, 2), our_engine=True).plan
@@ -210,6 +214,18 @@ def test_a_frozen_runner_is_told_replaced_or_taken_back_and_no_request_is_silent
     placed: Any, real_exo: Any, rank: int, stopped_s: float, busy: bool
 ) -> None:
     """Thawed after 40 s, before the verdict; after 60 s, about then; after 75 s, when another has taken its place."""
+    freeze_a_runner(placed, real_exo, rank, stopped_s, busy=busy)
+
+
+def test_a_frozen_runner_of_v1_0_71_is_replaced_too(exo_71: Any, real_exo: Any, tiny: Path, tmp_path: Path) -> None:
+    if isinstance(exo_71, str) or (reason := exo_71.cannot_import_us()):
+        pytest.skip(exo_71 if isinstance(exo_71, str) else reason)
+    prepare(tiny, tmp_path / "models", model_id=MODEL)
+    with real_exo.exo_cluster(exo_71, tmp_path / "exo", tmp_path / "models", plugin=real_exo.BIND_US) as running:
+        freeze_a_runner(place(running, real_exo, tiny), real_exo, 1, 60, busy=True)
+
+
+def freeze_a_runner(placed: Any, real_exo: Any, rank: int, stopped_s: float, *, busy: bool) -> None:
     victim = rank_of(placed, rank).runner()
     reader: list[dict[str, Any]] = []
     streaming = threading.Thread(target=lambda: reader.extend(stream(placed.url, "river", tokens=20_000)), daemon=True)
