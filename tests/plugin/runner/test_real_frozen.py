@@ -161,7 +161,9 @@ def stream(url: str, prompt: str, *, tokens: int) -> Iterator[dict[str, Any]]:
     with httpx.stream(
         "POST", f"{url}/v1/chat/completions", json=body | {"stream": True}, timeout=150, trust_env=False
     ) as reply:
-        for line in reply.iter_lines():
+        if reply.status_code != 200:
+            yield {"error": f"{reply.status_code}: {reply.read().decode()}"}
+        for line in reply.iter_lines() if reply.status_code == 200 else ():
             if line.startswith("data: {"):
                 yield json.loads(line.removeprefix("data: "))
 
