@@ -77,6 +77,7 @@ SHOW_MODEL = Name(module="exo.api.main", name="API.ollama_show", parameters=("se
 _CARDS = "exo.shared.models.model_cards"
 FETCH_CARD = Name(module=_CARDS, name="ModelCard.fetch_from_hf", parameters=("model_id",))
 API_SETUP = Name(module="exo.api.main", name="API._setup_exception_handlers", parameters=("self",))
+API_RESET = Name(module="exo.api.main", name="API.reset", parameters=("self", "result_clock", "event_receiver"))
 API_ROUTES = Name(module="exo.api.main", name="API._setup_routes", parameters=("self",))
 _NODE = (
     Name(module="exo.worker.runner.bootstrap", name="entrypoint", parameters=_ENTRY),
@@ -85,6 +86,7 @@ _NODE = (
     SEND_GENERATION,
     API_SETUP,
     API_ROUTES,
+    API_RESET,
     GET_MODELS,
     SHOW_MODEL,
     FETCH_CARD,

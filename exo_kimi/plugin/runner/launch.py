@@ -27,7 +27,9 @@ from exo_kimi.plugin.api.cards import (
     with_shown_context,
 )
 from exo_kimi.plugin.api.engine_route import with_engine_route
+from exo_kimi.plugin.api.reset import with_ended_answers
 from exo_kimi.plugin.bindings import (
+    API_RESET,
     API_ROUTES,
     API_SETUP,
     BUILDER,
@@ -211,6 +213,7 @@ def _wrapped() -> tuple[tuple[Name, Callable[[Any], Any]], ...]:
         (SEND_GENERATION, watch_sending),
         (API_SETUP, with_answer_errors),
         (API_ROUTES, with_engine_route(watch)),
+        (API_RESET, with_ended_answers),
         (GET_MODELS, with_placed_context),
         (SHOW_MODEL, with_shown_context),
         (FETCH_CARD, with_prepared_card),

@@ -73,6 +73,11 @@ def exo_api() -> type:
         def _setup_routes(self) -> None:
             """As exo's."""
 
+        def reset(self, result_clock: Any, event_receiver: Any) -> None:
+            """As exo's, which forgets the queues of its answers."""
+            self._text_generation_queues: dict[str, Any] = {}
+            self._image_generation_queues: dict[str, Any] = {}
+
         async def _send_text_generation_with_images(self, task_params: Any) -> Any:
             """As exo's."""
 
@@ -166,6 +171,15 @@ def test_our_names_are_bound_and_exo_is_started_with_its_own_arguments(exo: Simp
     assert hasattr(exo.cards._CardCache.refresh, "__wrapped__")
     assert exo.called == [["exo", "--api-port", "52415"]]
     assert said == ["exo-kimi: Kimi models run on exo-kimi's engine (exo b5375f8ce)"]
+
+
+def test_answers_in_progress_end_when_exos_api_begins_anew(exo: SimpleNamespace) -> None:
+    launch.bind()
+    api, closed = exo.api(), []
+    api._text_generation_queues = {"a": SimpleNamespace(close=lambda: closed.append("a"))}
+    api._image_generation_queues = {"b": SimpleNamespace(close=lambda: closed.append("b"))}
+    api.reset(1, None)
+    assert closed == ["a", "b"] and api._text_generation_queues == {}
 
 
 def test_the_door_binds_as_run_does(exo: SimpleNamespace) -> None:
