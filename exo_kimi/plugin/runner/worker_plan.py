@@ -47,6 +47,7 @@ class WorkerPlan:
         self._kill = kill
         self._leaving: dict[Any, tuple[Any, float]] = {}
         self._serving_since: dict[Any, float] = {}
+        self._known_failures: dict[Any, dict[Any, Any]] = {}  # of other ranks, when a runner of this node was made
 
     def __call__(
         self,
@@ -71,7 +72,7 @@ class WorkerPlan:
             runners,
             global_download_status,
             instances,
-            all_runners,
+            self._without_old_news(runners, all_runners),
             tasks,
             input_chunk_buffer,
             image_cache,
@@ -84,7 +85,28 @@ class WorkerPlan:
                 self._leaving[planned.runner_id] = (runners[planned.runner_id].runner_process, self._clock())
             case "CreateRunner" if planned.bound_instance.bound_runner_id in self._leaving:
                 return None  # the one before still has the memory and the port
+            case "CreateRunner":
+                bound = planned.bound_instance
+                self._known_failures[bound.bound_runner_id] = {
+                    rank: status
+                    for rank in bound.instance.shard_assignments.runner_to_shard
+                    if type(status := all_runners.get(rank)).__name__ == "RunnerFailed"
+                }
         return planned if planned is not None else _forgotten_cancel(runners, tasks)
+
+    def _without_old_news(self, runners: Mapping[Any, Any], all_runners: Mapping[Any, Any]) -> Mapping[Any, Any]:
+        """What exo knows of all runners, without failures that a runner of this node was made after.
+
+        exo ends a runner while another rank's last word is that it failed. When two ranks have failed, each ends its new runner
+        for the other's old failure, five times in half a minute, and then deletes the instance.
+        """
+        self._known_failures = {each: known for each, known in self._known_failures.items() if each in runners}
+        old = {rank: status for known in self._known_failures.values() for rank, status in known.items()}
+        return (
+            {rank: status for rank, status in all_runners.items() if old.get(rank) is not status}
+            if old
+            else all_runners
+        )
 
     def _end_those_that_stay(self) -> None:
         for runner_id, (process, since_s) in tuple(self._leaving.items()):

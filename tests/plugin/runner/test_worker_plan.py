@@ -33,6 +33,10 @@ class RunnerReady(SimpleNamespace):
     """As exo's."""
 
 
+class RunnerFailed(SimpleNamespace):
+    """As exo's."""
+
+
 class RunnerLoading(SimpleNamespace):
     """As exo's."""
 
@@ -74,9 +78,16 @@ class Worker:
         )
         self.runners = {"r0": self.runner}
         self.begun = 0
-        self.plan = WorkerPlan(
-            lambda *arguments: self.planned, begin=self.begin, clock=lambda: self.now_s, kill=self.kill
-        )
+        self.seen: list[Any] = []
+        self.plan = WorkerPlan(self.exos_plan, begin=self.begin, clock=lambda: self.now_s, kill=self.kill)
+
+    def create(self, runner_id: str) -> CreateRunner:
+        bound = SimpleNamespace(bound_runner_id=runner_id, instance=self.runner.bound_instance.instance)
+        return CreateRunner(bound_instance=bound)
+
+    def exos_plan(self, *arguments: Any) -> Any:
+        self.seen.append(arguments[4])
+        return self.planned
 
     def begin(self) -> None:
         self.begun += 1
@@ -120,7 +131,7 @@ def test_a_task_that_exo_still_knows_or_has_cancelled_is_let_alone(
 
 
 def test_no_runner_is_made_while_the_one_before_lives_and_one_that_does_not_end_is_killed(worker: Worker) -> None:
-    create = CreateRunner(bound_instance=SimpleNamespace(bound_runner_id="r0"))
+    create = worker.create("r0")
     worker.look(Shutdown(runner_id="r0"))
     worker.runners.clear()
     assert worker.look(create) is None
@@ -134,10 +145,10 @@ def test_no_runner_is_made_while_the_one_before_lives_and_one_that_does_not_end_
 def test_a_runner_that_ended_and_one_of_another_instance_are_replaced_at_once(worker: Worker) -> None:
     worker.look(Shutdown(runner_id="r0"))
     worker.runners.clear()
-    other = CreateRunner(bound_instance=SimpleNamespace(bound_runner_id="r9"))
+    other = worker.create("r9")
     assert worker.look(other) is other
     worker.alive = False
-    again = CreateRunner(bound_instance=SimpleNamespace(bound_runner_id="r0"))
+    again = worker.create("r0")
     assert worker.look(again) is again and not worker.killed
 
 
@@ -160,3 +171,22 @@ def test_an_instance_that_fails_again_and_again_is_still_counted(worker: Worker)
         worker.statuses = {"r0": RunnerReady(), "r1": RunnerReady() if second % 40 else RunnerLoading()}
         worker.look()
     assert worker.backoff.counted == {"i": 4}
+
+
+def test_a_new_runner_is_not_ended_for_another_ranks_old_failure_and_is_for_a_new_one(worker: Worker) -> None:
+    old = RunnerFailed()
+    worker.statuses = {"r0": RunnerFailed(), "r1": old}
+    held, worker.runners = worker.runners, {}
+    worker.look(worker.create("r0"))
+    worker.runners = held
+    worker.look()
+    assert "r1" not in worker.seen[-1]
+    worker.statuses = {"r0": RunnerLoading(), "r1": old, "r2": old}
+    worker.look()
+    assert worker.seen[-1] == {"r0": worker.statuses["r0"], "r2": old}
+    worker.statuses = {"r0": RunnerLoading(), "r1": RunnerFailed()}
+    worker.look()
+    assert worker.seen[-1] == worker.statuses
+    worker.runners, worker.statuses = {}, {"r1": old}
+    worker.look()
+    assert worker.seen[-1] == {"r1": old}
