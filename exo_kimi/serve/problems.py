@@ -17,6 +17,7 @@ from exo_kimi.errors import (
     OverloadedError,
     RequestError,
     RuntimeFault,
+    machine_error,
 )
 
 log = logging.getLogger(__name__)
@@ -106,6 +107,9 @@ def to_problem(error: BaseException) -> ApiProblem:
         return ApiProblem(503, str(error), kind="server_error", code=_snake(error))
     if isinstance(error, ExoKimiError):
         return ApiProblem(500, error.what, kind="server_error", code="internal_error")
+    if (known := machine_error(error)) is not None:  # no descriptor or thread is left, say: another time there may be
+        log.warning("a request was refused: %s", known.what)
+        return ApiProblem(503, "the server's machine is out of resources", kind="server_error", code="overloaded")
     log.error("unexpected failure while answering a request", exc_info=error)
     return ApiProblem(500, "internal server error", kind="server_error", code="internal_error")
 

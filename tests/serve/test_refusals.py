@@ -345,3 +345,15 @@ def test_no_bytes_at_all_make_a_500(saying, client_of, body, path):
             return await client.post(path, content=body)
 
     error_of(asyncio.run(post()), 400)
+
+
+@pytest.mark.parametrize(
+    "error", [OSError(24, "Too many open files"), MemoryError(), RuntimeError("can't start new thread")]
+)
+async def test_what_the_machine_refuses_is_told_as_a_passing_state_and_not_as_a_bug(saying, client_of, error, caplog):
+    async with client_of(saying(refusal=error)) as client:
+        answer = await client.post("/v1/chat/completions", json={"messages": [{"role": "user", "content": "Hi"}]})
+    assert answer.status_code == 503
+    assert answer.json()["error"]["code"] == "overloaded"
+    assert answer.headers["retry-after"]
+    assert "Traceback" not in caplog.text

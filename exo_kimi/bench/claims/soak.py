@@ -56,7 +56,7 @@ class Course:
 
     Args:
         troubles: how often each was done.
-        recoveries_s: after each, how long until an answer was right again.
+        recoveries_s: after each, how long until an answer was right again, and its name.
         stuck: troubles after which none was.
         early, late: what the server held, at rest, after a fifth of the time and at the end.
         most_rss_bytes: of the server at any time.
@@ -64,7 +64,7 @@ class Course:
     """
 
     troubles: Counter[str] = field(default_factory=Counter)
-    recoveries_s: list[float] = field(default_factory=list)
+    recoveries_s: list[tuple[float, str]] = field(default_factory=list)
     stuck: list[str] = field(default_factory=list)
     early: Held | None = None
     late: Held | None = None
@@ -157,7 +157,7 @@ def _wait_recovered(server: SoakServer, seen: Seen, course: Course, name: str) -
     began_s = time.monotonic()
     while server.alive and time.monotonic() - began_s < 4 * RECOVERY_S:
         if seen.last_right_s > began_s and server.is_ready():
-            course.recoveries_s.append(time.monotonic() - began_s)
+            course.recoveries_s.append((time.monotonic() - began_s, name))
             return
         time.sleep(0.1)
     course.stuck.append(name)
@@ -194,10 +194,11 @@ def _answer_rows(seen: Seen) -> list[Row]:
 
 
 def _life_rows(course: Course, *, alive: bool, ended_s: float, left: int) -> list[Row]:
+    longest_s, after = max(course.recoveries_s, default=(0.0, ""))
     rows = [
         _at_most("troubles that it never got over", len(course.stuck), "troubles", 0),
         _at_most("the server ended by itself", 0 if alive else 1, "times", 0),
-        _at_most("longest until right again", max(course.recoveries_s, default=0.0), "s", RECOVERY_S),
+        _at_most("longest until right again", longest_s, "s", RECOVERY_S, note=f"after: {after}" if after else ""),
     ]
     early, late = course.early, course.late
     if early is not None and late is not None:
@@ -232,7 +233,7 @@ def _notes(course: Course, seen: Seen, troubles: Troubles) -> list[str]:
     told = ", ".join(f"{count} {what}" for what, count in seen.told.most_common())
     return [
         "troubles: " + ", ".join(f"{count} {name}" for name, count in sorted(course.troubles.items())),
-        f"until right again: median {statistics.median(course.recoveries_s or [0]):.1f} s; "
+        f"until right again: median {statistics.median([took_s for took_s, _ in course.recoveries_s] or [0]):.1f} s; "
         f"the server held {course.most_rss_bytes / 1e6:.0f} MB at most",
         *([f"told: {told}"] if told else []),
         *([f"left out: {', '.join(troubles.left_out)}"] if troubles.left_out else []),

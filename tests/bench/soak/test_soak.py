@@ -79,7 +79,7 @@ def good() -> tuple[Seen, Course]:
     for kind in ("right", "right", "told", "left"):
         seen.add(Verdict(kind))
     held = Held(rss_bytes=100_000_000, descriptors=30)
-    return seen, Course(recoveries_s=[2.0], early=held, late=held)
+    return seen, Course(recoveries_s=[(2.0, "a kill")], early=held, late=held)
 
 
 def test_a_good_course_passes(capsys: pytest.CaptureFixture[str]) -> None:
@@ -99,7 +99,7 @@ def test_one_bad_answer_is_one_too_many(kind, capsys: pytest.CaptureFixture[str]
     "change",
     [
         {"stuck": ["kill -9 of a stage"]},
-        {"recoveries_s": [soak.RECOVERY_S + 1]},
+        {"recoveries_s": [(2.0, "a kill"), (soak.RECOVERY_S + 1, "a freeze")]},
         {"late": Held(rss_bytes=100_000_000 + 2 * soak.GROWTH_BYTES, descriptors=30)},
         {"late": Held(rss_bytes=100_000_000, descriptors=100)},
     ],
