@@ -622,4 +622,5 @@ def _measure_link(address: str) -> None:
 def _log_to_stderr() -> None:
     """For the commands that stay: what happened to the stages, with the time, apart from what they print."""
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s", stream=sys.stderr)
+    logging.raiseExceptions = False  # a full disk under the log is no reason for a traceback a line
     logging.getLogger("httpx").setLevel(logging.WARNING)

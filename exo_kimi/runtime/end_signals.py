@@ -11,7 +11,6 @@ import logging
 import os
 import select
 import signal
-import socket
 import sys
 import threading
 from collections.abc import Callable
@@ -43,9 +42,9 @@ class EndSignals:
 
     def __enter__(self) -> EndSignals:
         if threading.current_thread() is threading.main_thread():
-            self._reading, self._writing = socket.socketpair()
-            self._writing.setblocking(False)
-            self._former_descriptor = signal.set_wakeup_fd(self._writing.fileno(), warn_on_full_buffer=False)
+            self._reading, self._writing = os.pipe()
+            os.set_blocking(self._writing, False)
+            self._former_descriptor = signal.set_wakeup_fd(self._writing, warn_on_full_buffer=False)
             for number in _NUMBERS:
                 self._former[number] = signal.signal(number, self._in_main)
             threading.Thread(target=self._listen, name="end-signals", daemon=True).start()
@@ -56,7 +55,7 @@ class EndSignals:
             for number, former in self._former.items():
                 signal.signal(number, former)
             signal.set_wakeup_fd(self._former_descriptor)
-            self._writing.close()  # the thread reads the end and leaves
+            os.close(self._writing)  # the thread reads the end and leaves
 
     def on_first(self, act: Callable[[], object]) -> None:
         """Have a function called at the first signal, in the listening thread; at once if that came already."""
@@ -71,17 +70,17 @@ class EndSignals:
         if self._former:
             self._why = why
             with contextlib.suppress(OSError):
-                self._writing.send(bytes([_START]))
+                os.write(self._writing, bytes([_START]))
 
     def _listen(self) -> None:
         begun = False
-        with self._reading:
+        with os.fdopen(self._reading, "rb", buffering=0) as reading:
             while True:
-                if begun and not select.select([self._reading], [], [], END_S)[0]:
+                if begun and not select.select([reading], [], [], END_S)[0]:
                     why = self._why or "ended"
                     logger.warning("%s (work that cannot be interrupted still ran after %.1f s)", why, END_S)
                     self._end(1 if self._why else 0)
-                received = self._reading.recv(64)
+                received = reading.read(64)
                 if not received:
                     return
                 for number in received:

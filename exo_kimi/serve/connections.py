@@ -14,6 +14,7 @@ from uvicorn.config import Config
 from uvicorn.protocols.http.h11_impl import STATUS_PHRASES, H11Protocol
 from uvicorn.server import ServerState
 
+from exo_kimi.errors import machine_error
 from exo_kimi.runtime.descriptors import descriptor_limit
 from exo_kimi.serve.gate import REQUEST_ID, REQUEST_ID_HEADERS, new_request_id
 from exo_kimi.serve.problems import ApiProblem
@@ -251,6 +252,8 @@ def quiet_accept_errors(loop: asyncio.AbstractEventLoop) -> None:
     def handle(loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
         if "socket.accept()" in context.get("message", ""):
             out(descriptor_limit())
+        elif (known := machine_error(context.get("exception") or Exception())) is not None:
+            log.warning("the machine refused a callback of the loop: %s", known.what)
         else:
             loop.default_exception_handler(context)
 

@@ -127,7 +127,7 @@ async def _serve(
     watcher = asyncio.create_task(show_progress(served.engine)) if progress else None
     host, port = listener.getsockname()[:2]
     url = base_url(host, port)
-    server = leave.server = _Uvicorn(served, lambda: announce and announce(url))
+    server = leave.server = _Uvicorn(served, url, announce)
     failing = asyncio.create_task(_watch(served, server, signals))
     try:
         with LoopWatch(loop):
@@ -170,7 +170,7 @@ class _Leave:
 class _Uvicorn(uvicorn.Server):
     """uvicorn, but the engine ends first: it would wait for answers that only the engine can end."""
 
-    def __init__(self, served: Served, announce: Callable[[], object]) -> None:
+    def __init__(self, served: Served, url: str, announce: Callable[[str], None] | None) -> None:
         state = BoundedState(descriptor_limit(), served.connection_closed)
         config = uvicorn.Config(
             served.app,
@@ -186,14 +186,16 @@ class _Uvicorn(uvicorn.Server):
         super().__init__(config)
         self.server_state = state
         self._served = served
+        self._url = url
         self._announce = announce
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         await super().startup(sockets)
         try:
-            self._announce()
+            if self._announce is not None:
+                self._announce(self._url)
         except OSError as error:  # standard output is a file on a full disk, or its reader is gone
-            log.warning("the address could not be printed: %s", error)
+            log.warning("serving at %s, which could not be printed: %s", self._url, error)
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         await self._served.engine.close()

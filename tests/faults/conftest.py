@@ -126,7 +126,7 @@ class Server:
 
     def http(self) -> httpx.Client | None:
         """A client, once the server listens; it may listen before it could say so."""
-        if self._http is None and (found := re.search(r"serving at (\S+)", self.text())):
+        if self._http is None and (found := re.search(r"serving at ([^\s,]+)", self.text())):
             self._http = httpx.Client(base_url=found[1], timeout=ANSWER_S, trust_env=False)
         return self._http
 

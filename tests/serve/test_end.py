@@ -139,3 +139,17 @@ def test_an_engine_that_has_broken_ends_the_server_with_its_reason(where: str) -
     assert "closed" in output
     assert "the engine stopped" in errors
     assert "Traceback" not in errors
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="Linux has a full device")
+def test_a_full_disk_under_the_log_does_not_keep_the_server_from_serving() -> None:
+    process = started("sys.stdout = open('/dev/full', 'w')")
+    try:
+        assert process.stderr is not None
+        line = process.stderr.readline()
+        assert "serving at http://127.0.0.1:" in line
+        assert "No space left" in line
+        process.send_signal(signal.SIGINT)
+        assert process.wait(10) in (0, 120)  # 120: Python could not flush it either
+    finally:
+        process.kill()

@@ -32,6 +32,7 @@ _FIXES: dict[int, str] = {
     signal.SIGKILL: "the system kills what takes too much memory: see its log, and give the stage fewer layers",
     signal.SIGSEGV: "MLX on a CPU ends so when memory runs out: give the stage fewer layers, or a smaller --context",
 }
+END_S = 5.0
 _KEPT_LINES = 20
 _SHOWN_LINES = 3
 _CHUNK_BYTES = 1 << 16
@@ -146,6 +147,7 @@ class ChildProcess:
                     raise ConnectionResetError
                 answer += received
         except ConnectionError:
+            await self.end(grace_s=END_S)  # it may live and wait for what was not sent
             raise await self.died() from None
         return parse_address(json.loads(answer)["address"], option="the stage process's address")
 
