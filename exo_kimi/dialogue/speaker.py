@@ -57,7 +57,7 @@ class Speaker:
             return []
         if isinstance(self.pictures, NoVision):
             raise UnsupportedError(
-                "this server reads text only",
+                "images are not supported: this server reads text only",
                 expected="text",
                 found=f"an image_url; {self.pictures.reason}",
                 param=urls[0].param,

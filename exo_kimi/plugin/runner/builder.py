@@ -12,14 +12,18 @@ import os
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from exo_kimi.checkpoint.index import open_index
+from exo_kimi.checkpoint.index import CheckpointIndex, open_index
 from exo_kimi.checkpoint.manifest import StageManifest, resolve
+from exo_kimi.checkpoint.vision import NoVision, VisionManifest, find_vision
+from exo_kimi.dialogue.pictures import PicturePrompts
 from exo_kimi.dialogue.speaker import Speaker
 from exo_kimi.errors import ExoLoadError
+from exo_kimi.pictures.picture import PixelRules
+from exo_kimi.pictures.reader import PictureReader
 from exo_kimi.plugin.api.engine_route import API_PORT
 from exo_kimi.plugin.runner.advice import advising
 from exo_kimi.plugin.runner.assignment import NodeLayers, key_of, node_layers_of, with_address
@@ -74,7 +78,9 @@ class KimiBuilder:
         self._types = types or ExoTypes.installed()
         self._find_directory = find_directory or model_directory
         self._connected: _Connected | None = None
+        self._vision_repository: str | None = None
         self._manifest: StageManifest | None = None
+        self._tower: VisionManifest | NoVision = NoVision("the model's files are not there")
         self._exits = ExitStack()
 
     def connect(self, bound_instance: Any) -> None:
@@ -106,7 +112,9 @@ class KimiBuilder:
             raise ExoLoadError("exo did not find the model's files", found="none", where=self._model_id)
         layers = own.end_layer - own.start_layer
         told = -1
-        for fraction in connected.host.load(manifest, stage=own.stage, config_hash=config_hash(manifest.config)):
+        tower = self._tower if own.stage == 0 and isinstance(self._tower, VisionManifest) else None
+        loading = connected.host.load(manifest, stage=own.stage, config_hash=config_hash(manifest.config), tower=tower)
+        for fraction in loading:
             loaded = min(int(fraction * layers), layers)
             if loaded != told:
                 told = loaded
@@ -125,7 +133,7 @@ class KimiBuilder:
         host, others = connected.host, connected.others
         if isinstance(others, RankMessagesReader):
             return Follower(others, host, types=self._types, events=self._events, cancelled=self._cancel_receiver)
-        speaker = Speaker.from_directory(manifest.directory)
+        speaker = replace(Speaker.from_directory(manifest.directory), pictures=self._pictures(manifest.directory))
         plan = cluster_plan(connected.own, manifest.directory, manifest.config, host.address, connected.key)
         return Leading(
             others, host, lambda: others.start(speaker, plan), types=self._types, cancelled=self._cancel_receiver
@@ -137,6 +145,7 @@ class KimiBuilder:
 
     def _connect(self, bound_instance: Any) -> _Connected:
         own = node_layers_of(bound_instance)
+        self._vision_repository = vision_repository_of(bound_instance)
         self._manifest = self._resolve(own)
         check_neighbours(own, api_port=os.environ.get(API_PORT))
         key = key_of(own, environment_text=os.environ.get(ENVIRONMENT_NAME))
@@ -175,10 +184,38 @@ class KimiBuilder:
         directory = self._find_directory(self._model_id)
         if directory is None:
             return None
-        manifest = resolve(open_index(directory), own.start_layer, own.end_layer)
+        index = open_index(directory)
+        manifest = resolve(index, own.start_layer, own.end_layer)
+        if own.stage == 0:
+            self._tower = self._find_tower(index)
         for note in manifest.notes:
             logger.info("%s: %s", directory, note)
         return manifest
+
+    def _find_tower(self, index: CheckpointIndex) -> VisionManifest | NoVision:
+        """The tower beside the layers, else the one of the repository that exo's model card names."""
+        tower = find_vision(index)
+        if isinstance(tower, NoVision) and self._vision_repository not in (None, str(self._model_id)):
+            apart = self._find_directory(type(self._model_id)(self._vision_repository))
+            if apart is not None:
+                tower = find_vision(index, apart)
+        if isinstance(tower, NoVision):
+            logger.info("text only: %s", tower.reason)
+        return tower
+
+    def _pictures(self, directory: Path) -> PicturePrompts | NoVision:
+        if isinstance(self._tower, NoVision):
+            return self._tower
+        # exo has fetched what is on the web before a task comes here.
+        reader = PictureReader(PixelRules.from_directory(self._tower.config, directory))
+        return PicturePrompts(self._tower.config, reader)
+
+
+def vision_repository_of(bound_instance: Any) -> str | None:
+    """The repository with the vision tower, as the instance's model card names it; v1.0.71's cards name none."""
+    vision = getattr(bound_instance.bound_shard.model_card, "vision", None)
+    repository = getattr(vision, "weights_repo", None)
+    return str(repository) if repository else None
 
 
 def model_directory(model_id: Any) -> Path | None:

@@ -12,9 +12,11 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
+from dataclasses import dataclass
 from queue import SimpleQueue
 
 from exo_kimi.checkpoint.manifest import StageManifest
+from exo_kimi.checkpoint.vision import VisionManifest
 from exo_kimi.errors import AddressError, CheckpointError, ExoKimiError, StageError
 from exo_kimi.runtime.protocol.messages import Load
 from exo_kimi.runtime.protocol.versions import Versions
@@ -78,6 +80,16 @@ class PreloadedLayers:
         self._resident = None
 
 
+@dataclass(frozen=True, slots=True)
+class _Wanted:
+    """What a host is to load."""
+
+    manifest: StageManifest
+    stage: int
+    config_hash: str
+    tower: VisionManifest | None
+
+
 class StageHost:
     """Threads of one stage; both end with `stop`, or with the process.
 
@@ -89,7 +101,7 @@ class StageHost:
 
     def __init__(self, listen: Address, *, key: ClusterKey, rdma_device: str | None = None) -> None:
         self._orders: SimpleQueue[Order] = SimpleQueue()
-        self._to_load: SimpleQueue[tuple[StageManifest, int, str] | None] = SimpleQueue()
+        self._to_load: SimpleQueue[_Wanted | None] = SimpleQueue()
         self._loaded: Future[None] = Future()
         self._status: Future[StageStatus] = Future()
         self._server: Future[StageServer] = Future()
@@ -99,13 +111,15 @@ class StageHost:
         self._server.set_result(server)
         sys.setswitchinterval(SWITCH_INTERVAL_S)
 
-    def load(self, manifest: StageManifest, *, stage: int, config_hash: str) -> Iterator[float]:
-        """Load this stage's layers; yields the fraction done.
+    def load(
+        self, manifest: StageManifest, *, stage: int, config_hash: str, tower: VisionManifest | None = None
+    ) -> Iterator[float]:
+        """Load this stage's layers, and the tower for pictures with them; yields the fraction done.
 
         Raises:
             CheckpointError, RuntimeFault: it cannot be done.
         """
-        self._to_load.put((manifest, stage, config_hash))
+        self._to_load.put(_Wanted(manifest, stage, config_hash, tower))
         while not self._loaded.done():
             time.sleep(_POLL_S)
             if self.status.total_bytes:
@@ -147,11 +161,12 @@ class StageHost:
         wanted = self._to_load.get()
         if wanted is None:
             return
-        manifest, stage, config_hash = wanted
         try:
             status.state = "loading"
-            resident = ResidentStage.load(manifest, stage=stage, progress=self._progress, fuse=True)
-            backend = MlxBackend(PreloadedLayers(resident, config_hash))
+            resident = ResidentStage.load(
+                wanted.manifest, stage=wanted.stage, progress=self._progress, fuse=True, vision=wanted.tower
+            )
+            backend = MlxBackend(PreloadedLayers(resident, wanted.config_hash))
             del resident  # from here on the backend's to drop
             status.active_bytes, status.peak_bytes = backend.memory()
             status.free = backend.free()

@@ -8,7 +8,7 @@ from typing import Any
 from exo_kimi.dialogue.prepare import PreparedRequest, prepare
 from exo_kimi.dialogue.request import ConversationRequest, SamplingOverrides
 from exo_kimi.dialogue.speaker import Speaker
-from exo_kimi.errors import UnsupportedError
+from exo_kimi.errors import RequestError
 
 
 def prepare_task(task_id: str, params: Any, speaker: Speaker, *, context: int | None = None) -> PreparedRequest:
@@ -21,7 +21,7 @@ def prepare_task(task_id: str, params: Any, speaker: Speaker, *, context: int | 
         context: of the engine, in tokens.
 
     Raises:
-        RequestError: a message, tool or option that cannot be honoured; images are not.
+        RequestError: a message, tool, option or picture that cannot be honoured.
         ContextLengthError: the prompt is far longer than the context.
         TemplateError: the template refuses the messages.
     """
@@ -32,17 +32,10 @@ def conversation_of_task(task_id: str, params: Any) -> ConversationRequest:
     """A task in the dialogue's terms. A `thinking` that the template cannot carry out does no harm: exo sets it by its cards.
 
     Raises:
-        UnsupportedError: there are images.
+        RequestError: pictures without a place in the messages, or places without pictures.
     """
     limit = _token_limit(params.max_output_tokens)
-    if params.images:
-        raise UnsupportedError(
-            "images are not supported inside exo",
-            expected="text",
-            fix="leave them out, or use `exo-kimi serve`, which takes pictures",
-            param="messages",
-        )
-    messages = _messages(params)
+    messages = _with_pictures(_messages(params), params.images)
     begun = _begun_reply(messages)
     return ConversationRequest(
         messages=tuple(messages if begun is None else messages[:-1]),
@@ -97,6 +90,36 @@ def _messages(params: Any) -> list[dict[str, Any]]:
         return [_plain(message) for message in params.chat_template_messages]
     system = [{"role": "system", "content": str(params.instructions)}] if params.instructions else []
     return [*system, *({"role": each.role, "content": str(each.content)} for each in params.input)]
+
+
+def _with_pictures(messages: list[dict[str, Any]], images: Sequence[str]) -> list[dict[str, Any]]:
+    """exo keeps pictures as base64 beside the messages, which hold `{"type": "image"}` in the place of each."""
+    waiting = iter(images)
+    placed = 0
+    shown: list[dict[str, Any]] = []
+    for message in messages:
+        content = message.get("content")
+        if isinstance(content, list):
+            parts = []
+            for part in content:
+                if isinstance(part, Mapping) and part.get("type") == "image":
+                    placed += 1
+                    data = next(waiting, None)
+                    if data is None:
+                        break
+                    part = {"type": "image_url", "image_url": {"url": f"data:;base64,{data}"}}
+                parts.append(part)
+            message = {**message, "content": parts}
+        shown.append(message)
+    if placed != len(images):
+        raise RequestError(
+            "exo handed on other pictures than the messages show",
+            expected=f"{placed} pictures",
+            found=len(images),
+            fix="send the request again; if it stays so, start exo anew",
+            param="messages",
+        )
+    return shown
 
 
 def _plain(message: Mapping[str, Any]) -> dict[str, Any]:

@@ -241,7 +241,11 @@ def test_a_begun_reply_is_gone_on_with(prepared: Callable[..., PreparedRequest],
 
 
 def test_images_and_malformed_messages_are_refused(prepared: Callable[..., PreparedRequest]) -> None:
-    with pytest.raises(UnsupportedError, match="images"):
-        prepared(images=["..."])
+    message = {"role": "user", "content": [{"type": "text", "text": "see"}, {"type": "image"}]}
+    with pytest.raises(UnsupportedError, match="images are not supported"):
+        prepared(images=["aGk="], chat_template_messages=[message])
+    for images in ([], ["aGk=", "aGk="]):
+        with pytest.raises(RequestError, match="other pictures"):
+            prepared(images=images, chat_template_messages=[message])
     with pytest.raises(RequestError):
         prepared(chat_template_messages=[{"role": "user", "content": 5}])
