@@ -25,6 +25,7 @@ from exo_kimi.errors import (
     UnexpectedTensorError,
     UsageError,
 )
+from exo_kimi.units import format_bytes
 
 _ROOTS = ("vision_tower.", "mm_projector.", "multi_modal_projector.")
 _FLOATS = {"BF16": 2, "F16": 2, "F32": 4}
@@ -105,6 +106,22 @@ def find_vision(index: CheckpointIndex, directory: Path | None = None) -> Vision
     if problems:
         raise CheckpointProblems(problems, where=place)
     return VisionManifest(directory=place, config=config, entries=found)
+
+
+def tower_findings(index: CheckpointIndex) -> tuple[tuple[str, ...], tuple[CheckpointError, ...]]:
+    """What is to be said of a checkpoint's tower, and what is wrong with it; nothing of a model that takes no pictures."""
+    if index.raw_config.get("vision_config") is None:
+        return (), ()
+    try:
+        found = find_vision(index)
+    except CheckpointProblems as error:
+        return (), tuple(each for each in error.problems if isinstance(each, CheckpointError))
+    except CheckpointError as error:
+        return (), (error,)
+    if isinstance(found, NoVision):
+        return (f"text only: {found.reason}",), ()
+    size = format_bytes(found.resident_bytes)
+    return (f"takes pictures: a vision tower of {len(found.entries)} tensors, {size}, for the first stage",), ()
 
 
 def chosen_tower(

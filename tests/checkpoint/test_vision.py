@@ -11,6 +11,8 @@ import numpy as np
 import pytest
 
 from exo_kimi.arch.vision import Grid, VisionConfig
+from exo_kimi.checkpoint.doctor.doctor import doctor
+from exo_kimi.checkpoint.doctor.report import inspect
 from exo_kimi.checkpoint.index import open_index
 from exo_kimi.checkpoint.packing import store
 from exo_kimi.checkpoint.safetensors_io import StoredTensor, write_file
@@ -149,3 +151,15 @@ def test_a_config_that_cannot_be_is_refused_by_name(make: Make, key: str, value:
     edit(directory, lambda raw: raw["vision_config"].update({key: value}))
     with pytest.raises((ConfigError, CheckpointProblems), match=words):
         find_vision(open_index(directory))
+
+
+def test_inspect_and_doctor_tell_of_the_tower(make: Make, tmp_path: Path) -> None:
+    whole, text = make("whole"), make("text", vision=False, prefix=True)
+    for report in (inspect(whole), doctor(whole)):
+        assert [note for note in report.notes if note.startswith("takes pictures: a vision tower of 35 tensors")]
+    for report in (inspect(text), doctor(text)):
+        assert [note for note in report.notes if note.startswith("text only")]
+    assert inspect(text).ok and doctor(text).healthy
+    edit(whole, lambda raw: raw["vision_config"].update(vt_num_hidden_layers=3))
+    assert not inspect(whole).ok and not doctor(whole).healthy
+    assert "vision_tower.encoder.blocks.2.norm0.weight" in doctor(whole).to_text()

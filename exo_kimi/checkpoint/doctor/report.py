@@ -15,6 +15,7 @@ from exo_kimi.checkpoint.checkpoint import Checkpoint
 from exo_kimi.checkpoint.manifest import StageManifest, examine
 from exo_kimi.checkpoint.sources import ModuleSource
 from exo_kimi.checkpoint.text_files import read_json
+from exo_kimi.checkpoint.vision import tower_findings
 from exo_kimi.errors import CheckpointError, CheckpointProblems, ExoKimiError, NotACheckpointError
 from exo_kimi.units import format_bytes, format_gb
 
@@ -131,6 +132,7 @@ def inspect(directory: str | Path) -> Report:
     except CheckpointError as error:
         return Report(directory=root, config=_config_alone(checkpoint), text_files=text_files, problems=(error,))
     manifest, problems = examine(index)
+    note, of_tower = tower_findings(index)
     sources = manifest.sources
     outside = [source for source in sources if source.spec.layer is None]
     layers: list[list[ModuleSource]] = [[] for _ in range(index.config.num_hidden_layers)]
@@ -149,8 +151,8 @@ def inspect(directory: str | Path) -> Report:
         outside_bytes=_bytes(outside),
         packing=_packing_rows(manifest),
         text_files=text_files,
-        notes=manifest.notes,
-        problems=tuple(problems),
+        notes=(*manifest.notes, *note),
+        problems=(*problems, *of_tower),
         fingerprint=index.fingerprint,
     )
 

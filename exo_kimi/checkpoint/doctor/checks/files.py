@@ -6,7 +6,7 @@ Headers are read as the index lists them and, because they can replace it, as if
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ from exo_kimi.checkpoint.index import WeightFileTensors, read_shards, sort_tenso
 from exo_kimi.checkpoint.manifest import StageManifest, examine
 from exo_kimi.checkpoint.shards import INDEX_NAME, find_shards
 from exo_kimi.checkpoint.text_files import read_json
+from exo_kimi.checkpoint.vision import tower_findings
 from exo_kimi.errors import CheckpointError, MissingTensorError, TensorFileError, UnexpectedTensorError
 
 
@@ -89,8 +90,10 @@ def _judge(
         return None
     if reading is None:
         return [problem.error for problem in found.problems], None
-    manifest, problems = examine(sort_tensors(root, reading.config, reading.raw, found))
-    return problems, manifest
+    index = sort_tensors(root, reading.config, reading.raw, found)
+    manifest, problems = examine(index)
+    note, of_tower = tower_findings(index)
+    return [*problems, *of_tower], replace(manifest, notes=(*manifest.notes, *note))
 
 
 def _complete(problems: list[CheckpointError]) -> bool:
