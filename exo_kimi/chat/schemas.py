@@ -75,8 +75,18 @@ def _compiled(schema: Mapping[str, Any], *, lenient: bool) -> tuple[str, str, li
     """The rule of a schema, why it does not compile (empty: it does), and what it passes over."""
     style = {**_STYLE, "lenient": lenient}
     rule = f"%json {json.dumps({**schema, 'x-guidance': style})}"
-    failed, messages = LLMatcher.validate_grammar_with_warnings(LLMatcher.grammar_from_lark(f"start: {rule}"))
+    failed, messages = _validated(LLMatcher.grammar_from_lark(f"start: {rule}"))
     return (rule, "\n".join(messages) or "it does not compile", []) if failed else (rule, "", list(messages))
+
+
+def _validated(grammar: str) -> tuple[bool, list[str]]:
+    try:
+        found: tuple[bool, list[str]] = LLMatcher.validate_grammar_with_warnings(grammar)
+        return found
+    except BaseException as error:
+        if type(error).__name__ != "PanicException":  # of Rust, which is no Exception and can be imported from nowhere
+            raise
+        return True, [f"llguidance fails on it: {error}"]
 
 
 def _without_ids(schema: Mapping[str, Any]) -> Mapping[str, Any]:

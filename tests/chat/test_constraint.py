@@ -274,3 +274,9 @@ def test_no_tools_bias_bars_every_tool_marker(tokenizer: KimiTokenizer) -> None:
     bias = dict(constraint.no_tools_bias(tokenizer))
     assert set(bias) == {token_id for name, token_id in tokenizer.special.items() if "tool_call" in name}
     assert json.loads(json.dumps(list(bias.values()))) == [-1e9] * 5
+
+
+def test_a_schema_on_which_llguidance_panics_is_refused_like_any_other(tokenizer: KimiTokenizer) -> None:
+    """It cuts its message at byte 100, in the middle of a letter; Rust's panic is no Exception, and was a 500."""
+    with pytest.raises(RequestError, match="cannot be enforced"):
+        constraint.json_schema(tokenizer, {"type": "object", "required": "é" * 50})

@@ -167,7 +167,7 @@ def parse_state(raw: object, *, where: object) -> ClusterState:
         raise _unknown(f"the keys {', '.join(_NEEDED)}", f"no {', '.join(missing)}", where)
     try:
         return _parse(raw)
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
+    except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError, RecursionError) as error:
         raise _unknown("the shapes of v1.0.71 or b5375f8ce", f"{type(error).__name__}: {error}", where) from error
 
 
@@ -183,13 +183,13 @@ def _parse(raw: Mapping[str, Any]) -> ClusterState:
                 rdma.add((source, sink))
     return ClusterState(
         generation="b5375f8ce" if "customModelCards" in raw else "1.0.71",
-        nodes=_without_former([_node(node_id, raw) for node_id in raw["topology"]["nodes"]]),
+        nodes=_without_former([_node(_text(node_id), raw) for node_id in raw["topology"]["nodes"]]),
         sockets=sockets,
         rdma=frozenset(rdma),
         instances=tuple(_instance(entry) for entry in raw["instances"].values()),
         runners={runner_id: _runner(entry) for runner_id, entry in raw["runners"].items()},
         downloads=dict(_download(node_id, entry) for node_id, entries in raw["downloads"].items() for entry in entries),
-        cards=dict(raw.get("customModelCards", {})),
+        cards={model_id: dict(card) for model_id, card in raw.get("customModelCards", {}).items()},
         last_event=int(raw.get("lastEventAppliedIdx", 0)),
     )
 
@@ -219,7 +219,7 @@ def _node(node_id: str, raw: Mapping[str, Any]) -> Node:
         chip=str(identity.get("chipId") or "Unknown"),
         total_bytes=int(memory["ramTotal"]["inBytes"]) if memory else 0,
         available_bytes=int(memory["ramAvailable"]["inBytes"]) if memory else 0,
-        interfaces={each["ipAddress"]: each["interfaceType"] for each in network["interfaces"]},
+        interfaces={_text(each["ipAddress"]): _text(each["interfaceType"]) for each in network["interfaces"]},
         heard_s=_seconds(raw.get("lastSeen", {}).get(node_id)),
     )
 
@@ -236,23 +236,24 @@ def _address(edge: Mapping[str, Any]) -> str:
 def _instance(entry: Mapping[str, Any]) -> Instance:
     body = _tagged(entry)[1]
     assigned = body["shardAssignments"]
-    nodes = {runner_id: node_id for node_id, runner_id in assigned["nodeToRunner"].items()}
+    nodes = {_text(runner_id): node_id for node_id, runner_id in assigned["nodeToRunner"].items()}
     shards = []
     for runner_id, tagged in assigned["runnerToShard"].items():
         kind, shard = _tagged(tagged)
+        _ = dict(shard["modelCard"])  # `Instance.card` reads it later
         shards.append(
             Shard(
                 runner_id=runner_id,
                 node_id=nodes.get(runner_id, ""),
                 kind=kind.removesuffix("ShardMetadata"),
-                rank=shard["deviceRank"],
-                start_layer=shard["startLayer"],
-                end_layer=shard["endLayer"],
+                rank=_whole(shard["deviceRank"]),
+                start_layer=_whole(shard["startLayer"]),
+                end_layer=_whole(shard["endLayer"]),
             )
         )
     return Instance(
-        instance_id=body["instanceId"],
-        model_id=assigned["modelId"],
+        instance_id=_text(body["instanceId"]),
+        model_id=_text(assigned["modelId"]),
         shards=tuple(sorted(shards, key=lambda shard: shard.rank)),
         placed=entry,
     )
@@ -271,7 +272,19 @@ def _runner(entry: Mapping[str, Any]) -> Runner:
 def _download(node_id: str, entry: Mapping[str, Any]) -> tuple[tuple[str, str], Download]:
     status, body = _tagged(entry)
     card = _tagged(body["shardMetadata"])[1]["modelCard"]
-    return (node_id, card["modelId"]), Download(status=status, message=str(body.get("errorMessage") or ""))
+    return (node_id, _text(card["modelId"])), Download(status=status, message=str(body.get("errorMessage") or ""))
+
+
+def _text(value: object) -> str:
+    if not isinstance(value, str):
+        raise TypeError(f"a text expected, found {type(value).__name__}")
+    return value
+
+
+def _whole(value: object) -> int:
+    if not isinstance(value, int):
+        raise TypeError(f"a whole number expected, found {type(value).__name__}")
+    return value
 
 
 def _tagged(entry: Mapping[str, Any]) -> tuple[str, Mapping[str, Any]]:

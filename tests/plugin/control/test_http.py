@@ -117,3 +117,22 @@ def test_an_answer_that_exo_breaks_off_is_an_error(make_exo: Any, client_of: Any
     """exo says 200 and sends nothing when a runner dies under an answer."""
     with pytest.raises(ExoRefusedError, match="broke off"):
         client_of(make_exo(breaks_off=True)).answer(MODEL, "Hello")
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda state: state.update(lastEventAppliedIdx=float("inf")),
+        lambda state: state["topology"].update(nodes=[0, 0]),
+        lambda state: state["nodeMemory"].update(
+            {next(iter(state["nodeIdentities"])): {"ramTotal": {"inBytes": 1e999}}}
+        ),
+        lambda state: state.update(customModelCards={"a": 5}),
+    ],
+)
+def test_a_state_of_other_types_is_an_exo_that_nobody_knows(make_exo: Any, change: Any) -> None:
+    """Numbers without end and ids that are no text were tracebacks, here or later."""
+    state = make_exo()._snapshot()
+    change(state)
+    with pytest.raises(ExoVersionError):
+        parse_state(state, where="http://x")
