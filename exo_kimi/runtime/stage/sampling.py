@@ -33,7 +33,19 @@ class SequenceSampler:
         start: the sequence as it was registered; its history counts as generated.
     """
 
-    __slots__ = ("counts", "generated_tokens", "params", "prompt_tokens", "run", "seed", "seen", "seq_id")
+    __slots__ = (
+        "bias_ids",
+        "biases",
+        "counts",
+        "generated_tokens",
+        "only_bars",
+        "params",
+        "prompt_tokens",
+        "run",
+        "seed",
+        "seen",
+        "seq_id",
+    )
 
     def __init__(self, start: SequenceStart) -> None:
         if start.sampling.seed is None and start.sampling.temperature > 0:
@@ -42,6 +54,10 @@ class SequenceSampler:
         self.params = start.sampling
         self.seed = (start.sampling.seed or 0) % 2**64
         self.prompt_tokens = start.prompt_tokens
+        # Made once: a client may bias the whole vocabulary, and every token of every sequence would wait for a loop over it.
+        self.bias_ids = np.array([token_id for token_id, _ in start.sampling.logit_bias], np.int64)
+        self.biases = np.array([bias for _, bias in start.sampling.logit_bias], np.float64)
+        self.only_bars = frozenset(self.bias_ids.tolist()) if (self.biases <= 0).all() else None
         self.counts: Counter[int] = Counter(start.history)
         self.generated_tokens = len(start.history)
         self.seen: set[int] = {*start.history, *start.seen}
@@ -51,8 +67,8 @@ class SequenceSampler:
         """Whether the choice is the largest raw logit, which is this token's: biases only bar others."""
         p = self.params
         penalised = p.presence_penalty != 0 or p.frequency_penalty != 0 or p.repetition_penalty != 1
-        barred = all(bias <= 0 and token_id != other for other, bias in p.logit_bias)
-        return p.temperature == 0 and not penalised and barred
+        unbiased = self.only_bars is not None and token_id not in self.only_bars
+        return p.temperature == 0 and not penalised and unbiased
 
     def observe(self, tokens: npt.NDArray[np.int32]) -> None:
         """Note tokens that were fed, for the repetition penalty."""
@@ -189,8 +205,7 @@ def _adjusted(row: Row, sampler: SequenceSampler) -> Row:
         ids = np.fromiter(sampler.counts, np.int64, len(sampler.counts))
         times = np.fromiter(sampler.counts.values(), np.float64, len(sampler.counts))
         row[ids] -= params.presence_penalty + params.frequency_penalty * times
-    for token_id, bias in params.logit_bias:
-        row[token_id] += bias
+    np.add.at(row, sampler.bias_ids, sampler.biases)
     return row
 
 
