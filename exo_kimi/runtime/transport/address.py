@@ -66,7 +66,7 @@ def parse_address(text: str, *, option: str, listen: bool = False) -> Address:
     """
     if text.startswith("ipc://"):
         path = text.removeprefix("ipc://")
-        if not path.startswith("/") or len(path.encode()) > _MAX_IPC_BYTES or "\0" in path:
+        if not path.startswith("/") or len(path.encode("utf-8", "surrogateescape")) > _MAX_IPC_BYTES or "\0" in path:
             raise _bad(text, option, f"ipc:// and an absolute path of at most {_MAX_IPC_BYTES} bytes")
         return Address("", 0, path)
     host, colon, digits = text.removeprefix("tcp://").rpartition(":")
