@@ -111,6 +111,7 @@ class OllamaChatRequest(OllamaFields):
         warnings = self.not_carried_out()
         return ConversationRequest(
             messages=tuple(_messages(self.messages or (), warnings)),
+            must_show_pictures=False,
             tools=tuple(_tools(self.tools or ())),
             thinking=self.thinking(),
             reasoning_effort=self.effort(warnings),
@@ -138,13 +139,14 @@ class OllamaGenerateRequest(OllamaFields):
             if getattr(self, name):
                 warnings.append(f"'{name}' is not carried out")
         text = self.prompt or ""
-        if self.images:
-            text = f"{text}\n{left_out_part('image', warnings)}"
         if self.raw:
+            if self.images:
+                text = f"{text}\n{left_out_part('image', warnings)}"
             return TextRequest(prompts=(text,), warnings=tuple(warnings), **self.reply_options())
         system = [{"role": "system", "content": self.system}] if self.system else []
         return ConversationRequest(
-            messages=(*system, {"role": "user", "content": text}),
+            messages=(*system, {"role": "user", "content": _shown(text, self.images)}),
+            must_show_pictures=False,
             thinking=self.thinking(),
             reasoning_effort=self.effort(warnings),
             response_format=self.json_format(),
@@ -171,9 +173,7 @@ def _messages(messages: Sequence[Any], warnings: list[str]) -> list[dict[str, An
             raise RequestError(f"'{where}' has no role that is known", found=repr(role)[:40], param=where)
         content = message.get("content")
         text = content if isinstance(content, str) else "" if content is None else json.dumps(content)
-        if message.get("images"):
-            text = f"{text}\n{left_out_part('image', warnings)}".lstrip()
-        written: dict[str, Any] = {"role": role, "content": text}
+        written: dict[str, Any] = {"role": role, "content": _shown(text, message.get("images"))}
         if role == "tool":
             named = [call for call in waiting if call[0] == message.get("tool_name")]
             answered = next(iter(named or waiting), ("", f"call_{index}"))
@@ -218,3 +218,11 @@ def _tools(tools: Sequence[Any]) -> list[dict[str, Any]]:
         kept = {key: value for key, value in function.items() if value is not None}
         functions.append({"type": "function", "function": kept})
     return functions
+
+
+def _shown(text: str, images: object) -> str | list[dict[str, Any]]:
+    """A message's text with its pictures behind it, which Ollama's clients send as base64."""
+    if not isinstance(images, list) or not images:
+        return text
+    shown = [{"type": "image_url", "image_url": {"url": f"data:;base64,{image}"}} for image in images]
+    return [*([{"type": "text", "text": text}] if text else []), *shown]
