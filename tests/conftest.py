@@ -5,6 +5,8 @@ the other; every other file is a group of its own.
 """
 
 import os
+import sys
+import types
 
 import pytest
 from hypothesis import settings
@@ -12,6 +14,10 @@ from hypothesis import settings
 # Before NumPy is imported: threads of a matrix product wait for each other by spinning, which on a busy machine costs ten times
 # the product, and the trainer has threads of its own.
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+
+# transformers imports torchvision where it is installed. Its wheels are built for torch's of a GPU: beside those of the CPU, this
+# part, which nothing here uses, fails and takes all of transformers with it.
+sys.modules.setdefault("torchvision._meta_registrations", types.ModuleType("torchvision._meta_registrations"))
 
 settings.register_profile("patient", deadline=None)
 settings.load_profile("patient")

@@ -78,6 +78,11 @@ def find_vision(index: CheckpointIndex, directory: Path | None = None) -> Vision
         NotACheckpointError: `directory` holds no tower, or the checkpoint is one without vision.
     """
     where = index.directory / CONFIG_NAME
+    described = index.raw_config.get("vision_config") is not None
+    if described and directory is None and not any(name.startswith(_ROOTS) for name in map(_plain, index.tensors)):
+        return NoVision(
+            "config.json describes a vision tower, but the weights have none; --vision DIR names a directory that has it"
+        )
     config = VisionConfig.from_dict(index.raw_config, hidden_size=index.config.hidden_size, where=where)
     if config is None:
         if directory is not None:
@@ -91,14 +96,10 @@ def find_vision(index: CheckpointIndex, directory: Path | None = None) -> Vision
         place = Path(directory)
         _check_same(index.raw_config, place)
         tensors = _tensors_in(place)
-    found = {name: entry for name, entry in map(_named, tensors.values()) if name.startswith(_ROOTS)}
+    found = {_plain(name): entry for name, entry in tensors.items() if _plain(name).startswith(_ROOTS)}
     if not found:
-        if directory is not None:
-            raise NotACheckpointError(
-                "no vision tower here", expected=f"{len(config.shapes)} tensors such as vision_tower.*", where=place
-            )
-        return NoVision(
-            "config.json describes a vision tower, but the weights have none; --vision DIR names a directory that has it"
+        raise NotACheckpointError(
+            "no vision tower here", expected=f"{len(config.shapes)} tensors such as vision_tower.*", where=place
         )
     problems = _problems(config, found)
     if len(problems) == 1:
@@ -138,8 +139,8 @@ def chosen_tower(
     return NoVision("it was started with --no-vision") if no_vision else find_vision(index, directory)
 
 
-def _named(entry: TensorEntry) -> tuple[str, TensorEntry]:
-    return entry.name.removeprefix("model."), entry
+def _plain(name: str) -> str:
+    return name.removeprefix("model.")
 
 
 def _check_same(raw: Mapping[str, Any], place: Path) -> None:

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
-import types
 from pathlib import Path
 from typing import Any
 
@@ -38,8 +36,6 @@ def theirs(vision_checkpoint: Path) -> Any:
     """transformers' model of the same directory; it does not read the published vt_* keys."""
     torch = pytest.importorskip("torch", reason="the oracle runs on torch")
     transformers = pytest.importorskip("transformers")
-    # torchvision's wheels do not fit torch's of the CPU; nothing of it is used.
-    sys.modules.setdefault("torchvision._meta_registrations", types.ModuleType("torchvision._meta_registrations"))
     if not hasattr(transformers, "Kimi_K25ForConditionalGeneration"):
         pytest.skip("this transformers has no Kimi K2.5")
     from transformers.models.kimi_k25.configuration_kimi_k25 import Kimi_K25Config, Kimi_K25VisionConfig

@@ -460,7 +460,7 @@ def test_at_a_long_context_guesses_pay_for_their_attention() -> None:
         ones, twos = (k2.cost(tokens, sequences=1, cached_tokens=cached) for tokens in (1, 2))
         experts = k2.read(2, cached_tokens=cached) - k2.read(1, cached_tokens=cached)
         assert twos - ones == pytest.approx(experts + cached * k2.attention_bytes)
-    chances = [[0.75, 0.5, 0.4]]
+    chances = [[0.8, 0.65, 0.5]]
 
     def drafts(cached: int) -> int:
         return sum(choose_drafts(chances, lambda tokens: k2.cost(tokens, sequences=1, cached_tokens=cached)))
