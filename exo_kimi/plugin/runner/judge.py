@@ -38,6 +38,7 @@ class Judge:
         self._clock = clock
         self._before_s = clock()
         self._lost_s = 0.0
+        self._last: Verdict = "together"
 
     def tick(self, *, connected: bool, silent_s: float) -> Verdict:
         """How it stands now.
@@ -48,9 +49,11 @@ class Judge:
         """
         now_s = self._clock()
         passed_s, self._before_s = now_s - self._before_s, now_s
-        if connected:
-            self._lost_s = 0.0
-            frozen = passed_s > _LATE_S
-            return "apart" if silent_s > self._quiet_s and not frozen else "together"
-        self._lost_s += min(passed_s, _LATE_S)
-        return "hopeless" if self._lost_s > self._hopeless_s else "apart"
+        if not connected:
+            self._lost_s += min(passed_s, _LATE_S)
+            self._last = "hopeless" if self._lost_s > self._hopeless_s else "apart"
+            return self._last
+        self._lost_s = 0.0
+        if passed_s <= _LATE_S or silent_s <= self._quiet_s:  # a late tick cannot tell whose silence it was
+            self._last = "apart" if silent_s > self._quiet_s else "together"
+        return self._last

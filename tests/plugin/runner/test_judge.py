@@ -55,3 +55,11 @@ def test_a_process_that_was_frozen_itself_blames_nobody() -> None:
     court.now_s += 600
     assert court.ticks(TICK_S, connected=False, silent_s=600) == "apart"
     assert court.ticks(HOPELESS_S - 4, connected=False) == "apart"
+
+
+def test_a_late_tick_in_a_silence_does_not_call_the_silent_rank_back() -> None:
+    court = Court()
+    assert court.ticks(1, silent_s=QUIET_S + 1) == "apart"
+    court.now_s += 3.5  # a busy machine
+    assert court.ticks(TICK_S, silent_s=QUIET_S + 5) == "apart"
+    assert court.ticks(TICK_S, silent_s=0.5) == "together"
