@@ -24,8 +24,10 @@ from exo_kimi.runtime.engine.prefix_cache import PrefixOptions
 from exo_kimi.runtime.engine.speculation import Drafter
 from exo_kimi.runtime.loading.vision import load_vision
 from exo_kimi.runtime.requests import GenerationRequest, PromptPicture, SamplingParams, TokenEvent
-from exo_kimi.runtime.stage.inline import InlinePipeline
+from exo_kimi.runtime.stage.inline import InlinePipeline, OpenDisk
 from exo_kimi.runtime.stage.pictures import PictureTower
+from exo_kimi.runtime.stage.prefix_disk import Changed, PrefixDisk
+from exo_kimi.runtime.stage.stage_model import StageModel
 from tests.vision.conftest import LAYERS, patches_of, picture_of
 
 BOUNDS = {1: [0, 3], 2: [0, 2, 3], 3: [0, 1, 2, 3]}
@@ -146,7 +148,11 @@ def test_logits_are_those_of_transformers(
 
 
 def pipeline_of(
-    models: Callable[[int], list[Model]], tower: PictureTower, stages: int, capacity: int
+    models: Callable[[int], list[Model]],
+    tower: PictureTower,
+    stages: int,
+    capacity: int,
+    open_disk: OpenDisk | None = None,
 ) -> InlinePipeline:
     return InlinePipeline(
         lambda: models(stages),
@@ -155,6 +161,7 @@ def pipeline_of(
         kv_capacity_tokens=capacity,
         cache_step=16,
         load_tower=lambda: tower,
+        open_disk=open_disk,
     )
 
 
@@ -243,6 +250,31 @@ async def test_a_second_turn_about_a_picture_does_not_run_the_tower(
     assert ids(second) == answer(turn)
     assert second[0].cached_tokens == len(asked.ids) + NEW - 1
     assert fresh.runs == 1
+
+
+async def test_prefixes_on_disk_know_the_picture_after_a_restart(
+    vision_checkpoint: Path,
+    models: Callable[[int], list[Model]],
+    tower: PictureTower,
+    answer: Callable[[Asked], list[int]],
+    tmp_path: Path,
+) -> None:
+    one, other = (prompt_of(vision_checkpoint, 40, picture, 40) for picture in (ONE, SAME_SIZE))
+
+    def open_disk(stage: int, model: StageModel, changed: Changed) -> PrefixDisk:
+        return PrefixDisk(tmp_path, f"2{stage}" * 16, block_bytes=1000, disk_bytes=1 << 20, changed=changed)
+
+    found = []
+    for asked in (one, one, other):
+        pipeline = pipeline_of(models, tower, 2, capacity=4096, open_disk=open_disk)
+        async with Engine(pipeline, prefill_chunk=64, prefixes=PrefixOptions()) as engine:
+            events = await ask(engine, asked)
+            found.append((ids(events), events[0].cached_tokens))
+            while engine.snapshot().disk_blocks < len(asked.ids) // 16:
+                await asyncio.sleep(0.01)
+    assert [tokens for tokens, _ in found] == [answer(one), answer(one), answer(other)]
+    # Blocks of 16: all whole ones of the same picture, of the other one those before it.
+    assert [cached for _, cached in found] == [0, (len(one.ids) - 1) // 16 * 16, 40 // 16 * 16]
 
 
 async def test_guesses_change_no_token_about_pictures(

@@ -2,26 +2,16 @@
 
 from __future__ import annotations
 
-import base64
-import io
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import replace
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
 
-import mlx.core as mx
-import numpy as np
 import pytest
-from PIL import Image
 
-import exo_kimi
-from exo_kimi.arch.vision import VisionConfig
-from exo_kimi.checkpoint.checkpoint import Checkpoint
 from exo_kimi.checkpoint.tiny.make import make_tiny
-from exo_kimi.dialogue.pictures import PicturePrompts
 from exo_kimi.dialogue.speaker import Speaker
 from exo_kimi.errors import (
     CheckpointProblems,
@@ -33,8 +23,6 @@ from exo_kimi.errors import (
     StageStalledError,
     StageUnreachableError,
 )
-from exo_kimi.pictures.picture import PixelRules
-from exo_kimi.pictures.reader import PictureReader
 from exo_kimi.plugin.control.prepare import prepare
 from exo_kimi.plugin.runner import builder as exo_builder
 from exo_kimi.plugin.runner import engine as exo_engine
@@ -43,8 +31,7 @@ from exo_kimi.plugin.runner import leader as exo_leader
 from exo_kimi.plugin.runner.advice import advise
 from exo_kimi.plugin.runner.builder import KimiBuilder
 from exo_kimi.plugin.runner.chunks import ExoTypes
-from exo_kimi.plugin.runner.task import prepare_task
-from exo_kimi.runtime.loading.vision import load_vision
+from tests.plugin.seeing import picture, text_about
 
 MODEL = "lab/kimi-k2-tiny"
 SECONDS = 30.0
@@ -550,9 +537,7 @@ def test_a_picture_is_answered_as_one_process_answers(
     for bound, builder in zip(made.bound, made.builders, strict=True):
         bound.bound_shard.model_card.vision = SimpleNamespace(weights_repo="lab/tower")
         builder._find_directory = lambda model_id: seeing if model_id == "lab/tower" else blind
-    buffer = io.BytesIO()
-    Image.new("RGB", (90, 60), "red").save(buffer, "PNG")
-    image = base64.b64encode(buffer.getvalue()).decode()
+    image = picture("red")
     messages = [{"role": "user", "content": [{"type": "text", "text": "What?"}, {"type": "image"}]}]
     try:
         made.start()
@@ -561,23 +546,4 @@ def test_a_picture_is_answered_as_one_process_answers(
         found = text(made.run(0, ended("t")), "t")
     finally:
         made.close()
-
-    checkpoint = Checkpoint(seeing)
-    vision = VisionConfig.from_dict(checkpoint.raw_config, hidden_size=64)
-    assert vision is not None
-    reader = PictureReader(PixelRules.from_directory(vision, seeing))
-    speaker = replace(Speaker.from_directory(seeing), pictures=PicturePrompts(vision, reader))
-    (choice,) = prepare_task("t", made.params("", images=[image], **options), speaker).choices
-    model, tower = exo_kimi.load(blind), load_vision(seeing)
-    shown = choice.request.pictures[0]
-    pixels = np.frombuffer(shown.picture.pixels, np.uint8).reshape(1, shown.picture.grid.rows * 14, -1, 3)
-    h = model.embed(mx.array(choice.request.prompt_ids))
-    h[shown.start : shown.start + shown.tokens] = tower(mx.array(pixels), shown.picture.grid).astype(h.dtype)
-    caches, tokens = model.make_cache(), list[int]()
-    for _ in range(8):
-        logits = model.logits(model.forward_ragged(h, [(len(h), caches)])[-1:])
-        tokens.append(int(mx.argmax(logits[0]).item()))
-        if tokens[-1] in speaker.tokenizer.stop_ids:
-            break
-        h = model.embed(mx.array(tokens[-1:]))
-    assert found == speaker.tokenizer.decode(t for t in tokens if not speaker.tokenizer.is_special(t))
+    assert found == text_about(seeing, made.params("", images=[image], **options), 8)

@@ -36,13 +36,15 @@ from exo_kimi.plugin.control.http import ExoClient
 from exo_kimi.plugin.control.plan import exo_plan
 from exo_kimi.plugin.control.prepare import prepare
 from exo_kimi.plugin.control.watch import Deadlines
+from tests.plugin.seeing import picture, text_about
 
 pytestmark = [pytest.mark.exo, pytest.mark.timeout(600)]
 
-MODEL, CALLER, BROKEN, LLAMA = (
+MODEL, CALLER, BROKEN, SEEING, LLAMA = (
     "lab/kimi-k2-tiny",
     "lab/kimi-k2-caller",
     "lab/kimi-k2-broken",
+    "lab/kimi-k2-seeing",
     "lab/llama-tiny",
 )
 PROMPTS = ("Tell me about the sea.", "How many layers has a cake?", "今天天气怎么样?")
@@ -73,6 +75,10 @@ def models(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     caller = make_tiny(tmp_path_factory.mktemp("caller") / "kimi", layout="bf16", dtype="F32")
     teach_a_call(caller)
     prepare(caller, folder, model_id=CALLER)
+    seeing = make_tiny(
+        tmp_path_factory.mktemp("seeing") / "kimi", layout="bf16", dtype="F32", vision=True, template="k25"
+    )
+    prepare(seeing, folder, model_id=SEEING)
     prepare(tiny, folder, model_id=BROKEN)
     lose_a_tensor(folder / BROKEN.replace("/", "--"))
     return folder
@@ -407,3 +413,20 @@ def mlx_lm_text(directory: Path, tokens: int) -> str:
     command = [os.environ["EXO_PYTHON"], "-c", code, str(directory), str(tokens)]
     done = subprocess.run(command, capture_output=True, check=True, env=os.environ | {"HF_HUB_OFFLINE": "1"})
     return done.stdout.decode()
+
+
+def test_a_picture_is_answered_as_one_process_answers(
+    cluster: Any, client: ExoClient, models: Path, exo_shapes: Any
+) -> None:
+    directory = models / SEEING.replace("/", "--")
+    assert place(client, directory, SEEING, (5, 2)).answer is not None
+    for color in ("red", "blue"):
+        url = {"url": f"data:image/png;base64,{picture(color)}"}
+        parts = [{"type": "text", "text": "What?"}, {"type": "image_url", "image_url": url}]
+        body = {"messages": [{"role": "user", "content": parts}], "enable_thinking": False}
+        reply = ask(cluster.url, "", model=SEEING, tokens=8, **body)
+        shown = [{"role": "user", "content": [parts[0], {"type": "image"}]}]
+        params = exo_shapes.task_params(
+            "", images=[picture(color)], chat_template_messages=shown, enable_thinking=False, max_output_tokens=8
+        )
+        assert text_of(reply) == text_about(directory, params, 8), color
