@@ -25,7 +25,7 @@ from pathlib import Path
 import httpx
 
 from exo_kimi.bench.frame import Result, Row, finish
-from exo_kimi.bench.soak.clients import ANSWER_S, Clients, Question, Seen, ask, questions
+from exo_kimi.bench.soak.clients import ANSWER_S, Clients, Seen, SoakPrompt, ask, questions
 from exo_kimi.bench.soak.server import END_S, Held, SoakServer, held_by, soak_server
 from exo_kimi.bench.soak.troubles import SMALL_DISK_BYTES, Troubles, small_disk
 from exo_kimi.checkpoint.tiny.make import make_tiny
@@ -110,7 +110,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     return finish(Result(bench="soak", rows=rows, notes=notes), options)
 
 
-def _right_answers(server: SoakServer, seed: int) -> dict[Question, str]:
+def _right_answers(server: SoakServer, seed: int) -> dict[SoakPrompt, str]:
     """Every question asked alone, before anything goes wrong."""
     answers = {}
     with httpx.Client(base_url=server.url, timeout=ANSWER_S, trust_env=False) as client:

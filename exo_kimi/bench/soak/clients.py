@@ -24,7 +24,7 @@ _WORDS = ("river", "seven", "lamp", "north", "apple", "quiet", "engine", "letter
 
 
 @dataclass(frozen=True, slots=True)
-class Question:
+class SoakPrompt:
     """What is asked, and for how many tokens."""
 
     text: str
@@ -40,25 +40,25 @@ class Question:
         }
 
 
-def questions(count: int, generator: random.Random) -> list[Question]:
+def questions(count: int, generator: random.Random) -> list[SoakPrompt]:
     """Short and long ones, some with a common beginning, so that prefixes are shared and stored."""
     made = []
     for number in range(count):
         words = " ".join(generator.choice(_WORDS) for _ in range(generator.choice((3, 12, 60))))
         shared = "You are careful and answer in one sentence. " * 8 if number % 3 == 0 else ""
-        made.append(Question(f"{shared}{number}: {words}", generator.choice((4, 16, 48))))
+        made.append(SoakPrompt(f"{shared}{number}: {words}", generator.choice((4, 16, 48))))
     return made
 
 
 @dataclass(frozen=True, slots=True)
-class Verdict:
+class SoakVerdict:
     """What an answer was, and what was seen when it may not be."""
 
     kind: Literal["right", "told", "left", "wrong", "hung", "unclear"]
     detail: str = ""
 
 
-def ask(client: httpx.Client, question: Question, expected: str | None, *, kind: Kind) -> Verdict:
+def ask(client: httpx.Client, question: SoakPrompt, expected: str | None, *, kind: Kind) -> SoakVerdict:
     """Ask once and judge.
 
     Args:
@@ -74,29 +74,29 @@ def ask(client: httpx.Client, question: Question, expected: str | None, *, kind:
             for part in answer.iter_bytes():
                 content += part
                 if time.monotonic() > until_s:
-                    return Verdict("hung", content[-200:].decode(errors="replace"))
+                    return SoakVerdict("hung", content[-200:].decode(errors="replace"))
                 if kind == "leave" and content.count(b"data: ") >= 3:
-                    return Verdict("left")
+                    return SoakVerdict("left")
     except httpx.TimeoutException as error:
-        return Verdict("hung", repr(error))
+        return SoakVerdict("hung", repr(error))
     except httpx.HTTPError as error:
-        return Verdict("unclear", repr(error))
+        return SoakVerdict("unclear", repr(error))
     if answer.status_code != 200:
         return _told(answer.status_code, content)
     found, broken = _whole(content) if kind == "whole" else _streamed(content)
     if broken is not None:
-        return Verdict("told", broken) if broken else Verdict("unclear", f"the stream broke off: {found!r}")
+        return SoakVerdict("told", broken) if broken else SoakVerdict("unclear", f"the stream broke off: {found!r}")
     if expected is not None and found != expected:
-        return Verdict("wrong", f"{question.text[:40]!r}: {found!r} and not {expected!r}")
-    return Verdict("right", found)
+        return SoakVerdict("wrong", f"{question.text[:40]!r}: {found!r} and not {expected!r}")
+    return SoakVerdict("right", found)
 
 
-def _told(status: int, content: bytes) -> Verdict:
+def _told(status: int, content: bytes) -> SoakVerdict:
     try:
         error = json.loads(content)["error"]
-        return Verdict("told", f"{status} {error['code']}")
+        return SoakVerdict("told", f"{status} {error['code']}")
     except (ValueError, LookupError, TypeError):
-        return Verdict("unclear", f"{status} {content[:200]!r}")
+        return SoakVerdict("unclear", f"{status} {content[:200]!r}")
 
 
 def _whole(content: bytes) -> tuple[str, str | None]:
@@ -132,7 +132,7 @@ class Seen:
     last_right_s: float = 0.0
     lock: threading.Lock = field(default_factory=threading.Lock)
 
-    def add(self, verdict: Verdict) -> None:
+    def add(self, verdict: SoakVerdict) -> None:
         """Counts it."""
         with self.lock:
             self.counts[verdict.kind] += 1
@@ -159,7 +159,7 @@ class Clients:
         seed: of their choices.
     """
 
-    def __init__(self, url: str, count: int, answers: Mapping[Question, str], seed: int) -> None:
+    def __init__(self, url: str, count: int, answers: Mapping[SoakPrompt, str], seed: int) -> None:
         self.seen = Seen()
         self._url = url
         self._answers = answers
@@ -180,7 +180,7 @@ class Clients:
             thread.join(2 * ANSWER_S)
 
     def _run(self, generator: random.Random) -> None:
-        asked: Sequence[Question] = list(self._answers)
+        asked: Sequence[SoakPrompt] = list(self._answers)
         while not self._stop.is_set():
             with httpx.Client(base_url=self._url, timeout=ANSWER_S, trust_env=False) as client:
                 for _ in range(generator.randint(1, 20)):

@@ -11,10 +11,10 @@ import pytest
 from exo_kimi.bench.claims import soak
 from exo_kimi.bench.claims.soak import Course
 from exo_kimi.bench.frame import Result, finish
-from exo_kimi.bench.soak.clients import Question, Seen, Verdict, ask, questions
+from exo_kimi.bench.soak.clients import Seen, SoakPrompt, SoakVerdict, ask, questions
 from exo_kimi.bench.soak.server import Held
 
-QUESTION = Question("hi", 8)
+QUESTION = SoakPrompt("hi", 8)
 
 
 def events(*chunks: dict[str, object], done: bool = True) -> bytes:
@@ -77,7 +77,7 @@ def verdict(seen: Seen, course: Course, *, ended_s: float = 0.5, alive: bool = T
 def good() -> tuple[Seen, Course]:
     seen = Seen()
     for kind in ("right", "right", "told", "left"):
-        seen.add(Verdict(kind))
+        seen.add(SoakVerdict(kind))
     held = Held(rss_bytes=100_000_000, descriptors=30)
     return seen, Course(recoveries_s=[(2.0, "a kill")], early=held, late=held)
 
@@ -90,7 +90,7 @@ def test_a_good_course_passes(capsys: pytest.CaptureFixture[str]) -> None:
 @pytest.mark.parametrize("kind", ["wrong", "hung", "unclear"])
 def test_one_bad_answer_is_one_too_many(kind, capsys: pytest.CaptureFixture[str]) -> None:
     seen, course = good()
-    seen.add(Verdict(kind, "what was seen"))
+    seen.add(SoakVerdict(kind, "what was seen"))
     assert verdict(seen, course) == 1
     assert "MISSED" in capsys.readouterr().out
 
