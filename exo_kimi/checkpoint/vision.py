@@ -162,6 +162,13 @@ def _check_same(raw: Mapping[str, Any], place: Path) -> None:
 
 
 def _tensors_in(place: Path) -> Mapping[str, TensorEntry]:
+    if not place.is_dir():
+        raise NotACheckpointError(
+            "no such directory for the vision tower",
+            found=place,
+            where="--vision",
+            fix="give the folder of its *.safetensors",
+        )
     found = read_shards(find_shards(place))
     if found.problems:
         raise CheckpointProblems([problem.error for problem in found.problems], where=place)

@@ -126,11 +126,14 @@ def test_the_tower_of_another_model_is_refused(make: Make) -> None:
         find_vision(open_index(text), whole)
 
 
-def test_a_directory_without_a_tower_is_refused(make: Make) -> None:
+def test_a_directory_without_a_tower_is_refused(make: Make, tmp_path: Path) -> None:
     with pytest.raises(NotACheckpointError, match="no vision tower here"):
         find_vision(open_index(make("text", vision=False, prefix=True)), make("other", vision=False))
     with pytest.raises(NotACheckpointError, match="takes no pictures"):
         find_vision(open_index(make("plain", vision=False)), make("whole"))
+    for nowhere in (tmp_path / "nowhere", make("whole") / "config.json"):
+        with pytest.raises(NotACheckpointError, match="no such directory"):
+            find_vision(open_index(make("whole")), nowhere)
 
 
 @pytest.mark.parametrize(
