@@ -96,7 +96,7 @@ def public_address(host: str, port: int, url: PictureUrl) -> str:
     addresses = [str(entry[4][0]) for entry in found]
     for address in addresses:
         if not _is_public(address):
-            raise _failed(url, f"{host[:80]} is at {address}, which is not public")
+            raise _failed(url, f"{host[:80]} is not at a public address")
     return addresses[0]
 
 
