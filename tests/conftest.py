@@ -1,4 +1,5 @@
-"""For every test: hypothesis looks for wrong answers, not for slow ones, since other work may run beside.
+"""For every test: hypothesis looks for wrong answers, not for slow ones, since other work may run beside, and at the same cases each time:
+new ones are looked for with `--hypothesis-profile=search`, where a find stops nobody's landing.
 
 With pytest-xdist (`-n 2 --dist loadgroup`) whatever starts processes or waits for clocks is one group, on one worker, one after
 the other; every other file is a group of its own.
@@ -19,7 +20,8 @@ os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 # part, which nothing here uses, fails and takes all of transformers with it.
 sys.modules.setdefault("torchvision._meta_registrations", types.ModuleType("torchvision._meta_registrations"))
 
-settings.register_profile("patient", deadline=None)
+settings.register_profile("patient", deadline=None, derandomize=True)
+settings.register_profile("search", deadline=None)
 settings.load_profile("patient")
 
 _PROCESSES = (

@@ -145,11 +145,11 @@ def _read_special(config: Mapping[str, Any], first_id: int, path: Path) -> dict[
     names: dict[int, str] = {}
     for key, entry in entries.items():
         name = _token_text(entry)
-        if not key.isdecimal() or not name:
+        if not key.isdecimal() or len(key) > 9 or not name or not name.isprintable():
             raise TokenizerError(
                 f"{path.name} has a malformed entry",
-                expected="a token id with its content",
-                found=f"{key!r}: {entry!r}"[:120],
+                expected="a token id with its content, which can be printed",
+                found=f"{key[:20]!r}: {entry!r}"[:120],
                 where=f"{path}, added_tokens_decoder",
             )
         if int(key) < first_id:

@@ -188,6 +188,8 @@ def test_a_malformed_vocabulary_is_an_error(old: str, new: str, message: str, fr
         (None, "names no control tokens"),
         ({"x": {"content": "<a>"}}, "malformed entry"),
         ({"600": {"name": "<a>"}}, "malformed entry"),
+        ({"600": {"content": "\ud800"}}, "malformed entry"),
+        ({"9" * 5000: {"content": "<a>"}}, "malformed entry"),
         ({"3": {"content": "<a>"}}, "id of an ordinary token"),
         ({"500": {"content": "<a>"}, "501": {"content": "<a>"}}, "has two ids"),
     ],

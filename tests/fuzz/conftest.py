@@ -95,13 +95,14 @@ class Fuzz:
     """Makes cases and runs a check on them; what the check raises is a finding, and hypothesis makes it small."""
 
     def run(self, cases: st.SearchStrategy[Case], check: Callable[[Case], None], *, few: int = FEW) -> None:
-        """`few` cases, or cases for FUZZ_S seconds."""
+        """`few` cases, the same ones each time, or cases for FUZZ_S seconds, others each time."""
         until_s = time.monotonic() + FUZZ_S
 
         @settings(
             max_examples=MANY if FUZZ_S else few,
             deadline=None,
             database=None,
+            derandomize=not FUZZ_S,
             suppress_health_check=list(HealthCheck),
             phases=[Phase.generate, Phase.shrink],
         )
