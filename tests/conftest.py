@@ -1,5 +1,7 @@
-"""For every test: hypothesis looks for wrong answers, not for slow ones, since other work may run beside, and at the same cases each time:
-new ones are looked for with `--hypothesis-profile=search`, where a find stops nobody's landing.
+"""For every test.
+
+Hypothesis looks for wrong answers, not for slow ones, since other work may run beside, and at the same cases each time: new ones
+are looked for with `--hypothesis-profile=search`, where a find stops nobody's landing.
 
 With pytest-xdist (`-n 2 --dist loadgroup`) whatever starts processes or waits for clocks is one group, on one worker, one after
 the other; every other file is a group of its own.
