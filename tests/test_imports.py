@@ -17,20 +17,21 @@ FLOORS = {
     "sse": 1,
     "arch": 2,
     "checkpoint": 3,
-    "planner": 4,
-    "models": 4,
-    "chat": 4,
-    "pictures": 4,
-    "runtime": 5,
-    "dialogue": 6,
-    "serve": 7,
-    "plugin": 7,
-    "train": 7,
-    "client": 8,
-    "bench": 9,
-    "cli": 10,
-    "exo": 10,
-    "__main__": 11,
+    "experts": 4,
+    "planner": 5,
+    "models": 5,
+    "chat": 5,
+    "pictures": 5,
+    "runtime": 6,
+    "dialogue": 7,
+    "serve": 8,
+    "plugin": 8,
+    "train": 8,
+    "client": 9,
+    "bench": 10,
+    "cli": 11,
+    "exo": 11,
+    "__main__": 12,
 }
 # Inside runtime: the contracts (its own modules) at the bottom; engine, cluster and stage meet in them and in what is below.
 RUNTIME_FLOORS = {
@@ -51,7 +52,7 @@ RUNTIME_FLOORS = {
     "stage": 6,
 }
 LARGEST_FOLDER = 20
-WITHOUT_MLX = ("errors", "units", "arch", "checkpoint", "planner", "chat", "pictures")
+WITHOUT_MLX = ("errors", "units", "arch", "checkpoint", "experts", "planner", "chat", "pictures")
 HEAVY = ("mlx", "mlx_lm", "torch", "transformers", "fastapi", "uvicorn", "zmq", "tiktoken", "llguidance", "exo")
 
 
