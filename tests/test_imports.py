@@ -27,6 +27,7 @@ FLOORS = {
     "serve": 8,
     "plugin": 8,
     "train": 8,
+    "compress": 8,
     "client": 9,
     "bench": 10,
     "cli": 11,
