@@ -43,6 +43,7 @@ ExoKimiError                    everything that exo-kimi raises on purpose
     +-- StageDiedError          a stage process ended
     +-- StageStalledError       a stage did not answer within the deadline
     +-- StageOutOfMemoryError   a stage ran out of memory
+    +-- ExpertReadError         an expert could not be read from disk when a token needed it
     +-- StageError              a stage reported any other failure
     +-- ProtocolError           a frame has the wrong version, size or form
     +-- EngineStoppedError      the server is shutting down
@@ -356,6 +357,10 @@ class StageStalledError(RuntimeFault):
 
 class StageOutOfMemoryError(RuntimeFault):
     """Raised when a stage ran out of memory."""
+
+
+class ExpertReadError(RuntimeFault):
+    """Raised when an expert could not be read from disk when a token needed it."""
 
 
 class StageError(RuntimeFault):

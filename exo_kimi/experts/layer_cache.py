@@ -163,10 +163,18 @@ class LayerCache:
         before = {slot: len(rounds) for slot in room}
         content: dict[int, int] = {}
         rest = self._slots_of([expert for expert in held if expert in self._slot_of])
+        spare = min(len(self._free), len(missing) - len(room))
+        fresh = [
+            self._free.pop() for _ in range(spare)
+        ]  # those that come last stay: nothing is lost by giving them room
         windows = [room[start : start + width] for start in range(0, len(room), width)]
-        batches = [missing[start : start + width] for start in range(0, len(missing), width)]
-        for number, batch in enumerate(batches):
-            read = tuple(zip(batch, windows[number % len(windows)], strict=False))
+        before |= dict.fromkeys(fresh, 0)
+        swept, last = missing[: len(missing) - spare], missing[len(missing) - spare :]
+        batches = [swept[start : start + width] for start in range(0, len(swept), width)]
+        placed = [(batch, windows[number % len(windows)]) for number, batch in enumerate(batches)]
+        placed += [(last[start : start + width], fresh[start : start + width]) for start in range(0, len(last), width)]
+        for batch, slots in placed:
+            read = tuple(zip(batch, slots, strict=False))
             after = max(before[slot] for _, slot in read)
             rounds.append(Round(rest, read, after))
             rest = ()

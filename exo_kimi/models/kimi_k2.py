@@ -22,6 +22,7 @@ from exo_kimi.errors import UsageError
 from exo_kimi.models import ops, projection
 from exo_kimi.models.blocks import pieces_of
 from exo_kimi.models.decode import DecodeStep, RMSNorm
+from exo_kimi.models.expert_bank import StreamedExperts
 from exo_kimi.models.latent_cache import LatentCache8
 from exo_kimi.models.mla import Attention, Span
 from exo_kimi.models.moe import MLP, MoE
@@ -88,6 +89,7 @@ class Model(nn.Module):
         decodes: whether `forward_ragged` takes single tokens through `decode`; `fuse` sets it.
         piece_layers: how many layers' graph `decode` hands over at a time; 0 leaves everything to whoever evaluates the result,
             which is the oracle and what counts a whole graph.
+        streamed: the layers whose experts stay on disk; None where all are held.
 
     Raises:
         SplitError: the range is empty or outside the model.
@@ -110,6 +112,7 @@ class Model(nn.Module):
         self.decodes, self.piece_layers = False, PIECE_LAYERS
         self.set_scratch_bytes(ops.SCRATCH_BYTES)
         self.kv_bits: int | None = None
+        self.streamed: StreamedExperts | None = None
 
     @property
     def layers(self) -> list[DecoderLayer]:
@@ -256,6 +259,8 @@ class Model(nn.Module):
         for path, module in self.named_modules():
             names = getattr(module, "together", ())
             parts = [module[name] for name in names if name in module]
+            if getattr(module, "bank", None) is not None:
+                continue  # slots are written in place: they stay the memory that they are
             if names and len(parts) == len(names) and projection.agree(parts) and not _are_one(module, parts):
                 yield path, module, names
 

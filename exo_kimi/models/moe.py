@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
-from typing import ClassVar
+from typing import ClassVar, cast
 
 import mlx.core as mx
 import mlx.nn as nn
+import numpy as np
 from mlx_lm.models.switch_layers import SwitchGLU, SwitchLinear
+from numpy.typing import NDArray
 
 from exo_kimi.arch.config import KimiConfig
 from exo_kimi.models import ops
 from exo_kimi.models.decode import DecodeStep, Derived
+from exo_kimi.models.expert_bank import ExpertBank, Pairs
 from exo_kimi.models.projection import Projection
 
 SORTED_FROM = 64
@@ -156,6 +159,9 @@ class ExpertGLU(SwitchGLU):
 
     Returns:
         (N, K, D).
+
+    Attributes:
+        bank: reads experts into the rows, which are slots then; None where every expert has its row.
     """
 
     together: ClassVar = ("gate_proj", "up_proj")
@@ -166,8 +172,12 @@ class ExpertGLU(SwitchGLU):
         self.up_proj = _ExpertLinear(input_dims, hidden_dims, experts, bias=False)
         self.down_proj = _ExpertLinear(hidden_dims, input_dims, experts, bias=False)
         self.fused: Projection | None = None
+        self.bank: ExpertBank | None = None
 
-    def __call__(self, x: mx.array, indices: mx.array) -> mx.array:
+    def __call__(self, x: mx.array, indices: mx.array, beside: Sequence[mx.array] = ()) -> mx.array:
+        """`beside` is what else the layer computes, begun before experts are read."""
+        if self.bank is not None:
+            return self._from_slots(x, indices, beside).reshape(*indices.shape, -1)
         if self.fused is None:
             return super().__call__(x, indices)
         tokens, chosen = indices.shape
@@ -185,8 +195,12 @@ class ExpertGLU(SwitchGLU):
             y = y[mx.argsort(order)]
         return y.reshape(tokens, chosen, -1)
 
-    def decode(self, x: mx.array, experts: mx.array, step: DecodeStep) -> mx.array:
-        """(N, 1, K, D) of single tokens (N, 1, 1, D) and their experts (N, 1, 1, K)."""
+    def decode(self, x: mx.array, experts: mx.array, step: DecodeStep, beside: Sequence[mx.array] = ()) -> mx.array:
+        """(N, 1, K, D) of single tokens (N, 1, 1, D) and their experts (N, 1, 1, K); `beside` as in the call."""
+        if self.bank is not None:
+            return self._from_slots(x.reshape(step.tokens, -1), experts, beside).reshape(
+                step.tokens, 1, experts.shape[-1], -1
+            )
         if self.fused is not None:
             gate, up = mx.split(self.fused.of_experts(x, experts, rows=step.rows), 2, axis=-1)
         else:
@@ -194,6 +208,30 @@ class ExpertGLU(SwitchGLU):
             gate, up = (one.of_experts(x, experts, rows=step.rows) for one in both)
         y = Projection.of(self["down_proj"]).of_experts(ops.swiglu(gate, up), experts, rows=step.choices)
         return y.reshape(step.tokens, 1, experts.shape[-1], -1)
+
+    def _from_slots(self, x: mx.array, indices: mx.array, beside: Sequence[mx.array]) -> mx.array:
+        """(N * K, D) of tokens (N, D), by the bank."""
+        bank = cast(ExpertBank, self.bank)
+        chosen = bank.chosen(indices, beside)
+        each = len(chosen) // x.shape[0]
+        in_order = len(chosen) >= SORTED_FROM
+
+        def compute(pairs: Pairs, slots: NDArray[np.uint32]) -> mx.array:
+            order = np.argsort(slots, kind="stable") if in_order else None
+            if order is not None:
+                pairs, slots = pairs[order], slots[order]
+            rows, experts = mx.array((pairs // each).astype(np.uint32)), mx.array(slots)
+            inputs, lhs = (x[rows][:, None], None) if in_order else (x[:, None], rows)
+            if self.fused is not None:
+                gate, up = mx.split(self.fused.of_experts(inputs, experts, rows=lhs, in_order=in_order), 2, axis=-1)
+            else:
+                both = map(Projection.of, (self["gate_proj"], self["up_proj"]))
+                gate, up = (one.of_experts(inputs, experts, rows=lhs, in_order=in_order) for one in both)
+            y = Projection.of(self["down_proj"]).of_experts(ops.swiglu(gate, up), experts, in_order=in_order)
+            y = y.reshape(len(pairs), -1)
+            return y if order is None else y[mx.array(np.argsort(order).astype(np.uint32))]
+
+        return bank.apply(chosen, compute)
 
 
 class MoE(nn.Module):
@@ -206,18 +244,24 @@ class MoE(nn.Module):
         if config.n_shared_experts:
             self.shared_experts = MLP(config.hidden_size, config.moe_intermediate_size * config.n_shared_experts)
 
+    def use_slots(self, slots: int) -> None:
+        """Hold so many experts, with rows that a bank fills; their weights are yet to come."""
+        hidden, width = self.gate.weight.shape[-1], self.switch_mlp.gate_proj.weight.shape[-2]
+        self.switch_mlp = ExpertGLU(hidden, width, slots)
+
     def __call__(self, x: mx.array) -> mx.array:
         """(N, D) to (N, D)."""
         indices, weights = self.gate(x)
-        y = self.switch_mlp(x, indices)
+        shared = [self.shared_experts(x)] if "shared_experts" in self else []
+        y = self.switch_mlp(x, indices, shared)
         y = (y * weights[..., None]).sum(axis=-2).astype(y.dtype)
-        return y + self.shared_experts(x) if "shared_experts" in self else y
+        return y + shared[0] if shared else y
 
     def decode(self, x: mx.array, step: DecodeStep) -> mx.array:
         """The same of single tokens, (N, 1, 1, D) to (N, 1, 1, D)."""
         experts, weights = self["gate"].decode(x, step)
-        y = self["switch_mlp"].decode(x, experts, step)
         shared = self["shared_experts"].decode(x, step) if "shared_experts" in self else None
+        y = self["switch_mlp"].decode(x, experts, step, () if shared is None else (shared,))
         if shared is not None and y.dtype == mx.float32:
             return mx.addmm(shared, weights, y, alpha=self["gate"].factor)
         y = ((weights * self["gate"].factor) @ y.astype(mx.float32)).astype(x.dtype)

@@ -48,7 +48,7 @@ def jobs_of(source: ModuleSource, dtype: mx.Dtype | None) -> tuple[list[Job], di
         jobs, targets[f"{path}.weight"] = _fp8(source, dtype or mx.bfloat16)
         rest = {"bias": parts["bias"]} if "bias" in parts else {}
     elif source.layout == "int4":
-        jobs = [_shape_check(source, entry) for entry in parts.get("weight_shape", ())]
+        jobs = shape_checks(source)
         rest = {"weight": parts["weight_packed"], "scales": parts["weight_scale"]}
     for leaf, entries in rest.items():
         wanted = mx.float32 if leaf == "e_score_correction_bias" else dtype
@@ -59,6 +59,11 @@ def jobs_of(source: ModuleSource, dtype: mx.Dtype | None) -> tuple[list[Job], di
             derive = INTEGER_BIASES[source.quant.bits]
             targets[f"{path}.biases"] = DerivedParameter(target.shape, target.dtype, derive=derive, source=target)
     return jobs, targets
+
+
+def shape_checks(source: ModuleSource) -> list[Job]:
+    """What to read of a module only to compare it with the architecture."""
+    return [_shape_check(source, entry) for entry in source.parts.get("weight_shape", ())]
 
 
 def _as_stored(entries: tuple[TensorEntry, ...], dtype: mx.Dtype | None, *, stacked: bool) -> tuple[list[Job], Target]:

@@ -18,10 +18,12 @@ from mlx.utils import tree_flatten
 from exo_kimi.checkpoint.index import open_index
 from exo_kimi.checkpoint.manifest import ModuleSource, StageManifest, resolve
 from exo_kimi.errors import MissingTensorError, ShapeMismatchError, UnexpectedTensorError, UsageError
+from exo_kimi.experts.budget import ExpertCache
 from exo_kimi.models.kimi_k2 import Model
 from exo_kimi.models.projection import LEAVES, adopt
-from exo_kimi.runtime.loading.filling import Job, jobs_of
+from exo_kimi.runtime.loading.filling import Job, jobs_of, shape_checks
 from exo_kimi.runtime.loading.parameter_memory import DerivedParameter, ParameterMemory, Target, can_share
+from exo_kimi.runtime.loading.streaming import attach_banks, mixture_at, slot_memory, slotted_layers
 from exo_kimi.runtime.loading.tensor_reader import TensorReader
 
 Progress = Callable[[int, int], None]
@@ -67,6 +69,7 @@ def load_stage(
     layers_only: bool = False,
     fuse: bool = False,
     alone: bool = False,
+    expert_cache: ExpertCache | None = None,
 ) -> Model:
     """Build the model of a manifest's layer range and fill it.
 
@@ -78,19 +81,29 @@ def load_stage(
         fuse: make decoding fast, see `Model.fuse`: projections of one input are read into one array, without a copy.
         alone: no other thread of this process uses MLX meanwhile. Memory is then not filled before it is read into, which
             takes a third less time; beside another thread that would hang.
+        expert_cache: what may be held of the routed experts; the others stay on disk until a token asks for them. None holds
+            all.
 
     Raises:
         MissingTensorError, UnexpectedTensorError, ShapeMismatchError: the manifest does not fit the model.
         TensorFileError: a file changed since its header was read.
-        UsageError: an unknown dtype.
+        UsageError: an unknown dtype, or an expert cache that is too small.
     """
     check_dtype(dtype)
     sources = [source for source in manifest.sources if source.spec.layer is not None or not layers_only]
+    slotted = slotted_layers(sources, expert_cache, dtype=dtype)
     model = Model(manifest.config, manifest.start_layer, manifest.end_layer, layers_only=layers_only)
+    for layer, each in slotted.items():
+        mixture_at(model, layer).use_slots(each.slots)
     _shape_modules(model, sources)
     jobs: list[Job] = []
     targets: dict[str, Target | DerivedParameter] = {}
+    for each in slotted.values():
+        targets |= each.targets()
     for source in sources:
+        if source.spec.kind == "experts" and source.spec.layer in slotted:
+            jobs += shape_checks(source)
+            continue
         source_jobs, source_targets = jobs_of(source, DTYPES[dtype] if dtype else None)
         twice = targets.keys() & source_targets
         if twice:
@@ -104,7 +117,14 @@ def load_stage(
     single = [[each] for each in targets.values() if isinstance(each, Target) and each not in grouped]
     memory = ParameterMemory([*shared, *single], alone=alone)
 
-    total = sum(entry.nbytes for source in sources for entries in source.parts.values() for entry in entries)
+    views = slot_memory(slotted, targets, memory)
+    total = sum(
+        entry.nbytes
+        for source in sources
+        for part, entries in source.parts.items()
+        for entry in entries
+        if part == "weight_shape" or source.spec.kind != "experts" or source.spec.layer not in slotted
+    )
     done = 0
 
     def on_read(count: int) -> None:
@@ -125,6 +145,8 @@ def load_stage(
         module_path, _, leaf = path.rpartition(".")
         _module_at(model, module_path)[leaf] = memory.take(target)
     mx.eval(model.parameters())
+    if slotted and expert_cache is not None:
+        attach_banks(model, slotted, views, directory=manifest.directory, policy=expert_cache.policy)
     if fuse:
         model.fuse()
     model.eval()

@@ -1,0 +1,67 @@
+"""How many slots each layer gets from a budget of bytes."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from exo_kimi.errors import UsageError
+from exo_kimi.experts.policies import DEFAULT_POLICY
+from exo_kimi.units import format_bytes
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ExpertCache:
+    """What a stage may hold of its routed experts.
+
+    Args:
+        budget_bytes: in memory, for all layers together; a layer whose experts all fit is held as ever.
+        policy: which expert a layer gives up, by name (see `policies`).
+    """
+
+    budget_bytes: int
+    policy: str = DEFAULT_POLICY
+
+
+def slots_for(budget_bytes: int, slot_bytes: Mapping[int, int], experts: int) -> dict[int, int]:
+    """Slots of every layer: as many for each, and of what is left one more for as many as that pays for, the first layers first.
+
+    Args:
+        budget_bytes: for all layers together.
+        slot_bytes: what an expert takes in memory, by layer.
+        experts: of a layer; no layer gets more slots.
+
+    Raises:
+        UsageError: not one slot for each layer.
+    """
+    if not slot_bytes:
+        return {}
+    row_bytes = sum(slot_bytes.values())
+    if budget_bytes < row_bytes:
+        raise UsageError(
+            "the expert cache is too small",
+            expected=f"at least {format_bytes(row_bytes)}, one expert for each of {len(slot_bytes)} layers",
+            found=format_bytes(budget_bytes),
+            where="--expert-cache",
+        )
+    each = min(experts, budget_bytes // row_bytes)
+    slots = dict.fromkeys(slot_bytes, each)
+    left_bytes = budget_bytes - each * row_bytes
+    for layer, size in slot_bytes.items():
+        if slots[layer] < experts and size <= left_bytes:
+            slots[layer] += 1
+            left_bytes -= size
+    return slots
+
+
+def shares_of(budget_bytes: int, expert_bytes: Sequence[int]) -> list[int]:
+    """A machine's budget divided among its stages, by the bytes of their experts; no stage gets more than those.
+
+    Args:
+        budget_bytes: of the machine.
+        expert_bytes: of each stage's routed experts, in memory.
+    """
+    total = sum(expert_bytes)
+    if total <= budget_bytes:
+        return list(expert_bytes)
+    return [budget_bytes * size // total for size in expert_bytes]

@@ -1,0 +1,295 @@
+"""Experts of a checkpoint's files into slots: several reads at a time, each straight into the memory of a slot where the bytes
+are those that it holds.
+
+A read that fails or ends early raises an error that names the tensor. Files stay open from the start, so that one that is
+deleted meanwhile is still read.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+
+from exo_kimi.checkpoint.text_files import open_regular
+from exo_kimi.errors import ExpertReadError, TensorFileError
+from exo_kimi.experts.convert import to_float32, unpack_fp8, words, write_biases, write_floats
+from exo_kimi.experts.layout import ByteRange, LayerLayout, Leaf, ProjectionLayout, StoredPart
+
+READERS = 8
+"""Reads at a time: what the SSD of a Mac wants to be busy."""
+
+READ_BYTES = 8 * 1024**2
+"""Most bytes of one read: that often it is known that reading goes on."""
+
+INLINE_BYTES = 256 * 1024
+"""Less is read sooner by the thread that waits for it than by another."""
+
+Preadv = Callable[[int, Sequence[memoryview], int], int]
+SlotViews = Sequence[dict[str, memoryview]]
+"""Writable bytes of one slot: for each projection, by the name of the leaf."""
+
+
+@dataclass(slots=True)
+class ReadCounters:
+    """What was read since the start.
+
+    Args:
+        read_bytes: from files; of a read that failed, what came.
+        reads: calls of the system.
+        experts: that were read whole.
+        read_s: in which at least one read was under way.
+        stall_s: in which somebody waited for one.
+    """
+
+    read_bytes: int = 0
+    reads: int = 0
+    experts: int = 0
+    read_s: float = 0.0
+    stall_s: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class SlotOrder:
+    """One expert of a layer, and the slot that it goes to."""
+
+    layout: LayerLayout
+    expert: int
+    views: SlotViews
+
+
+class Progress(Protocol):
+    """Told that reading goes on."""
+
+    def __call__(self) -> None: ...
+
+
+class ExpertStore:
+    """Open files of one checkpoint directory.
+
+    Args:
+        directory: the checkpoint.
+        preadv: reads; tests put faults here.
+        readers: reads at a time.
+    """
+
+    def __init__(self, directory: Path, *, preadv: Preadv = os.preadv, readers: int = READERS) -> None:
+        self.directory = directory
+        self.counters = ReadCounters()
+        self.on_progress: Progress | None = None
+        self._preadv = preadv
+        self._readers = readers
+        self._descriptors: dict[str, int] = {}
+        self._pool = ThreadPoolExecutor(readers, thread_name_prefix="expert")
+
+    def open(self, layout: LayerLayout) -> None:
+        """Open the files that a layer's experts lie in.
+
+        Raises:
+            TensorFileError: one cannot be opened.
+        """
+        for expert in range(layout.experts):
+            for part in layout.expert_bytes(expert):
+                file = part.entry.file
+                if file not in self._descriptors:
+                    try:
+                        self._descriptors[file] = open_regular(self.directory / file)
+                    except OSError as failure:
+                        raise TensorFileError(
+                            f"cannot read {part.entry.name}",
+                            found=failure.strerror or failure,
+                            where=self.directory / file,
+                        ) from failure
+
+    def close(self) -> None:
+        """Close every file, once nothing is read any more; idempotent."""
+        self._pool.shutdown(cancel_futures=True)
+        for descriptor in self._descriptors.values():
+            os.close(descriptor)
+        self._descriptors.clear()
+
+    def begin(self, orders: Sequence[SlotOrder]) -> PendingRead:
+        """Put reads on their way; few bytes are read when `wait` is called."""
+        tasks = [
+            _Task(order.expert, projection, views)
+            for order in orders
+            for projection, views in zip(order.layout.projections, order.views, strict=True)
+        ]
+        total = sum(order.layout.disk_bytes for order in orders)
+        pending = PendingRead(self, len(orders), time.perf_counter())
+        if total <= INLINE_BYTES:
+            pending.inline = tasks
+        else:
+            pending.futures = [self._pool.submit(self._run, share) for share in _dealt(tasks, self._readers)]
+        return pending
+
+    def _run(self, tasks: Sequence[_Task]) -> _Outcome:
+        """Carry out tasks one after another; the first failure ends them and is returned."""
+        outcome = _Outcome()
+        try:
+            for task in tasks:
+                self._fill(task, outcome)
+        except ExpertReadError as error:
+            outcome.error = error
+        outcome.ended_s = time.perf_counter()
+        return outcome
+
+    def _fill(self, task: _Task, outcome: _Outcome) -> None:
+        views = task.views
+        reads: list[tuple[ByteRange, memoryview]] = []
+        staged: list[tuple[Leaf, bytearray, bytearray | None]] = []
+        for leaf in task.projection.leaves:
+            if leaf.is_copied and leaf.stored is not None:
+                reads.append((leaf.stored.range_of(task.expert), views[leaf.name]))
+            elif leaf.stored is not None:
+                staged.append((leaf, _stage(leaf.stored, task.expert, reads), _stage(leaf.scale, task.expert, reads)))
+        self._read(reads, outcome)
+        for leaf, data, factors in staged:
+            _convert(leaf, data, factors, views[leaf.name])
+        for leaf in task.projection.leaves:
+            if leaf.stored is None:
+                write_biases(views["scales"], views[leaf.name], leaf.dtype, leaf.zero)
+
+    def _read(self, reads: list[tuple[ByteRange, memoryview]], outcome: _Outcome) -> None:
+        for run in _adjacent(reads):
+            descriptor = self._descriptors[run[0][0].entry.file]
+            position = run[0][0].start
+            waiting = [view for _, view in run]
+            while waiting:
+                step = _first_bytes(waiting, READ_BYTES)
+                try:
+                    count = self._preadv(descriptor, step, position)
+                except OSError as failure:
+                    raise self._failed(run, position, found=failure.strerror or str(failure)) from failure
+                if count <= 0:
+                    raise self._failed(run, position, found=f"the file ends at {position:,} bytes")
+                outcome.read_bytes += count
+                outcome.reads += 1
+                position += count
+                while waiting and count >= len(waiting[0]):
+                    count -= len(waiting.pop(0))
+                if waiting:
+                    waiting[0] = waiting[0][count:]
+                if self.on_progress is not None:
+                    self.on_progress()
+
+    def _failed(self, run: Sequence[tuple[ByteRange, memoryview]], position: int, *, found: str) -> ExpertReadError:
+        part = next(part for part, _ in run if position < part.end)
+        return ExpertReadError(
+            f"cannot read {part.entry.name}",
+            expected=f"bytes {part.start:,} to {part.end:,}",
+            found=found,
+            where=self.directory / part.entry.file,
+            fix="look at the disk; if the file was cut or replaced, copy it again and start anew",
+        )
+
+
+@dataclass(slots=True)
+class PendingRead:
+    """Reads under way; `wait` is called once, whatever happens."""
+
+    store: ExpertStore
+    experts: int
+    began_s: float
+    futures: list[Future[_Outcome]] = field(default_factory=list)
+    inline: list[_Task] = field(default_factory=list)
+
+    @property
+    def done(self) -> bool:
+        """Whether `wait` would return at once."""
+        return not self.inline and all(future.done() for future in self.futures)
+
+    def cancel(self) -> None:
+        """Until nothing writes into a slot any more, whatever came of it."""
+        for future in self.futures:
+            if not future.cancel():
+                future.result()
+
+    def wait(self) -> None:
+        """Until nothing writes into a slot any more.
+
+        Raises:
+            ExpertReadError: a read failed; what its experts' slots hold means nothing.
+        """
+        counters, began_s = self.store.counters, time.perf_counter()
+        outcomes = [self.store._run(self.inline)] if self.inline else [each.result() for each in self.futures]
+        ended_s = time.perf_counter()
+        counters.stall_s += ended_s - began_s
+        first_s = began_s if self.inline else self.began_s
+        counters.read_s += max((each.ended_s for each in outcomes), default=first_s) - first_s
+        counters.read_bytes += sum(each.read_bytes for each in outcomes)
+        counters.reads += sum(each.reads for each in outcomes)
+        error = next((each.error for each in outcomes if each.error is not None), None)
+        if error is not None:
+            raise error
+        counters.experts += self.experts
+
+
+@dataclass(frozen=True, slots=True)
+class _Task:
+    """One projection of one expert into one slot."""
+
+    expert: int
+    projection: ProjectionLayout
+    views: dict[str, memoryview]
+
+
+@dataclass(slots=True)
+class _Outcome:
+    read_bytes: int = 0
+    reads: int = 0
+    ended_s: float = 0.0
+    error: ExpertReadError | None = None
+
+
+def _dealt(tasks: Sequence[_Task], hands: int) -> Iterator[Sequence[_Task]]:
+    for hand in range(min(hands, len(tasks))):
+        yield tasks[hand::hands]
+
+
+def _stage(part: StoredPart | None, expert: int, reads: list[tuple[ByteRange, memoryview]]) -> bytearray:
+    """Memory beside the slot for bytes that are not those that it holds."""
+    if part is None:
+        return bytearray()
+    data = bytearray(part.nbytes)
+    reads.append((part.range_of(expert), memoryview(data)))
+    return data
+
+
+def _convert(leaf: Leaf, data: bytearray, factors: bytearray | None, destination: memoryview) -> None:
+    stored = leaf.stored
+    if stored is None:
+        return
+    if leaf.scale is not None and factors:
+        scale = to_float32(words(factors, leaf.scale.dtype), leaf.scale.dtype).reshape(leaf.scale.shape)
+        unpack_fp8(np.frombuffer(data, np.uint8).reshape(stored.shape), scale, destination, leaf.dtype)
+    else:
+        write_floats(to_float32(words(data, stored.dtype), stored.dtype), destination, leaf.dtype)
+
+
+def _adjacent(reads: list[tuple[ByteRange, memoryview]]) -> Iterator[list[tuple[ByteRange, memoryview]]]:
+    """Ranges in runs of bytes that follow each other in one file."""
+    run: list[tuple[ByteRange, memoryview]] = []
+    for part, view in sorted(reads, key=lambda read: (read[0].entry.file, read[0].start)):
+        if run and (run[-1][0].entry.file, run[-1][0].end) != (part.entry.file, part.start):
+            yield run
+            run = []
+        run.append((part, view))
+    if run:
+        yield run
+
+
+def _first_bytes(views: Sequence[memoryview], most_bytes: int) -> list[memoryview]:
+    taken: list[memoryview] = []
+    for view in views:
+        taken.append(view[:most_bytes])
+        most_bytes -= len(taken[-1])
+        if most_bytes <= 0:
+            break
+    return taken
