@@ -13,7 +13,6 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Protocol
 
 import numpy as np
 
@@ -64,12 +63,6 @@ class SlotOrder:
     views: SlotViews
 
 
-class Progress(Protocol):
-    """Told that reading goes on."""
-
-    def __call__(self) -> None: ...
-
-
 class ExpertStore:
     """Open files of one checkpoint directory.
 
@@ -82,7 +75,8 @@ class ExpertStore:
     def __init__(self, directory: Path, *, preadv: Preadv = os.preadv, readers: int = READERS) -> None:
         self.directory = directory
         self.counters = ReadCounters()
-        self.on_progress: Progress | None = None
+        self.on_progress: Callable[[], None] | None = None
+        """Told after each read, in the thread that read."""
         self._preadv = preadv
         self._readers = readers
         self._descriptors: dict[str, int] = {}

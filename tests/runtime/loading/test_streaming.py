@@ -1,4 +1,4 @@
-"""Experts from disk: the same numbers as from memory, in every layout, at every size, by every policy; each read once and counted."""
+"""Experts from disk: the same numbers as from memory, in every layout, at every size, by every policy; each read once."""
 
 from __future__ import annotations
 
@@ -150,7 +150,7 @@ def test_what_is_read_is_what_was_missing(stored: Callable[..., Path]) -> None:
 
 def kernel_bytes() -> int:
     """Bytes that read calls gave to this process, as Linux counts them."""
-    with open("/proc/self/io", "rb", buffering=0) as counts:
+    with Path("/proc/self/io").open("rb", buffering=0) as counts:
         return int(counts.read(1000).split()[1])
 
 
