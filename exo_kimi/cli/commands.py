@@ -17,6 +17,7 @@ from exo_kimi.cli.output import write_text
 from exo_kimi.cli.values import (
     DEFAULT_PORT,
     Dtype,
+    ExpertPolicy,
     KvBits,
     Objective,
     argument,
@@ -210,6 +211,26 @@ def serve(
             "--kv-bits", metavar=one_of(KvBits), help="bits of the KV cache (default: those of the dtype)", panel=MEMORY
         ),
     ] = None,
+    expert_cache: Annotated[
+        int | None,
+        option(
+            "--expert-cache",
+            parser=byte_count,
+            metavar="SIZE",
+            help="memory of this machine for routed experts; the others are read from disk when a token asks for them "
+            "(default: all are held)",
+            panel=MEMORY,
+        ),
+    ] = None,
+    expert_policy: Annotated[
+        ExpertPolicy,
+        option(
+            "--expert-policy",
+            metavar=one_of(ExpertPolicy),
+            help="which expert gives way to another (default lru)",
+            panel=MEMORY,
+        ),
+    ] = "lru",
     prefill_chunk: Annotated[
         int | None,
         option("--prefill-chunk", parser=positive, metavar="N", help="prompt tokens of one step at most", panel=MEMORY),
@@ -386,21 +407,42 @@ def stage(
         Path | None,
         option("--key-file", metavar="FILE", help="cluster key; made when there is none (or EXO_KIMI_KEY)"),
     ] = None,
+    expert_cache: Annotated[
+        int | None,
+        option(
+            "--expert-cache",
+            parser=byte_count,
+            metavar="SIZE",
+            help="memory of this machine for routed experts; the others are read from disk when a token asks for them "
+            "(default: all are held)",
+        ),
+    ] = None,
+    expert_policy: Annotated[
+        ExpertPolicy,
+        option(
+            "--expert-policy",
+            metavar=one_of(ExpertPolicy),
+            help="which expert gives way to another (default lru)",
+        ),
+    ] = "lru",
 ) -> None:
     """A stage on this machine, for `serve --stage ADDR` on another."""
     from exo_kimi.runtime.descriptors import raise_descriptor_limit
 
     raise_descriptor_limit()  # before mlx-lm is imported, which lowers it or fails
+    from exo_kimi.experts.budget import ExpertCache
     from exo_kimi.runtime.stage.process import serve_stage
 
     _log_to_stderr()
     model_path = str(model) if model else None
+    cache = None if expert_cache is None else ExpertCache(budget_bytes=expert_cache, policy=expert_policy)
     serve_stage(
         listen,
         model=model_path,
         key_file=key_file,
         environment_key=os.environ.get("EXO_KIMI_KEY"),
         show_key=sys.stdout.isatty(),
+        expert_cache=cache,
     )
 
 

@@ -18,6 +18,7 @@ DEFAULT_PORT = 52415
 Objective = Literal["request", "latency", "throughput", "ttft"]
 Dtype = Literal["float32", "bfloat16", "float16"]
 KvBits = Literal[8]
+ExpertPolicy = Literal["lru", "slru", "lfu", "s3fifo"]
 
 Value = TypeVar("Value")
 

@@ -15,6 +15,9 @@ from exo_kimi.checkpoint.manifest import ModuleSource
 from exo_kimi.errors import DtypeError
 
 FLOATS = ("BF16", "F16", "F32")
+FLOAT_NAMES = {"bfloat16": "BF16", "float16": "F16", "float32": "F32"}
+"""Safetensors' names of the dtypes that a user may choose."""
+
 WIDTHS = {"BF16": 2, "F16": 2, "F32": 4, "U32": 4, "I32": 4, "U8": 1, "F8_E4M3": 1}
 PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
 

@@ -45,6 +45,7 @@ class ReadCounters:
         experts: that were read whole.
         read_s: in which at least one read was under way.
         stall_s: in which somebody waited for one.
+        failed: waits that ended with an error.
     """
 
     read_bytes: int = 0
@@ -52,6 +53,7 @@ class ReadCounters:
     experts: int = 0
     read_s: float = 0.0
     stall_s: float = 0.0
+    failed: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -221,6 +223,7 @@ class PendingRead:
         counters.reads += sum(each.reads for each in outcomes)
         error = next((each.error for each in outcomes if each.error is not None), None)
         if error is not None:
+            counters.failed += 1
             raise error
         counters.experts += self.experts
 

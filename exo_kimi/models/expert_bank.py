@@ -157,6 +157,11 @@ class StreamedExperts:
         )
 
     @property
+    def slots(self) -> int:
+        """Experts that are held, all layers together."""
+        return sum(bank.cache.slots for bank in self.banks.values())
+
+    @property
     def slot_bytes(self) -> int:
         """What the slots take in memory."""
         return sum(bank.cache.slots * bank.layout.slot_bytes for bank in self.banks.values())

@@ -94,6 +94,39 @@ class TokenEvent:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class ExpertHealth:
+    """Routed experts of a stage that stay on its disk. All but the first two grow for as long as it holds its layers.
+
+    Args:
+        slots: experts that are held, all layers together.
+        slot_bytes: what they take in memory.
+        hits, misses: experts that passes asked for, each once a pass and layer, by whether they were held.
+        evictions: experts that gave way to another.
+        read_bytes: from disk.
+        wasted_bytes: of those, of experts that were read ahead and given up before anybody asked for them.
+        read_s: in which something was being read.
+        stall_s: in which a pass waited for it.
+        failed_reads: that ended a request.
+    """
+
+    slots: int
+    slot_bytes: int
+    hits: int
+    misses: int
+    evictions: int
+    read_bytes: int
+    wasted_bytes: int
+    read_s: float
+    stall_s: float
+    failed_reads: int
+
+    @property
+    def read_bytes_per_s(self) -> float:
+        """While something was being read; 0 before."""
+        return self.read_bytes / self.read_s if self.read_s else 0.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class StageHealth:
     """The last thing that a stage said, and how long ago."""
 
@@ -112,6 +145,7 @@ class StageHealth:
     sequences: int = 0
     restarts: int = 0
     last_error: str | None = None
+    experts: ExpertHealth | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -15,6 +15,8 @@ from exo_kimi.checkpoint.vision import NoVision, VisionManifest, chosen_tower
 from exo_kimi.dialogue.pictures import PicturePrompts
 from exo_kimi.dialogue.speaker import Speaker
 from exo_kimi.errors import CheckpointProblems, UsageError
+from exo_kimi.experts.budget import ExpertCache
+from exo_kimi.experts.policies import DEFAULT_POLICY
 from exo_kimi.pictures.fetching import fetch_picture
 from exo_kimi.pictures.picture import PixelRules
 from exo_kimi.pictures.reader import PictureReader
@@ -59,6 +61,8 @@ class ServeOptions:
     dtype: str | None = None
     kv_bytes: int | None = None
     kv_bits: int | None = None
+    expert_cache: int | None = None
+    expert_policy: str = DEFAULT_POLICY
     prefill_chunk: int | None = None
     queue_limit: int | None = None
     stall_deadline: float = 30.0
@@ -108,6 +112,7 @@ def serve(options: ServeOptions, *, announce: Callable[[str], None] | None = Non
         scratch_bytes=scratch_bytes,
         kv_bits=options.kv_bits,
         vision=tower if isinstance(tower, VisionManifest) else None,
+        expert_cache=_expert_cache(options),
     )
     speaker = Speaker.from_directory(options.directory, raw_config=checkpoint.raw_config)
     speaker = replace(speaker, pictures=_pictures(options, tower))
@@ -155,6 +160,12 @@ def serve(options: ServeOptions, *, announce: Callable[[str], None] | None = Non
         )
 
     run(factory, host=options.host, port=options.port, announce=announce or _announce)
+
+
+def _expert_cache(options: ServeOptions) -> ExpertCache | None:
+    if options.expert_cache is None:
+        return None
+    return ExpertCache(budget_bytes=options.expert_cache, policy=options.expert_policy)
 
 
 def _tower(options: ServeOptions, checkpoint: Checkpoint) -> VisionManifest | NoVision:

@@ -83,6 +83,7 @@ class _EngineCollector(Collector):
         yield from _counters(snapshot)
         yield from _gauges(snapshot)
         yield from _stage_metrics(snapshot.stages)
+        yield from _expert_metrics(snapshot.stages)
         yield from _prefill_metrics(snapshot)
 
 
@@ -146,6 +147,34 @@ def _stage_metrics(stages: tuple[StageHealth, ...]) -> Iterator[Metric]:
         for stage in stages:
             family.add_metric([str(stage.stage)], getattr(stage, field))
         yield family
+
+
+def _expert_metrics(stages: tuple[StageHealth, ...]) -> Iterator[Metric]:
+    """Of the stages whose routed experts stay on disk. A stage that loads anew counts from 0 again."""
+    each = [(str(stage.stage), stage.experts) for stage in stages if stage.experts is not None]
+    for name, field, text in (
+        ("hits", "hits", "Experts that a pass found in memory"),
+        ("misses", "misses", "Experts that a pass had to read"),
+        ("evictions", "evictions", "Experts that gave way to another"),
+        ("read_bytes", "read_bytes", "Bytes of experts read from disk"),
+        ("wasted_bytes", "wasted_bytes", "Bytes read ahead that nobody asked for"),
+        ("read_seconds", "read_s", "Time in which experts were being read"),
+        ("stall_seconds", "stall_s", "Time in which a pass waited for an expert"),
+        ("failed_reads", "failed_reads", "Reads that ended a request"),
+    ):
+        family = CounterMetricFamily(f"exo_kimi_expert_{name}", text, labels=["stage"])
+        for stage, experts in each:
+            family.add_metric([stage], getattr(experts, field))
+        yield family
+    for name, field, text in (
+        ("slots", "slots", "Experts that are held, all layers together"),
+        ("slot_bytes", "slot_bytes", "Bytes of memory for experts"),
+        ("read_bytes_per_second", "read_bytes_per_s", "Mean speed of reading experts"),
+    ):
+        gauge = GaugeMetricFamily(f"exo_kimi_expert_{name}", text, labels=["stage"])
+        for stage, experts in each:
+            gauge.add_metric([stage], getattr(experts, field))
+        yield gauge
 
 
 def _prefill_metrics(snapshot: EngineSnapshot) -> Iterator[Metric]:

@@ -20,13 +20,33 @@ from fastapi import FastAPI
 from exo_kimi.checkpoint.tiny.make import make_tiny
 from exo_kimi.dialogue.speaker import Speaker
 from exo_kimi.errors import EngineStoppedError, RuntimeFault
-from exo_kimi.runtime.requests import EngineSnapshot, GenerationRequest, RequestProgress, StageHealth, TokenEvent
+from exo_kimi.runtime.requests import (
+    EngineSnapshot,
+    ExpertHealth,
+    GenerationRequest,
+    RequestProgress,
+    StageHealth,
+    TokenEvent,
+)
 from exo_kimi.serve.app import create_app
 from exo_kimi.serve.workers import THREADS
 
 MODEL = "tiny-kimi"
 DOCUMENTED: dict[bool, Any] = {}
 Script = Callable[[GenerationRequest], Sequence[int]]
+
+EXPERTS = ExpertHealth(
+    slots=12,
+    slot_bytes=1200,
+    hits=7,
+    misses=5,
+    evictions=4,
+    read_bytes=500,
+    wasted_bytes=100,
+    read_s=0.25,
+    stall_s=0.125,
+    failed_reads=1,
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -136,6 +156,7 @@ class ScriptedEngine:
                 total_bytes=100,
                 silent_s=0.5,
                 last_error="exit code 137" if state == "dead" else None,
+                experts=EXPERTS if index == 1 else None,
             )
             for index, state in enumerate(self.stage_states)
         )

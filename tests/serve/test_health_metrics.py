@@ -21,6 +21,8 @@ async def test_health_is_200_only_when_every_stage_is_ready(saying, client_of):
     report = response.json()
     assert (report["status"], report["reason"], len(report["stages"])) == ("ok", None, 2)
     assert report["stages"][1]["silent_s"] == 0.5
+    assert report["stages"][0]["experts"] is None
+    assert (report["stages"][1]["experts"]["hits"], report["stages"][1]["experts"]["read_s"]) == (7, 0.25)
 
 
 async def test_health_names_the_stage_at_fault_and_why(saying, client_of):
@@ -58,6 +60,21 @@ async def test_metrics_count_what_happened_and_parse(saying, client_of):
     assert samples["exo_kimi_http_requests_total", "404", "other"] == 1
     assert samples["exo_kimi_requests_total",] == 1
     assert samples["exo_kimi_preemptions_total",] == 3
+    for name, value in (
+        ("hits_total", 7),
+        ("misses_total", 5),
+        ("evictions_total", 4),
+        ("read_bytes_total", 500),
+        ("wasted_bytes_total", 100),
+        ("read_seconds_total", 0.25),
+        ("stall_seconds_total", 0.125),
+        ("failed_reads_total", 1),
+        ("slots", 12),
+        ("slot_bytes", 1200),
+        ("read_bytes_per_second", 2000),
+    ):
+        assert samples[f"exo_kimi_expert_{name}", "1"] == value
+        assert (f"exo_kimi_expert_{name}", "0") not in samples
     assert samples["exo_kimi_draft_tokens_total",] == 9
     assert samples["exo_kimi_draft_tokens_accepted_total",] == 7
     assert samples["exo_kimi_decode_bytes_total",] == 2e12

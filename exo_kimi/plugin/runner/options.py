@@ -7,8 +7,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from exo_kimi.errors import UsageError
+from exo_kimi.experts.budget import ExpertCache
+from exo_kimi.experts.policies import DEFAULT_POLICY, make_policy
 from exo_kimi.units import parse_bytes
 
+EXPERT_CACHE, EXPERT_POLICY = "EXO_KIMI_EXPERT_CACHE", "EXO_KIMI_EXPERT_POLICY"
 CONTEXT, KV_BYTES, PREFIX_BYTES = "EXO_KIMI_CONTEXT", "EXO_KIMI_KV_BYTES", "EXO_KIMI_PREFIX_CACHE_BYTES"
 
 
@@ -49,6 +52,21 @@ class EngineOptions:
         """The variables of what is set."""
         values = {CONTEXT: self.context, KV_BYTES: self.kv_bytes, PREFIX_BYTES: self.prefix_cache_bytes}
         return {name: str(value) for name, value in values.items() if value is not None}
+
+
+def expert_cache_of(environment: Mapping[str, str] | None = None) -> ExpertCache | None:
+    """What this node may hold of the routed experts of its layers, each node for itself; None where nothing is said.
+
+    Raises:
+        UsageError: a variable does not hold a size, or names no policy.
+    """
+    given = os.environ if environment is None else environment
+    budget_bytes = _size(given, EXPERT_CACHE)
+    if budget_bytes is None:
+        return None
+    policy = given.get(EXPERT_POLICY, DEFAULT_POLICY)
+    make_policy(policy, slots=1)
+    return ExpertCache(budget_bytes=budget_bytes, policy=policy)
 
 
 def _size(given: Mapping[str, str], name: str) -> int | None:

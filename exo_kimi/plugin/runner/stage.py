@@ -18,6 +18,7 @@ from queue import SimpleQueue
 from exo_kimi.checkpoint.manifest import StageManifest
 from exo_kimi.checkpoint.vision import VisionManifest
 from exo_kimi.errors import AddressError, CheckpointError, ExoKimiError, StageError
+from exo_kimi.plugin.runner.options import expert_cache_of
 from exo_kimi.runtime.protocol.messages import Load
 from exo_kimi.runtime.protocol.versions import Versions
 from exo_kimi.runtime.stage.backend import MlxBackend
@@ -164,7 +165,12 @@ class StageHost:
         try:
             status.state = "loading"
             resident = ResidentStage.load(
-                wanted.manifest, stage=wanted.stage, progress=self._progress, fuse=True, vision=wanted.tower
+                wanted.manifest,
+                stage=wanted.stage,
+                progress=self._progress,
+                fuse=True,
+                vision=wanted.tower,
+                expert_cache=expert_cache_of(),
             )
             backend = MlxBackend(PreloadedLayers(resident, wanted.config_hash))
             del resident  # from here on the backend's to drop

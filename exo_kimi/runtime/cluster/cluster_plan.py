@@ -11,8 +11,12 @@ from exo_kimi.arch.config import KimiConfig
 from exo_kimi.arch.geometry import check_quantizable
 from exo_kimi.checkpoint.checkpoint import Checkpoint
 from exo_kimi.checkpoint.fingerprint import stage_fingerprint
+from exo_kimi.checkpoint.manifest import StageManifest
 from exo_kimi.checkpoint.vision import VisionManifest
 from exo_kimi.errors import UsageError
+from exo_kimi.experts.budget import ExpertCache, shares_of, slots_for
+from exo_kimi.experts.layout import FLOAT_NAMES, layouts_of
+from exo_kimi.experts.policies import DEFAULT_POLICY
 from exo_kimi.planner.split import balanced_split, parse_split
 from exo_kimi.planner.weights.bytes import bytes_of_manifest
 from exo_kimi.runtime.protocol.messages import Load, encode_path
@@ -24,13 +28,32 @@ DEFAULT_STAGES = 2
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StagePlan:
-    """One stage. `remote` is None for a process of this machine, which the leader starts. `resident_bytes` is what its
-    weights take in memory. `from_previous` is where the stage before reaches it, if another address than the leader's."""
+    """One stage.
+
+    Args:
+        load: what it is to hold.
+        remote: None for a process of this machine, which the leader starts.
+        resident_bytes: what its weights take in memory, with all their experts.
+        expert_bytes: of that, routed experts.
+        from_previous: where the stage before reaches it, if another address than the leader's.
+    """
 
     load: Load
     remote: Address | None
     resident_bytes: int
+    expert_bytes: int = 0
     from_previous: Address | None = None
+
+    def bytes_with(self, own_cache_bytes: int | None) -> int:
+        """What its weights take where routed experts may stay on disk.
+
+        Args:
+            own_cache_bytes: what the stage was started with for them; None leaves it to the order.
+        """
+        cache_bytes = self.load.expert_cache_bytes if own_cache_bytes is None else own_cache_bytes
+        if cache_bytes is None or cache_bytes >= self.expert_bytes:
+            return self.resident_bytes
+        return self.resident_bytes - self.expert_bytes + cache_bytes
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -54,6 +77,7 @@ def make_plan(
     scratch_bytes: int | None = None,
     kv_bits: int | None = None,
     vision: VisionManifest | None = None,
+    expert_cache: ExpertCache | None = None,
 ) -> ClusterPlan:
     """Place every layer of a checkpoint.
 
@@ -68,6 +92,8 @@ def make_plan(
         dtype: see `loader.load`.
         scratch_bytes, kv_bits: see `messages.Load`.
         vision: the tower, which the first stage holds; None takes no pictures.
+        expert_cache: what this machine may hold of the routed experts of its stages, which share it by their bytes; None holds
+            all.
 
     Raises:
         CheckpointError: the directory cannot be served.
@@ -95,9 +121,11 @@ def make_plan(
             where="--stage",
         )
     placed: list[Address | None] = [*[None] * local, *addresses]
+    manifests = [checkpoint.manifest(start, end) for start, end in ranges]
+    shares = _shares(expert_cache, manifests[:local], dtype)
     plans = []
     for stage, ((start, end), remote) in enumerate(zip(ranges, placed, strict=True)):
-        manifest = checkpoint.manifest(start, end)
+        manifest = manifests[stage]
         tower = vision if stage == 0 else None
         load = Load(
             stage=stage,
@@ -110,12 +138,32 @@ def make_plan(
             kv_bits=kv_bits,
             vision=tower is not None,
             vision_directory=_apart(tower, checkpoint.directory),
+            expert_cache_bytes=shares[stage] if stage < local else None,
+            expert_policy=expert_cache.policy if expert_cache is not None else DEFAULT_POLICY,
         )
         weights_bytes = manifest.resident_bytes + manifest.widened_bytes
         if tower is not None:
             weights_bytes += tower.resident_bytes + tower.kept_bytes
-        plans.append(StagePlan(load=load, remote=remote, resident_bytes=weights_bytes))
+        expert_bytes = sum(each.resident_bytes for each in manifest.sources if each.spec.kind == "experts")
+        plans.append(StagePlan(load=load, remote=remote, resident_bytes=weights_bytes, expert_bytes=expert_bytes))
     return ClusterPlan(directory=checkpoint.directory, config=config, stages=tuple(plans), key=key)
+
+
+def _shares(cache: ExpertCache | None, manifests: Sequence[StageManifest], dtype: str | None) -> list[int | None]:
+    """What each stage of this machine may hold of its routed experts.
+
+    Raises:
+        UsageError: not one expert for each of their layers.
+    """
+    if cache is None:
+        return [None] * len(manifests)
+    floats = FLOAT_NAMES[dtype] if dtype is not None else None
+    stages = [list(layouts_of(manifest.sources, floats=floats).values()) for manifest in manifests]
+    every = [layout for layouts in stages for layout in layouts]
+    for layout in every[:1]:
+        slots_for(cache.budget_bytes, {each.layer: each.slot_bytes for each in every}, layout.experts)
+    whole = [sum(layout.experts * layout.slot_bytes for layout in layouts) for layouts in stages]
+    return list(shares_of(cache.budget_bytes, whole))
 
 
 def _apart(tower: VisionManifest | None, directory: Path) -> str | None:

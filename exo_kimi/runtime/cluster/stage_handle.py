@@ -12,6 +12,7 @@ import logging
 from collections.abc import Callable
 from pathlib import Path
 
+import msgspec
 import zmq.asyncio
 
 from exo_kimi.errors import (
@@ -38,10 +39,11 @@ from exo_kimi.runtime.protocol.messages import (
     Joined,
     Loaded,
     Ping,
+    Progress,
     encode_path,
 )
 from exo_kimi.runtime.protocol.versions import Versions
-from exo_kimi.runtime.requests import StageHealth, StageState
+from exo_kimi.runtime.requests import ExpertHealth, StageHealth, StageState
 from exo_kimi.runtime.steps import NO_EPOCH, Step, StepResult
 from exo_kimi.runtime.transport.address import Address
 from exo_kimi.runtime.transport.zmq_link import connect
@@ -108,7 +110,7 @@ class ConnectedStage:
             free_bytes=said.free_bytes,
             free_scope=said.free_scope,
             active_bytes=self.loaded.weights_bytes if self.loaded is not None else 0,
-            weights_bytes=max(0, self._plan.resident_bytes - self.hello.held_bytes),
+            weights_bytes=max(0, self._plan.bytes_with(self.hello.expert_cache_bytes) - self.hello.held_bytes),
             kv_bytes_per_token=self.loaded.kv_bytes_per_token if self.loaded is not None else 1,
         )
 
@@ -298,6 +300,7 @@ class StageHandle:
             sequences=progress.sequences if progress is not None else 0,
             restarts=max(0, self._starts - 1),
             last_error=None if self._last_error is None else self._last_error.what,
+            experts=_expert_health(progress),
         )
 
     def _pid(self) -> int | None:
@@ -386,3 +389,9 @@ class StageHandle:
             self._child.kill()
         if self._client is None or not self._client.fail(error):
             self._on_fault(error, None)
+
+
+def _expert_health(progress: Progress | None) -> ExpertHealth | None:
+    if progress is None or progress.experts is None:
+        return None
+    return ExpertHealth(**msgspec.structs.asdict(progress.experts))

@@ -13,7 +13,7 @@ import numpy as np
 from exo_kimi.checkpoint.manifest import ModuleSource
 from exo_kimi.experts.budget import ExpertCache, slots_for
 from exo_kimi.experts.layer_cache import LayerCache
-from exo_kimi.experts.layout import LayerLayout, Leaf, layouts_of
+from exo_kimi.experts.layout import FLOAT_NAMES, LayerLayout, Leaf, layouts_of
 from exo_kimi.experts.policies import make_policy
 from exo_kimi.experts.store import ExpertStore, Preadv
 from exo_kimi.models.expert_bank import ExpertBank, StreamedExperts
@@ -22,7 +22,6 @@ from exo_kimi.models.moe import MoE
 from exo_kimi.runtime.loading.parameter_memory import ParameterMemory, Target
 
 _DTYPES = {"BF16": mx.bfloat16, "F16": mx.float16, "F32": mx.float32, "U32": mx.uint32, "U8": mx.uint8}
-_FLOATS = {"bfloat16": "BF16", "float16": "F16", "float32": "F32"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,7 +55,7 @@ def slotted_layers(
     """
     if cache is None:
         return {}
-    layouts = layouts_of(sources, floats=_FLOATS[dtype] if dtype else None)
+    layouts = layouts_of(sources, floats=FLOAT_NAMES[dtype] if dtype else None)
     if not layouts:
         return {}
     experts = next(iter(layouts.values())).experts

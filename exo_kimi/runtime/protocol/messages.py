@@ -27,9 +27,10 @@ from urllib.parse import quote, unquote_to_bytes
 
 from msgspec import Meta, Struct
 
+from exo_kimi.experts.policies import DEFAULT_POLICY
 from exo_kimi.runtime.requests import StageState
 
-PROTOCOL_VERSION: Literal[5] = 5
+PROTOCOL_VERSION: Literal[6] = 6
 
 Count = Annotated[int, Meta(ge=0, le=2**63 - 1)]
 Positive = Annotated[int, Meta(ge=1, le=2**63 - 1)]
@@ -52,7 +53,7 @@ FreeScope = Literal["host", "process"]
 class Header(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, tag_field="kind"):
     """The first part of a frame. `version` is checked before anything else is read (see `frames.decode`)."""
 
-    version: Literal[5] = PROTOCOL_VERSION
+    version: Literal[6] = PROTOCOL_VERSION
 
 
 class Hello(Header, frozen=True, kw_only=True, tag="hello"):
@@ -84,6 +85,7 @@ class HelloAck(Header, frozen=True, kw_only=True, tag="hello_ack"):
         host: equal for stages of one machine, which share its memory.
         held_bytes: weights that the stage holds now and that a Load would give back first.
         free_bytes, free_scope: as in Joined.
+        expert_cache_bytes: what the stage was started with for routed experts, which goes before the leader's; None takes that.
     """
 
     exo_kimi: Name
@@ -94,6 +96,7 @@ class HelloAck(Header, frozen=True, kw_only=True, tag="hello_ack"):
     held_bytes: Count
     free_bytes: Count
     free_scope: FreeScope
+    expert_cache_bytes: Count | None = None
 
 
 class Refused(Header, frozen=True, kw_only=True, tag="refused"):
@@ -120,6 +123,8 @@ class Load(Header, frozen=True, kw_only=True, tag="load"):
         kv_bits: 8, or None for caches in the dtype of the activations.
         vision: whether this stage, the first, holds the vision tower too.
         vision_directory: where the tower's tensors are, if not beside the layers.
+        expert_cache_bytes: what the stage may hold of its routed experts; the others stay on its disk. None holds all.
+        expert_policy: which expert gives way (see `experts.policies`).
     """
 
     stage: Count
@@ -132,10 +137,28 @@ class Load(Header, frozen=True, kw_only=True, tag="load"):
     kv_bits: Count | None = None
     vision: bool = False
     vision_directory: DirectoryPath | None = None
+    expert_cache_bytes: Count | None = None
+    expert_policy: Name = DEFAULT_POLICY
+
+
+class ExpertTotals(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """`requests.ExpertHealth` with its bounds."""
+
+    slots: Count
+    slot_bytes: Count
+    hits: Count
+    misses: Count
+    evictions: Count
+    read_bytes: Count
+    wasted_bytes: Count
+    read_s: float
+    stall_s: float
+    failed_reads: Count
 
 
 class Progress(Header, frozen=True, kw_only=True, tag="progress"):
-    """The stage's heartbeat. `busy_s` is how long the current load, join or step has taken so far, 0 when idle."""
+    """The stage's heartbeat. `busy_s` is how long the current load, join or step has taken so far, 0 when idle, without what was
+    spent on reading that went on. `experts` is None where all of them are held."""
 
     state: StageState
     epoch: Count
@@ -147,6 +170,7 @@ class Progress(Header, frozen=True, kw_only=True, tag="progress"):
     peak_bytes: Count
     sequences: Count
     pid: Count
+    experts: ExpertTotals | None = None
 
 
 class Loaded(Header, frozen=True, kw_only=True, tag="loaded"):

@@ -19,8 +19,11 @@ from exo_kimi.checkpoint.index import CheckpointIndex, open_index
 from exo_kimi.checkpoint.manifest import resolve
 from exo_kimi.checkpoint.vision import NoVision, VisionManifest, find_vision
 from exo_kimi.errors import CheckpointError, StageError
+from exo_kimi.experts.budget import ExpertCache
+from exo_kimi.models.expert_bank import StreamedExperts
 from exo_kimi.models.kimi_k2 import CACHE_STEP
 from exo_kimi.runtime.protocol.messages import Join, Load, Loaded, decode_path
+from exo_kimi.runtime.requests import ExpertHealth
 from exo_kimi.runtime.reserve import default_scratch_bytes
 from exo_kimi.runtime.stage.memory import FreeMemory, free_memory
 from exo_kimi.runtime.stage.pictures import PictureTower
@@ -61,11 +64,13 @@ class CheckpointLayers:
     Args:
         directory: this machine's checkpoint, which may hold this stage's tensors only; None takes the leader's path.
         alone: no other thread of the process uses MLX, see `load_stage`.
+        expert_cache: of this machine; None takes what the leader's order says.
     """
 
-    def __init__(self, directory: Path | None, *, alone: bool = False) -> None:
+    def __init__(self, directory: Path | None, *, alone: bool = False, expert_cache: ExpertCache | None = None) -> None:
         self._directory = directory
         self._alone = alone
+        self._expert_cache = expert_cache
 
     def take(self, order: Load, progress: Callable[[int, int], None]) -> ResidentStage:
         """Load a stage, once the memory of the one before is free.
@@ -95,10 +100,17 @@ class CheckpointLayers:
             fuse=True,
             alone=self._alone,
             vision=_vision(index, order),
+            expert_cache=self._expert_cache or _ordered_cache(order),
         )
 
     def drop(self) -> None:
         """Nothing is kept here."""
+
+
+def _ordered_cache(order: Load) -> ExpertCache | None:
+    if order.expert_cache_bytes is None:
+        return None
+    return ExpertCache(budget_bytes=order.expert_cache_bytes, policy=order.expert_policy)
 
 
 def _vision(index: CheckpointIndex, order: Load) -> VisionManifest | None:
@@ -142,6 +154,7 @@ class MlxBackend:
     def __init__(self, layers: LayerSource) -> None:
         self._layers = layers
         self._loaded: _LoadedStage | None = None
+        self._progress: Callable[[], None] | None = None
 
     def load(self, order: Load, progress: Callable[[int, int], None]) -> Loaded:
         """Take the layers of an order, unless they are those that are held.
@@ -175,9 +188,11 @@ class MlxBackend:
                 kv_bits=order.kv_bits,
             ),
         )
-        self._loaded = _LoadedStage(
-            order, answer, resident, StageWorker(model, epoch=0, stage=order.stage, tower=tower)
-        )
+        if model.streamed is not None:
+            model.streamed.store.on_progress = self._progress
+        # Running ahead would keep the stage from the next order for as long as reading takes.
+        worker = StageWorker(model, epoch=0, stage=order.stage, tower=tower, ahead=model.streamed is None)
+        self._loaded = _LoadedStage(order, answer, resident, worker)
         return answer
 
     def unload(self) -> None:
@@ -226,10 +241,34 @@ class MlxBackend:
     def free(self) -> FreeMemory:
         return free_memory()
 
+    def experts(self) -> ExpertHealth | None:
+        streamed = self._loaded.resident.model.streamed if self._loaded is not None else None
+        return None if streamed is None else expert_health(streamed)
+
+    def tell_progress(self, progress: Callable[[], None]) -> None:
+        self._progress = progress
+
     def _require(self) -> _LoadedStage:
         if self._loaded is None:
             raise StageError("this stage holds no layers")
         return self._loaded
+
+
+def expert_health(streamed: StreamedExperts) -> ExpertHealth:
+    """How a stage's experts fare that stay on disk."""
+    counters, reads = streamed.counters, streamed.store.counters
+    return ExpertHealth(
+        slots=streamed.slots,
+        slot_bytes=streamed.slot_bytes,
+        hits=counters.hits,
+        misses=counters.misses,
+        evictions=counters.evictions,
+        read_bytes=reads.read_bytes,
+        wasted_bytes=0,
+        read_s=reads.read_s,
+        stall_s=reads.stall_s,
+        failed_reads=reads.failed,
+    )
 
 
 def _make_disk(loaded: _LoadedStage, order: Join, changed: Changed) -> PrefixDisk:

@@ -11,7 +11,7 @@ import os
 import socket
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from queue import Empty, SimpleQueue
 from typing import Protocol
 
@@ -19,9 +19,18 @@ from exo_kimi.errors import CheckpointError, ExoKimiError, UsageError
 from exo_kimi.runtime.prefix_key import pack_keys
 from exo_kimi.runtime.protocol.faults import to_message
 from exo_kimi.runtime.protocol.frames import Message
-from exo_kimi.runtime.protocol.messages import BlocksChanged, HelloAck, Join, Joined, Load, Loaded, Progress
+from exo_kimi.runtime.protocol.messages import (
+    BlocksChanged,
+    ExpertTotals,
+    HelloAck,
+    Join,
+    Joined,
+    Load,
+    Loaded,
+    Progress,
+)
 from exo_kimi.runtime.protocol.versions import Versions
-from exo_kimi.runtime.requests import StageState
+from exo_kimi.runtime.requests import ExpertHealth, StageState
 from exo_kimi.runtime.stage.memory import FreeMemory, host_free_bytes
 from exo_kimi.runtime.stage.prefix_disk import Changed
 from exo_kimi.runtime.stage.worker import as_fault
@@ -62,6 +71,8 @@ class StageStatus:
     active_bytes: int = 0
     peak_bytes: int = 0
     sequences: int = 0
+    expert_cache_bytes: int | None = None
+    experts: ExpertHealth | None = None
 
     def hello_ack(self, versions: Versions) -> HelloAck:
         """The answer to a Hello."""
@@ -77,6 +88,7 @@ class StageStatus:
             held_bytes=self.active_bytes,
             free_bytes=free.free_bytes,
             free_scope=free.scope,
+            expert_cache_bytes=self.expert_cache_bytes,
         )
 
     def progress(self) -> Progress:
@@ -93,6 +105,7 @@ class StageStatus:
             peak_bytes=self.peak_bytes,
             sequences=self.sequences,
             pid=os.getpid(),
+            experts=None if self.experts is None else ExpertTotals(**asdict(self.experts)),
         )
 
 
@@ -139,6 +152,14 @@ class Backend(Protocol):
         """What could still be allocated."""
         ...
 
+    def experts(self) -> ExpertHealth | None:
+        """How the experts fare that stay on disk; None where all are held."""
+        ...
+
+    def tell_progress(self, progress: Callable[[], None]) -> None:
+        """Have `progress` called, by any thread, whenever a step that reads from disk has read something."""
+        ...
+
 
 class StageCompute:
     """Carries out orders.
@@ -156,6 +177,7 @@ class StageCompute:
         self._broken_epoch = -1
         self._looked_s = 0.0
         self._unseen = False
+        backend.tell_progress(self._on_progress)
 
     def run(self, orders: SimpleQueue[Order]) -> None:
         """Work until the order is None."""
@@ -175,6 +197,11 @@ class StageCompute:
                 if not isinstance(order, Step) or time.monotonic() - self._looked_s > LOOK_EVERY_S:
                     self._look()
                 self._status.busy_since_s = None
+
+    def _on_progress(self) -> None:
+        """A step is as alive as the disk that it reads from, however slow that is."""
+        if self._status.busy_since_s is not None:
+            self._status.busy_since_s = time.monotonic()
 
     def _next(self, orders: SimpleQueue[Order]) -> Order:
         """The next order. While none comes, the memory is looked at."""
@@ -251,6 +278,7 @@ class StageCompute:
         status = self._status
         status.kv_bytes, status.sequences = self._backend.held()
         status.active_bytes, status.peak_bytes = self._backend.memory()
+        status.experts = self._backend.experts()
 
 
 def _stage(order: Order) -> int | None:

@@ -23,6 +23,7 @@ from queue import SimpleQueue
 
 from exo_kimi.checkpoint.index import open_index
 from exo_kimi.errors import ExoKimiError, machine_error
+from exo_kimi.experts.budget import ExpertCache
 from exo_kimi.runtime.end_signals import EndSignals
 from exo_kimi.runtime.protocol.versions import Versions
 from exo_kimi.runtime.stage.backend import CheckpointLayers, MlxBackend
@@ -47,6 +48,7 @@ def serve_stage(
     environment_key: str | None,
     say: Callable[[str], None] = _say,
     show_key: bool = True,
+    expert_cache: ExpertCache | None = None,
 ) -> None:
     """Serve leaders one after another until Ctrl-C: the body of `exo-kimi stage`.
 
@@ -57,6 +59,7 @@ def serve_stage(
         environment_key: the text of EXO_KIMI_KEY, if set.
         say: takes lines for the user.
         show_key: say a key that was made now. Not where the lines go into a log that others may read.
+        expert_cache: what this machine may hold of the routed experts; None leaves it to the leader, who holds all.
 
     Raises:
         CheckpointError: `model` is no checkpoint.
@@ -82,11 +85,12 @@ def serve_stage(
     with EndSignals(signal.default_int_handler):
         _serve(
             address,
-            lambda: MlxBackend(CheckpointLayers(directory, alone=True)),
+            lambda: MlxBackend(CheckpointLayers(directory, alone=True, expert_cache=expert_cache)),
             announce=announce,
             key=key,
             next_key=key,
             leader_may_vanish=True,
+            expert_cache=expert_cache,
         )
 
 
@@ -134,10 +138,12 @@ def _serve(
     key: ClusterKey | None,
     next_key: ClusterKey | None,
     leader_may_vanish: bool,
+    expert_cache: ExpertCache | None = None,
 ) -> None:
     backend = make_backend()
     orders: SimpleQueue[Order] = SimpleQueue()
-    status = StageStatus(free=backend.free())
+    own_bytes = expert_cache.budget_bytes if expert_cache is not None else None
+    status = StageStatus(free=backend.free(), expert_cache_bytes=own_bytes)
     server = StageServer(
         listen,
         key=key,

@@ -12,6 +12,7 @@ import mlx.core as mx
 from exo_kimi.checkpoint.manifest import StageManifest
 from exo_kimi.checkpoint.vision import VisionManifest
 from exo_kimi.errors import StageOutOfMemoryError
+from exo_kimi.experts.budget import ExpertCache
 from exo_kimi.models.kimi_k2 import Model
 from exo_kimi.models.vision import VisionModel
 from exo_kimi.runtime.loading.loader import load_stage
@@ -56,22 +57,26 @@ class ResidentStage:
         fuse: bool = False,
         alone: bool = False,
         vision: VisionManifest | None = None,
+        expert_cache: ExpertCache | None = None,
     ) -> ResidentStage:
         """Load the layers of a manifest, in the thread that will run them: MLX's streams belong to threads.
 
         Args:
             manifest: of the layers.
             stage: its index, for errors.
-            dtype, progress, fuse, alone: see `load_stage`.
+            dtype, progress, fuse, alone, expert_cache: see `load_stage`.
             vision: the tower to load with them.
 
         Raises:
             CheckpointError: the tensors are not what the manifest says.
             StageError, StageOutOfMemoryError: MLX could not hold them.
+            UsageError: an expert cache that is too small.
         """
         began_s, before_bytes = time.monotonic(), mx.get_active_memory()
         try:
-            model = load_stage(manifest, dtype=dtype, progress=progress, fuse=fuse, alone=alone)
+            model = load_stage(
+                manifest, dtype=dtype, progress=progress, fuse=fuse, alone=alone, expert_cache=expert_cache
+            )
             tower = load_tower(vision, dtype=dtype) if vision is not None else None
         except (RuntimeError, ValueError, MemoryError) as error:  # what MLX raises
             raise as_fault(error, stage=stage) from error

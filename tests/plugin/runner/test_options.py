@@ -10,10 +10,11 @@ from typing import Any
 import pytest
 
 from exo_kimi.errors import UsageError
+from exo_kimi.experts.budget import ExpertCache
 from exo_kimi.plugin.runner import runner71
 from exo_kimi.plugin.runner.builder import KimiBuilder
 from exo_kimi.plugin.runner.engine import KimiEngine
-from exo_kimi.plugin.runner.options import EngineOptions
+from exo_kimi.plugin.runner.options import EngineOptions, expert_cache_of
 
 
 @pytest.mark.parametrize("options", [EngineOptions(), EngineOptions(context=4096), EngineOptions(kv_bytes=10**9)])
@@ -32,6 +33,17 @@ def test_a_value_that_makes_no_sense_is_told_with_its_name(name: str, value: str
     with pytest.raises(UsageError, match=name) as told:
         EngineOptions.from_environment({name: value})
     assert value in str(told.value)
+
+
+def test_a_node_says_for_itself_how_many_experts_it_holds() -> None:
+    assert expert_cache_of({}) is None
+    assert expert_cache_of({"EXO_KIMI_EXPERT_CACHE": "60GB"}) == ExpertCache(budget_bytes=60 * 10**9)
+    given = {"EXO_KIMI_EXPERT_CACHE": "60GB", "EXO_KIMI_EXPERT_POLICY": "lfu"}
+    assert expert_cache_of(given) == ExpertCache(budget_bytes=60 * 10**9, policy="lfu")
+    for name, value in (("EXO_KIMI_EXPERT_CACHE", "lots"), ("EXO_KIMI_EXPERT_POLICY", "mru")):
+        with pytest.raises(UsageError) as told:
+            expert_cache_of(given | {name: value})
+        assert value in str(told.value)
 
 
 def test_a_runner_of_v1_0_71_fills_and_builds_our_builder(monkeypatch: pytest.MonkeyPatch, exo_shapes: Any) -> None:

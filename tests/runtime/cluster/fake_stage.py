@@ -71,6 +71,12 @@ class FakeBackend:
     def open_disk(self, order, changed):
         return 0, ()
 
+    def experts(self):
+        return None
+
+    def tell_progress(self, progress):
+        pass
+
     def held(self):
         return 0, 0
 

@@ -211,8 +211,8 @@ def _decode_or_protocol_error(parts: list[bytes]) -> None:
 
 def test_another_protocol_version_is_refused_with_both_versions() -> None:
     (header,) = wire.encode(messages.Ping())
-    other = json.loads(bytes(header)) | {"version": 7}
-    with pytest.raises(ProtocolError, match=rf"(?s)version {messages.PROTOCOL_VERSION} \(this side\).*version 7"):
+    other = json.loads(bytes(header)) | {"version": 8}
+    with pytest.raises(ProtocolError, match=rf"(?s)version {messages.PROTOCOL_VERSION} \(this side\).*version 8"):
         wire.decode([json.dumps(other).encode()])
 
 
