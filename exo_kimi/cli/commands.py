@@ -36,6 +36,7 @@ from exo_kimi.cli.values import (
     positive,
     whole,
 )
+from exo_kimi.experts.budget import ExpertCache
 
 Layout = Literal["mlx", "int4", "fp8", "bf16"]
 Link = Literal["zmq", "ring", "jaccl"]
@@ -430,19 +431,16 @@ def stage(
     from exo_kimi.runtime.descriptors import raise_descriptor_limit
 
     raise_descriptor_limit()  # before mlx-lm is imported, which lowers it or fails
-    from exo_kimi.experts.budget import ExpertCache
     from exo_kimi.runtime.stage.process import serve_stage
 
     _log_to_stderr()
-    model_path = str(model) if model else None
-    cache = None if expert_cache is None else ExpertCache(budget_bytes=expert_cache, policy=expert_policy)
     serve_stage(
         listen,
-        model=model_path,
+        model=None if model is None else str(model),
         key_file=key_file,
         environment_key=os.environ.get("EXO_KIMI_KEY"),
         show_key=sys.stdout.isatty(),
-        expert_cache=cache,
+        expert_cache=ExpertCache.of(expert_cache, expert_policy),
     )
 
 

@@ -22,6 +22,11 @@ class ExpertCache:
     budget_bytes: int
     policy: str = DEFAULT_POLICY
 
+    @classmethod
+    def of(cls, budget_bytes: int | None, policy: str) -> ExpertCache | None:
+        """None where no budget is set, and all experts are held."""
+        return None if budget_bytes is None else cls(budget_bytes=budget_bytes, policy=policy)
+
 
 def slots_for(budget_bytes: int, slot_bytes: Mapping[int, int], experts: int) -> dict[int, int]:
     """Slots of every layer: as many for each, and of what is left one more for as many as that pays for, the first layers first.

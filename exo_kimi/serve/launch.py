@@ -112,7 +112,7 @@ def serve(options: ServeOptions, *, announce: Callable[[str], None] | None = Non
         scratch_bytes=scratch_bytes,
         kv_bits=options.kv_bits,
         vision=tower if isinstance(tower, VisionManifest) else None,
-        expert_cache=_expert_cache(options),
+        expert_cache=ExpertCache.of(options.expert_cache, options.expert_policy),
     )
     speaker = Speaker.from_directory(options.directory, raw_config=checkpoint.raw_config)
     speaker = replace(speaker, pictures=_pictures(options, tower))
@@ -160,12 +160,6 @@ def serve(options: ServeOptions, *, announce: Callable[[str], None] | None = Non
         )
 
     run(factory, host=options.host, port=options.port, announce=announce or _announce)
-
-
-def _expert_cache(options: ServeOptions) -> ExpertCache | None:
-    if options.expert_cache is None:
-        return None
-    return ExpertCache(budget_bytes=options.expert_cache, policy=options.expert_policy)
 
 
 def _tower(options: ServeOptions, checkpoint: Checkpoint) -> VisionManifest | NoVision:

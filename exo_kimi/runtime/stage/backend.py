@@ -100,17 +100,11 @@ class CheckpointLayers:
             fuse=True,
             alone=self._alone,
             vision=_vision(index, order),
-            expert_cache=self._expert_cache or _ordered_cache(order),
+            expert_cache=self._expert_cache or ExpertCache.of(order.expert_cache_bytes, order.expert_policy),
         )
 
     def drop(self) -> None:
         """Nothing is kept here."""
-
-
-def _ordered_cache(order: Load) -> ExpertCache | None:
-    if order.expert_cache_bytes is None:
-        return None
-    return ExpertCache(budget_bytes=order.expert_cache_bytes, policy=order.expert_policy)
 
 
 def _vision(index: CheckpointIndex, order: Load) -> VisionManifest | None:
