@@ -291,7 +291,7 @@ def test_a_plan_is_made_written_and_refused_for_another_checkpoint(tiny: Path, t
     cluster = "m3-ultra-512, m2-ultra-192"
     planned = run("plan", tiny, "--cluster", cluster, "-o", tmp_path / "plan.json", "--svg", tmp_path / "plan.svg")
     assert planned.returncode == 0, planned.stderr
-    assert json.loads((tmp_path / "plan.json").read_text())["version"] == 3
+    assert json.loads((tmp_path / "plan.json").read_text())["version"] == 4
     assert (tmp_path / "plan.svg").read_text().lstrip().startswith("<svg")
     other = make_tiny(tmp_path / "other", recipe="uniform4")
     assert_refused(run("serve", other, "--plan", tmp_path / "plan.json"), "another checkpoint")

@@ -22,6 +22,7 @@ from exo_kimi.cli.values import (
     Objective,
     argument,
     byte_count,
+    byte_rate,
     counts,
     deadline,
     flag,
@@ -66,6 +67,7 @@ BENCHES: tuple[str, ...] = tuple(name for name in get_args(Bench) if name != "li
 Directory = Annotated[Path, argument("DIR", "a checkpoint")]
 SPLIT, MEMORY, PREFIXES, PICTURES = "Model and split", "Memory", "Prefix cache", "Pictures"
 NETWORK, SPEED, WORKLOAD, OUTPUT = "Network and keys", "Speculation", "Workload", "Output"
+STREAM = "Experts from disk"
 
 
 def demo(
@@ -566,6 +568,29 @@ def plan(
         ),
     ] = None,
     no_vision: Annotated[bool, flag("--no-vision", help="count no vision tower: serve text alone")] = False,
+    stream: Annotated[
+        bool,
+        flag("--stream", help="where layers do not fit, read experts from disk, with the same weights", panel=STREAM),
+    ] = False,
+    ssd_bytes_per_s: Annotated[
+        float | None,
+        option(
+            "--ssd",
+            parser=byte_rate,
+            metavar="SPEED",
+            help="of the machines' disks, such as 6GB/s (default: measured, or as published of the chip)",
+            panel=STREAM,
+        ),
+    ] = None,
+    hits: Annotated[
+        Path | None,
+        option(
+            "--hits",
+            metavar="FILE",
+            help="hit rates by `trace replay -o FILE` (default: what others have published)",
+            panel=STREAM,
+        ),
+    ] = None,
     explained: Annotated[
         bool, flag("--explain", help="why this split, what binds, and what would change it", panel=OUTPUT)
     ] = False,

@@ -158,6 +158,18 @@ def byte_count(text: str) -> int:
 
 
 @_parser
+def byte_rate(text: str) -> float:
+    """Bytes per second of a speed such as 6GB/s."""
+    try:
+        found = parse_bytes(text.strip().removesuffix("/s"))
+    except UsageError as error:
+        raise typer.BadParameter(f"{text!r} is not a speed such as 6GB/s") from error
+    if found < 1:
+        raise typer.BadParameter(f"{text!r} is no speed")
+    return float(found)
+
+
+@_parser
 def seconds(text: str) -> float:
     """Seconds of a time such as 30s."""
     try:

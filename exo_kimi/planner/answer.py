@@ -108,6 +108,8 @@ def plan_of(split: PlacedSplit) -> Plan:
         left_out=tuple(machine.name for machine in question.machines if machine.name not in used),
         prediction=PlanPrediction(
             decode_tokens_per_s=_digits(made.decode_tokens_per_s),
+            slow_tokens_per_s=_digits(split.at("slow").prediction.decode_tokens_per_s),
+            fast_tokens_per_s=_digits(split.at("fast").prediction.decode_tokens_per_s),
             first_tokens_per_s=_digits(1 / made.first_tpot_s),
             last_tokens_per_s=_digits(1 / made.last_tpot_s),
             tpot_s=_digits(made.tpot_s),
@@ -118,6 +120,7 @@ def plan_of(split: PlacedSplit) -> Plan:
         assumptions=(
             *(f"{stage.machine.name}: {text}" for stage in split.stages for text in stage.machine.unknown),
             *_link_warnings(split),
+            *_disk_assumptions(split),
         ),
     )
 
@@ -138,6 +141,18 @@ def _link_warnings(split: PlacedSplit) -> Iterator[str]:
         warning = split.question.cluster.link(one, other).warning
         if warning:
             yield f"{one.name} to {other.name}: {warning}"
+
+
+def _disk_assumptions(split: PlacedSplit) -> Iterator[str]:
+    streaming = split.question.streaming
+    if streaming is None or not split.streams:
+        return
+    for stage in split.stages:
+        ssd = stage.machine.ssd
+        if split.slots(stage) is not None and ssd is not None and ssd.status != "measured":
+            yield f"{stage.machine.name}: disk, {ssd.number / 1e9:.1f} GB/s: {ssd.source}"
+    if not streaming.curve.measured:
+        yield f"hit rates: {streaming.curve.source}; a trace replaces them: `exo-kimi trace record`"
 
 
 def cluster_hash(cluster: Cluster) -> str:
@@ -170,7 +185,7 @@ def infeasible(question: Question) -> PlanInfeasibleError:
 
 
 def _plan_stage(question: Question, stage: Placed) -> PlanStage:
-    machine, need = stage.machine, question.need(stage.start_layer, stage.end_layer)
+    machine, need = stage.machine, question.held(stage.machine, stage.start_layer, stage.end_layer)
     limit_bytes, source, wired_mb = machine.limit_now_bytes, machine.limit.source, None
     if need.total_bytes > limit_bytes and machine.limit_before_bytes is not None:
         limit_bytes = min(-(-need.total_bytes // GIB) * GIB, machine.limit_bytes)

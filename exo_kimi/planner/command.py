@@ -17,10 +17,16 @@ from exo_kimi.errors import UsageError
 from exo_kimi.planner.answer import Answer, answer
 from exo_kimi.planner.machines.cluster import read_cluster
 from exo_kimi.planner.question import Question
+from exo_kimi.planner.search.cost import PlacedSplit
+from exo_kimi.planner.search.search import best_split
+from exo_kimi.planner.streaming import HitCurve, Streaming, default_curve, read_curve
 from exo_kimi.planner.weights.bytes import ModelBytes, bytes_of_manifest, bytes_of_recipe
 from exo_kimi.planner.weights.catalog import model_names, published_model
 from exo_kimi.planner.weights.recipes import load_recipe
 from exo_kimi.planner.workload import OBJECTIVES, RESERVE_BYTES, Objective, make_workload
+
+CHUNKS = (1024, 2048, 4096)
+WORTH_A_CHUNK = 0.01  # of the objective: other streams wait longer behind a long chunk
 
 
 def plan_answer(
@@ -44,6 +50,9 @@ def plan_answer(
     explained: bool = False,
     vision: Path | None = None,
     no_vision: bool = False,
+    stream: bool = False,
+    ssd_bytes_per_s: float | None = None,
+    hits: Path | None = None,
 ) -> Answer:
     """The best plan for a checkpoint directory, or for a published model in a recipe.
 
@@ -67,6 +76,9 @@ def plan_answer(
         explained: add the explanation to the text.
         vision: where the tower for pictures is, if not beside the layers; with them it is counted without being named.
         no_vision: count none.
+        stream: machines whose layers do not fit may read experts from disk.
+        ssd_bytes_per_s: of every disk that was neither measured nor set in the cluster file.
+        hits: hit rates, as `exo-kimi trace replay -o` writes them; what others have published when not given.
 
     Raises:
         UsageError: arguments that contradict each other or cannot be read, or a split that cannot be.
@@ -80,6 +92,8 @@ def plan_answer(
         check_quantizable(weights.config)
         weights = replace(weights, kv_bits=kv_bits)
     machines = read_cluster(cluster)
+    if ssd_bytes_per_s is not None:
+        machines = machines.with_ssd(ssd_bytes_per_s)
     if concurrency is None:
         concurrency = len(machines.machines) if objective == "throughput" else 1
     workload = make_workload(
@@ -95,9 +109,54 @@ def plan_answer(
     question = Question(model=weights, cluster=machines, workload=workload, objective=objective)
     if raise_limits:
         question = question.with_raised_limits()
+    if stream:
+        curve = default_curve() if hits is None else read_curve(hits)
+        question = replace(question, streaming=_streaming(question, curve))
+        if prefill_chunk is None:
+            question = with_best_chunk(question, split)
+    elif hits is not None or ssd_bytes_per_s is not None:
+        raise UsageError("--hits and --ssd say how experts are streamed", fix="give --stream too, or leave them out")
     if split is None:
         return answer(question, explained=explained)
     return Answer.given(question, split, force=force)
+
+
+def with_best_chunk(question: Question, split: str | Sequence[int] | None = None) -> Question:
+    """The question with the prefill chunk that its objective likes best, where experts are streamed.
+
+    Each chunk reads nearly all of them, so that longer ones read less, and need more scratch.
+
+    Args:
+        question: with the chunk that it has if nothing is streamed.
+        split: layer counts that were given.
+    """
+
+    def made(asked: Question) -> PlacedSplit | None:
+        if split is None:
+            return best_split(asked)
+        return PlacedSplit.given(asked, split, asked.machines_in_order)
+
+    best = made(question)
+    if best is None or not best.streams:
+        return question
+    for chunk in CHUNKS:
+        other = made(question.with_workload(prefill_chunk=chunk))
+        if other is not None and other.objective_s < best.objective_s * (1 - WORTH_A_CHUNK):
+            best = other
+    return best.question
+
+
+def _streaming(question: Question, curve: HitCurve) -> Streaming:
+    """What the question's machines may stream.
+
+    Raises:
+        UsageError: there are no routed experts, or they lie on disk in a form that cannot be streamed.
+    """
+    if question.workload.ends_everywhere:
+        raise UsageError("exo's own engine holds every expert", found="--stream", fix="plan for exo-kimi's engine")
+    if not any(question.model.expert_bytes):
+        raise UsageError("a model without routed experts has nothing to stream", where="--stream", fix="leave it out")
+    return Streaming(curve=curve)
 
 
 def model_bytes(

@@ -46,6 +46,8 @@ def check_matches(plan: Plan, manifest: StageManifest) -> None:
     for stage in plan.stages:
         ends = plan.workload.ends_everywhere
         weight_bytes = model.weight_bytes(stage.start_layer, stage.end_layer, ends_everywhere=ends)
+        if stage.expert_slots is not None:
+            weight_bytes -= sum(model.expert_bytes[stage.start_layer : stage.end_layer])
         if weight_bytes > stage.weight_bytes:
             raise PlanMismatchError(
                 f"layers {stage.start_layer}:{stage.end_layer} are heavier than the plan's recipe says",
@@ -72,6 +74,8 @@ def check_tower_planned(plan: Plan, manifest: StageManifest, tower: VisionManife
     first = plan.stages[0]
     model = bytes_of_manifest(manifest).with_tower(tower)
     weight_bytes = model.weight_bytes(first.start_layer, first.end_layer)
+    if first.expert_slots is not None:
+        weight_bytes -= sum(model.expert_bytes[first.start_layer : first.end_layer])
     if weight_bytes > first.weight_bytes:
         raise PlanMismatchError(
             "the plan has no room for the vision tower",

@@ -15,7 +15,7 @@ from exo_kimi.errors import PlanError, PlanInfeasibleError
 from exo_kimi.planner.workload import OBJECTIVES, Workload
 from exo_kimi.units import format_bytes
 
-VERSION = 3
+VERSION = 4
 LINKS = ("zmq", "jaccl")
 T = TypeVar("T")
 Engine = Literal["exo", "exo-kimi"]
@@ -37,7 +37,19 @@ class PlanModel:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PlanStage:
-    """One stage. `wired_limit_mb` is what `iogpu.wired_limit_mb` must be set to first, None where the default is enough."""
+    """One stage.
+
+    Args:
+        machine, chip: whose.
+        start_layer, end_layer: half-open.
+        memory_bytes, limit_bytes, limit_source: of the machine.
+        weight_bytes: all that it holds; without the routed experts where these are streamed.
+        kv_bytes, scratch_bytes, reserve_bytes, server_bytes: beside them.
+        headroom_bytes: what the limit leaves.
+        wired_limit_mb: what `iogpu.wired_limit_mb` must be set to first, None where the default is enough.
+        expert_slots: of each layer, where experts are read from disk; None where all are held.
+        expert_cache_bytes: of these slots over all its layers, as `serve --expert-cache` takes them; 0 where all are held.
+    """
 
     machine: str
     chip: str
@@ -53,6 +65,8 @@ class PlanStage:
     server_bytes: int
     headroom_bytes: int
     wired_limit_mb: int | None
+    expert_slots: int | None = None
+    expert_cache_bytes: int = 0
 
     @property
     def layers(self) -> int:
@@ -61,8 +75,9 @@ class PlanStage:
 
     @property
     def need_bytes(self) -> int:
-        """All that it holds: weights, KV, scratch, reserve, and the server on stage 0."""
-        return self.weight_bytes + self.kv_bytes + self.scratch_bytes + self.reserve_bytes + self.server_bytes
+        """All that it holds: weights, slots of experts, KV, scratch, reserve, and the server on stage 0."""
+        weight_bytes = self.weight_bytes + self.expert_cache_bytes
+        return weight_bytes + self.kv_bytes + self.scratch_bytes + self.reserve_bytes + self.server_bytes
 
     @property
     def sysctl(self) -> str | None:
@@ -76,6 +91,7 @@ class PlanPrediction:
 
     Args:
         decode_tokens_per_s: of one sequence, in the middle of the timed request.
+        slow_tokens_per_s, fast_tokens_per_s: the ends of its band, where experts are read from disk; else the same.
         first_tokens_per_s: of the same at the start of the context.
         last_tokens_per_s: at its end.
         tpot_s, ttft_s, request_s: of the timed request.
@@ -83,6 +99,8 @@ class PlanPrediction:
     """
 
     decode_tokens_per_s: float
+    slow_tokens_per_s: float
+    fast_tokens_per_s: float
     first_tokens_per_s: float
     last_tokens_per_s: float
     tpot_s: float
@@ -123,6 +141,11 @@ class Plan:
     def engine(self) -> Engine:
         """The engine whose bytes it counts: exo's own, which holds embedding and head on every stage, or ours."""
         return "exo" if self.workload.ends_everywhere else "exo-kimi"
+
+    @property
+    def streams(self) -> bool:
+        """Whether any stage reads experts from disk."""
+        return any(stage.expert_slots is not None for stage in self.stages)
 
     @property
     def ranges(self) -> tuple[tuple[int, int], ...]:

@@ -9,24 +9,35 @@ from typing import Any
 from exo_kimi.errors import UsageError
 from exo_kimi.planner.machines.cluster import Cluster
 from exo_kimi.planner.machines.hardware import Machine
+from exo_kimi.planner.streaming import Streaming
 from exo_kimi.planner.weights.bytes import ModelBytes
 from exo_kimi.planner.workload import Objective, Workload
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StageNeed:
-    """Bytes that a machine must hold for its layers, by what they are for."""
+    """Bytes that a machine must hold for its layers, by what they are for.
+
+    Args:
+        weight_bytes: all weights, without the routed experts where these are streamed.
+        kv_bytes, scratch_bytes, reserve_bytes, server_bytes: beside them.
+        expert_slots: of each layer, where its experts are streamed; None where all of them are held.
+        expert_cache_bytes: of these slots, over all layers.
+    """
 
     weight_bytes: int
     kv_bytes: int
     scratch_bytes: int
     reserve_bytes: int
     server_bytes: int
+    expert_slots: int | None = None
+    expert_cache_bytes: int = 0
 
     @property
     def total_bytes(self) -> int:
         """All of them."""
-        return self.weight_bytes + self.kv_bytes + self.scratch_bytes + self.reserve_bytes + self.server_bytes
+        weight_bytes = self.weight_bytes + self.expert_cache_bytes
+        return weight_bytes + self.kv_bytes + self.scratch_bytes + self.reserve_bytes + self.server_bytes
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -40,6 +51,7 @@ class Question:
         objective: what shall be least: the time of a request, of a token, of a round, or to the first token.
         order: names of all machines of the cluster, first layers first, where the split must take every one in this order;
             empty leaves which and how to the search.
+        streaming: that machines whose layers do not fit may read experts from disk, and at which hit rates; None: all are held.
     """
 
     model: ModelBytes
@@ -47,6 +59,7 @@ class Question:
     workload: Workload
     objective: Objective = "request"
     order: tuple[str, ...] = ()
+    streaming: Streaming | None = None
 
     @property
     def machines(self) -> tuple[Machine, ...]:
@@ -75,16 +88,47 @@ class Question:
         """Hidden state of one token between two stages, in bf16."""
         return self.model.config.hidden_size * 2
 
-    def need(self, start_layer: int, end_layer: int) -> StageNeed:
-        """What a machine must hold for layers [start, end); `search.tables.need_table` has the sums of all ranges."""
+    def need(self, start_layer: int, end_layer: int, slots: int | None = None) -> StageNeed:
+        """What a machine must hold for layers [start, end); `search.tables.need_table` has the sums of all ranges.
+
+        Args:
+            start_layer: first layer.
+            end_layer: one past the last.
+            slots: experts of each layer that have a slot; None where all are held.
+        """
         ends = self.workload.ends_everywhere
+        weight_bytes = self.model.weight_bytes(start_layer, end_layer, ends_everywhere=ends)
+        if slots is not None:
+            weight_bytes -= sum(self.model.expert_bytes[start_layer:end_layer])
         return StageNeed(
-            weight_bytes=self.model.weight_bytes(start_layer, end_layer, ends_everywhere=ends),
+            expert_slots=slots,
+            expert_cache_bytes=0 if slots is None else slots * self.model.slot_bytes(start_layer, end_layer),
+            weight_bytes=weight_bytes,
             kv_bytes=(end_layer - start_layer) * self.workload.kv_tokens * self.model.kv_layer_bytes,
             scratch_bytes=self.scratch_bytes,
             reserve_bytes=self.workload.reserve_bytes,
             server_bytes=self.workload.server_bytes if start_layer == 0 else 0,
         )
+
+    def slots(self, machine: Machine, start_layer: int, end_layer: int) -> int | None:
+        """Slots a layer that a machine has room for beside everything else; None where it holds all experts, and where it cannot
+        stream. `search.tables.slot_table` has those of all ranges."""
+        if self.streaming is None or not self.streaming.ssd_bytes_per_s(machine):
+            return None
+        slot_bytes = self.model.slot_bytes(start_layer, end_layer)
+        if self.need(start_layer, end_layer).total_bytes <= machine.limit_bytes or not slot_bytes:
+            return None
+        free_bytes = machine.limit_bytes - self.need(start_layer, end_layer, 0).total_bytes
+        return free_bytes // slot_bytes if free_bytes >= slot_bytes else None
+
+    def held(self, machine: Machine, start_layer: int, end_layer: int) -> StageNeed:
+        """What a machine holds of layers [start, end): all of them, or its slots."""
+        return self.need(start_layer, end_layer, self.slots(machine, start_layer, end_layer))
+
+    @property
+    def resident(self) -> Question:
+        """The same question with every expert in memory."""
+        return replace(self, streaming=None)
 
     def with_order(self, names: Sequence[str], *, called: str = "machines") -> Question:
         """The same question for these machines alone, each with a stage, in this order.

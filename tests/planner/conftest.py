@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from random import Random
 
 import pytest
@@ -10,6 +11,7 @@ import pytest
 from exo_kimi.planner.machines.cluster import Cluster, NetworkLink, make_cluster, read_cluster
 from exo_kimi.planner.machines.hardware import Machine, Value
 from exo_kimi.planner.question import Question
+from exo_kimi.planner.streaming import Streaming, default_curve
 from exo_kimi.planner.weights.bytes import ModelBytes, bytes_of_recipe
 from exo_kimi.planner.weights.catalog import published_model
 from exo_kimi.planner.weights.recipes import load_recipe
@@ -49,7 +51,7 @@ def random_case() -> Callable[..., Question]:
     return _random_case
 
 
-def _random_case(random: Random, objective: Objective = "request") -> Question:
+def _random_case(random: Random, objective: Objective = "request", *, streaming: bool = False) -> Question:
     layers = random.randint(1, 12)
     config = published_model("kimi-k2.6").config
     experts = [random.choice((0, random.randrange(1, 20) * 100_000_000)) for _ in range(layers)]
@@ -61,6 +63,7 @@ def _random_case(random: Random, objective: Objective = "request") -> Question:
         from_headers=False,
         layer_bytes=tuple(size + random.randrange(1, 10) * 10_000_000 for size in experts),
         expert_bytes=tuple(experts),
+        expert_disk_bytes=tuple(size * 9 // 10 for size in experts),
         embedding_bytes=random.randrange(0, 1_000_000_000),
         head_bytes=random.randrange(0, 1_000_000_000),
         widened_bytes=tuple(random.randrange(0, 10_000_000) for _ in range(layers)),
@@ -91,6 +94,16 @@ def _random_case(random: Random, objective: Objective = "request") -> Question:
         ends_everywhere=random.random() < 0.2,
     )
     machines_and_links = Cluster(machines=cluster.machines, links=links)
+    if streaming:
+        disks = [Value(number=number, source="random", status="set") for number in (1e9, 3e9, 7e9)]
+        able = tuple(replace(m, ssd=random.choice([None, *disks])) for m in cluster.machines)
+        return Question(
+            model=model,
+            cluster=Cluster(machines=able, links=links),
+            workload=replace(workload, ends_everywhere=False),
+            objective=objective,
+            streaming=Streaming(curve=default_curve()),
+        )
     return Question(model=model, cluster=machines_and_links, workload=workload, objective=objective)
 
 

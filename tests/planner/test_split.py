@@ -30,6 +30,7 @@ def model_of(layers: Sequence[int], embedding_bytes: int, head_bytes: int) -> Mo
         from_headers=False,
         layer_bytes=tuple(layers),
         expert_bytes=(0,) * len(layers),
+        expert_disk_bytes=(0,) * len(layers),
         embedding_bytes=embedding_bytes,
         head_bytes=head_bytes,
         widened_bytes=(0,) * len(layers),

@@ -41,6 +41,8 @@ def plan_of_shape(split: tuple[int, ...] = (5, 2), *, context: int = 8192, layer
     )
     prediction = PlanPrediction(
         decode_tokens_per_s=1.0,
+        slow_tokens_per_s=1.0,
+        fast_tokens_per_s=1.0,
         first_tokens_per_s=1.0,
         last_tokens_per_s=1.0,
         tpot_s=1.0,

@@ -6,7 +6,7 @@ chip = "m3-ultra"          # or profile = "studio.toml", as `exo-kimi machine --
 memory = "512GiB"
 # gpu_cores = 60           # where the chip is sold with several numbers of them
 limit = "480GiB"           # the wired limit that is set, also as iogpu.wired_limit_mb has it; 0 or none: Apple's default
-# bandwidth_bytes_per_s, prefill_flops_per_s, attention_flops_per_s, overhead_per_layer_s: override the profile
+# bandwidth_bytes_per_s, prefill_flops_per_s, attention_flops_per_s, overhead_per_layer_s, ssd_bytes_per_s: override the profile
 
 [[link]]
 between = ["studio", "mini"]
@@ -43,6 +43,7 @@ _OVERRIDES = {
     "prefill_flops_per_s": "prefill",
     "attention_flops_per_s": "attention",
     "overhead_per_layer_s": "overhead",
+    "ssd_bytes_per_s": "ssd",
 }
 
 
@@ -90,6 +91,13 @@ class Cluster:
     def with_raised_limits(self) -> Cluster:
         """The same cluster with every wired limit at its ceiling."""
         return replace(self, machines=tuple(machine.with_raised_limit() for machine in self.machines))
+
+    def with_ssd(self, bytes_per_s: float) -> Cluster:
+        """The cluster with a declared speed of every disk that was neither measured nor set by the machine's own entry."""
+        value = Value(number=bytes_per_s, source="--ssd", status="set")
+        known = [m.ssd is not None and m.ssd.status in ("measured", "set") for m in self.machines]
+        machines = (m if own else replace(m, ssd=value) for m, own in zip(self.machines, known, strict=True))
+        return replace(self, machines=tuple(machines))
 
     def without(self, *names: str) -> Cluster:
         """The cluster without some machines."""

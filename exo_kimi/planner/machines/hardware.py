@@ -22,8 +22,13 @@ VALUES = (
     "attention_flops_per_s",
     "overhead_per_layer_s",
     "limit_bytes",
+    "ssd_bytes_per_s",
 )
-OPTIONAL = ("attention_flops_per_s", "limit_bytes")  # these follow from the others where nothing says them
+OPTIONAL = (
+    "attention_flops_per_s",
+    "limit_bytes",
+    "ssd_bytes_per_s",
+)  # these follow from the others where nothing says them
 PANIC_SHARE = 0.90  # kernel panics have been reported above this share of memory. Source: reference/planning.md
 _NAME = re.compile(r"(m\d+(?:-(?:max|ultra|pro))?)-(\d{1,6})(?:-(\d{1,3})c)?")
 # These were sold with 24 GB at most, and one layer of K2 with its reserve needs more than their limit.
@@ -53,6 +58,7 @@ class Machine:
         bandwidth: bytes per second of memory.
         prefill: floating-point operations per second that prefill's products with weights really reach.
         attention: floating-point operations per second of attention over a context; None where it was not measured apart.
+        ssd: bytes per second that its disk reads experts at; None where nobody has said it, and then nothing is streamed there.
         overhead: seconds per layer and step beside reading weights (kernel launches, synchronisation).
         thunderbolt: version, 0 for none.
         rdma: whether it has RDMA over Thunderbolt.
@@ -68,6 +74,7 @@ class Machine:
     prefill: Value
     overhead: Value
     attention: Value | None = None
+    ssd: Value | None = None
     thunderbolt: int = 0
     rdma: bool = False
     limit_before_bytes: int | None = None
@@ -98,7 +105,8 @@ class Machine:
         """Equal for machines that a plan may swap."""
         values = (self.limit, self.bandwidth, self.prefill, self.attention_speed, self.overhead)
         numbers = tuple(value.number for value in values)
-        return (self.memory_bytes, *numbers, self.thunderbolt, self.rdma)
+        ssd = (0.0, "") if self.ssd is None else (self.ssd.number, self.ssd.status)
+        return (self.memory_bytes, *numbers, ssd, self.thunderbolt, self.rdma)
 
     @property
     def unknown(self) -> tuple[str, ...]:
@@ -173,7 +181,7 @@ def machine_of_chip(chip: str, memory_gib: int, *, gpu_cores: int | None = None,
     own = f"{key}-{memory_gib}" + (f"-{gpu_cores}c" if gpu_cores is not None and part is not parts[-1] else "")
     sources = {"assumed": {**table.get("assumed", {}), **part.get("assumed", {})}}
     sources["unknown"] = {**table.get("unknown", {}), **part.get("unknown", {})}
-    declared = {**table.get("decode", {}), **{key: part[key] for key in VALUES if key in part}}
+    declared = {**table.get("decode", {}), **table.get("disk", {}), **{key: part[key] for key in VALUES if key in part}}
     open_choices = [] if gpu_cores is not None else [str(other["gpu_cores"]) for other in parts[:-1]]
     memory_bytes = memory_gib * GIB
     return Machine(
@@ -184,6 +192,7 @@ def machine_of_chip(chip: str, memory_gib: int, *, gpu_cores: int | None = None,
         bandwidth=_value("bandwidth_bytes_per_s", declared, table, sources),
         prefill=_value("prefill_flops_per_s", declared, table, sources),
         overhead=_value("overhead_per_layer_s", declared, table, sources),
+        ssd=_value("ssd_bytes_per_s", declared, table, sources) if "ssd_bytes_per_s" in declared else None,
         thunderbolt=table["thunderbolt"],
         rdma=table["rdma"],
         choices=tuple(
@@ -329,6 +338,7 @@ def machine_of_profile(table: Mapping[str, Any], *, where: object) -> Machine:
         prefill=pick("prefill_flops_per_s", base.prefill if base else None),
         overhead=pick("overhead_per_layer_s", base.overhead if base else None),
         attention=pick("attention_flops_per_s", None) if "attention_flops_per_s" in measured else None,
+        ssd=pick("ssd_bytes_per_s", None) if "ssd_bytes_per_s" in measured else (base.ssd if base else None),
         thunderbolt=table.get("thunderbolt", base.thunderbolt if base else 0),
         rdma=table.get("rdma", base.rdma if base else False) is True,
         choices=base.choices if base and "prefill_flops_per_s" not in measured else (),

@@ -14,7 +14,8 @@ from exo_kimi.planner.machines.hardware import PANIC_SHARE, machines_by_memory
 from exo_kimi.planner.question import Question
 from exo_kimi.planner.search.compare import neighbours, raised_limits
 from exo_kimi.planner.search.cost import PlacedSplit
-from exo_kimi.planner.search.search import fits
+from exo_kimi.planner.search.search import best_split, fits
+from exo_kimi.planner.streaming import Streaming, default_curve
 from exo_kimi.planner.weights.bytes import bytes_of_recipe
 from exo_kimi.planner.weights.recipes import load_recipe, recipe_names
 from exo_kimi.planner.workload import CACHE_STEP
@@ -28,6 +29,7 @@ def changes_that_fit(question: Question) -> tuple[str, ...]:
         *_fewer_sequences(question),
         *_higher_limits(question),
         *_lighter_recipe(question),
+        *_experts_from_disk(question),
         *_another_machine(question),
     )
 
@@ -49,7 +51,7 @@ def limit_lines(split: PlacedSplit) -> tuple[str, ...]:
     lines = []
     for stage in split.stages:
         machine = stage.machine
-        need_bytes = split.question.need(stage.start_layer, stage.end_layer).total_bytes
+        need_bytes = split.question.held(machine, stage.start_layer, stage.end_layer).total_bytes
         if need_bytes <= machine.limit_now_bytes:
             continue
         limit_bytes = min(-(-need_bytes // GIB) * GIB, machine.limit_bytes)
@@ -106,6 +108,23 @@ def _lighter_recipe(question: Question) -> Iterator[str]:
         if lighter.total_bytes < model.total_bytes and fits(replace(question, model=lighter)):
             yield f"a lighter recipe: {recipe.name} ({recipe.title}), {format_gb(lighter.total_bytes)}"
             return
+
+
+def _experts_from_disk(question: Question) -> Iterator[str]:
+    """The same weights with experts read from disk, where a disk's speed is known and everything else fits."""
+    if question.streaming is not None or question.workload.ends_everywhere or not any(question.model.expert_bytes):
+        return
+    asked = replace(question, streaming=Streaming(curve=default_curve()))
+    unknown = any(machine.ssd is None for machine in question.machines)
+    split = best_split(asked)
+    if split is not None:
+        ends = [split.at(case).prediction.decode_tokens_per_s for case in ("slow", "fast")]
+        yield (
+            f"experts from disk: --stream, about {split.prediction.decode_tokens_per_s:.1f} tokens/s "
+            f"({ends[0]:.1f} to {ends[1]:.1f})"
+        )
+    elif unknown and fits(replace(asked, cluster=asked.cluster.with_ssd(1e9))):
+        yield "experts from disk: --stream --ssd SPEED (such as 6GB/s; `exo-kimi machine --measure` says it)"
 
 
 def _another_machine(question: Question) -> Iterator[str]:

@@ -10,7 +10,6 @@ from exo_kimi.planner.machines.hardware import Machine, machines_by_memory
 from exo_kimi.planner.question import Question
 from exo_kimi.planner.search.cost import PlacedSplit
 from exo_kimi.planner.search.search import best_split
-from exo_kimi.planner.search.tables import need_table
 from exo_kimi.planner.weights.bytes import bytes_of_recipe
 from exo_kimi.planner.weights.recipes import load_recipe, recipe_names
 from exo_kimi.planner.workload import OBJECTIVES
@@ -52,14 +51,15 @@ def objectives(question: Question) -> tuple[Alternative, ...]:
 
 def neighbours(split: PlacedSplit) -> tuple[tuple[Neighbour, ...], ...]:
     """For each boundary, the splits around it: the same machines, up to two layers moved; the chosen one among them."""
-    need = need_table(split.question).tolist()
-    return tuple(tuple(_moved(split, boundary, need)) for boundary in range(1, len(split.stages)))
+    return tuple(tuple(_moved(split, boundary)) for boundary in range(1, len(split.stages)))
 
 
 def alone(question: Question) -> Alternative | None:
-    """The machine of the cluster that is best alone with its wired limit raised; None when none can hold the model."""
+    """The machine of the cluster that is best alone with its wired limit raised; None when none can hold the whole model."""
     alternatives = [
-        _best(machine.name, replace(question, cluster=_only(question.cluster, machine.name)).with_raised_limits())
+        _best(
+            machine.name, replace(question.resident, cluster=_only(question.cluster, machine.name)).with_raised_limits()
+        )
         for machine in question.machines
     ]
     able = [(each.split.prediction.tpot_s, each) for each in alternatives if each.split is not None]
@@ -111,7 +111,7 @@ def _best(label: str, question: Question) -> Alternative:
     return Alternative(label=label, split=best_split(question))
 
 
-def _moved(split: PlacedSplit, boundary: int, need: list[list[int]]) -> Iterator[Neighbour]:
+def _moved(split: PlacedSplit, boundary: int) -> Iterator[Neighbour]:
     left, right = split.stages[boundary - 1], split.stages[boundary]
     for cut in range(left.end_layer - NEIGHBOURS, left.end_layer + NEIGHBOURS + 1):
         if not left.start_layer < cut < right.end_layer:
@@ -119,7 +119,8 @@ def _moved(split: PlacedSplit, boundary: int, need: list[list[int]]) -> Iterator
         stages = list(split.stages)
         stages[boundary - 1 : boundary + 1] = [replace(left, end_layer=cut), replace(right, start_layer=cut)]
         moved = replace(split, stages=tuple(stages))
-        over = ((s.machine.name, need[s.start_layer][s.end_layer] - s.machine.limit_bytes) for s in stages)
+        held = ((s.machine, split.question.held(s.machine, s.start_layer, s.end_layer)) for s in stages)
+        over = ((machine.name, need.total_bytes - machine.limit_bytes) for machine, need in held)
         yield Neighbour(
             counts=moved.counts,
             seconds=moved.objective_s,

@@ -6,14 +6,24 @@ Times are seconds. A stage is a machine and a half-open layer range; stage 0 is 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import pairwise
 
 from exo_kimi.planner.machines.hardware import Machine
 from exo_kimi.planner.question import Question
-from exo_kimi.planner.search.laws import chunk_flops, decode_layer_s, head_s, hop_s, prefill_layer_s
+from exo_kimi.planner.search.laws import (
+    chunk_flops,
+    decode_layer_s,
+    head_s,
+    hop_s,
+    missed_bytes,
+    prefill_layer_s,
+    streamed_s,
+    sweep_hit_rate,
+)
 from exo_kimi.planner.split import parse_split
+from exo_kimi.planner.streaming import Case, Streaming
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -82,6 +92,22 @@ class PlacedSplit:
         """Layers of each stage."""
         return tuple(stage.layers for stage in self.stages)
 
+    def slots(self, stage: Placed) -> int | None:
+        """Slots a layer of a stage; None where it holds all experts."""
+        return self.question.slots(stage.machine, stage.start_layer, stage.end_layer)
+
+    @property
+    def streams(self) -> bool:
+        """Whether any stage reads experts from disk."""
+        return any(self.slots(stage) is not None for stage in self.stages)
+
+    def at(self, case: Case) -> PlacedSplit:
+        """The same split at an end of the band of its hit rates and disks; the same where nothing is streamed."""
+        streaming = self.question.streaming
+        if streaming is None or not self.streams:
+            return self
+        return replace(self, question=replace(self.question, streaming=replace(streaming, case=case)))
+
     @cached_property
     def prediction(self) -> Prediction:
         """Everything that a plan promises for it."""
@@ -102,15 +128,18 @@ class PlacedSplit:
 def decode_stages_s(split: PlacedSplit, *, batch: int = 1, cached_tokens: float | None = None) -> list[float]:
     """Seconds of each stage for one decode step of `batch` sequences, each with a cache as in the middle of the timed request
     unless `cached_tokens` says otherwise."""
-    model = split.question.model
-    cached = split.question.workload.mean_cached_tokens if cached_tokens is None else cached_tokens
-    times = [
-        sum(
-            decode_layer_s(model, stage.machine, layer, batch=batch, cached_tokens=cached)
-            for layer in range(stage.start_layer, stage.end_layer)
-        )
-        for stage in split.stages
-    ]
+    question, model = split.question, split.question.model
+    cached = question.workload.mean_cached_tokens if cached_tokens is None else cached_tokens
+    times = []
+    for stage in split.stages:
+        slots = split.slots(stage)
+        layers = range(stage.start_layer, stage.end_layer)
+        held_s = [decode_layer_s(model, stage.machine, n, batch=batch, cached_tokens=cached) for n in layers]
+        if question.streaming is not None and slots is not None:
+            rate = question.streaming.hit_rate(float(slots), model.config.n_routed_experts)
+            missed = [missed_bytes(model, layer, tokens=batch, hit_rate=rate) for layer in layers]
+            held_s = _streamed(question.streaming, stage, held_s, missed, ahead=False)
+        times.append(sum(held_s))
     times[-1] += head_s(model, split.stages[-1].machine)
     return times
 
@@ -138,15 +167,48 @@ def ttft_s(split: PlacedSplit) -> float:
 
 def prefill_parts_s(split: PlacedSplit) -> list[float]:
     """Seconds of each stage, then of each hop, for one chunk."""
-    model, workload = split.question.model, split.question.workload
+    question, model, workload = split.question, split.question.model, split.question.workload
+    tokens, experts = workload.chunk_tokens, model.config.n_routed_experts
     times = []
     for stage in split.stages:
-        total = 0.0
-        for layer in range(stage.start_layer, stage.end_layer):
-            flops = chunk_flops(model.config, layer, tokens=workload.chunk_tokens, keys=workload.mean_prompt_keys)
-            total += prefill_layer_s(model, stage.machine, layer, tokens=workload.chunk_tokens, flops=flops)
-        times.append(total)
+        slots = split.slots(stage)
+        layers = range(stage.start_layer, stage.end_layer)
+        flops = [chunk_flops(model.config, n, tokens=tokens, keys=workload.mean_prompt_keys) for n in layers]
+        held_s = [
+            prefill_layer_s(model, stage.machine, layer, tokens=tokens, flops=each)
+            for layer, each in zip(layers, flops, strict=True)
+        ]
+        if question.streaming is not None and slots is not None:
+            rate = sweep_hit_rate(float(slots), experts)
+            missed = [missed_bytes(model, layer, tokens=tokens, hit_rate=rate) for layer in layers]
+            held_s = _streamed(question.streaming, stage, held_s, missed, ahead=True)
+        times.append(sum(held_s))
     return times + hops_s(split, workload.chunk_tokens)
+
+
+def read_bytes_per_token(split: PlacedSplit) -> list[float]:
+    """Bytes that each stage reads from disk for a token of one sequence; 0 where it holds all experts."""
+    question, model = split.question, split.question.model
+    totals = []
+    for stage in split.stages:
+        slots = split.slots(stage)
+        if question.streaming is None or slots is None:
+            totals.append(0.0)
+            continue
+        rate = question.streaming.hit_rate(float(slots), model.config.n_routed_experts)
+        layers = range(stage.start_layer, stage.end_layer)
+        totals.append(sum(missed_bytes(model, layer, tokens=1, hit_rate=rate) for layer in layers))
+    return totals
+
+
+def _streamed(
+    streaming: Streaming, stage: Placed, held_s: Sequence[float], missed: Sequence[float], *, ahead: bool
+) -> list[float]:
+    """Seconds of a stage's layers with their reads; a dense layer reads nothing."""
+    return [
+        streamed_s(streaming, stage.machine, compute_s=each_s, read_bytes=size, ahead=ahead) if size else each_s
+        for each_s, size in zip(held_s, missed, strict=True)
+    ]
 
 
 def groups_and_batch(stages: int, concurrency: int) -> tuple[int, int]:

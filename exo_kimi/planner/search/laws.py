@@ -8,11 +8,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import numpy as np
+
 from exo_kimi.arch.config import KimiConfig
 from exo_kimi.arch.modules import layer_modules
 from exo_kimi.arch.scratch import AttentionShape
 from exo_kimi.planner.machines.hardware import Machine
 from exo_kimi.planner.question import Question
+from exo_kimi.planner.streaming import Numbers, Streaming
 from exo_kimi.planner.weights.bytes import ModelBytes
 
 # Rows of one tile of a grouped product. A tile that two experts share is computed for each of them, so every expert that a
@@ -98,6 +101,43 @@ def decode_layer_s(model: ModelBytes, machine: Machine, layer: int, *, batch: in
     """
     read_s = model.active_layer_bytes(layer, batch) / machine.bandwidth.number
     return read_s + batch * attention_s(model, machine, cached_tokens) + machine.overhead.number
+
+
+def missed_bytes(model: ModelBytes, layer: int, *, tokens: float, hit_rate: Numbers) -> Numbers:
+    """Bytes of one layer that a step reads from disk: each different expert that its tokens choose and that is not there, once.
+
+    Args:
+        model: bytes.
+        layer: its index.
+        tokens: of the step.
+        hit_rate: of the experts asked for.
+    """
+    share = model.distinct_experts(tokens) / model.config.n_routed_experts
+    return model.expert_disk_bytes[layer] * share * (1.0 - hit_rate)
+
+
+def sweep_hit_rate(slots: Numbers, experts: int) -> Numbers:
+    """Hit rate of a prefill chunk that asks for nearly every expert: those that have a slot are there, the others are read."""
+    return slots / experts
+
+
+def streamed_s(
+    streaming: Streaming, machine: Machine, *, compute_s: float, read_bytes: Numbers, ahead: bool
+) -> Numbers:
+    """One layer of a step with experts from disk: the ids are read back, then bytes / SSD, beside or after the rest.
+
+    Args:
+        streaming: hit rates, and which end of the band.
+        machine: of the stage.
+        compute_s: the same layer with every expert in memory.
+        read_bytes: from disk.
+        ahead: whether experts are read while others are computed: in a chunk of a prompt, which asks for all of them in a known
+            order; when single tokens are decoded, only as far as the next layer's choice is guessed.
+    """
+    read_s = read_bytes / streaming.ssd_bytes_per_s(machine)
+    together = {"slow": False, "expected": ahead, "fast": True}[streaming.case]
+    layer_s: Numbers = np.maximum(compute_s, read_s) if together else compute_s + read_s
+    return streaming.read_back_s + layer_s
 
 
 def head_s(model: ModelBytes, machine: Machine) -> float:

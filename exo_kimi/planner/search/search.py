@@ -11,7 +11,7 @@ from exo_kimi.planner.machines.hardware import Machine
 from exo_kimi.planner.question import Question
 from exo_kimi.planner.search.cost import Placed, PlacedSplit
 from exo_kimi.planner.search.solver import Split, SplitProblem, solve
-from exo_kimi.planner.search.tables import goal_for, need_table, shortage_problem, split_problem
+from exo_kimi.planner.search.tables import goal_for, least_need_table, shortage_problem, split_problem
 
 # Predictions are not good to a thousandth: within it, machines with more memory come first, since the server runs with
 # stage 0. A boundary towards a machine with more memory counts as a thousandth of the least total.
@@ -70,13 +70,13 @@ def least_shortage(question: Question) -> tuple[Shortage, ...]:
     split = solve(shortage_problem(question), lambda total, peak: total + peak)
     if split is None:
         raise AssertionError("a shortage forbids nothing")
-    need = need_table(question)
+    need = {machine.name: least_need_table(question, machine) for machine in question.machines}
     found = (
         Shortage(
             machine=stage.machine,
             start_layer=stage.start_layer,
             end_layer=stage.end_layer,
-            missing_bytes=int(need[stage.start_layer, stage.end_layer]) - stage.machine.limit_bytes,
+            missing_bytes=int(need[stage.machine.name][stage.start_layer, stage.end_layer]) - stage.machine.limit_bytes,
         )
         for stage in _placed(split, question)
     )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import cache
 
 import numpy as np
@@ -12,8 +12,18 @@ from exo_kimi.errors import UsageError
 from exo_kimi.planner.machines.hardware import Machine
 from exo_kimi.planner.question import Question
 from exo_kimi.planner.search.cost import groups_and_batch
-from exo_kimi.planner.search.laws import chunk_flops, decode_layer_s, head_s, hop_s, prefill_layer_s
+from exo_kimi.planner.search.laws import (
+    chunk_flops,
+    decode_layer_s,
+    head_s,
+    hop_s,
+    missed_bytes,
+    prefill_layer_s,
+    streamed_s,
+    sweep_hit_rate,
+)
 from exo_kimi.planner.search.solver import INFINITE, Goal, Int64s, SplitProblem
+from exo_kimi.planner.streaming import Streaming
 
 TICKS_PER_S = 1_000_000_000  # a layer takes some 100,000 of them
 SLOWEST_TICKS = 60 * TICKS_PER_S  # of one layer or hop, so that no sum of them reaches INFINITE
@@ -35,6 +45,28 @@ def need_table(question: Question) -> Int64s:
     return table
 
 
+def slot_table(question: Question, machine: Machine) -> Int64s:
+    """(L+1, L+1): slots a layer that the machine has room for, as `Question.slots` counts them; 0 where it holds all experts, or
+    cannot hold the range in any way."""
+    need, model = need_table(question), question.model
+    if question.streaming is None or not question.streaming.ssd_bytes_per_s(machine):
+        return np.zeros_like(need)
+    each = -(-np.array(model.expert_bytes, np.int64) // model.config.n_routed_experts)
+    slot_bytes = _ranges(each)
+    free = machine.limit_bytes - need + _ranges(np.array(model.expert_bytes, np.int64))
+    streams = (need > machine.limit_bytes) & (slot_bytes > 0) & (free > 0) & _proper(question.layers)
+    return np.where(streams, free // np.maximum(slot_bytes, 1), 0)
+
+
+def least_need_table(question: Question, machine: Machine) -> Int64s:
+    """(L+1, L+1): the least that the machine must hold: everything, or one slot a layer where it can stream."""
+    need, model = need_table(question), question.model
+    if question.streaming is None or not question.streaming.ssd_bytes_per_s(machine):
+        return need
+    each = np.array(model.expert_bytes, np.int64)
+    return need - _ranges(each) + _ranges(-(-each // model.config.n_routed_experts))
+
+
 def split_problem(question: Question, *, stages: int = 0) -> SplitProblem:
     """The tables of a question's objective.
 
@@ -52,25 +84,38 @@ def split_problem(question: Question, *, stages: int = 0) -> SplitProblem:
     flops = [
         chunk_flops(model.config, layer, tokens=tokens, keys=keys) for layer in range(model.layers if chunks else 0)
     ]
-    need = need_table(question)
+    need, experts = need_table(question), model.config.n_routed_experts
 
     @cache
     def tables_of(kind: tuple[object, ...]) -> tuple[Int64s, Int64s]:
         machine = next(m for m in question.machines if m.kind == kind)
-        decode = _per_layer(
-            model.layers, lambda layer: decode_layer_s(model, machine, layer, batch=batch, cached_tokens=cached)
-        )
+        slots = slot_table(question, machine)
+        decode_s = [
+            decode_layer_s(model, machine, layer, batch=batch, cached_tokens=cached) for layer in range(model.layers)
+        ]
+        decode = _per_layer(decode_s)
+        if question.streaming is not None and slots.any():
+            rates = question.streaming.hit_rate(slots.astype(np.float64), experts)
+            missed = [missed_bytes(model, layer, tokens=batch, hit_rate=rates) for layer in range(model.layers)]
+            decode = _with_reads(question.streaming, machine, slots, decode, decode_s, missed, ahead=False)
         total, peak = decodes * decode, decode if objective == "throughput" else 0 * decode
         if chunks:
-            chunk = _per_layer(
-                model.layers, lambda layer: prefill_layer_s(model, machine, layer, tokens=tokens, flops=flops[layer])
-            )
+            chunk_s = [
+                prefill_layer_s(model, machine, layer, tokens=tokens, flops=flops[layer])
+                for layer in range(model.layers)
+            ]
+            chunk = _per_layer(chunk_s)
+            if question.streaming is not None and slots.any():
+                rates = sweep_hit_rate(slots.astype(np.float64), experts)
+                missed = [missed_bytes(model, layer, tokens=tokens, hit_rate=rates) for layer in range(model.layers)]
+                chunk = _with_reads(question.streaming, machine, slots, chunk, chunk_s, missed, ahead=True)
             total, peak = total + chunk, chunk
         head = _ticks(head_s(model, machine))
         total[:, model.layers] += (decodes + (1 if chunks else 0)) * head
         if objective == "throughput":
             peak[:, model.layers] += head
-        return np.where((need <= machine.limit_bytes) & _proper(model.layers), total, INFINITE), peak
+        fits = (need <= machine.limit_bytes) | (slots > 0)
+        return np.where(fits & _proper(model.layers), total, INFINITE), peak
 
     pairs = [tables_of(machine.kind) for machine in question.machines]
 
@@ -94,8 +139,8 @@ def split_problem(question: Question, *, stages: int = 0) -> SplitProblem:
 
 def shortage_problem(question: Question) -> SplitProblem:
     """Every range allowed, at the cost of the bytes by which it is over the machine's limit."""
-    need, machines = need_table(question), question.machines
-    over = np.stack([np.maximum(need - machine.limit_bytes, 0) for machine in machines])
+    machines = question.machines
+    over = np.stack([np.maximum(least_need_table(question, m) - m.limit_bytes, 0) for m in machines])
     nothing = np.zeros((len(machines), len(machines)), np.int64)
     hops = _only_in_order(question, nothing)
     return SplitProblem(
@@ -132,8 +177,41 @@ def _ticks(seconds: float) -> int:
     return ticks
 
 
-def _per_layer(layers: int, law: Callable[[int], float]) -> Int64s:
-    return _ranges(np.array([_ticks(law(layer)) for layer in range(layers)], np.int64))
+def _per_layer(seconds: Sequence[float]) -> Int64s:
+    return _ranges(np.array([_ticks(each_s) for each_s in seconds], np.int64))
+
+
+def _with_reads(
+    streaming: Streaming,
+    machine: Machine,
+    slots: Int64s,
+    held: Int64s,
+    held_s: Sequence[float],
+    missed: Sequence[NDArray[np.float64]],
+    *,
+    ahead: bool,
+) -> Int64s:
+    """(L+1, L+1) ticks of ranges, with their layers' reads where they are streamed.
+
+    Args:
+        streaming: hit rates and the end of the band.
+        machine: that reads.
+        slots: of each range.
+        held: ticks of the ranges with every expert in memory.
+        held_s: seconds of each layer so.
+        missed: (L+1, L+1) bytes that each layer reads as part of each range.
+        ahead: see `laws.streamed_s`.
+    """
+    total = np.zeros(slots.shape)
+    for layer, (each_s, size) in enumerate(zip(held_s, missed, strict=True)):
+        ranges = (slice(layer + 1), slice(layer + 1, None))
+        if not size.any():
+            total[ranges] += each_s
+            continue
+        seconds = streamed_s(streaming, machine, compute_s=each_s, read_bytes=size[ranges], ahead=ahead)
+        _ticks(float(np.where(slots[ranges] > 0, seconds, 0.0).max(initial=0.0)))
+        total[ranges] += np.where(size[ranges] > 0, seconds, each_s)
+    return np.where(slots > 0, np.rint(total * TICKS_PER_S).astype(np.int64), held)
 
 
 def _ranges(each: Int64s) -> Int64s:

@@ -9,6 +9,7 @@ from exo_kimi.planner.search.advice import largest_context, limit_lines
 from exo_kimi.planner.search.compare import Alternative
 from exo_kimi.planner.search.cost import PlacedSplit, Prediction
 from exo_kimi.planner.search.tensor import tensor_options
+from exo_kimi.planner.show.streamed import streamed
 from exo_kimi.units import format_bytes, format_gb
 
 # What is faster by less than this is not called faster.
@@ -19,6 +20,7 @@ def explain(split: PlacedSplit) -> str:
     """The whole explanation of a question's best split."""
     sections = (
         ("Why this split", _why(split)),
+        ("Experts from disk", streamed(split)),
         ("Other objectives", _objectives(split)),
         ("More machines or fewer", _machines(split)),
         ("Other limits and contexts", _limits(split)),
@@ -78,7 +80,7 @@ def _machines(split: PlacedSplit) -> Iterator[str]:
     left = [machine.name for machine in question.machines if machine.name not in used]
     if left:
         yield f"left out: {', '.join(left)}; no split that uses it is better."
-    if len(question.machines) > 1:
+    if len(question.machines) > 1 and not split.streams:
         yield from _second_machine(split)
     for other in compare.without_each(split) if len(split.stages) > 1 else ():
         yield f"without {other.label}: {_outcome(other)}"

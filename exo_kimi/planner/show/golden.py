@@ -31,11 +31,21 @@ PLANS = {
     "m3-ultra-512-m4-max-128-q3-q6": ("kimi-k2.6", "q3+q6", "m3-ultra-512, m4-max-128"),
     "one-m3-ultra-512-q3-q6": ("kimi-k2.6", "q3+q6", "m3-ultra-512"),
 }
+PICTURES = ("founding-q34-q6", "streamed-m3-ultra-512-m2-max-96-int4")
+# Experts from disk: file name, and the speed of disks that nobody has published, as --ssd.
+STREAMED = {
+    "streamed-m3-ultra-512-m2-max-96-int4": ("kimi-k2.6", "int4", "m3-ultra-512, m2-max-96", 5e9),
+    "streamed-m4-max-128-q34-q6": ("kimi-k2.6", "q34+q6", "m4-max-128", None),
+    "streamed-m3-ultra-256-q34-q6": ("kimi-k2.6", "q34+q6", "m3-ultra-256", 5e9),
+}
 CONTEXTS = {"founding-q34-q6-4k": SPEED_CONTEXTS[0], "founding-q34-q6-131k": SPEED_CONTEXTS[2]}  # else the default
 
 
 def golden(name: str) -> Answer:
     """One golden plan: within the default limits if it can be, else with raised ones."""
+    if name in STREAMED:
+        model, recipe, cluster, ssd = STREAMED[name]
+        return plan_answer(model=model, recipe=recipe, cluster=cluster, stream=True, ssd_bytes_per_s=ssd)
     model, recipe, cluster = PLANS[name]
     context = CONTEXTS.get(name)
     try:
@@ -46,9 +56,10 @@ def golden(name: str) -> Answer:
 
 def golden_files() -> dict[str, str]:
     """Every file of shard_plans/ by name, with its text."""
-    answers = {name: golden(name) for name in PLANS}
+    answers = {name: golden(name) for name in (*PLANS, *STREAMED)}
     files = {f"{name}.json": answer.plan.to_json() for name, answer in answers.items()}
-    files["founding-q34-q6.svg"] = answers["founding-q34-q6"].svg
+    for name in PICTURES:
+        files[f"{name}.svg"] = answers[name].svg
     files["README.md"] = _readme(answers)
     return files
 
@@ -71,8 +82,8 @@ def _readme(answers: dict[str, Answer]) -> str:
         "| plan | split | wired limits to raise (MiB) | tokens/s | at the context's end | first token | request |",
         "|---|---|---|---|---|---|---|",
     ]
-    for name, answer in answers.items():
-        plan = answer.plan
+    for name in PLANS:
+        plan = answers[name].plan
         split = " + ".join(f"{stage.layers} {stage.machine}" for stage in plan.stages)
         raised = ", ".join(f"{s.machine} {s.wired_limit_mb}" for s in plan.stages if s.wired_limit_mb) or "none"
         made = plan.prediction
@@ -81,8 +92,26 @@ def _readme(answers: dict[str, Answer]) -> str:
             f"{made.last_tokens_per_s:.1f} | {made.ttft_s:.1f} s | "
             f"{made.request_s:.1f} s |"
         )
-    lines += ["", *_speeds(answers)]
-    return "\n".join([*lines, "", "![44 | 17](founding-q34-q6.svg)", ""])
+    lines += ["", *_speeds(answers), "", *_streamed(answers)]
+    pictures = [f"![{answers[name].plan.split}]({name}.svg)" for name in PICTURES]
+    return "\n".join([*lines, "", *pictures, ""])
+
+
+def _streamed(answers: dict[str, Answer]) -> Iterator[str]:
+    """What runs only with experts from disk, with the band of its speed."""
+    yield "Experts from disk (`--stream`), on machines that cannot hold them; hit rates as others have published, and disks,"
+    yield "or 5 GB/s (`--ssd 5GB/s`) where nobody has:"
+    yield ""
+    yield "| plan | split | slots of 384 | tokens/s | band | first token | request | chunk |"
+    yield "|---|---|---|---|---|---|---|---|"
+    for name in STREAMED:
+        plan, made = answers[name].plan, answers[name].plan.prediction
+        split = " + ".join(f"{stage.layers} {stage.machine}" for stage in plan.stages)
+        slots = ", ".join("all" if stage.expert_slots is None else str(stage.expert_slots) for stage in plan.stages)
+        yield (
+            f"| [{name}]({name}.json) | {split} | {slots} | {made.decode_tokens_per_s:.2f} | {made.slow_tokens_per_s:.2f} to "
+            f"{made.fast_tokens_per_s:.2f} | {made.ttft_s:.0f} s | {made.request_s:.0f} s | {plan.workload.prefill_chunk} |"
+        )
 
 
 def _speeds(answers: dict[str, Answer]) -> Iterator[str]:

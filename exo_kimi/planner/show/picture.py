@@ -20,9 +20,12 @@ class BarSegment:
 
 
 def parts_of(stage: PlanStage) -> tuple[BarSegment, ...]:
-    """What fills a machine: weights, KV, scratch, reserve (and server), headroom up to the limit, and what macOS keeps."""
+    """What fills a machine: weights, slots of streamed experts, KV, scratch, reserve (and server), headroom up to the limit, and
+    what macOS keeps."""
+    slots = BarSegment(name="expert slots", size_bytes=stage.expert_cache_bytes, mark="▞")
     return (
         BarSegment(name="weights", size_bytes=stage.weight_bytes, mark="█"),
+        *((slots,) if stage.expert_slots is not None else ()),
         BarSegment(name="KV", size_bytes=stage.kv_bytes, mark="▓"),
         BarSegment(name="scratch", size_bytes=stage.scratch_bytes, mark="▒"),
         BarSegment(name="reserve", size_bytes=stage.reserve_bytes + stage.server_bytes, mark="░"),
@@ -50,6 +53,24 @@ def bar(stage: PlanStage, *, largest_bytes: int, width: int = WIDTH) -> str:
     return cells
 
 
+def streamed_line(stage: PlanStage) -> list[str]:
+    """What a stage streams; no line where it holds everything."""
+    if stage.expert_slots is None:
+        return []
+    return [
+        f"experts from disk: {stage.expert_slots} of each layer have a slot, {format_bytes(stage.expert_cache_bytes)} in all "
+        f"(--expert-cache {stage.expert_cache_bytes})"
+    ]
+
+
+def decode_speed(plan: Plan) -> str:
+    """`19.1 tokens/s`, or with its band where experts are read from disk."""
+    made = plan.prediction
+    if not plan.streams:
+        return f"{made.decode_tokens_per_s:.1f} tokens/s"
+    return f"{made.decode_tokens_per_s:.2f} tokens/s ({made.slow_tokens_per_s:.2f} to {made.fast_tokens_per_s:.2f})"
+
+
 def context_speeds(plan: Plan) -> str:
     """Speeds at the start and at the end of the context; empty where they are the same to a tenth of a token."""
     first, last = (f"{s:.1f}" for s in (plan.prediction.first_tokens_per_s, plan.prediction.last_tokens_per_s))
@@ -72,11 +93,11 @@ def terminal(plan: Plan) -> str:
         short = f", short by {format_bytes(-stage.headroom_bytes)}" if stage.headroom_bytes < 0 else ""
         lines.append(f"{head:<44} {format_bytes(stage.need_bytes)} of {format_bytes(stage.limit_bytes)}{short}")
         lines.append(bar(stage, largest_bytes=largest_bytes).rstrip())
-        shown = [f"{part.mark} {part.name} {format_bytes(part.size_bytes)}" for part in parts_of(stage)[:5]]
-        lines += ["  ".join(shown), ""]
+        shown = [f"{part.mark} {part.name} {format_bytes(part.size_bytes)}" for part in parts_of(stage)[:-1]]
+        lines += ["  ".join(shown), *streamed_line(stage), ""]
     made = plan.prediction
     lines.append(
-        f"predicted: {made.decode_tokens_per_s:.1f} tokens/s for one sequence, first token of "
+        f"predicted: {decode_speed(plan)} for one sequence, first token of "
         f"{plan.workload.prompt_tokens} after {made.ttft_s:.1f} s, "
         f"{plan.workload.new_tokens} tokens after {made.request_s:.1f} s"
     )

@@ -5,13 +5,14 @@ from __future__ import annotations
 from xml.sax.saxutils import escape
 
 from exo_kimi.planner.plan import Plan, PlanStage
-from exo_kimi.planner.show.picture import context_speeds, parts_of
+from exo_kimi.planner.show.picture import context_speeds, decode_speed, parts_of
 from exo_kimi.units import format_bytes, format_gb
 
 WIDTH, MARGIN, ROW, BAR, LINE = 960, 32, 104, 34, 20
 TOP, BOTTOM = 112, 52
 COLORS = {
     "weights": "#2f5d8a",
+    "expert slots": "#7fa6cf",
     "KV": "#3f9b8f",
     "scratch": "#e0a63c",
     "reserve": "#c26a4a",
@@ -27,7 +28,7 @@ def svg(plan: Plan) -> str:
     height = TOP + ROW * len(plan.stages) + BOTTOM + LINE * len(notes)
     largest_bytes = max(stage.memory_bytes for stage in plan.stages)
     scale = (WIDTH - 2 * MARGIN) / largest_bytes
-    body = [*_heading(plan), *_legend()]
+    body = [*_heading(plan), *_legend(plan)]
     for index, stage in enumerate(plan.stages):
         body += _row(stage, TOP + ROW * index, scale)
     body += _footer(plan, notes, TOP + ROW * len(plan.stages))
@@ -61,9 +62,10 @@ def _heading(plan: Plan) -> list[str]:
     ]
 
 
-def _legend() -> list[str]:
+def _legend(plan: Plan) -> list[str]:
     out, x = [], MARGIN
-    for name, color in COLORS.items():
+    shown = {part.name for stage in plan.stages for part in parts_of(stage)}
+    for name, color in ((name, color) for name, color in COLORS.items() if name in shown):
         label = {"reserve": "reserve and server", "macOS": "left to macOS"}.get(name, name)
         out.append(_box(x, 76, 12, 12, color))
         out.append(_text(x + 18, 87, label, size=12, fill="#5b6770"))
@@ -106,7 +108,7 @@ def _notes(plan: Plan) -> list[str]:
 def _footer(plan: Plan, notes: list[str], top: int) -> list[str]:
     made = plan.prediction
     text = (
-        f"predicted {made.decode_tokens_per_s:.1f} tokens/s, first token after {made.ttft_s:.1f} s, "
+        f"predicted {decode_speed(plan)}, first token after {made.ttft_s:.1f} s, "
         f"{plan.workload.prompt_tokens:,} in and {plan.workload.new_tokens:,} out in {made.request_s:.1f} s"
     )
     lines = [_text(MARGIN, top + 26, text, size=14, weight=600)]

@@ -28,6 +28,7 @@ class ModelBytes:
         from_headers: whether there are weights.
         layer_bytes: one per decoder layer, everything in it.
         expert_bytes: one per decoder layer, its routed experts only (0 where dense).
+        expert_disk_bytes: the same as they lie on disk: official INT4 has no biases there, which are made from the scales.
         embedding_bytes: held by the stage of layer 0.
         head_bytes: final norm and lm_head, held by the stage of the last layer.
         kv_bits: of its cache; None for bf16.
@@ -42,6 +43,7 @@ class ModelBytes:
     from_headers: bool
     layer_bytes: tuple[int, ...]
     expert_bytes: tuple[int, ...]
+    expert_disk_bytes: tuple[int, ...]
     embedding_bytes: int
     head_bytes: int
     widened_bytes: tuple[int, ...]
@@ -82,6 +84,16 @@ class ModelBytes:
             total += self.vision_bytes
         return total
 
+    def slot_bytes(self, start_layer: int, end_layer: int) -> int:
+        """One slot in each layer of a range: an expert of each."""
+        experts = self.config.n_routed_experts
+        return sum(-(-size // experts) for size in self.expert_bytes[start_layer:end_layer])
+
+    def distinct_experts(self, tokens: float) -> float:
+        """Different experts of a layer that so many tokens choose, when each chooses for itself: E (1 - (1 - K/E)^tokens)."""
+        experts = float(self.config.n_routed_experts)
+        return experts * float(1.0 - (1.0 - self.config.num_experts_per_tok / experts) ** tokens)
+
     def with_tower(self, tower: VisionManifest | NoVision | None) -> ModelBytes:
         """The same model with a vision tower, if there is one."""
         if not isinstance(tower, VisionManifest):
@@ -98,7 +110,7 @@ class ModelBytes:
         K of E experts a token, E (1 - (1 - K/E)^batch) distinct ones expected when tokens choose independently.
         """
         experts = self.expert_bytes[layer]
-        share = 1.0 - (1.0 - self.config.num_experts_per_tok / self.config.n_routed_experts) ** batch
+        share = self.distinct_experts(batch) / self.config.n_routed_experts
         return self.layer_bytes[layer] - experts + round(experts * share)
 
 
@@ -117,7 +129,7 @@ def bytes_of_manifest(manifest: StageManifest, *, name: str | None = None) -> Mo
             where=manifest.directory,
         )
     sizes = [
-        (source.spec.layer, source.spec.kind, source.resident_bytes, source.widened_bytes)
+        (source.spec.layer, source.spec.kind, source.resident_bytes, source.widened_bytes, source.disk_bytes)
         for source in manifest.sources
     ]
     return _collect(
@@ -137,7 +149,10 @@ def bytes_of_recipe(config: KimiConfig, recipe: Recipe, *, name: str) -> ModelBy
         UsageError: the recipe's groups do not divide the model's rows.
     """
     specs = stage_modules(config, 0, config.num_hidden_layers)
-    sizes = [(spec.layer, spec.kind, recipe.weight_bytes(spec), _widened_bytes(spec)) for spec in specs]
+    sizes = [
+        (spec.layer, spec.kind, recipe.weight_bytes(spec), _widened_bytes(spec), recipe.disk_bytes(spec))
+        for spec in specs
+    ]
     shapes = [[spec.path, list(spec.shape)] for spec in specs]
     return _collect(
         sizes,
@@ -150,7 +165,7 @@ def bytes_of_recipe(config: KimiConfig, recipe: Recipe, *, name: str) -> ModelBy
 
 
 def _collect(
-    sizes: Sequence[tuple[int | None, str, int, int]],
+    sizes: Sequence[tuple[int | None, str, int, int, int]],
     config: KimiConfig,
     *,
     name: str,
@@ -160,9 +175,10 @@ def _collect(
 ) -> ModelBytes:
     layer_bytes = [0] * config.num_hidden_layers
     expert_bytes = [0] * config.num_hidden_layers
+    expert_disk_bytes = [0] * config.num_hidden_layers
     widened_bytes = [0] * config.num_hidden_layers
     embedding_bytes = head_bytes = 0
-    for layer, kind, size, widened in sizes:
+    for layer, kind, size, widened, on_disk in sizes:
         if layer is None and kind == "embedding":
             embedding_bytes += size
         elif layer is None:
@@ -170,6 +186,7 @@ def _collect(
         else:
             layer_bytes[layer] += size
             expert_bytes[layer] += size if kind == "experts" else 0
+            expert_disk_bytes[layer] += on_disk if kind == "experts" else 0
             widened_bytes[layer] += widened
     return ModelBytes(
         name=name,
@@ -179,6 +196,7 @@ def _collect(
         from_headers=from_headers,
         layer_bytes=tuple(layer_bytes),
         expert_bytes=tuple(expert_bytes),
+        expert_disk_bytes=tuple(expert_disk_bytes),
         embedding_bytes=embedding_bytes,
         head_bytes=head_bytes,
         widened_bytes=tuple(widened_bytes),

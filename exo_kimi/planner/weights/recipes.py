@@ -47,13 +47,15 @@ class Rule:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Recipe:
-    """Named rules; `hash` is of the file's meaning, not of its name or comments."""
+    """Named rules; `hash` is of the file's meaning, not of its name or comments. With `made_biases`, files have none for experts:
+    loading makes them from the scales, as official INT4's."""
 
     name: str
     title: str
     source: str
     rules: tuple[Rule, ...]
     hash: str
+    made_biases: bool = False
 
     def quant(self, spec: ModuleSpec) -> tuple[int, int] | None:
         """Bits and group size of a module, None where it stays plain: norms and routers always do."""
@@ -90,6 +92,11 @@ class Recipe:
                 found=group_size,
             )
         return weights * bits // 8 + weights // group_size * 4 + extra_bytes
+
+    def disk_bytes(self, spec: ModuleSpec) -> int:
+        """Bytes of a module in a file."""
+        made = self.made_biases and spec.kind == "experts" and self.quant(spec)
+        return self.weight_bytes(spec) - (spec.parameters // made[1] * 2 if made else 0)
 
 
 def recipe_names() -> tuple[str, ...]:
@@ -129,7 +136,7 @@ def parse_recipe(table: Mapping[str, Any], *, where: object) -> Recipe:
     Raises:
         UsageError: unknown keys, bits or groups that MLX does not have, no `[rest]`.
     """
-    data.refuse_unknown(dict(table), ("name", "title", "source", "rest", "rule"), where)
+    data.refuse_unknown(dict(table), ("name", "title", "source", "rest", "rule", "made_biases"), where)
     if not isinstance(table.get("rest"), Mapping):
         raise UsageError("a recipe needs a [rest] table", expected="[rest] with bits and group_size", where=where)
     rules = tuple(_rule(dict(entry), where) for entry in (*data.tables(table, "rule", where), table["rest"]))
@@ -143,6 +150,7 @@ def parse_recipe(table: Mapping[str, Any], *, where: object) -> Recipe:
         source=str(table.get("source", "")),
         rules=rules,
         hash=data.digest(meaning),
+        made_biases=table.get("made_biases", False) is True,
     )
 
 

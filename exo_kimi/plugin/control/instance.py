@@ -321,7 +321,7 @@ def _assignment(stage: PlanStage, node: Node, state: ClusterState) -> NodeAssign
         name=state.names[node.node_id],
         start_layer=stage.start_layer,
         end_layer=stage.end_layer,
-        need_bytes=stage.weight_bytes + stage.kv_bytes + stage.scratch_bytes + added_bytes,
+        need_bytes=stage.weight_bytes + stage.expert_cache_bytes + stage.kv_bytes + stage.scratch_bytes + added_bytes,
     )
 
 
