@@ -6,7 +6,7 @@ PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11; do \
 # Two workers: one for what starts processes, one for what computes (tests/conftest.py).
 TWO = -n 2 --dist loadgroup
 
-.PHONY: demo test test-oldest test-exo test-agents agents coverage lint types docs reference wheel-check clean
+.PHONY: demo test test-oldest test-exo test-agents agents browser coverage lint types docs reference wheel-check clean
 
 demo: .venv/done
 	.venv/bin/exo-kimi demo
@@ -33,6 +33,13 @@ agents:
 
 test-agents: .venv-test/done
 	.venv-test/bin/python -m pytest -m agents tests/serve/agents
+
+# A Chromium for the tests of the page, which skip without one. Where there is neither one nor a way to install it, that is said.
+browser:
+	@command -v chromium >/dev/null || command -v google-chrome >/dev/null || { \
+	  echo "installing Chromium for the tests of the page"; \
+	  { apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends chromium fonts-noto-cjk; } >/dev/null 2>&1 \
+	  || echo "no Chromium, and none can be installed here: the tests of the page are skipped"; }
 
 # The tests, and how much of the package they run, stage processes too; the floor is in pyproject.toml.
 coverage: .venv-test/done

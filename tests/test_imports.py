@@ -24,6 +24,7 @@ FLOORS = {
     "pictures": 5,
     "runtime": 6,
     "dialogue": 7,
+    "page": 7,
     "serve": 8,
     "plugin": 8,
     "train": 8,
@@ -53,7 +54,7 @@ RUNTIME_FLOORS = {
     "stage": 6,
 }
 LARGEST_FOLDER = 20
-WITHOUT_MLX = ("errors", "units", "arch", "checkpoint", "experts", "planner", "chat", "pictures")
+WITHOUT_MLX = ("errors", "units", "arch", "checkpoint", "experts", "planner", "chat", "pictures", "page")
 HEAVY = ("mlx", "mlx_lm", "torch", "transformers", "fastapi", "uvicorn", "zmq", "tiktoken", "llguidance", "exo")
 
 

@@ -10,7 +10,7 @@ from typing import Annotated, Any
 import typer
 from typer.main import get_command
 
-from exo_kimi.cli import commands, exo_commands, print_version, train_commands
+from exo_kimi.cli import commands, exo_commands, page_commands, print_version, train_commands
 from exo_kimi.errors import UsageError
 
 NAME = "exo-kimi"
@@ -71,6 +71,7 @@ def build_app() -> typer.Typer:
         (SERVE, "machine", commands.machine, {}),
         (SERVE, "serve", commands.serve, {}),
         (SERVE, "stage", commands.stage, {}),
+        (SERVE, "ui", page_commands.ui, {}),
         (CHECKPOINTS, "inspect", commands.inspect, {}),
         (CHECKPOINTS, "doctor", commands.doctor, {}),
         (CHECKPOINTS, "layer", commands.layer, {}),

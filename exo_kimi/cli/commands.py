@@ -311,6 +311,7 @@ def serve(
             panel=NETWORK,
         ),
     ] = [],  # noqa: B006 (typer's way to say none)
+    no_ui: Annotated[bool, flag("--no-ui", help="no page for browsers at /", panel=NETWORK)] = False,
     strict_api: Annotated[
         bool,
         flag(

@@ -128,7 +128,7 @@ class ExpertHealth:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StageHealth:
-    """The last thing that a stage said, and how long ago."""
+    """The last thing that a stage said, and how long ago. `compute_s` is the time that all its steps took since it started."""
 
     stage: int
     address: str
@@ -144,6 +144,7 @@ class StageHealth:
     peak_bytes: int = 0
     sequences: int = 0
     restarts: int = 0
+    compute_s: float = 0.0
     last_error: str | None = None
     experts: ExpertHealth | None = None
 

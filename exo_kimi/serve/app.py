@@ -16,14 +16,16 @@ from fastapi_offline import FastAPIOffline
 from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import Request
-from starlette.responses import JSONResponse, PlainTextResponse, Response
+from starlette.responses import JSONResponse, Response
 
 import exo_kimi
 from exo_kimi.dialogue.prepare import PreparedRequest
 from exo_kimi.dialogue.speaker import Speaker
 from exo_kimi.errors import ExoKimiError
+from exo_kimi.page.files import PageFile, page_files, page_routes, root_response
+from exo_kimi.planner.plan import Plan
 from exo_kimi.runtime.requests import TextEngine
-from exo_kimi.serve import models, tokens
+from exo_kimi.serve import models, page, tokens
 from exo_kimi.serve.answer.formats import ChatFormat, Format, TextFormat
 from exo_kimi.serve.answer.frames import ChunkFrames
 from exo_kimi.serve.answer.stream import WARNINGS_HEADER
@@ -53,6 +55,13 @@ from exo_kimi.serve.responses import door as responses
 from exo_kimi.serve.service import ServedNames, Service
 
 DOCS_FILES = "/docs-files"  # the page's script and style: nothing is loaded from elsewhere
+_ROOT: dict[int | str, dict[str, Any]] = {
+    200: {
+        "content": {kind: {"schema": {"type": "string"}} for kind in ("text/plain", "text/html")},
+        "description": "It runs.",
+    },
+    304: {"description": "The browser has the page already."},
+}
 METRICS_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 
 
@@ -70,6 +79,8 @@ def create_app(
     hosts: frozenset[str] | None = None,
     cors_origins: Sequence[str] = (),
     strict_api: bool = False,
+    plan: Plan | None = None,
+    ui: bool = True,
 ) -> FastAPI:
     """The API over one engine.
 
@@ -86,6 +97,8 @@ def create_app(
         hosts: names that this server answers to (`gate.allowed_hosts`); None is all.
         cors_origins: of web pages that may call it from a browser (`https://app.example`); `*` is all.
         strict_api: refuse what a chat or text completion asks for and cannot have, rather than leave it out and say so.
+        plan: that the stages follow, for the page to show.
+        ui: serve the page.
     """
     service = Service(
         engine=engine,
@@ -109,13 +122,15 @@ def create_app(
     app.state.bodies = BodyReader(
         service.workers, service.text_bound, max_bytes=max_body_bytes, picture_bytes=service.picture_bytes
     )
-    _add_routes(app, service, guarded=api_key is not None)
+    files = page_files() if ui else {}
+    _add_routes(app, service, guarded=api_key is not None, index=files.get("index.html"), plan=plan)
+    app.router.routes.extend(page_routes(files))
     app.state.metrics = service.metrics
     app.openapi = partial(  # type: ignore[method-assign]  # FastAPI's own way to a document of one's own
         openapi_document,
         app,
         *(ChatRequest, CompletionRequest, ChatCompletionChunk),
-        *(model for room in (responses, anthropic, ollama, tokens) for model in room.MODELS),
+        *(model for room in (responses, anthropic, ollama, tokens, page) for model in room.MODELS),
     )
     for kind in (ExoKimiError, ApiProblem, Exception):
         app.add_exception_handler(kind, answer_error)
@@ -134,7 +149,7 @@ def create_app(
     return app
 
 
-def _add_routes(app: FastAPI, service: Service, *, guarded: bool) -> None:
+def _add_routes(app: FastAPI, service: Service, *, guarded: bool, index: PageFile | None, plan: Plan | None) -> None:
     """Every address, with what it reads and may answer."""
     refused = (401, 403) if guarded else (403,)
     key: Any = {"dependencies": [Depends(HTTPBearer(auto_error=False))] if guarded else []}  # told; `Gate` asks for it
@@ -162,20 +177,21 @@ def _add_routes(app: FastAPI, service: Service, *, guarded: bool) -> None:
         example={**asked, "prompt": "The capital of Norway is"},
         extra=refused,
     )
-    door = _CompletionsDoor(service=service)
+    door = _CompletionsDoor(service=service, index=index)
     app.post("/v1/chat/completions", **chat, **key)(door.chat)
     app.post("/v1/completions", **text, **key)(door.completion)
     app.post("/v1/cancel/{id}", response_model=CancelledAnswer, responses=refusals(404, *refused), **key)(door.cancel)
     healthy: Any = HealthReport | HealthStatus if guarded else HealthReport
     app.get("/health", response_model=healthy, responses={**refusals(403), **unhealthy})(door.health)
     app.get("/metrics", response_class=Response, responses={**metrics, **refusals(*refused)}, **key)(door.prometheus)
-    app.get("/", response_class=PlainTextResponse, responses=refusals(403))(door.root)
+    app.get("/", response_class=Response, responses={**_ROOT, **refusals(403)})(door.root)
     app.head("/", include_in_schema=False)(door.root)
     models.add_routes(app, service, refused, key)
     responses.add_routes(app, service, refused, key)
     anthropic.add_routes(app, service, refused, key)
     ollama.add_routes(app, service, refused, key)
     tokens.add_routes(app, service, refused, key)
+    page.add_routes(app, service, refused, key, plan=plan)
 
 
 async def read_chat(request: Request) -> ChatRequest:
@@ -195,6 +211,7 @@ class _CompletionsDoor:
     """OpenAI's completions, the models, and what the server tells of itself."""
 
     service: Service
+    index: PageFile | None
 
     async def chat(self, request: Request, chat: Annotated[ChatRequest, Depends(read_chat)]) -> Response:
         """Answer a conversation, whole or as server-sent events."""
@@ -238,9 +255,9 @@ class _CompletionsDoor:
             raise ApiProblem(404, f"no answer with the id '{id[:200]}' is being made", param="id", code="not_found")
         return JSONResponse({"id": id, "cancelled": True})
 
-    async def root(self) -> PlainTextResponse:
-        """Tell that the server is there. Asks for no key."""
-        return PlainTextResponse("exo-kimi is running")
+    async def root(self, request: Request) -> Response:
+        """The page for a browser, else a line that tells that the server is there. Asks for no key."""
+        return root_response(request, self.index)
 
     def _answer(self, request: GenerationFields, prepared: PreparedRequest, style: Format) -> Response:
         def write(checked: PreparedRequest) -> ChunkFrames:

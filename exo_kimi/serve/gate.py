@@ -7,11 +7,11 @@ import ipaddress
 import logging
 import uuid
 from collections.abc import Iterable
+from typing import Protocol
 from urllib.parse import urlsplit
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from exo_kimi.serve.metrics import Metrics
 from exo_kimi.serve.problems import ApiProblem
 
 log = logging.getLogger(__name__)
@@ -19,7 +19,7 @@ log = logging.getLogger(__name__)
 OPEN_PATHS = frozenset(
     {"/", "/health", "/docs", "/openapi.json"}
 )  # they tell what the source tells; a browser has no key
-OPEN_FOLDER = "/docs-files/"
+OPEN_FOLDERS = ("/docs-files/", "/page/")
 LOOPBACK_NAMES = frozenset({"localhost", "127.0.0.1", "::1"})
 ANY = "*"
 ADDRESSES = "addresses"  # no name of a page: its browser shows the address, so nothing was rebound
@@ -36,6 +36,14 @@ def new_request_id() -> str:
     return f"req_{uuid.uuid4().hex}"
 
 
+class AnswerCounter(Protocol):
+    """Is told the path and status of every answer."""
+
+    def answered(self, path: str, status: int) -> None:
+        """An HTTP request was answered."""
+        ...
+
+
 class Gate:
     """ASGI middleware.
 
@@ -44,7 +52,7 @@ class Gate:
         metrics: told the path (as the routes know it) and the status of every answer.
         paths: paths that may become a label; all others count as `other`.
         api_key: when given, every path needs `Authorization: Bearer KEY` or `x-api-key`, but for /health (which says less
-            without it), / and the documentation.
+            without it), / with the page's files, and the documentation.
         hosts: names that `Host` and `Origin` may have (`allowed_hosts`), without which any web page could have a browser
             reach this server under a name of its own (DNS rebinding); None or `*` allows all.
         origins: of web pages that may call this server (`--cors-origin`); `*` allows all.
@@ -54,7 +62,7 @@ class Gate:
         self,
         app: ASGIApp,
         *,
-        metrics: Metrics,
+        metrics: AnswerCounter,
         paths: frozenset[str],
         api_key: str | None = None,
         hosts: frozenset[str] | None = None,
@@ -121,7 +129,7 @@ class Gate:
     def _is_open(self, scope: Scope) -> bool:
         if scope["method"] == "OPTIONS":
             return True  # a browser asks without the key whether its page may send one; nothing else takes OPTIONS
-        return scope["path"] in OPEN_PATHS or scope["path"].startswith(OPEN_FOLDER)
+        return scope["path"] in OPEN_PATHS or scope["path"].startswith(OPEN_FOLDERS)
 
     def _has_key(self, scope: Scope) -> bool:
         if self._api_key is None:

@@ -75,6 +75,7 @@ class ServeOptions:
     vision: Path | None = None
     no_vision: bool = False
     fetch_images: bool = False
+    no_ui: bool = False
 
 
 def serve(options: ServeOptions, *, announce: Callable[[str], None] | None = None) -> None:
@@ -147,6 +148,8 @@ def serve(options: ServeOptions, *, announce: Callable[[str], None] | None = Non
             hosts=hosts,
             cors_origins=options.cors_origin,
             strict_api=options.strict_api,
+            plan=planned,
+            ui=not options.no_ui,
         )
         await cluster.start()
         await engine.start()

@@ -299,6 +299,7 @@ class StageHandle:
             peak_bytes=progress.peak_bytes if progress is not None else 0,
             sequences=progress.sequences if progress is not None else 0,
             restarts=max(0, self._starts - 1),
+            compute_s=progress.compute_s if progress is not None else 0.0,
             last_error=None if self._last_error is None else self._last_error.what,
             experts=_expert_health(progress),
         )

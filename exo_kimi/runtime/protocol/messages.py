@@ -158,11 +158,12 @@ class ExpertTotals(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
 
 class Progress(Header, frozen=True, kw_only=True, tag="progress"):
     """The stage's heartbeat. `busy_s` is how long the current load, join or step has taken so far, 0 when idle, without what was
-    spent on reading that went on. `experts` is None where all of them are held."""
+    spent on reading that went on; `compute_s` is what all steps took together. `experts` is None where all of them are held."""
 
     state: StageState
     epoch: Count
     busy_s: float
+    compute_s: float
     loaded_bytes: Count
     total_bytes: Count
     kv_bytes: Count

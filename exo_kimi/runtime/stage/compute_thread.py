@@ -73,6 +73,7 @@ class StageStatus:
     sequences: int = 0
     expert_cache_bytes: int | None = None
     experts: ExpertHealth | None = None
+    compute_s: float = 0.0
 
     def hello_ack(self, versions: Versions) -> HelloAck:
         """The answer to a Hello."""
@@ -98,6 +99,7 @@ class StageStatus:
             state=self.state,
             epoch=self.epoch,
             busy_s=0.0 if busy_since_s is None else max(0.0, time.monotonic() - busy_since_s),
+            compute_s=self.compute_s,
             loaded_bytes=self.loaded_bytes,
             total_bytes=self.total_bytes,
             kv_bytes=self.kv_bytes,
@@ -182,7 +184,7 @@ class StageCompute:
     def run(self, orders: SimpleQueue[Order]) -> None:
         """Work until the order is None."""
         while (order := self._next(orders)) is not None:
-            self._status.busy_since_s = time.monotonic()
+            started_s = self._status.busy_since_s = time.monotonic()
             try:
                 self._carry_out(order)
             except ExoKimiError as error:
@@ -193,6 +195,8 @@ class StageCompute:
                 self._answer_fault(order, error)
             finally:
                 self._unseen = True
+                if isinstance(order, Step):
+                    self._status.compute_s += time.monotonic() - started_s
                 # Looking takes time that the answer's way out and the next step would wait for.
                 if not isinstance(order, Step) or time.monotonic() - self._looked_s > LOOK_EVERY_S:
                     self._look()
