@@ -35,6 +35,7 @@ from exo_kimi.cli.values import (
     origin,
     port,
     positive,
+    seconds,
     whole,
 )
 from exo_kimi.experts.budget import ExpertCache
@@ -378,6 +379,17 @@ def serve(
             panel=NETWORK,
         ),
     ] = 30.0,
+    survive: Annotated[
+        float,
+        option(
+            "--survive",
+            parser=seconds,
+            metavar="TIME",
+            help="how long stages may be away before the answers that they lost end with an error; until then these wait and "
+            "go on (default 5min; 0s: an error at once)",
+            panel=NETWORK,
+        ),
+    ] = 300.0,
     speculate: Annotated[
         Any,
         option(

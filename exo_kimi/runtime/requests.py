@@ -176,6 +176,8 @@ class EngineSnapshot:
     requests_total: int = 0
     requests_failed_total: int = 0
     requests_cancelled_total: int = 0
+    requests_interrupted_total: int = 0
+    requests_resumed_total: int = 0
     prompt_tokens_total: int = 0
     cached_tokens_total: int = 0
     prefix_evictions_total: int = 0

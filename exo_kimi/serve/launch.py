@@ -29,6 +29,7 @@ from exo_kimi.runtime.descriptors import raise_descriptor_limit
 from exo_kimi.runtime.engine.engine import Engine
 from exo_kimi.runtime.engine.prefix_cache import PrefixOptions
 from exo_kimi.runtime.engine.speculation import Drafter, Speculate
+from exo_kimi.runtime.engine.survival import SURVIVE_S
 from exo_kimi.runtime.protocol.messages import LinkKind
 from exo_kimi.runtime.transport.keys import ENVIRONMENT_NAME, find_key
 from exo_kimi.serve.app import create_app
@@ -66,6 +67,7 @@ class ServeOptions:
     prefill_chunk: int | None = None
     queue_limit: int | None = None
     stall_deadline: float = 30.0
+    survive: float = SURVIVE_S
     speculate: Speculate = "auto"
     link: LinkKind | None = None
     key_file: Path | None = None
@@ -137,7 +139,14 @@ def serve(options: ServeOptions, *, announce: Callable[[str], None] | None = Non
 
     async def factory() -> Served:
         cluster = StageCluster(plan, cluster_options)
-        engine = Engine(cluster, context=options.context, drafter=drafter, prefixes=prefixes, **given)
+        engine = Engine(
+            cluster,
+            context=options.context,
+            drafter=drafter,
+            prefixes=prefixes,
+            survive_s=options.survive,
+            **given,
+        )
         app = create_app(
             engine,
             speaker,

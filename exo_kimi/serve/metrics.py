@@ -92,6 +92,8 @@ def _counters(snapshot: EngineSnapshot) -> Iterator[Metric]:
         ("requests", "Sequences that the engine admitted", snapshot.requests_total),
         ("requests_failed", "Sequences that failed", snapshot.requests_failed_total),
         ("requests_cancelled", "Sequences whose client went away or had enough", snapshot.requests_cancelled_total),
+        ("requests_interrupted", "Times that a sequence waited for failed stages", snapshot.requests_interrupted_total),
+        ("requests_resumed", "Times that such a sequence went on", snapshot.requests_resumed_total),
         ("prompt_tokens", "Prompt tokens", snapshot.prompt_tokens_total),
         ("cached_prompt_tokens", "Prompt tokens that were found in a cache", snapshot.cached_tokens_total),
         ("prefix_evictions", "Caches of ended sequences dropped for want of memory", snapshot.prefix_evictions_total),

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
+from itertools import count, pairwise
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ import pytest
 import exo_kimi
 from exo_kimi.arch.vision import Grid
 from exo_kimi.checkpoint.checkpoint import Checkpoint
+from exo_kimi.errors import StageDiedError
 from exo_kimi.models.kimi_k2 import Model
 from exo_kimi.pictures.picture import Picture
 from exo_kimi.planner.weights.bytes import bytes_of_manifest
@@ -24,10 +25,13 @@ from exo_kimi.runtime.engine.prefix_cache import PrefixOptions
 from exo_kimi.runtime.engine.speculation import Drafter
 from exo_kimi.runtime.loading.vision import load_vision
 from exo_kimi.runtime.requests import GenerationRequest, PromptPicture, SamplingParams, TokenEvent
+from exo_kimi.runtime.stage import inline
 from exo_kimi.runtime.stage.inline import InlinePipeline, OpenDisk
 from exo_kimi.runtime.stage.pictures import PictureTower
 from exo_kimi.runtime.stage.prefix_disk import Changed, PrefixDisk
 from exo_kimi.runtime.stage.stage_model import StageModel
+from exo_kimi.runtime.stage.worker import StageWorker
+from exo_kimi.runtime.steps import Step, StepResult
 from tests.vision.conftest import LAYERS, patches_of, picture_of
 
 BOUNDS = {1: [0, 3], 2: [0, 2, 3], 3: [0, 1, 2, 3]}
@@ -197,7 +201,8 @@ async def test_chunks_that_cut_pictures_change_no_token(
     assert found == [answer(asked) for asked in prompts]
 
 
-async def test_pictures_go_in_one_step_beside_text_and_survive_preemption(
+async def test_pictures_go_in_one_step_beside_text_and_survive_preemption_and_faults(
+    monkeypatch: pytest.MonkeyPatch,
     vision_checkpoint: Path,
     models: Callable[[int], list[Model]],
     tower: PictureTower,
@@ -205,16 +210,27 @@ async def test_pictures_go_in_one_step_beside_text_and_survive_preemption(
 ) -> None:
     prompts = [prompt_of(vision_checkpoint, *parts) for parts in PLACES.values()]
     prompts += [prompt_of(vision_checkpoint, 30, seed=9), prompt_of(vision_checkpoint, 12, seed=8)]
-    answers, preempted = [], []
-    for capacity in (4096, 128):
+    answers, preempted, resumed = [], [], []
+    real, steps = inline.run_chain, count(1)
+
+    def failing(workers: Sequence[StageWorker], step: Step) -> StepResult:
+        if next(steps) % 40 == 0:
+            raise StageDiedError("gone")
+        return real(workers, step)
+
+    for capacity, run_chain in ((4096, real), (128, real), (4096, failing)):
+        monkeypatch.setattr(inline, "run_chain", run_chain)
         pipeline = pipeline_of(models, tower, 2, capacity=capacity)
-        async with Engine(pipeline, prefill_chunk=24, prefixes=PrefixOptions(memory_bytes=0)) as engine:
+        options = {"prefill_chunk": 24, "survive_s": 60}
+        async with Engine(pipeline, prefixes=PrefixOptions(memory_bytes=0), **options) as engine:
             found = await asyncio.gather(*(ask(engine, asked, max_tokens=50) for asked in prompts))
             preempted.append(engine.snapshot().preemptions_total)
+            resumed.append(engine.snapshot().requests_resumed_total)
         answers.append([ids(events) for events in found])
     assert [tokens[:NEW] for tokens in answers[0]] == [answer(asked) for asked in prompts]
-    assert answers[1] == answers[0]
+    assert answers[1] == answers[2] == answers[0]
     assert preempted[0] == 0 < preempted[1]
+    assert resumed[:2] == [0, 0] < resumed[2:]
 
 
 async def test_another_picture_of_the_same_size_is_never_taken_for_the_first(

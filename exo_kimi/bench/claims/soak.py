@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import random
+import re
 import statistics
 import sys
 import tempfile
@@ -27,9 +28,10 @@ import httpx
 from exo_kimi.bench.frame import Result, Row, finish
 from exo_kimi.bench.soak.clients import ANSWER_S, Clients, Seen, SoakPrompt, ask, questions
 from exo_kimi.bench.soak.server import END_S, Held, SoakServer, held_by, soak_server
-from exo_kimi.bench.soak.troubles import SMALL_DISK_BYTES, Troubles, small_disk
+from exo_kimi.bench.soak.troubles import SMALL_DISK_BYTES, Trouble, Troubles, small_disk
 from exo_kimi.checkpoint.tiny.make import make_tiny
 from exo_kimi.errors import UsageError
+from exo_kimi.units import parse_seconds
 
 STALL_S = 4.0
 QUESTIONS = 40
@@ -80,6 +82,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--stages", type=int, default=2)
     parser.add_argument("--clients", type=int, default=4)
     parser.add_argument("--seed", type=int, default=0, help="of questions and troubles")
+    parser.add_argument("--survive", default="0s", metavar="TIME", help="of the server (default 0s: faults are errors)")
+    parser.add_argument("--only", default="", metavar="TEXT", help="troubles whose name has this regular expression")
+    parser.add_argument("--tokens", type=int, default=48, metavar="N", help="of the longest answers (default 48)")
     options = parser.parse_args(argv)
     if options.minutes <= 0 or options.clients < 1:
         raise UsageError(
@@ -90,19 +95,23 @@ def main(argv: Sequence[str] | None = None) -> int:
         checkpoint = options.checkpoint or make_tiny(folder / "tiny", config=_SMALL)
         disk = held.enter_context(small_disk(folder))
         words = ["--stages", str(options.stages), "--dtype", "float32", "--stall-deadline", f"{STALL_S:g}s"]
+        words += ["--survive", options.survive]
         words += ["--prefix-disk-bytes", str(SMALL_DISK_BYTES // options.stages // 2)]
         words += ["--prefix-dir", str(disk or folder / "prefixes")]
         server = held.enter_context(soak_server(checkpoint, folder, words))
-        answers = _right_answers(server, options.seed)
+        answers = _right_answers(server, options)
         generator = random.Random(options.seed)
         troubles = held.enter_context(closing(Troubles(server, generator, disk=disk, stall_s=STALL_S)))
+        chosen = [trouble for trouble in troubles.all() if re.search(options.only, trouble.name)]
+        if not chosen:
+            raise UsageError("no trouble is called so", found=options.only, where="--only")
         with Clients(server.url, options.clients, answers, options.seed) as clients:
-            course = _run(server, clients, troubles, generator, minutes=options.minutes)
+            course = _run(server, clients, chosen, generator, minutes=options.minutes)
         alive = server.alive
         last_words = server.log_lines()
         ended_s, left = server.end() if alive else (0.0, [])
         rows = [
-            *_answer_rows(clients.seen),
+            *_answer_rows(clients.seen, survive=parse_seconds(options.survive) > 0),
             *_life_rows(course, alive=alive, ended_s=ended_s, left=len(left)),
             _log_row(server, clients.seen, course),
         ]
@@ -110,11 +119,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     return finish(Result(bench="soak", rows=rows, notes=notes), options)
 
 
-def _right_answers(server: SoakServer, seed: int) -> dict[SoakPrompt, str]:
+def _right_answers(server: SoakServer, options: argparse.Namespace) -> dict[SoakPrompt, str]:
     """Every question asked alone, before anything goes wrong."""
     answers = {}
     with httpx.Client(base_url=server.url, timeout=ANSWER_S, trust_env=False) as client:
-        for question in questions(QUESTIONS, random.Random(seed)):
+        for question in questions(QUESTIONS, random.Random(options.seed), longest_tokens=options.tokens):
             verdict = ask(client, question, None, kind="whole")
             if verdict.kind != "right":
                 raise UsageError("the server does not answer at all", found=f"{verdict.kind} {verdict.detail}")
@@ -123,7 +132,7 @@ def _right_answers(server: SoakServer, seed: int) -> dict[SoakPrompt, str]:
 
 
 def _run(
-    server: SoakServer, clients: Clients, troubles: Troubles, generator: random.Random, *, minutes: float
+    server: SoakServer, clients: Clients, chosen: Sequence[Trouble], generator: random.Random, *, minutes: float
 ) -> Course:
     course = Course()
     began_s = time.monotonic()
@@ -132,7 +141,7 @@ def _run(
     sampling = threading.Thread(target=_sample, args=(server, course, stopped), daemon=True)
     sampling.start()
     bag: list[str] = []
-    acts = {trouble.name: trouble.act for trouble in troubles.all()}
+    acts = {trouble.name: trouble.act for trouble in chosen}
     answered_early = 0
     while time.monotonic() < until_s - QUIET_S and server.alive:
         if course.early is None and time.monotonic() > early_s:
@@ -183,11 +192,14 @@ def _sample(server: SoakServer, course: Course, stopped: threading.Event) -> Non
         course.most_rss_bytes = max(course.most_rss_bytes, held_by(server.process.pid).rss_bytes or 0)
 
 
-def _answer_rows(seen: Seen) -> list[Row]:
+def _answer_rows(seen: Seen, *, survive: bool) -> list[Row]:
     counts = seen.counts
+    told = "told what happened"
     return [
         Row(name="right answers", ours=counts["right"], unit="requests", ratio=counts["right"], bar=1),
-        Row(name="told what happened", ours=counts["told"], unit="requests", ratio=counts["told"]),
+        _at_most(told, counts["told"], "requests", 0)
+        if survive
+        else Row(name=told, ours=counts["told"], unit="requests", ratio=counts["told"]),
         Row(name="left by their clients", ours=counts["left"], unit="requests", ratio=counts["left"]),
         *(_at_most(f"{kind} answers", counts[kind], "requests", 0) for kind in ("wrong", "hung", "unclear")),
     ]

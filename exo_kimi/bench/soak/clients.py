@@ -19,34 +19,38 @@ import httpx
 
 CHAT = "/v1/chat/completions"
 ANSWER_S = 60.0
+TEMPERATURES = (0.0, 0.7, 1.3)
 Kind = Literal["whole", "stream", "leave"]
 _WORDS = ("river", "seven", "lamp", "north", "apple", "quiet", "engine", "letter", "moon", "stone", "paper", "glass")
 
 
 @dataclass(frozen=True, slots=True)
 class SoakPrompt:
-    """What is asked, and for how many tokens."""
+    """What is asked, for how many tokens, and how hot."""
 
     text: str
     max_tokens: int
+    temperature: float = 0.0
 
     def body(self, *, stream: bool) -> dict[str, Any]:
-        """As the API reads it; greedy, so that there is one right answer."""
+        """As the API reads it; greedy or with a seed, so that there is one right answer."""
         return {
             "messages": [{"role": "user", "content": self.text}],
             "max_tokens": self.max_tokens,
-            "temperature": 0,
+            "temperature": self.temperature,
+            "seed": 1,
             "stream": stream,
         }
 
 
-def questions(count: int, generator: random.Random) -> list[SoakPrompt]:
-    """Short and long ones, some with a common beginning, so that prefixes are shared and stored."""
+def questions(count: int, generator: random.Random, *, longest_tokens: int = 48) -> list[SoakPrompt]:
+    """Short and long ones, some with a common beginning, so that prefixes are shared and stored; greedy and not."""
     made = []
     for number in range(count):
         words = " ".join(generator.choice(_WORDS) for _ in range(generator.choice((3, 12, 60))))
         shared = "You are careful and answer in one sentence. " * 8 if number % 3 == 0 else ""
-        made.append(SoakPrompt(f"{shared}{number}: {words}", generator.choice((4, 16, 48))))
+        tokens = generator.choice((4, 16, longest_tokens))
+        made.append(SoakPrompt(f"{shared}{number}: {words}", tokens, TEMPERATURES[number % len(TEMPERATURES)]))
     return made
 
 

@@ -240,7 +240,7 @@ class Leader:
     async def _bring_up_over(self, link: LinkKind, plan: ClusterPlan, context: int) -> Engine:
         cluster = StageCluster(plan, ClusterOptions(context=context, kv_bytes=self._options.kv_bytes, link=link))
         prefixes = PrefixOptions(memory_bytes=self._options.prefix_cache_bytes)
-        engine = Engine(cluster, context=context, prefixes=prefixes)
+        engine = Engine(cluster, context=context, prefixes=prefixes, survive_s=HOPELESS_S)
         try:
             await cluster.start()
             await engine.start()

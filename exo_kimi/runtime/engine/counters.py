@@ -11,6 +11,7 @@ from exo_kimi.runtime.engine.admission import Limits
 from exo_kimi.runtime.engine.scheduler import Scheduler
 from exo_kimi.runtime.engine.sequence import Sequence
 from exo_kimi.runtime.engine.speculation import DraftCounts
+from exo_kimi.runtime.engine.survival import SurvivalCounts
 from exo_kimi.runtime.requests import EngineSnapshot, StageHealth
 
 EVENTS_KEPT = 64
@@ -50,6 +51,7 @@ class Counters:
         context: int | None,
         stages: tuple[StageHealth, ...],
         sequences: Iterable[Sequence],
+        survival: SurvivalCounts,
     ) -> EngineSnapshot:
         """The engine's state now.
 
@@ -60,6 +62,7 @@ class Counters:
             context: what it was told to allow, shown until there are limits.
             stages: their health.
             sequences: those with a reader.
+            survival: of those that the stages lost.
         """
         current, counts = scheduler.current, scheduler.counts
         kept_tokens = current.prefixes.kept_tokens if current is not None else 0
@@ -76,6 +79,8 @@ class Counters:
             requests_total=self.requests,
             requests_failed_total=self.failed,
             requests_cancelled_total=self.cancelled,
+            requests_interrupted_total=survival.interrupted,
+            requests_resumed_total=survival.resumed,
             prompt_tokens_total=counts.prompt_tokens,
             cached_tokens_total=counts.prefixes.cached_tokens,
             prefix_evictions_total=counts.prefixes.evictions,

@@ -22,6 +22,7 @@ from exo_kimi.runtime.engine.prefix_cache import PrefixOptions
 from exo_kimi.runtime.engine.scheduler import Scheduler
 from exo_kimi.runtime.engine.sequence import Sequence, StepOutcome
 from exo_kimi.runtime.engine.speculation import Drafter
+from exo_kimi.runtime.engine.survival import Survival
 from exo_kimi.runtime.pipeline import DiskBlocks, Failed, Pipeline, Ready
 from exo_kimi.runtime.requests import EngineSnapshot, GenerationRequest, TokenConstraint, TokenEvent
 from exo_kimi.runtime.steps import Step, StepResult
@@ -44,6 +45,8 @@ class Engine:
         max_running: sequences that may hold KV memory at a time.
         drafter: guesses tokens ahead, so that a step may give several; it changes no token. None does not.
         prefixes: what is kept of sequences that ended, for others that begin like them; None keeps nothing.
+        survive_s: how long stages that failed may be away before a request that they lost gets the error; until then it waits and
+            goes on with the same tokens. 0: it gets the error at once. See `survival`.
     """
 
     def __init__(
@@ -56,6 +59,7 @@ class Engine:
         max_running: int = 128,
         drafter: Drafter | None = None,
         prefixes: PrefixOptions | None = None,
+        survive_s: float = 0.0,
     ) -> None:
         self.pipeline = pipeline
         self.queue_limit = queue_limit
@@ -67,6 +71,7 @@ class Engine:
             drafter=drafter,
             prefixes=prefixes,
         )
+        self._survival = Survival(survive_s, waiting=lambda: self._scheduler.waiting, on_overdue=self._give_up_on)
         self._pacer = PrefillPacer(stages=pipeline.stages, prefill_chunk=prefill_chunk)
         self._limits: Limits | None = None
         self._down: RuntimeFault | None = None
@@ -146,6 +151,7 @@ class Engine:
             context=self._context,
             stages=self.pipeline.health(),
             sequences=self._streams,
+            survival=self._survival.counts,
         )
 
     async def close(self) -> None:
@@ -209,7 +215,7 @@ class Engine:
                 self._counters.note(f"{type(event.error).__name__}: {event.error.what}")
                 self._fail(event.error)
                 if not event.recovering:
-                    self._stop(event.error)
+                    self._refuse(event.error)
             elif isinstance(event, DiskBlocks):
                 if event.epoch == self._scheduler.epoch:
                     self._scheduler.on_disk_blocks(event)
@@ -234,21 +240,30 @@ class Engine:
                     task.cancel()
 
     def _on_ready(self, event: Ready) -> None:
-        self._fail(StageError("the stages started again"))  # only what a Failed should have ended already
+        if self._scheduler.epoch is not None:  # no Failed came before
+            self._fail(StageError("the stages started again"))
         self._limits = Limits.of(event.info, context=self._context)
         self._scheduler.open(event, self._limits)
         self._pacer.forget()
         self._counters.epochs += 1
         self._down = None
+        self._survival.on_back()
         self._ready.set()
         self._counters.note(
             f"ready: {self.pipeline.stages} stages, KV memory for {self._limits.kv_capacity_tokens} tokens"
         )
         for sequence in list(self._scheduler.waiting):
             try:
-                sequence.max_new_tokens = check_request(sequence.request, self._limits)
+                room = check_request(sequence.request, self._limits)
             except RequestError as refusal:  # it came before the limits were known, or they shrank
                 self._end_with(sequence, refusal)
+                continue
+            if sequence.interruption is None:
+                sequence.max_new_tokens = room
+            elif room <= sequence.generated_tokens:
+                self._give_up_on(sequence)  # less memory came back than it had filled
+            else:
+                sequence.max_new_tokens = min(room, sequence.max_new_tokens)
 
     def _on_result(self, result: StepResult) -> None:
         self._pacer.answered(result.step_id)
@@ -258,6 +273,7 @@ class Engine:
 
     def _deliver(self, outcome: StepOutcome) -> None:
         sequence, sampled = outcome.sequence, outcome.sampled
+        self._survival.on_token(sequence)
         reason = sequence.finish_reason()
         if reason is not None:
             self._scheduler.end(sequence)
@@ -283,23 +299,45 @@ class Engine:
             sequence.mask = _next_mask(sequence.request.constraint, accept=accept, vocab_size=vocab_size)
 
     def _fail(self, fault: RuntimeFault) -> None:
-        """The stages lost their sequences: end those that had touched them."""
-        for sequence in self._scheduler.fail():
-            self._counters.failed += 1
-            self._end_with(sequence, copy.copy(fault))
+        """The stages lost their sequences: those that had touched them wait to be fed again, or end."""
+        survivors = 0
+        for sequence, in_flight in self._scheduler.fail():
+            if self._survival.interrupt(sequence, fault, in_flight=in_flight):
+                survivors += 1
+            else:
+                self._counters.failed += 1
+                self._end_with(sequence, copy.copy(fault))
+        self._survival.on_away(fault)
+        if survivors:
+            self._counters.note(f"{survivors} requests wait for the stages, and then go on")
 
     def _fail_epoch(self, epoch: int, fault: RuntimeFault) -> None:
         if epoch == self._scheduler.epoch:
             self._fail(fault)
 
+    def _give_up_on(self, sequence: Sequence) -> None:
+        """An interrupted sequence waits no longer."""
+        if sequence.interruption is not None:
+            self._counters.failed += 1
+            self._end_with(sequence, copy.copy(sequence.interruption.fault))
+
+    def _refuse(self, fault: RuntimeFault) -> None:
+        """The stages may not come back: refuse new requests, and end those that wait, but for what was interrupted, which
+        has its time."""
+        self._down = fault
+        for sequence in list(self._scheduler.waiting):
+            if sequence.interruption is None:
+                self._counters.failed += 1
+                self._end_with(sequence, copy.copy(fault))
+        self._ready.set()
+
     def _stop(self, fault: RuntimeFault) -> None:
         """No stage will come back: end every request and refuse new ones."""
-        self._down = fault
-        self._fail(fault)
-        for sequence in list(self._scheduler.waiting):
-            self._counters.failed += 1
-            self._end_with(sequence, copy.copy(fault))
-        self._ready.set()
+        self._scheduler.fail()
+        self._survival.close()
+        for sequence in self._scheduler.waiting:
+            sequence.interruption = None
+        self._refuse(fault)
 
     def _end_with(self, sequence: Sequence, error: ExoKimiError) -> None:
         self._scheduler.end(sequence)

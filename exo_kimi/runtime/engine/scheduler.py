@@ -82,7 +82,7 @@ class Scheduler:
 
     @property
     def running(self) -> list[Sequence]:
-        """Sequences with caches, by arrival; all of them came before those that wait."""
+        """Sequences with caches, by arrival."""
         return self.current.running if self.current is not None else []
 
     def open(self, ready: Ready, limits: Limits) -> None:
@@ -102,18 +102,21 @@ class Scheduler:
             step_ids=self._step_ids,
         )
 
-    def fail(self) -> list[Sequence]:
-        """The stages lost everything: no step until `open`. Ends and returns the sequences that touched the stages in
-        this epoch; the others wait, also those that were admitted but not yet sent."""
+    def fail(self) -> list[tuple[Sequence, bool]]:
+        """The stages lost everything: no step until `open`, and all sequences wait.
+
+        Returns:
+            The sequences that touched the stages in this epoch, by arrival, and whether each was part of a step in flight.
+        """
         every = [*self.running, *self.waiting]
         every.sort(key=_by_arrival)
-        touched = [s for s in every if s.epoch is not None and s.epoch == self.epoch]
+        in_flight = self.current.sequences_in_flight() if self.current is not None else set()
+        touched = [(s, s in in_flight) for s in every if s.epoch is not None and s.epoch == self.epoch]
         for sequence in every:
             sequence.state = "waiting"
+            sequence.awaiting_token = False
             sequence.forget()
-        for sequence in touched:
-            sequence.state = "ended"
-        self.waiting = [s for s in every if s.state == "waiting"]
+        self.waiting = every
         self.current = None
         return touched
 
@@ -195,7 +198,7 @@ class EpochScheduler:
         self.epoch = epoch
         self.ledger = ledger
         self.prefixes = prefixes
-        # By arrival, and who runs came before who waits: the youngest is preempted first.
+        # By arrival: the youngest is preempted first.
         self.running: list[Sequence] = []
         self.in_flight: deque[StepInFlight] = deque()
         self._stages = stages
@@ -254,6 +257,11 @@ class EpochScheduler:
         if self._drafter is not None and asked:
             self._drafter.count(step, kept=len(result.sampled))
         return self._outcomes(asked, runs)
+
+    def sequences_in_flight(self) -> set[Sequence]:
+        """Those with tokens in a step that was not answered, or that read from disk in it."""
+        chunks = {chunk.sequence for step in self.in_flight for chunk in step.chunks}
+        return chunks | {sequence for step in self.in_flight for sequence, _ in step.restores}
 
     def _outcomes(self, asked: list[ScheduledChunk], runs: list[list[Sampled]]) -> Iterator[StepOutcome]:
         for chunk, run in zip(asked, runs, strict=True):
@@ -317,19 +325,21 @@ class EpochScheduler:
         sequence.forget()
 
     def _admit(self) -> None:
-        """Let the head of the queue in while it fits; nobody overtakes it."""
+        """Let the head of the queue in while it fits; nobody overtakes it, but for those that are to run alone."""
         while self._waiting and len(self.running) < self._max_running:
-            sequence = self._waiting[0]
+            if any(sequence.runs_alone for sequence in self.running):
+                return
+            sequence = next((s for s in self._waiting if s.runs_alone), self._waiting[0])
             # A preempted sequence whose last token is still on its way waits for it.
             needed = self.ledger.limits.rounded(len(sequence.tokens))
             if sequence.awaiting_token or not self.prefixes.make_room(sequence, needed + self._growth()):
                 return
-            self._waiting.pop(0)
+            self._waiting.remove(sequence)
             sequence.state = "running"
             sequence.seq_id = next(self._seq_ids)
             self.prefixes.take_over(sequence)
             self.ledger.reserve(sequence.seq_id, len(sequence.tokens))
-            self.running.append(sequence)
+            insort(self.running, sequence, key=_by_arrival)
 
     def _growth(self) -> int:
         """Room for the next growth of all that run, kept free so that admitting one does not preempt another at once."""

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Literal
 
+from exo_kimi.errors import RuntimeFault
 from exo_kimi.pictures.picture import Picture
 from exo_kimi.runtime.engine.prefix_index import CachedPrefix, Tokens, as_tokens
 from exo_kimi.runtime.engine.speculation import PromptLookup
@@ -34,6 +35,22 @@ class DiskRestore:
     failed: bool = False
 
 
+@dataclass(slots=True, kw_only=True)
+class Interruption:
+    """What stages that failed did to a sequence since its last token; see `survival`.
+
+    Args:
+        fault: why they are away, or were.
+        away_s: for how long, until they were last ready.
+        suspicions: times that it was part of the step with which they ended.
+    """
+
+    fault: RuntimeFault
+    away_s: float = 0.0
+    suspicions: int = 0
+
+
+ALONE_FROM_SUSPICIONS = 2
 State = Literal["waiting", "running", "ended"]
 
 
@@ -79,6 +96,7 @@ class Sequence:
     restoring: DiskRestore | None = field(default=None, init=False)
     cached_tokens: int | None = field(default=None, init=False)
     """Prompt tokens that it began with when it was first sent; None before."""
+    interruption: Interruption | None = field(default=None, init=False)
     prompt_ids: Tokens = field(init=False)
 
     def __post_init__(self) -> None:
@@ -94,6 +112,11 @@ class Sequence:
     def generated_tokens(self) -> int:
         """Tokens generated so far, preemptions included."""
         return len(self.tokens) - self.prompt_tokens
+
+    @property
+    def runs_alone(self) -> bool:
+        """Whether it may be what brings the stages down, so that nothing else is begun before it has a token."""
+        return self.interruption is not None and self.interruption.suspicions >= ALONE_FROM_SUSPICIONS
 
     @property
     def num_new_tokens(self) -> int:

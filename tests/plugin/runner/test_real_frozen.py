@@ -255,9 +255,11 @@ def freeze_a_runner(placed: Any, real_exo: Any, rank: int, stopped_s: float, *, 
         time.sleep(0.5)
     silent = [each for each in seen.requests if each.answered_s is None or not (each.text or each.error)]
     assert not silent, told(seen, began_s)
-    if busy:
+    if busy:  # it goes on where the rank came back before exo was told to start anew, and else ends with an error
+        before = len(reader)
         streaming.join(30)
-        assert not streaming.is_alive() and "error" in reader[-1]
+        went_on = len(reader) > before if streaming.is_alive() else "finish_reason" in json.dumps(reader[-1])
+        assert went_on or "error" in reader[-1], f"{len(reader)} events, {before} before: {reader[-3:]}"
 
 
 @pytest.mark.parametrize("number", [1, 0], ids=["second", "master"])

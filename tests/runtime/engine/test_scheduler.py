@@ -9,10 +9,10 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from exo_kimi.errors import ContextLengthError, ProtocolError, RequestError
+from exo_kimi.errors import ContextLengthError, ProtocolError, RequestError, StageDiedError
 from exo_kimi.runtime.engine.admission import KvLedger, Limits, check_request
 from exo_kimi.runtime.engine.scheduler import Scheduler
-from exo_kimi.runtime.engine.sequence import Sequence
+from exo_kimi.runtime.engine.sequence import Interruption, Sequence
 from exo_kimi.runtime.engine.speculation import Drafter, StepBytes
 from exo_kimi.runtime.pipeline import PipelineInfo, Ready
 from exo_kimi.runtime.requests import GenerationRequest, SamplingParams
@@ -65,23 +65,25 @@ class Bench:
 
     def answer(self) -> None:
         for outcome in self.scheduler.complete(self.results.pop(0)):
+            outcome.sequence.interruption = None
             if outcome.sequence.finish_reason() is not None:
                 self.scheduler.end(outcome.sequence)
         self.look()
 
-    def fail(self) -> list[Sequence]:
+    def fail(self) -> list[tuple[Sequence, bool]]:
         """The stages lose everything and come back in a new epoch."""
         current = self.scheduler.current
         assert current is not None
         epoch = current.epoch
-        in_flight = [chunk.sequence for step in current.in_flight for chunk in step.chunks]
-        ended = self.scheduler.fail()
-        assert all(s.state == "ended" for s in in_flight)
+        in_flight = {chunk.sequence for step in current.in_flight for chunk in step.chunks}
+        lost = self.scheduler.fail()
+        assert {s for s, flying in lost if flying} == {s for s in in_flight if s.state != "ended"}
+        assert all(s.state == "waiting" for s, _ in lost)
         assert self.scheduler.next_step() is None
         self.results.clear()
         self.stages.held.clear()
         self.scheduler.open(Ready(epoch=epoch + 1, info=self.info), self.limits)
-        return ended
+        return lost
 
     def send_all(self) -> list[Step]:
         steps = []
@@ -142,7 +144,14 @@ def test_whatever_comes_every_sequence_gets_its_own_tokens_and_all_memory_comes_
             bench.scheduler.end(victim)
             cancelled.append(victim)
         elif action == "f":
-            cancelled += bench.fail()
+            for sequence, in_flight in bench.fail():
+                if data.draw(st.integers(0, 3)) == 0:  # it may not survive
+                    bench.scheduler.end(sequence)
+                    cancelled.append(sequence)
+                else:
+                    found = sequence.interruption or Interruption(fault=StageDiedError("gone"))
+                    found.suspicions += in_flight
+                    sequence.interruption = found
     bench.run()
     for sequence in sequences:
         if sequence not in cancelled:
@@ -313,22 +322,46 @@ def test_a_sequence_that_never_reached_the_stages_is_not_freed_there(fakes: Simp
     assert bench.send() is None
 
 
-def test_a_failure_ends_what_touched_the_stages_and_keeps_what_was_only_admitted_or_waits(
+def test_after_a_failure_all_wait_and_it_is_known_what_touched_the_stages_and_was_on_its_way(
     fakes: SimpleNamespace,
 ) -> None:
-    bench = Bench(fakes, stages=1, prefill_chunk=8, max_running=3)
+    bench = Bench(fakes, stages=1, prefill_chunk=8, max_running=4)
+    decoding = bench.add(1, 5)
+    bench.run(2, to_the_end=False)
     touched = [bench.add(100, 5), bench.add(50, 5)]
     kept = [bench.add(3, 4), bench.add(2, 4)]
     bench.send()
     assert [s.state for s in kept] == ["running", "waiting"]
     leaving = bench.add(1, 1)
     bench.scheduler.end(touched[1])  # its memory was to be freed by the next step
-    assert bench.fail() == touched[:1]
-    assert leaving.state == "waiting"
+    assert bench.fail() == [(decoding, True), (touched[0], True)]
+    assert (decoding.num_computed_tokens, decoding.awaiting_token, leaving.state) == (0, False, "waiting")
     bench.run()
-    for sequence in kept:
-        assert generated(sequence) == fakes.generation(sequence.request.prompt_ids, 4)
-    assert generated(touched[0]) == []
+    for sequence in (decoding, touched[0], *kept, leaving):
+        assert generated(sequence) == fakes.generation(sequence.request.prompt_ids, sequence.max_new_tokens)
+    assert generated(touched[1]) == []
+
+
+def test_what_may_have_brought_the_stages_down_is_begun_alone_and_first(fakes: SimpleNamespace) -> None:
+    bench = Bench(fakes, stages=2, prefill_chunk=8)
+    one, suspect, accomplice = (bench.add(prompt, 5) for prompt in (20, 3, 4))
+    for each in (suspect, accomplice):
+        each.interruption = Interruption(fault=StageDiedError("gone"), suspicions=2)
+    bench.send_all()
+    assert bench.scheduler.running == [suspect]
+    bench.answer()
+    assert generated(suspect) == fakes.generation(suspect.request.prompt_ids, 1)
+    bench.send()
+    assert bench.scheduler.running == [suspect, accomplice], "the first one has proved itself, and goes on beside"
+    while accomplice.interruption is not None:
+        bench.send_all()
+        assert one.state == "waiting"
+        bench.answer()
+    bench.send_all()
+    assert bench.scheduler.running[0] is one
+    bench.run()
+    for sequence in (one, suspect, accomplice):
+        assert generated(sequence) == fakes.generation(sequence.request.prompt_ids, 5)
 
 
 def test_a_result_that_is_not_due_is_refused(fakes: SimpleNamespace) -> None:
