@@ -7,12 +7,13 @@ Frames keep their order along the chain, so a `free` that follows a step is carr
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
 
+from exo_kimi.errors import ExpertReadError
 from exo_kimi.pictures.picture import Picture
 from exo_kimi.runtime.requests import SamplingParams
 
@@ -29,6 +30,11 @@ class Hidden:
     tokens: int
     hidden_size: int
     data: bytes | memoryview
+
+    def rows(self, chosen: npt.NDArray[np.int64]) -> Hidden:
+        """Those of some tokens, copied."""
+        data = np.frombuffer(self.data, np.uint8).reshape(self.tokens, -1)[chosen]
+        return replace(self, tokens=len(chosen), data=data.tobytes())
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -90,6 +96,43 @@ class Segment:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class FailedSequence:
+    """A sequence that a stage cannot go on with, though it can with others: the stage's index, and the fields of the error."""
+
+    seq_id: int
+    stage: int
+    what: str
+    expected: str | None = None
+    found: str | None = None
+    where: str | None = None
+    fix: str | None = None
+
+    @classmethod
+    def of(cls, seq_id: int, error: ExpertReadError) -> FailedSequence:
+        """As an error says, on the stage that it names."""
+        return cls(
+            seq_id=seq_id,
+            stage=error.stage or 0,
+            what=error.what,
+            expected=error.expected,
+            found=error.found,
+            where=error.where,
+            fix=error.fix,
+        )
+
+    def error(self) -> ExpertReadError:
+        """The error for whoever waits for the sequence."""
+        return ExpertReadError(
+            f"stage {self.stage}: {self.what}",
+            stage=self.stage,
+            expected=self.expected,
+            found=self.found,
+            where=self.where,
+            fix=self.fix,
+        )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Step:
     """One pass. `tokens` int32 [sum of segment lengths] stays in the step on every stage; `hidden` is None for stage 0.
     A stage first drops the caches of `free`, then registers `begin`, then deletes the blocks `drop` from its disk, reads
@@ -100,7 +143,10 @@ class Step:
     that, and what a stage holds beyond is dropped.
 
     `pictures` are those that the segments' spans name, each once; only the first stage gets them. They come again with every
-    chunk that needs them, so a stage that was started anew has them too."""
+    chunk that needs them, so a stage that was started anew has them too.
+
+    `failed` gathers sequences on the way that a stage could not go on with; it has left their segments and blocks out. Until the
+    leader frees them, it leaves out what else comes for them, and says so again."""
 
     epoch: int
     step_id: int
@@ -114,6 +160,7 @@ class Step:
     drop: tuple[str, ...] = ()
     restored: tuple[tuple[int, int], ...] = ()
     pictures: tuple[Picture, ...] = ()
+    failed: tuple[FailedSequence, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -129,9 +176,11 @@ class Sampled:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StepResult:
     """What the last stage answers for a step: for each segment with `sample`, in order, one Sampled, and one more for each
-    draft that was right; `restored` as in the step, (sequence, tokens that all stages hold)."""
+    draft that was right; `restored` as in the step, (sequence, tokens that all stages hold); `failed` as in the step, of which
+    nothing is sampled."""
 
     epoch: int
     step_id: int
     sampled: tuple[Sampled, ...]
     restored: tuple[tuple[int, int], ...] = ()
+    failed: tuple[FailedSequence, ...] = ()

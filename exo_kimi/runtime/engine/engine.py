@@ -270,6 +270,10 @@ class Engine:
         for outcome in self._scheduler.complete(result):
             self._counters.generated += 1
             self._deliver(outcome)
+        for sequence, error in self._scheduler.failures(result):
+            self._counters.failed += 1
+            self._counters.note(f"{type(error).__name__}: {error.what}")
+            self._end_with(sequence, error)
 
     def _deliver(self, outcome: StepOutcome) -> None:
         sequence, sampled = outcome.sequence, outcome.sampled

@@ -7,7 +7,7 @@ still runs. What neither offers may lie on the disks.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Container, Iterable
 from dataclasses import dataclass
 
 from exo_kimi.runtime.engine.admission import KvLedger
@@ -89,6 +89,7 @@ class PrefixCache:
     def release(self, sequence: Sequence) -> None:
         """A sequence ends, or gives way: its caches stay, or are dropped with its hold on KV memory."""
         whole = sequence.registered and sequence.restoring is None and sequence.num_computed_tokens > 0
+        whole = whole and not sequence.damaged
         if self.options is None or self._budget_tokens == 0 or not whole or not sequence.request.use_prefix_cache:
             self.blocks.cancel_stores(sequence.seq_id)
             self._ledger.release(sequence.seq_id)
@@ -112,6 +113,12 @@ class PrefixCache:
             self._drop(other)
         while self._budget_tokens is not None and self.kept_tokens > self._budget_tokens:
             self.evict_one()
+
+    def drop_damaged(self, seq_ids: Container[int]) -> None:
+        """Some stage's caches of these are shorter than others': nobody may begin from them."""
+        for kept in [each for each in self.index if each.seq_id in seq_ids]:
+            self.index.remove(kept)
+            self._drop(kept)
 
     def evict_one(self) -> bool:
         """Give back the memory of the caches that were not used for longest; False when there are none."""

@@ -20,7 +20,7 @@ from operator import attrgetter, gt
 
 import numpy as np
 
-from exo_kimi.errors import ProtocolError
+from exo_kimi.errors import ExpertReadError, ProtocolError
 from exo_kimi.runtime.engine.admission import KvLedger, Limits
 from exo_kimi.runtime.engine.prefix_cache import PrefixCache, PrefixCounts, PrefixOptions
 from exo_kimi.runtime.engine.sequence import ScheduledChunk, Sequence, StepInFlight, StepOutcome
@@ -158,6 +158,10 @@ class Scheduler:
             raise _not_due(result, None, "no step")
         return self.current.complete(result)
 
+    def failures(self, result: StepResult) -> list[tuple[Sequence, ExpertReadError]]:
+        """Sequences that a stage cannot go on with, each with the reason; the caller ends them. Call it after `complete`."""
+        return [] if self.current is None or not result.failed else self.current.failures(result)
+
     def on_disk_blocks(self, event: DiskBlocks) -> None:
         """A stage's disk changed."""
         if self.current is not None:
@@ -231,7 +235,12 @@ class EpochScheduler:
         if due != result.step_id or result.epoch != self.epoch:
             raise _not_due(result, self.epoch, due)
         step = self.in_flight.popleft()
-        asked = [chunk for chunk in step.chunks if chunk.sample]
+        failed = {one.seq_id for one in result.failed}
+        chunks = [chunk for chunk in step.chunks if chunk.seq_id not in failed]
+        for chunk in step.chunks:
+            if chunk.seq_id in failed and chunk.sample:
+                chunk.sequence.awaiting_token = False  # it will not come
+        asked = [chunk for chunk in chunks if chunk.sample]
         runs = [list(run) for _, run in groupby(result.sampled, key=lambda sampled: sampled.seq_id)]
         lengths = [1 + chunk.drafts for chunk in asked]
         if [chunk.seq_id for chunk in asked] != [run[0].seq_id for run in runs] or any(
@@ -251,10 +260,10 @@ class EpochScheduler:
         for (sequence, seq_id), (_, tokens) in zip(step.restores, result.restored, strict=True):
             if sequence.seq_id == seq_id:
                 self.prefixes.on_restored(sequence, tokens)
-        for chunk in step.chunks:
+        for chunk in chunks:
             if chunk.sequence.seq_id == chunk.seq_id and chunk.sequence.state == "running":
                 self._counts.prompt_tokens += chunk.sequence.reached(chunk.end)
-        if self._drafter is not None and asked:
+        if self._drafter is not None and asked and not failed:
             self._drafter.count(step, kept=len(result.sampled))
         return self._outcomes(asked, runs)
 
@@ -262,6 +271,15 @@ class EpochScheduler:
         """Those with tokens in a step that was not answered, or that read from disk in it."""
         chunks = {chunk.sequence for step in self.in_flight for chunk in step.chunks}
         return chunks | {sequence for step in self.in_flight for sequence, _ in step.restores}
+
+    def failures(self, result: StepResult) -> list[tuple[Sequence, ExpertReadError]]:
+        """See Scheduler.failures."""
+        errors = {one.seq_id: one.error() for one in result.failed}
+        found = [sequence for sequence in self.running if sequence.seq_id in errors]
+        for sequence in found:
+            sequence.damaged = True
+        self.prefixes.drop_damaged(errors)
+        return [(sequence, errors[sequence.seq_id]) for sequence in found]
 
     def _outcomes(self, asked: list[ScheduledChunk], runs: list[list[Sampled]]) -> Iterator[StepOutcome]:
         for chunk, run in zip(asked, runs, strict=True):

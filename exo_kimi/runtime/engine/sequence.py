@@ -94,6 +94,8 @@ class Sequence:
     """Caches that it takes over when it is admitted, and how many of their tokens."""
     source: PrefixSource | None = field(default=None, init=False)
     restoring: DiskRestore | None = field(default=None, init=False)
+    damaged: bool = field(default=False, init=False)
+    """Some stage's caches of it are shorter than others': nobody may begin from them."""
     cached_tokens: int | None = field(default=None, init=False)
     """Prompt tokens that it began with when it was first sent; None before."""
     interruption: Interruption | None = field(default=None, init=False)

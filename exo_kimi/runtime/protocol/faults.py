@@ -48,20 +48,20 @@ def to_message(error: ExoKimiError, epoch: int, step_id: int | None) -> StageFau
     elif isinstance(error, CheckpointError | UsageError):
         cause = "checkpoint"
     if type(error).__str__ is not ExoKimiError.__str__:
-        return StageFault(epoch=epoch, step_id=step_id, cause=cause, what=_unicode(str(error)))
+        return StageFault(epoch=epoch, step_id=step_id, cause=cause, what=unicode_text(str(error)))
     return StageFault(
         epoch=epoch,
         step_id=step_id,
         cause=cause,
-        what=_unicode(error.what),
-        expected=_unicode(error.expected),
-        found=_unicode(error.found),
-        where=_unicode(error.where),
-        fix=_unicode(error.fix),
+        what=unicode_text(error.what),
+        expected=unicode_text(error.expected),
+        found=unicode_text(error.found),
+        where=unicode_text(error.where),
+        fix=unicode_text(error.fix),
     )
 
 
-def _unicode(text: _Text) -> _Text:
+def unicode_text(text: _Text) -> _Text:
     """A text with the names of files escaped that are no UTF-8: JSON cannot hold them, and the error must arrive."""
     return text.encode(errors="backslashreplace").decode() if text is not None else text
 

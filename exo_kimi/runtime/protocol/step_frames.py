@@ -21,11 +21,12 @@ from msgspec import Meta, Struct
 from exo_kimi.arch.vision import Grid
 from exo_kimi.pictures.picture import Picture
 from exo_kimi.runtime.prefix_key import KEY_DIGITS
-from exo_kimi.runtime.protocol.faults import malformed
+from exo_kimi.runtime.protocol.faults import malformed, unicode_text
 from exo_kimi.runtime.protocol.messages import Count, Header, Positive
 from exo_kimi.runtime.requests import SamplingParams
 from exo_kimi.runtime.steps import (
     Blocks,
+    FailedSequence,
     Hidden,
     HiddenDtype,
     PictureSpan,
@@ -70,6 +71,7 @@ HiddenRow = tuple[HiddenDtype, Count, Positive]
 PictureRow = tuple[Key, Positive, Positive, Positive]
 SpanRow = tuple[Count, Count, Positive, Count, Count]
 PicturesRow = tuple[tuple[PictureRow, ...], tuple[SpanRow, ...]]
+FailedRow = tuple[Count, Count, str, str | None, str | None, str | None, str | None]
 SampledRow = tuple[Count, Count, bool, tuple[Count, ...]]
 
 _BLOCKS_COLUMNS = ("seq_id", "offset", "block_tokens", "keys")
@@ -88,13 +90,14 @@ COLUMNS = {
     "pictures.spans[]": ("segment", "start", "tokens", "picture", "first"),
     "sampled[]": ("seq_id", "token_id", "logprob", "top_logprobs"),
     "restored[]": _RESTORED_COLUMNS,
+    "failed[]": ("seq_id", "stage", "what", "expected", "found", "where", "fix"),
 }
 """What the values of each row are called in an error."""
 
 
 class StepHeader(Header, frozen=True, kw_only=True, tag="step"):
     """A Step without its arrays. `mask` of a segment and `history` of a start say whether and how much of a buffer is theirs;
-    `prefix` is None without orders about blocks, and `pictures` without pictures, as in most steps."""
+    `prefix` is None without orders about blocks, `pictures` without pictures and `failed` without failures, as in most steps."""
 
     epoch: Count
     step_id: Count
@@ -104,6 +107,7 @@ class StepHeader(Header, frozen=True, kw_only=True, tag="step"):
     prefix: OrdersRow | None
     hidden: HiddenRow | None
     pictures: PicturesRow | None
+    failed: tuple[FailedRow, ...] | None = None
 
 
 class ResultHeader(Header, frozen=True, kw_only=True, tag="step_result"):
@@ -113,6 +117,7 @@ class ResultHeader(Header, frozen=True, kw_only=True, tag="step_result"):
     step_id: Count
     sampled: tuple[SampledRow, ...]
     restored: tuple[RestoredRow, ...]
+    failed: tuple[FailedRow, ...] | None = None
 
 
 def encode_step(step: Step) -> tuple[StepHeader, list[Part]]:
@@ -131,6 +136,7 @@ def encode_step(step: Step) -> tuple[StepHeader, list[Part]]:
         prefix=_orders_row(step),
         hidden=None if hidden is None else (hidden.dtype, hidden.tokens, hidden.hidden_size),
         pictures=_pictures_row(step) if step.pictures else None,
+        failed=_failed_rows(step.failed),
     )
     history = np.asarray([token for start in step.begin for token in start.history], "<i4")
     buffers: list[Part] = [np.ascontiguousarray(step.tokens, "<i4").tobytes(), history.tobytes()]
@@ -192,6 +198,7 @@ def decode_step(header: StepHeader, buffers: Sequence[Part]) -> Step:
                 for (digest, frames, rows, columns), data in zip(picture_rows, pixels, strict=True)
             ]
         ),
+        failed=_decode_failed(header.failed),
     )
 
 
@@ -211,6 +218,7 @@ def encode_result(result: StepResult) -> tuple[ResultHeader, list[Part]]:
             ]
         ),
         restored=result.restored,
+        failed=_failed_rows(result.failed),
     )
     return header, [np.asarray(logprobs, "<f8").tobytes()]
 
@@ -242,6 +250,7 @@ def decode_result(header: ResultHeader, buffers: Sequence[Part]) -> StepResult:
             ]
         ),
         restored=header.restored,
+        failed=_decode_failed(header.failed),
     )
 
 
@@ -309,6 +318,31 @@ def _decode_blocks(rows: Iterable[BlocksRow]) -> tuple[Blocks, ...]:
         [
             Blocks(seq_id=seq_id, offset=offset, block_tokens=block_tokens, keys=keys)
             for seq_id, offset, block_tokens, keys in rows
+        ]
+    )
+
+
+def _failed_rows(failed: Iterable[FailedSequence]) -> tuple[FailedRow, ...] | None:
+    rows = [
+        (
+            one.seq_id,
+            one.stage,
+            unicode_text(one.what),
+            unicode_text(one.expected),
+            unicode_text(one.found),
+            unicode_text(one.where),
+            unicode_text(one.fix),
+        )
+        for one in failed
+    ]
+    return tuple(rows) or None
+
+
+def _decode_failed(rows: Iterable[FailedRow] | None) -> tuple[FailedSequence, ...]:
+    return tuple(
+        [
+            FailedSequence(seq_id=seq_id, stage=stage, what=what, expected=expected, found=found, where=where, fix=fix)
+            for seq_id, stage, what, expected, found, where, fix in rows or ()
         ]
     )
 

@@ -151,6 +151,10 @@ class PrefixDisk:
         except Full:
             self._changed((), (key,))
 
+    def refuse(self, keys: Sequence[str]) -> None:
+        """Blocks that were to be written will not be."""
+        self._changed((), tuple(keys))
+
     def read(self, key: str) -> dict[str, StoredTensor] | None:
         """A block; None when it cannot be read now, and, after it was deleted and told of, when it is not what was written."""
         try:

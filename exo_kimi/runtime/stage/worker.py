@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Container, Mapping
 from dataclasses import replace
 from typing import Any
 
 import mlx.core as mx
 import numpy as np
 
-from exo_kimi.errors import ProtocolError, RuntimeFault, StageError, StageOutOfMemoryError
+from exo_kimi.errors import ExpertReadError, ProtocolError, RuntimeFault, StageError, StageOutOfMemoryError
 from exo_kimi.runtime.stage.caches import capacity_for, copy_prefix, trim
 from exo_kimi.runtime.stage.lookahead import Ahead, PreparedStep
 from exo_kimi.runtime.stage.memory import is_out_of_memory
@@ -17,7 +18,7 @@ from exo_kimi.runtime.stage.prefix_disk import PrefixDisk, read_blocks, write_bl
 from exo_kimi.runtime.stage.sampling import SequenceSampler, sample_runs
 from exo_kimi.runtime.stage.sequence_state import SequenceState, SequenceTable, check_step
 from exo_kimi.runtime.stage.stage_model import StageModel, pack, unpack
-from exo_kimi.runtime.steps import Sampled, Segment, SequenceStart, Step, StepResult
+from exo_kimi.runtime.steps import Blocks, FailedSequence, Sampled, Segment, SequenceStart, Step, StepResult
 
 
 class StageWorker:
@@ -49,6 +50,7 @@ class StageWorker:
         self.tower = tower
         self.ahead = Ahead(model, enabled=ahead)
         self._sequences: SequenceTable[int, SequenceState] = SequenceTable()
+        self._failed: dict[int, FailedSequence] = {}
         self._answered: tuple[Step, StepResult] | None = None
 
     @property
@@ -66,6 +68,7 @@ class StageWorker:
         self.ahead.forget()
         self._answered = None
         self._sequences.drop_all()
+        self._failed.clear()
         self.epoch = epoch
 
     def execute(self, step: Step) -> Step | StepResult:
@@ -85,12 +88,15 @@ class StageWorker:
             prepared = self.ahead.settle(step, self._sequences)
             # An id that is not there was never begun: its sequence ended before its first segment.
             self._sequences.drop(step.free)
+            for seq_id in step.free:
+                self._failed.pop(seq_id, None)
+            self._failed = {one.seq_id: one for one in step.failed} | self._failed
             for start in step.begin:
                 self._begin(start)
-            step = self._restore(step)
+            step = self._without_failed(self._restore(step))
             result = self._work(step, prepared)
             for blocks in step.store:
-                write_blocks(self.disk, self._known(blocks.seq_id).caches, blocks)
+                self._store(blocks)
             self._answered = (step, result) if isinstance(result, StepResult) else None
             return result
         except RuntimeFault as fault:
@@ -120,6 +126,22 @@ class StageWorker:
                 self._sequences[segment.seq_id].begin_at(segment.offset)
         check_step(step, self._sequences, vocab_size=self.model.args.vocab_size, stage=self.stage)
         return self._run(step, prepared)
+
+    def _store(self, blocks: Blocks) -> None:
+        if blocks.seq_id not in self._failed:
+            write_blocks(self.disk, self._known(blocks.seq_id).caches, blocks)
+        elif self.disk is not None:
+            self.disk.refuse(blocks.keys)
+
+    def _without_failed(self, step: Step) -> Step:
+        """The step without what comes for sequences that failed before, on this stage or one before it."""
+        failed = {one.seq_id: one for one in step.failed}
+        for segment in step.segments:
+            if segment.seq_id in self._failed:
+                failed[segment.seq_id] = self._failed[segment.seq_id]
+        if not failed:
+            return step
+        return replace(_rest_of(step, failed), failed=tuple(failed.values()))
 
     def _known(self, seq_id: int) -> SequenceState:
         sequence = self._sequences.get(seq_id)
@@ -151,6 +173,11 @@ class StageWorker:
     def _prefix(self, start: SequenceStart, source: int) -> list[Any]:
         """Caches that begin as those of another sequence."""
         sequence = self._known(source)
+        if source in self._failed:
+            self._failed[start.seq_id] = replace(self._failed[source], seq_id=start.seq_id)
+            if start.move:
+                del self._sequences[source], self._failed[source]
+            return self.model.make_cache()
         if sequence.length < start.restore:
             raise ProtocolError(
                 f"sequence {start.seq_id} begins with more than sequence {source} has",
@@ -174,18 +201,56 @@ class StageWorker:
         result: Step | StepResult
         if self.model.is_last:
             rest = step if prepared is None else prepared.rest(step)
-            out = self._forward(rest) if rest.segments else None
+            out = None
+            if rest.segments:
+                rest, out = self._forward_each(rest)
+            if prepared is None and rest is not step:
+                step = rest
+                sequences = [self._sequences[segment.seq_id] for segment in step.segments]
             self._observe(step, sequences)
             logits = self._logits(rest, out) if out is not None else None
             result = self._answer(
                 step, self._sample(step, sequences, logits if prepared is None else prepared.joined(step, logits))
             )
         else:  # only a stage that is the whole model prepares steps
-            result = replace(without_pictures(step), hidden=pack(self._forward(step)))
+            step, out = self._forward_each(step)
+            sequences = [self._sequences[segment.seq_id] for segment in step.segments]
+            result = replace(without_pictures(step), hidden=None if out is None else pack(out))
         for segment, entry in zip(step.segments, sequences, strict=True):
             entry.length += segment.length
             entry.drafts = segment.drafts
         return result
+
+    def _forward_each(self, step: Step) -> tuple[Step, mx.array | None]:
+        """The hidden states of a step, and the step; without the sequences whose experts cannot be read, where there are any."""
+        try:
+            return step, self._forward(step)
+        except ExpertReadError as error:
+            self._roll_back(step)
+            if len(step.segments) == 1:
+                return self._fail(step, {step.segments[0].seq_id: error}), None
+        # Somebody else's tokens asked for it: each by itself tells whose.
+        failed: dict[int, ExpertReadError] = {}
+        outs: list[mx.array] = []
+        for segment in step.segments:
+            alone = _rest_of(step, {each.seq_id for each in step.segments} - {segment.seq_id})
+            try:
+                outs.append(self._forward(alone))
+            except ExpertReadError as error:
+                self._roll_back(alone)
+                failed[segment.seq_id] = error
+        return self._fail(step, failed), mx.concatenate(outs) if outs else None
+
+    def _roll_back(self, step: Step) -> None:
+        for segment in step.segments:
+            sequence = self._sequences[segment.seq_id]
+            trim(sequence.caches, sequence.length)
+
+    def _fail(self, step: Step, errors: Mapping[int, ExpertReadError]) -> Step:
+        for seq_id, error in errors.items():
+            error.stage = self.stage
+            self._failed[seq_id] = FailedSequence.of(seq_id, error)
+        return self._without_failed(step)
 
     def _forward(self, step: Step) -> mx.array:
         model = self.model
@@ -230,7 +295,25 @@ class StageWorker:
         return sample_runs(np.asarray(logits), samplers, [step.segments[row].mask for row in rows], drafts)
 
     def _answer(self, step: Step, sampled: tuple[Sampled, ...]) -> StepResult:
-        return StepResult(epoch=step.epoch, step_id=step.step_id, sampled=sampled, restored=step.restored)
+        return StepResult(
+            epoch=step.epoch, step_id=step.step_id, sampled=sampled, restored=step.restored, failed=step.failed
+        )
+
+
+def _rest_of(step: Step, left_out: Container[int]) -> Step:
+    """A step without the segments of some sequences."""
+    kept = [index for index, segment in enumerate(step.segments) if segment.seq_id not in left_out]
+    if len(kept) == len(step.segments):
+        return step
+    ends = _ends(step)
+    rows = [np.arange(ends[index] - step.segments[index].length, ends[index]) for index in kept]
+    chosen = np.concatenate([np.zeros(0, np.int64), *rows]).astype(np.int64)
+    return replace(
+        step,
+        segments=tuple(step.segments[index] for index in kept),
+        tokens=step.tokens[chosen],
+        hidden=None if step.hidden is None else step.hidden.rows(chosen),
+    )
 
 
 def _asked(segment: Segment) -> int:

@@ -22,7 +22,17 @@ from exo_kimi.runtime.protocol import frames as wire
 from exo_kimi.runtime.protocol import messages
 from exo_kimi.runtime.protocol.faults import to_message
 from exo_kimi.runtime.requests import SamplingParams
-from exo_kimi.runtime.steps import Blocks, Hidden, PictureSpan, Sampled, Segment, SequenceStart, Step, StepResult
+from exo_kimi.runtime.steps import (
+    Blocks,
+    FailedSequence,
+    Hidden,
+    PictureSpan,
+    Sampled,
+    Segment,
+    SequenceStart,
+    Step,
+    StepResult,
+)
 
 counts = st.integers(0, 2**63 - 1)
 token_ids = st.integers(0, 163_839)
@@ -36,6 +46,16 @@ json_values = st.recursive(
 
 keys = st.lists(st.text("0123456789abcdef", min_size=32, max_size=32), max_size=3).map(tuple)
 blocks = st.builds(Blocks, seq_id=counts, offset=counts, block_tokens=st.integers(1, 2**31), keys=keys)
+
+
+texts = st.text(st.characters(exclude_categories=["Cs"]), max_size=9)
+failures = st.builds(
+    FailedSequence,
+    seq_id=counts,
+    stage=counts,
+    what=texts,
+    **dict.fromkeys(("expected", "found", "where", "fix"), st.none() | texts),
+)
 
 
 @st.composite
@@ -81,6 +101,7 @@ def steps(draw: st.DrawFn) -> Step:
         drop=draw(keys),
         restored=tuple(draw(st.lists(st.tuples(counts, counts), max_size=2))),
         pictures=tuple(pictures),
+        failed=tuple(draw(st.lists(failures, max_size=2))),
     )
 
 
@@ -116,7 +137,11 @@ def results(draw: st.DrawFn) -> StepResult:
     sampled = st.builds(Sampled, seq_id=counts, token_id=token_ids, logprob=st.none() | logprobs, top_logprobs=tops)
     restored = tuple(draw(st.lists(st.tuples(counts, counts), max_size=2)))
     return StepResult(
-        epoch=draw(counts), step_id=draw(counts), sampled=tuple(draw(st.lists(sampled, max_size=3))), restored=restored
+        epoch=draw(counts),
+        step_id=draw(counts),
+        sampled=tuple(draw(st.lists(sampled, max_size=3))),
+        restored=restored,
+        failed=tuple(draw(st.lists(failures, max_size=2))),
     )
 
 
@@ -128,7 +153,8 @@ def _holdable(message: Any) -> bool:
     """`builds` draws any int and float for a field; a frame holds the natural and the finite ones."""
     values = structs.astuple(message)
     return all(
-        not (type(value) is int and not 0 <= value < 2**63)
+        not (isinstance(value, messages.ExpertTotals) and not _holdable(value))
+        and not (type(value) is int and not 0 <= value < 2**63)
         and not (isinstance(value, float) and not math.isfinite(value))
         and not (isinstance(value, str) and any("\ud800" <= character <= "\udfff" for character in value))
         for value in values
