@@ -16,7 +16,7 @@ test: .venv-test/done
 
 # The oldest mlx and mlx-lm that must work (exo's), over everything that touches them.
 test-oldest: .venv-oldest/done
-	.venv-oldest/bin/python -m pytest $(TWO) tests/models tests/chat tests/runtime tests/checkpoint
+	.venv-oldest/bin/python -m pytest $(TWO) tests/models tests/chat tests/runtime tests/checkpoint tests/compress
 
 # On the real exo that EXO_SRC, EXO_71_SRC or EXO_LEGACY_SRC point at (tests/plugin/standin/README.md), and exo's own tests beside it.
 test-exo: .venv-test/done

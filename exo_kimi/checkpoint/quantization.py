@@ -13,7 +13,7 @@ from exo_kimi.checkpoint.hints import Hint
 AFFINE_BITS = (2, 3, 4, 5, 6, 8)
 AFFINE_GROUPS = (32, 64, 128)
 # MLX's float modes have no choice of bits or group. Source: mlx `python/src/ops.cpp`, `quantize`.
-_FLOAT_MODES = {(4, 32): "mxfp4", (4, 16): "nvfp4", (8, 32): "mxfp8"}
+FLOAT_MODES = {(4, 32): "mxfp4", (4, 16): "nvfp4", (8, 32): "mxfp8"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,7 +43,7 @@ def infer_quant(in_features: int, packed_columns: int, scale_columns: int, *, fl
     if bits_left or columns_left:
         return None
     if float_mode:
-        mode = _FLOAT_MODES.get((bits, group_size))
+        mode = FLOAT_MODES.get((bits, group_size))
         return None if mode is None else QuantSpec(bits, group_size, mode)
     if bits not in AFFINE_BITS or group_size not in AFFINE_GROUPS:
         return None

@@ -10,7 +10,7 @@ from typing import Annotated, Any
 import typer
 from typer.main import get_command
 
-from exo_kimi.cli import commands, exo_commands, page_commands, print_version, train_commands
+from exo_kimi.cli import commands, convert_commands, exo_commands, page_commands, print_version, train_commands
 from exo_kimi.errors import UsageError
 
 NAME = "exo-kimi"
@@ -75,6 +75,7 @@ def build_app() -> typer.Typer:
         (CHECKPOINTS, "inspect", commands.inspect, {}),
         (CHECKPOINTS, "doctor", commands.doctor, {}),
         (CHECKPOINTS, "layer", commands.layer, {}),
+        (CHECKPOINTS, "convert", convert_commands.convert, {}),
         (CHECKPOINTS, "tiny", commands.tiny, {}),
         (EXO, "exo-legacy", exo_commands.legacy, passed_on),
         (WORKSHOP, "bench", commands.bench, passed_on),

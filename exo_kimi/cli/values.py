@@ -101,6 +101,15 @@ def counts(text: str) -> list[int]:
 
 
 @_parser
+def layer_range(text: str) -> tuple[int, int]:
+    """Layers `44:61`, half-open."""
+    start, _, end = text.partition(":")
+    if not start.isdecimal() or not end.isdecimal() or int(start) >= int(end):
+        raise typer.BadParameter(f"{text!r} is not a range of layers such as 44:61 (44 to 60)")
+    return int(start), int(end)
+
+
+@_parser
 def names(text: str) -> list[str]:
     """Names of nodes, such as studio,mini."""
     return [part.strip() for part in text.split(",")]

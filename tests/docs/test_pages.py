@@ -17,6 +17,7 @@ import pytest
 from exo_kimi.cli.reference import cli_reference
 from exo_kimi.client.demo import shipped_model
 from exo_kimi.planner.machines.cluster import parse_cluster
+from exo_kimi.planner.weights.recipes import parse_recipe
 
 ROOT = Path(__file__).parents[2]
 PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md"), *(ROOT / "examples").rglob("*.md")])
@@ -161,7 +162,10 @@ def test_every_python_example_runs(where: str, text: str, server_url: str) -> No
 
 
 @pytest.mark.parametrize(("where", "text"), blocks("toml"), ids=lambda value: value if ".md:" in value else "")
-def test_every_toml_example_is_a_cluster(where: str, text: str) -> None:
+def test_every_toml_example_is_a_cluster_or_a_recipe(where: str, text: str) -> None:
+    if "[rest]" in text:
+        assert parse_recipe(tomllib.loads(text), where=where).rules
+        return
     assert len(parse_cluster(tomllib.loads(text), where=Path(where)).machines) == 2
 
 

@@ -148,12 +148,12 @@ def bytes_of_recipe(config: KimiConfig, recipe: Recipe, *, name: str) -> ModelBy
     Raises:
         UsageError: the recipe's groups do not divide the model's rows.
     """
-    specs = stage_modules(config, 0, config.num_hidden_layers)
+    layers = config.num_hidden_layers
     sizes = [
         (spec.layer, spec.kind, recipe.weight_bytes(spec), _widened_bytes(spec), recipe.disk_bytes(spec))
-        for spec in specs
+        for spec in recipe.modules(config, 0, layers)
     ]
-    shapes = [[spec.path, list(spec.shape)] for spec in specs]
+    shapes = [[spec.path, list(spec.shape)] for spec in stage_modules(config, 0, layers)]
     return _collect(
         sizes,
         config,

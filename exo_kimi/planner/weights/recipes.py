@@ -1,8 +1,10 @@
 """Recipes: how many bits each module gets, as data.
 
 A recipe file is TOML: `name`, `title`, `source`, a `[rest]` table and `[[rule]]` tables, of which the first that matches
-counts. A rule gives `bits` (16 is plain bf16) and `group_size`, and may be limited by `kinds` (embedding, linear, heads,
-experts), by `names` (the last parts of paths, such as `down_proj` or `self_attn`), and by `layers` (`5`, `1-4`, `5-60/5`).
+counts. A rule gives `bits` (16 is plain bf16) and `group_size`, or a `mode` of floats (mxfp4, nvfp4, mxfp8), which has both.
+It may be limited by `kinds` (embedding, linear, experts), by `names` (parts of paths, such as `down_proj` or `self_attn`), by
+`paths` (whole ones, `*` for anything), and by `layers` (`5`, `1-4`, `5-60/5`). What it says of `kv_b_proj` holds for its two
+halves, `embed_q` and `unembed_out`, where a checkpoint has those in its place.
 """
 
 from __future__ import annotations
@@ -10,17 +12,21 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
-from exo_kimi.arch.modules import ModuleSpec
+from exo_kimi.arch.config import KimiConfig
+from exo_kimi.arch.modules import ModuleSpec, absorbed_modules, stage_modules
+from exo_kimi.checkpoint.quantization import FLOAT_MODES, QuantSpec
 from exo_kimi.errors import UsageError
 from exo_kimi.planner import data
 
 PLAIN_BITS = 16
 BITS = (2, 3, 4, 5, 6, 8, PLAIN_BITS)
 GROUPS = (32, 64, 128)
-KINDS = ("embedding", "linear", "heads", "experts")
+KINDS = ("embedding", "linear", "experts")
+_MODES = {mode: pair for pair, mode in FLOAT_MODES.items()}
 _FORMER = {"mixed346": "q34+q6", "dq3": "dq3_k_m-q8", "plain": "bf16"}  # as `exo-kimi tiny` called them until 0.2
 _UNIFORM = re.compile(r"uniform-?([234568])")
 _LAYERS = re.compile(r"(\d+)(?:-(\d+)(?:/(\d+))?)?")
@@ -32,17 +38,29 @@ class Rule:
 
     bits: int
     group_size: int
+    mode: str = "affine"
     kinds: tuple[str, ...] = ()
     names: tuple[str, ...] = ()
+    paths: tuple[str, ...] = ()
     layers: frozenset[int] | None = None
 
     def matches(self, spec: ModuleSpec) -> bool:
         """Whether the rule speaks of this module."""
-        if self.kinds and spec.kind not in self.kinds:
+        kind, path = spec.kind, spec.path
+        if kind == "heads":  # half of a kv_b_proj, of which the rule speaks
+            kind, path = "linear", f"{path.rpartition('.')[0]}.kv_b_proj"
+        if self.kinds and kind not in self.kinds:
             return False
-        if self.names and not set(self.names) & set(spec.path.split(".")):
+        if self.names and not set(self.names) & set(path.split(".")):
+            return False
+        if self.paths and not any(fnmatchcase(path, pattern) for pattern in self.paths):
             return False
         return self.layers is None or spec.layer in self.layers
+
+    @property
+    def limits(self) -> bool:
+        """Whether it speaks of some modules only."""
+        return bool(self.kinds or self.names or self.paths or self.layers is not None)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -57,17 +75,33 @@ class Recipe:
     hash: str
     made_biases: bool = False
 
-    def quant(self, spec: ModuleSpec) -> tuple[int, int] | None:
-        """Bits and group size of a module, None where it stays plain: norms and routers always do."""
+    def packing(self, spec: ModuleSpec) -> QuantSpec | None:
+        """Bits, group size and mode of a module, None where it stays plain: norms and routers always do."""
         if not spec.quantizable:
             return None
         rule = next(rule for rule in self.rules if rule.matches(spec))
-        return None if rule.bits == PLAIN_BITS else (rule.bits, rule.group_size)
+        return None if rule.bits == PLAIN_BITS else QuantSpec(rule.bits, rule.group_size, rule.mode)
+
+    def quant(self, spec: ModuleSpec) -> tuple[int, int] | None:
+        """Bits and group size of a module for what writes affine codes only.
+
+        Raises:
+            UsageError: the recipe gives it another mode.
+        """
+        packing = self.packing(spec)
+        if packing is not None and packing.mode != "affine":
+            raise UsageError(
+                f"recipe {self.name}: {packing.mode} is not written here",
+                expected="affine bits",
+                fix="`exo-kimi convert` writes every mode",
+            )
+        return None if packing is None else (packing.bits, packing.group_size)
 
     def weight_bytes(self, spec: ModuleSpec) -> int:
         """Bytes of a module as MLX holds it.
 
-        Affine quantization costs `bits` and, per group, a bf16 scale and a bf16 bias: bits + 32 / group_size bits a weight.
+        Affine quantization costs `bits` and, per group, a bf16 scale and a bf16 bias: bits + 32 / group_size bits a weight; a
+        mode of floats has one byte a group: bits + 8 / group_size.
         Norms and routers stay bf16, the router's correction bias fp32, a linear's bias bf16. Source: mlx `quantize`.
 
         Raises:
@@ -81,22 +115,37 @@ class Recipe:
         elif spec.has_bias:
             weights -= spec.shape[0]
             extra_bytes = spec.shape[0] * 2
-        quant = self.quant(spec)
-        if quant is None:
+        packing = self.packing(spec)
+        if packing is None:
             return weights * 2 + extra_bytes
-        bits, group_size = quant
-        if spec.shape[-1] % group_size:
+        if spec.shape[-1] % packing.group_size:
             raise UsageError(
                 f"recipe {self.name}: groups do not divide the rows of {spec.path}",
                 expected=f"a group_size that divides {spec.shape[-1]}",
-                found=group_size,
+                found=packing.group_size,
             )
-        return weights * bits // 8 + weights // group_size * 4 + extra_bytes
+        group_bytes = 4 if packing.mode == "affine" else 1
+        return weights * packing.bits // 8 + weights // packing.group_size * group_bytes + extra_bytes
+
+    def modules(self, config: KimiConfig, start_layer: int, end_layer: int) -> tuple[ModuleSpec, ...]:
+        """The modules of a layer range in the form that is written with these bits: `embed_q` and `unembed_out` in place of
+        `kv_b_proj` where its groups divide their rows, since mlx-lm quantizes a packed `kv_b_proj` a second time.
+
+        Raises:
+            SplitError: the range is empty or outside the model.
+        """
+        specs: list[ModuleSpec] = []
+        for spec in stage_modules(config, start_layer, end_layer):
+            halves = () if spec.layer is None else absorbed_modules(config, spec.layer)
+            packing = self.packing(spec)
+            divided = packing is None or all(half.shape[-1] % packing.group_size == 0 for half in halves)
+            specs += halves if spec.path.endswith(".kv_b_proj") and divided else [spec]
+        return tuple(specs)
 
     def disk_bytes(self, spec: ModuleSpec) -> int:
         """Bytes of a module in a file."""
-        made = self.made_biases and spec.kind == "experts" and self.quant(spec)
-        return self.weight_bytes(spec) - (spec.parameters // made[1] * 2 if made else 0)
+        packing = self.packing(spec) if self.made_biases and spec.kind == "experts" else None
+        return self.weight_bytes(spec) - (spec.parameters // packing.group_size * 2 if packing else 0)
 
 
 def recipe_names() -> tuple[str, ...]:
@@ -111,6 +160,9 @@ def load_recipe(name: str | Path) -> Recipe:
         UsageError: no such recipe, or a file that is malformed.
     """
     text = _FORMER.get(str(name).lower(), str(name))
+    if text.lower() in _MODES:
+        same = {"name": text.lower(), "title": f"uniform {text.lower()}", "rest": {"mode": text.lower()}}
+        return parse_recipe(same, where=text)
     uniform = _UNIFORM.fullmatch(text.lower())
     if uniform:
         bits = int(uniform[1])
@@ -124,7 +176,7 @@ def load_recipe(name: str | Path) -> Recipe:
         return parse_recipe(data.read(text, "recipe"), where=text)
     raise UsageError(
         "unknown recipe",
-        expected=f"one of {', '.join(recipe_names())}, uniform-2 to uniform-8, or a .toml file",
+        expected=f"one of {', '.join(recipe_names())}, uniform-2 to uniform-8, {', '.join(_MODES)}, or a .toml file",
         found=repr(text),
         where="--recipe",
     )
@@ -140,9 +192,9 @@ def parse_recipe(table: Mapping[str, Any], *, where: object) -> Recipe:
     if not isinstance(table.get("rest"), Mapping):
         raise UsageError("a recipe needs a [rest] table", expected="[rest] with bits and group_size", where=where)
     rules = tuple(_rule(dict(entry), where) for entry in (*data.tables(table, "rule", where), table["rest"]))
-    if rules[-1].kinds or rules[-1].names or rules[-1].layers is not None:
+    if rules[-1].limits:
         raise UsageError("[rest] must match everything", expected="bits and group_size only", where=where)
-    meaning = [[r.bits, r.group_size, r.kinds, r.names, None if r.layers is None else sorted(r.layers)] for r in rules]
+    meaning = [_meaning(rule) for rule in rules]
     name = str(table.get("name", where))
     return Recipe(
         name=name,
@@ -154,23 +206,54 @@ def parse_recipe(table: Mapping[str, Any], *, where: object) -> Recipe:
     )
 
 
+def _meaning(rule: Rule) -> list[object]:
+    """What the hash of a recipe covers; keys that came later only where they are used, so that older hashes stay."""
+    layers = None if rule.layers is None else sorted(rule.layers)
+    later = [rule.mode, rule.paths] if rule.mode != "affine" or rule.paths else []
+    return [rule.bits, rule.group_size, rule.kinds, rule.names, layers, *later]
+
+
 def _rule(entry: dict[str, Any], where: object) -> Rule:
-    data.refuse_unknown(entry, ("bits", "group_size", "kinds", "names", "layers"), where)
-    bits, group_size = entry.get("bits"), entry.get("group_size", 64)
-    if bits not in BITS or group_size not in GROUPS:
-        raise UsageError(
-            "a rule has bits or a group size that MLX does not have",
-            expected=f"bits of {BITS}, group_size of {GROUPS}",
-            found=f"bits {bits!r}, group_size {group_size!r}",
-            where=where,
-        )
+    data.refuse_unknown(entry, ("bits", "group_size", "mode", "kinds", "names", "paths", "layers"), where)
+    bits, group_size, mode = _packing(entry, where)
     layers = None
     if "layers" in entry:
         layers = frozenset(layer for text in data.texts(entry, "layers", where) for layer in _layers(text, where))
-    kinds, found_names = data.texts(entry, "kinds", where), data.texts(entry, "names", where)
+    kinds = data.texts(entry, "kinds", where)
     if not set(kinds) <= set(KINDS):
         raise UsageError("a rule for modules that there are not", expected=", ".join(KINDS), found=kinds, where=where)
-    return Rule(bits=bits, group_size=group_size, kinds=kinds, names=found_names, layers=layers)
+    return Rule(
+        bits=bits,
+        group_size=group_size,
+        mode=mode,
+        kinds=kinds,
+        names=data.texts(entry, "names", where),
+        paths=data.texts(entry, "paths", where),
+        layers=layers,
+    )
+
+
+def _packing(entry: dict[str, Any], where: object) -> tuple[int, int, str]:
+    mode = entry.get("mode", "affine")
+    if mode in _MODES:
+        own_bits, own_group = _MODES[mode]
+        if entry.get("bits", own_bits) != own_bits or entry.get("group_size", own_group) != own_group:
+            raise UsageError(
+                f"{mode} has no choice of bits or groups",
+                expected=f"bits {own_bits}, group_size {own_group}, or neither",
+                found=f"bits {entry.get('bits')!r}, group_size {entry.get('group_size')!r}",
+                where=where,
+            )
+        return own_bits, own_group, mode
+    bits, group_size = entry.get("bits"), entry.get("group_size", 64)
+    if bits not in BITS or group_size not in GROUPS or mode != "affine":
+        raise UsageError(
+            "a rule has bits, a group size or a mode that MLX does not have",
+            expected=f"bits of {BITS}, group_size of {GROUPS}; or mode of {', '.join(_MODES)}",
+            found=f"bits {bits!r}, group_size {group_size!r}, mode {mode!r}",
+            where=where,
+        )
+    return bits, group_size, mode
 
 
 def _layers(text: str, where: object) -> range:

@@ -1,0 +1,227 @@
+"""`exo-kimi convert`: arguments to a conversion, said before it runs, run, and reported."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import sys
+import time
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from rich.console import Console
+from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+
+from exo_kimi.checkpoint.checkpoint import Checkpoint
+from exo_kimi.compress.convert.affine import Rounding
+from exo_kimi.compress.convert.conversion import Conversion, make_conversion
+from exo_kimi.compress.convert.encoding import encode
+from exo_kimi.compress.convert.link import link_job
+from exo_kimi.compress.convert.rows import SourceRows
+from exo_kimi.compress.convert.run import convert, processors
+from exo_kimi.compress.convert.targets import BLOCK_WEIGHTS, Target
+from exo_kimi.compress.output.shards import SHARD_BYTES
+from exo_kimi.compress.output.writer import CheckpointWriter, Written
+from exo_kimi.compress.ranges import RangeReader
+from exo_kimi.errors import UsageError
+from exo_kimi.planner.weights.recipes import Recipe
+from exo_kimi.units import format_bytes, format_gb, format_seconds
+
+_TIMED = 3  # blocks of each kind, of which the fastest counts
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ConvertOptions:
+    """What the command line says.
+
+    Args:
+        directory: the source.
+        output: where to.
+        recipe: bits of each module; None only with `link`.
+        layers: a half-open range; all by default.
+        link: copy no weight.
+        dry_run: say bytes, time and room, and write nothing.
+        rounding: how codes are chosen.
+        keep_kv_b: leave kv_b_proj whole.
+        shard_bytes: most bytes of a file.
+        workers: threads; as many as processors by default.
+    """
+
+    directory: Path
+    output: Path
+    recipe: Recipe | None
+    layers: tuple[int, int] | None = None
+    link: bool = False
+    dry_run: bool = False
+    rounding: Rounding = "search"
+    keep_kv_b: bool = False
+    shard_bytes: int = SHARD_BYTES
+    workers: int | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Outlook:
+    """What a conversion will cost, from headers and a few blocks.
+
+    Args:
+        text_bytes: of the text model's tensors, as the planner counts them.
+        carried_bytes: of the vision tower.
+        files: weight files.
+        file_bytes: of all of them, headers included.
+        free_bytes: on the disk of the output.
+        seconds: from the speed of a few blocks of each kind; reading and writing at the disk's own speed come on top.
+        modules: kinds of bits, in words -> number of modules.
+        notes: what else a user should know.
+    """
+
+    text_bytes: int
+    carried_bytes: int
+    files: int
+    file_bytes: int
+    free_bytes: int
+    seconds: float
+    modules: dict[str, int]
+    notes: tuple[str, ...]
+
+    def to_text(self) -> str:
+        """For people."""
+        lines = [
+            f"tensors   {_size(self.text_bytes)} ({self.text_bytes:,} bytes), as `exo-kimi plan` counts them",
+            f"files     {self.files}, {format_bytes(self.file_bytes)}; {format_bytes(self.free_bytes)} are free there",
+            f"time      about {format_seconds(self.seconds)} of arithmetic on {processors()} processors",
+            *(f"bits      {kind}: {count} modules" for kind, count in self.modules.items()),
+        ]
+        if self.carried_bytes:
+            lines.insert(1, f"vision    {format_bytes(self.carried_bytes)}, copied")
+        return "\n".join([*lines, *(f"note      {note}" for note in self.notes)])
+
+    def to_json(self) -> str:
+        """For programs: one line."""
+        names = ("text_bytes", "carried_bytes", "files", "file_bytes", "free_bytes", "seconds", "modules", "notes")
+        return json.dumps({name: getattr(self, name) for name in names})
+
+
+def run_convert(options: ConvertOptions) -> str:
+    """Do what the options say; returns what to print.
+
+    Raises:
+        UsageError: options that contradict each other, or an output of something else.
+        MachineError: no room on the disk.
+        CheckpointError: the source cannot be converted.
+    """
+    checkpoint = Checkpoint(options.directory)
+    if options.link:
+        return _link(options, checkpoint)
+    if options.recipe is None:
+        raise UsageError("say which bits", expected="--recipe, --budget, or --link", where="convert")
+    conversion = make_conversion(
+        checkpoint,
+        options.output,
+        options.recipe,
+        layers=options.layers,
+        rounding=options.rounding,
+        keep_kv_b=options.keep_kv_b,
+        shard_bytes=options.shard_bytes,
+    )
+    if options.dry_run:
+        return outlook(conversion, workers=options.workers).to_text()
+    for note in conversion.notes():
+        print(f"note: {note}", file=sys.stderr)
+    began = time.monotonic()
+    with _bar(conversion.job.weight_bytes) as bar:
+        task = bar.add_task("", total=conversion.job.weight_bytes)
+        written = convert(conversion, workers=options.workers, progress=lambda count: bar.advance(task, count))
+    return _report(written, time.monotonic() - began)
+
+
+def outlook(conversion: Conversion, *, workers: int | None = None) -> Outlook:
+    """What a conversion will cost; writes nothing."""
+    kinds = Counter(
+        "plain" if target.packing is None else target.packing.describe()
+        for target in conversion.targets
+        if target.spec.quantizable
+    )
+    existing = next(path for path in (conversion.job.directory, *conversion.job.directory.parents) if path.exists())
+    return Outlook(
+        text_bytes=conversion.text_bytes,
+        carried_bytes=conversion.carried_bytes,
+        files=len(conversion.job.shards),
+        file_bytes=sum(shard.file_bytes for shard in conversion.job.shards),
+        free_bytes=shutil.disk_usage(existing).free,
+        seconds=_seconds(conversion, workers or processors()),
+        modules=dict(kinds.most_common()),
+        notes=tuple(conversion.notes()),
+    )
+
+
+def _seconds(conversion: Conversion, workers: int) -> float:
+    """Arithmetic of all blocks, by the time of a few of each kind: layout and bits of the source, bits of the target."""
+    weights: Counter[tuple[object, ...]] = Counter()
+    examples: dict[tuple[object, ...], Target] = {}
+    for target in conversion.targets:
+        kind: tuple[object, ...] = (
+            target.source.layout,
+            target.source.quant,
+            target.packing,
+            target.moved,
+            target.heads is None,
+        )
+        weights[kind] += target.spec.parameters
+        if kind not in examples or examples[kind].spec.parameters < target.spec.parameters:
+            examples[kind] = target
+    total = 0.0
+    with RangeReader(conversion.manifest.directory) as reader:
+        for kind, target in examples.items():
+            rows = SourceRows(reader, target.source)
+            block = next(iter(target.blocks()))
+            size = (block.end - block.first) * target.spec.shape[-1]
+            total += weights[kind] / size * _time_of(conversion, target, rows)
+    return total / workers
+
+
+def _time_of(conversion: Conversion, target: Target, rows: SourceRows) -> float:
+    fastest = np.inf
+    block = next(iter(target.blocks()))
+    for _ in range(_TIMED):
+        began = time.perf_counter()
+        for _piece in encode(target, rows, block, conversion.rounding):
+            pass
+        fastest = min(fastest, time.perf_counter() - began)
+    return float(fastest)
+
+
+def _link(options: ConvertOptions, checkpoint: Checkpoint) -> str:
+    if options.keep_kv_b or options.rounding != "search":
+        raise UsageError("--link changes no weight", fix="leave --keep-kv-b and --rounding out", where="--link")
+    job = link_job(checkpoint, options.output, recipe=options.recipe, layers=options.layers)
+    linked = sum(path.stat().st_size for path in job.links.values())
+    if options.dry_run:
+        return f"links     {len(job.links)} files, {format_bytes(linked)}; no weight is copied"
+    with CheckpointWriter(job) as writer:
+        written = writer.finish()
+    return _report(written, 0.0)
+
+
+def _report(written: Written, seconds: float) -> str:
+    if written.unchanged:
+        return f"{written.directory} is complete already: nothing was changed"
+    if written.linked_bytes:
+        size = format_bytes(written.linked_bytes)
+        return f"{written.files} files ({size}) are linked in {written.directory}; 0 bytes of weights were copied"
+    kept = f"; {written.kept} of them were there from an earlier run" if written.kept else ""
+    return (
+        f"{_size(written.weight_bytes)} in {written.files} file{'' if written.files == 1 else 's'} of {written.directory}, "
+        f"each read back and compared, in {format_seconds(seconds)}{kept}"
+    )
+
+
+def _size(count: int) -> str:
+    """`470.6 GB`, or binary units below a gigabyte."""
+    return format_gb(count) if count >= 10**9 else format_bytes(count)
+
+
+def _bar(total: int) -> Progress:
+    columns = (TextColumn("converting"), BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
+    return Progress(*columns, console=Console(stderr=True), disable=total < BLOCK_WEIGHTS)
