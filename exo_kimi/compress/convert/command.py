@@ -21,7 +21,7 @@ from exo_kimi.compress.convert.encoding import encode
 from exo_kimi.compress.convert.link import link_job
 from exo_kimi.compress.convert.rows import SourceRows
 from exo_kimi.compress.convert.run import convert, processors
-from exo_kimi.compress.convert.targets import BLOCK_WEIGHTS, Target
+from exo_kimi.compress.convert.targets import BLOCK_WEIGHTS, ModuleTarget
 from exo_kimi.compress.output.shards import SHARD_BYTES
 from exo_kimi.compress.output.writer import CheckpointWriter, Written
 from exo_kimi.compress.ranges import RangeReader
@@ -159,7 +159,7 @@ def outlook(conversion: Conversion, *, workers: int | None = None) -> Outlook:
 def _seconds(conversion: Conversion, workers: int) -> float:
     """Arithmetic of all blocks, by the time of a few of each kind: layout and bits of the source, bits of the target."""
     weights: Counter[tuple[object, ...]] = Counter()
-    examples: dict[tuple[object, ...], Target] = {}
+    examples: dict[tuple[object, ...], ModuleTarget] = {}
     for target in conversion.targets:
         kind: tuple[object, ...] = (
             target.source.layout,
@@ -181,7 +181,7 @@ def _seconds(conversion: Conversion, workers: int) -> float:
     return total / workers
 
 
-def _time_of(conversion: Conversion, target: Target, rows: SourceRows) -> float:
+def _time_of(conversion: Conversion, target: ModuleTarget, rows: SourceRows) -> float:
     fastest = np.inf
     block = next(iter(target.blocks()))
     for _ in range(_TIMED):

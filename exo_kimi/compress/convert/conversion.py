@@ -16,7 +16,7 @@ from exo_kimi.checkpoint.manifest import StageManifest
 from exo_kimi.checkpoint.safetensors_io import TensorEntry
 from exo_kimi.checkpoint.text_files import CONFIG_NAME
 from exo_kimi.compress.convert.affine import Rounding
-from exo_kimi.compress.convert.targets import Target, targets_of
+from exo_kimi.compress.convert.targets import ModuleTarget, targets_of
 from exo_kimi.compress.convert.texts import card_text, config_text
 from exo_kimi.compress.output.job import OutputJob, files_to_copy
 from exo_kimi.compress.output.shards import INDEX_NAME, SHARD_BYTES, OutputTensor, cut_shards, index_text
@@ -47,7 +47,7 @@ class Conversion:
     manifest: StageManifest
     recipe: Recipe
     rounding: Rounding
-    targets: tuple[Target, ...]
+    targets: tuple[ModuleTarget, ...]
     carried: tuple[TensorEntry, ...]
     left_out: Mapping[str, int]
     job: OutputJob
@@ -63,7 +63,7 @@ class Conversion:
         return sum(entry.nbytes for entry in self.carried)
 
     @cached_property
-    def target_of(self) -> Mapping[str, Target]:
+    def target_of(self) -> Mapping[str, ModuleTarget]:
         """Targets by the name of their weight."""
         return {target.tensors[0].name: target for target in self.targets}
 

@@ -14,14 +14,14 @@ from exo_kimi.checkpoint.packing import pack_bits
 from exo_kimi.compress.convert import float_modes
 from exo_kimi.compress.convert.affine import Floats, Rounding, quantize_as_mlx, quantize_searched
 from exo_kimi.compress.convert.rows import SourceRows, floats_of
-from exo_kimi.compress.convert.targets import Block, Target
+from exo_kimi.compress.convert.targets import ModuleTarget, RowBlock
 from exo_kimi.compress.output.shards import OutputTensor
 
 _NARROW: dict[str, Any] = {"BF16": ml_dtypes.bfloat16, "F16": np.float16, "F32": np.float32}
 
 
 @dataclass(frozen=True, slots=True)
-class Piece:
+class TensorPiece:
     """Bytes of a tensor, from its byte `at` on."""
 
     name: str
@@ -39,7 +39,7 @@ class PackedRows:
 
 
 def pack_rows(
-    rows: Floats, target: Target, rounding: Rounding, *, importance: NDArray[np.float32] | None = None
+    rows: Floats, target: ModuleTarget, rounding: Rounding, *, importance: NDArray[np.float32] | None = None
 ) -> PackedRows:
     """Quantize and pack rows of weights.
 
@@ -75,7 +75,7 @@ def pack_rows(
     )
 
 
-def target_floats(target: Target, rows: SourceRows, block: Block) -> Floats:
+def target_floats(target: ModuleTarget, rows: SourceRows, block: RowBlock) -> Floats:
     """The float32 weights of a block, from the source's rows: those of the halves of a kv_b_proj lie inside each head.
 
     embed_q[h] = nope rows of head h, transposed; unembed_out[h] = its v rows.
@@ -89,7 +89,7 @@ def target_floats(target: Target, rows: SourceRows, block: Block) -> Floats:
     return rows.floats(0, start + nope + block.first, start + nope + block.end)
 
 
-def encode(target: Target, rows: SourceRows, block: Block, rounding: Rounding) -> Iterator[Piece]:
+def encode(target: ModuleTarget, rows: SourceRows, block: RowBlock, rounding: Rounding) -> Iterator[TensorPiece]:
     """The bytes of every tensor of a target that a block gives.
 
     Raises:
@@ -111,7 +111,7 @@ def encode(target: Target, rows: SourceRows, block: Block, rounding: Rounding) -
         yield from _vectors(target, rows)
 
 
-def _moved(target: Target, rows: SourceRows, block: Block) -> Iterator[Piece]:
+def _moved(target: ModuleTarget, rows: SourceRows, block: RowBlock) -> Iterator[TensorPiece]:
     """Packed bytes as they lie in the source; biases of compressed-tensors' integers are -2^(bits - 1) scales."""
     matrix, first, end = block.matrix, block.first, block.end
     if target.heads is not None:
@@ -130,16 +130,16 @@ def _moved(target: Target, rows: SourceRows, block: Block) -> Iterator[Piece]:
             yield _piece(tensor, target, block, rows.part(part, matrix, first, end))
 
 
-def _vectors(target: Target, rows: SourceRows) -> Iterator[Piece]:
+def _vectors(target: ModuleTarget, rows: SourceRows) -> Iterator[TensorPiece]:
     """The bias of a linear and the correction of a router, whole."""
     for tensor in target.tensors:
         part = tensor.name.rpartition(".")[2]
         if part in ("bias", "e_score_correction_bias"):
             values = floats_of(rows.vector(part), rows.source.parts[part][0].dtype)
-            yield Piece(tensor.name, 0, values.astype(_NARROW[tensor.dtype]))
+            yield TensorPiece(tensor.name, 0, values.astype(_NARROW[tensor.dtype]))
 
 
-def _piece(tensor: OutputTensor, target: Target, block: Block, data: NDArray[Any]) -> Piece:
+def _piece(tensor: OutputTensor, target: ModuleTarget, block: RowBlock, data: NDArray[Any]) -> TensorPiece:
     out = target.spec.shape[-2] if len(target.spec.shape) > 1 else 1
     row_bytes = data.nbytes // (block.end - block.first)
-    return Piece(tensor.name, (block.matrix * out + block.first) * row_bytes, data)
+    return TensorPiece(tensor.name, (block.matrix * out + block.first) * row_bytes, data)

@@ -17,7 +17,7 @@ from exo_kimi.checkpoint.sources import ModuleSource
 from exo_kimi.compress.convert.conversion import Conversion
 from exo_kimi.compress.convert.encoding import encode
 from exo_kimi.compress.convert.rows import SourceRows
-from exo_kimi.compress.convert.targets import Block, Target
+from exo_kimi.compress.convert.targets import ModuleTarget, RowBlock
 from exo_kimi.compress.output.shards import OutputShard
 from exo_kimi.compress.output.writer import CheckpointWriter, Progress, ShardFile, Written
 from exo_kimi.compress.ranges import RangeReader
@@ -91,7 +91,7 @@ def _tasks(
 
 
 def _encoded(
-    conversion: Conversion, target: Target, rows: SourceRows, block: Block, file: ShardFile
+    conversion: Conversion, target: ModuleTarget, rows: SourceRows, block: RowBlock, file: ShardFile
 ) -> Callable[[], None]:
     def task() -> None:
         for piece in encode(target, rows, block, conversion.rounding):

@@ -23,7 +23,7 @@ _CORRECTION = "e_score_correction_bias"
 
 
 @dataclass(frozen=True, slots=True)
-class Block:
+class RowBlock:
     """Rows [first, end) of one matrix of a target."""
 
     matrix: int
@@ -32,7 +32,7 @@ class Block:
 
 
 @dataclass(frozen=True)
-class Target:
+class ModuleTarget:
     """One module as it is written.
 
     Args:
@@ -96,7 +96,7 @@ class Target:
         weight = self.source.parts.get("weight")
         return self.source.layout == "plain" and weight is not None and weight[0].dtype == "F32"
 
-    def blocks(self) -> Iterator[Block]:
+    def blocks(self) -> Iterator[RowBlock]:
         """Its rows in blocks, in order."""
         *leading, into = (1, *self.spec.shape) if len(self.spec.shape) == 1 else self.spec.shape
         matrices = 1
@@ -107,13 +107,13 @@ class Target:
         rows = out if self.spec.path.endswith(".embed_q") and self.heads else max(1, BLOCK_WEIGHTS // into)
         for matrix in range(matrices):
             for first in range(0, out, rows):
-                yield Block(matrix, first, min(out, first + rows))
+                yield RowBlock(matrix, first, min(out, first + rows))
 
     def _tensor(self, part: str, dtype: str, *shape: int) -> OutputTensor:
         return OutputTensor(f"{self.name}.{part}", dtype, shape)
 
 
-def targets_of(manifest: StageManifest, recipe: Recipe, *, keep_kv_b: bool = False) -> tuple[Target, ...]:
+def targets_of(manifest: StageManifest, recipe: Recipe, *, keep_kv_b: bool = False) -> tuple[ModuleTarget, ...]:
     """Every module of a layer range as a recipe has it.
 
     Args:
@@ -124,18 +124,19 @@ def targets_of(manifest: StageManifest, recipe: Recipe, *, keep_kv_b: bool = Fal
     Raises:
         UsageError: a group size of the recipe does not divide a module's rows.
     """
-    config, targets = manifest.config, list[Target]()
+    config, targets = manifest.config, list[ModuleTarget]()
     dtype = _float_dtype(manifest)
     split = {spec.path for spec in recipe.modules(config, manifest.start_layer, manifest.end_layer)}
     for source in manifest.sources:
-        whole = Target(source.spec, source, recipe.packing(source.spec), dtype, config.key_prefix)
+        whole = ModuleTarget(source.spec, source, recipe.packing(source.spec), dtype, config.key_prefix)
         halves = _halves(config, source, split)
         if not halves or keep_kv_b:
             targets.append(whole)
         else:
             heads = (config.qk_nope_head_dim, config.v_head_dim)
             targets += [
-                Target(half, source, recipe.packing(half), dtype, config.key_prefix, heads=heads) for half in halves
+                ModuleTarget(half, source, recipe.packing(half), dtype, config.key_prefix, heads=heads)
+                for half in halves
             ]
     for target in targets:
         if target.packing is not None and target.spec.shape[-1] % target.packing.group_size:
