@@ -10,7 +10,15 @@ from typing import Annotated, Any
 import typer
 from typer.main import get_command
 
-from exo_kimi.cli import commands, convert_commands, exo_commands, page_commands, print_version, train_commands
+from exo_kimi.cli import (
+    commands,
+    convert_commands,
+    exo_commands,
+    page_commands,
+    print_version,
+    prune_commands,
+    train_commands,
+)
 from exo_kimi.errors import UsageError
 
 NAME = "exo-kimi"
@@ -77,6 +85,8 @@ def build_app() -> typer.Typer:
         (CHECKPOINTS, "layer", commands.layer, {}),
         (CHECKPOINTS, "convert", convert_commands.convert, {}),
         (CHECKPOINTS, "tiny", commands.tiny, {}),
+        (CHECKPOINTS, "calibrate", prune_commands.calibrate, {}),
+        (CHECKPOINTS, "prune", prune_commands.prune, {}),
         (EXO, "exo-legacy", exo_commands.legacy, passed_on),
         (WORKSHOP, "bench", commands.bench, passed_on),
         (WORKSHOP, "eval", train_commands.evaluate, {}),

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from functools import wraps
 from ipaddress import ip_address
+from pathlib import Path
 from typing import Any, Literal, TypeVar, get_args
 
 import typer
@@ -221,6 +222,23 @@ def rates(text: str) -> tuple[float, ...]:
             raise typer.BadParameter(f"{part.strip()!r} is not a learning rate between 0 and 1")
         found.append(rate)
     return tuple(dict.fromkeys(found))
+
+
+@_parser
+def kept_experts(text: str) -> int | Path:
+    """A number of experts, or a plan file."""
+    return int(text) if text.isdecimal() else Path(text)
+
+
+@_parser
+def layer_list(text: str) -> tuple[int, ...] | int:
+    """Layers such as 5,9, or `bi:2` for the two of the least block influence."""
+    kind, _, count = text.partition(":")
+    if kind == "bi":
+        return positive(count)
+    if not all(part.strip().isdecimal() for part in text.split(",")):
+        raise typer.BadParameter(f"{text!r} is neither layers such as 5,9 nor bi:N")
+    return tuple(int(part) for part in text.split(","))
 
 
 def _is_ip_address(text: str) -> bool:

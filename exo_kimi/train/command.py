@@ -13,11 +13,9 @@ import numpy as np
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from exo_kimi.chat.template import ChatTemplate
-from exo_kimi.chat.tokenizer import KimiTokenizer
+from exo_kimi.compress.texts.encoding import Encoder
 from exo_kimi.errors import UsageError
 from exo_kimi.train.data.bpe import train_ranks
-from exo_kimi.train.data.encoding import Encoder
 from exo_kimi.train.export import write_checkpoint, write_vocabulary
 from exo_kimi.train.recipe import TrainingRecipe
 from exo_kimi.train.trainer import Trainer, TrainingProgress
@@ -61,12 +59,6 @@ def train_tiny(directory: Path, recipe: TrainingRecipe) -> Trained:
     return Trained(native=native, plain=plain, checksum=digest)
 
 
-def open_encoder(directory: Path) -> Encoder:
-    """The encoder of a directory with tokenizer files and a template."""
-    tokenizer = KimiTokenizer.from_directory(directory)
-    return Encoder(tokenizer, ChatTemplate.from_directory(directory, tokenizer))
-
-
 def _open(directory: Path, recipe: TrainingRecipe) -> Trainer:
     vocabulary, stated = directory / _VOCABULARY, directory / "recipe.txt"
     if stated.exists() and stated.read_text(encoding="utf-8") != f"{recipe}\n":
@@ -81,7 +73,7 @@ def _open(directory: Path, recipe: TrainingRecipe) -> Trainer:
         print("learning the vocabulary", file=sys.stderr)
         write_vocabulary(vocabulary, recipe.raw_config, train_ranks(recipe.seed, recipe.ranks))
         stated.write_text(f"{recipe}\n", encoding="utf-8")
-    trainer = Trainer(recipe, open_encoder(vocabulary))
+    trainer = Trainer(recipe, Encoder.from_directory(vocabulary))
     if (directory / _STATE).exists():
         trainer.resume(directory / _STATE)
     return trainer

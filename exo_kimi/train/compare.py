@@ -13,9 +13,8 @@ from pathlib import Path
 from statistics import fmean, stdev
 from tempfile import TemporaryDirectory
 
-from exo_kimi.train.command import open_encoder
+from exo_kimi.compress.texts.encoding import Encoder
 from exo_kimi.train.data.bpe import train_ranks
-from exo_kimi.train.data.encoding import Encoder
 from exo_kimi.train.export import write_vocabulary
 from exo_kimi.train.recipe import Matrices, TrainingRecipe
 from exo_kimi.train.trainer import Trainer
@@ -92,7 +91,7 @@ def compare(steps: int, rates: Sequence[float], seeds: Sequence[int]) -> Compari
     recipe = replace(base, shape=shape, steps=steps, slow_from=steps, aware_share=0.0, warmup_steps=max(1, steps // 10))
     with TemporaryDirectory(prefix="compare-") as folder:
         write_vocabulary(Path(folder), recipe.raw_config, train_ranks(recipe.seed, recipe.ranks))
-        encoder = open_encoder(Path(folder))
+        encoder = Encoder.from_directory(Path(folder))
     return compare_with(encoder, recipe, rates, seeds)
 
 

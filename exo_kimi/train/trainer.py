@@ -12,10 +12,10 @@ from typing import Any
 
 import numpy as np
 
+from exo_kimi.compress.texts.encoding import Encoder
 from exo_kimi.errors import UsageError
 from exo_kimi.models.rope import Rope
 from exo_kimi.train.data.batches import make_batch, training_groups
-from exo_kimi.train.data.encoding import Encoder
 from exo_kimi.train.model.forward import Batch, ForwardResult, loss_and_gradients
 from exo_kimi.train.model.layers import Parameters, add_gradient
 from exo_kimi.train.model.parameters import BIAS, decays, fake_quant, first_values, is_expert, is_matrix

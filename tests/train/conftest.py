@@ -7,9 +7,8 @@ from typing import Any
 
 import pytest
 
-from exo_kimi.train.command import open_encoder
+from exo_kimi.compress.texts.encoding import Encoder
 from exo_kimi.train.data.bpe import train_ranks
-from exo_kimi.train.data.encoding import Encoder
 from exo_kimi.train.export import write_vocabulary
 from exo_kimi.train.recipe import TrainingRecipe
 
@@ -41,4 +40,4 @@ def vocabulary(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def encoder(vocabulary: Path) -> Encoder:
-    return open_encoder(vocabulary)
+    return Encoder.from_directory(vocabulary)

@@ -7,8 +7,8 @@ from dataclasses import replace
 import pytest
 
 from exo_kimi.cli import main
+from exo_kimi.compress.texts.encoding import Encoder
 from exo_kimi.train.compare import Comparison, ComparisonRun, compare_with
-from exo_kimi.train.data.encoding import Encoder
 from tests.train.conftest import RECIPE
 
 

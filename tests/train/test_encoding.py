@@ -6,9 +6,9 @@ from random import Random
 
 import numpy as np
 
+from exo_kimi.compress.texts.encoding import Encoder
 from exo_kimi.train.data.batches import make_batch, training_groups
 from exo_kimi.train.data.conversations import TrainingConversation, exchange, tool_exchange
-from exo_kimi.train.data.encoding import Encoder
 from exo_kimi.train.tasks import facts, tools
 from exo_kimi.train.tasks.arithmetic import addition
 
@@ -18,7 +18,7 @@ def test_replies_count_and_nothing_else(encoder: Encoder) -> None:
     first, second = facts.fact(rng), addition(rng)
     messages = exchange(first) + exchange(second)
     encoded = encoder.encode(TrainingConversation(messages=messages))
-    decode = encoder._tokenizer.decode
+    decode = encoder.tokenizer.decode
     assert decode(encoded.ids).startswith(f"<|im_user|>user<|im_middle|>{first.question}<|im_end|>")
     counted = decode(encoded.ids[encoded.counted])
     assert counted == (
@@ -31,7 +31,7 @@ def test_earlier_replies_that_lost_their_reasoning_do_not_count(encoder: Encoder
     rng = Random(0)
     first, second = addition(rng), facts.fact(rng)
     encoded = encoder.encode(TrainingConversation(messages=exchange(first) + exchange(second)))
-    counted = encoder._tokenizer.decode(encoded.ids[encoded.counted])
+    counted = encoder.tokenizer.decode(encoded.ids[encoded.counted])
     assert counted == f"<think></think>{second.answer}<|im_end|>"
 
 
@@ -39,7 +39,7 @@ def test_calls_are_counted_and_results_are_not(encoder: Encoder) -> None:
     request = tools.weather(Random(0))
     talk = TrainingConversation(messages=tool_exchange(request, 0), tools=list(tools.TOOLS.values()))
     encoded = encoder.encode(talk)
-    counted = encoder._tokenizer.decode(encoded.ids[encoded.counted])
+    counted = encoder.tokenizer.decode(encoded.ids[encoded.counted])
     city = request.arguments["city"]
     assert f'functions.get_weather:0<|tool_call_argument_begin|>{{"city": "{city}"}}<|tool_call_end|>' in counted
     assert "Return of" not in counted
@@ -50,7 +50,7 @@ def test_a_reply_continues_its_prompt_as_the_template_would_show_it(encoder: Enc
     """Without reasoning, prompt and reply are the rendered conversation."""
     turn = facts.fact(Random(3))
     messages = exchange(turn)
-    rendered = encoder._template.render(messages, add_generation_prompt=False).ids
+    rendered = encoder.template.render(messages, add_generation_prompt=False).ids
     assert encoder.encode(TrainingConversation(messages=messages)).ids.tolist() == rendered
 
 

@@ -11,12 +11,12 @@ import pytest
 
 from exo_kimi.chat.tokenizer import KimiTokenizer
 from exo_kimi.checkpoint.tiny.make import make_tiny
+from exo_kimi.compress.compare.greedy import greedy
+from exo_kimi.compress.compare.score import Score
+from exo_kimi.compress.texts.encoding import Encoder
 from exo_kimi.runtime.loading.loader import load
-from exo_kimi.train.data.encoding import Encoder
 from exo_kimi.train.evaluation.evaluate import evaluate, held_out_texts
-from exo_kimi.train.evaluation.generation import greedy
 from exo_kimi.train.evaluation.likelihood import likelihood
-from exo_kimi.train.evaluation.scores import Score
 from exo_kimi.train.export import write_checkpoint
 from exo_kimi.train.model.parameters import fake_quant, first_values, is_expert
 from tests.train.conftest import RECIPE

@@ -8,9 +8,9 @@ from random import Random
 
 import pytest
 
+from exo_kimi.compress.texts.encoding import Encoder
 from exo_kimi.train.data import conversations
 from exo_kimi.train.data.conversations import training_conversation
-from exo_kimi.train.data.encoding import Encoder
 from exo_kimi.train.evaluation.cases import question_cases, tool_cases
 from exo_kimi.train.tasks import arithmetic, facts, lists, measures, tools
 from exo_kimi.train.tasks.registry import SHARES
@@ -103,6 +103,6 @@ def test_call_ids_count_over_the_conversation() -> None:
 
 
 def test_numbers_are_spelled_by_digits(encoder: Encoder) -> None:
-    tokenizer = encoder._tokenizer
+    tokenizer = encoder.tokenizer
     assert [tokenizer.decode([token]) for token in tokenizer.encode("3057")] == ["3", "0", "5", "7"]
     assert len(tokenizer.encode(" the")) == 1

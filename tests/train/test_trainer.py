@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 from threadpoolctl import threadpool_info, threadpool_limits
 
+from exo_kimi.compress.texts.encoding import Encoder
 from exo_kimi.errors import UsageError
 from exo_kimi.train import command
 from exo_kimi.train.command import train_tiny
-from exo_kimi.train.data.encoding import Encoder
 from exo_kimi.train.export import read_parameters
 from exo_kimi.train.model.parameters import BIAS
 from exo_kimi.train.recipe import TrainingRecipe

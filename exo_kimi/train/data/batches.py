@@ -7,8 +7,8 @@ from random import Random
 
 import numpy as np
 
+from exo_kimi.compress.texts.encoding import Encoded, Encoder
 from exo_kimi.train.data.conversations import training_conversation
-from exo_kimi.train.data.encoding import Encoded, Encoder
 from exo_kimi.train.model.forward import Batch, Ids
 
 _PADDED_SHARE = 0.2

@@ -13,15 +13,15 @@ from exo_kimi.chat.events import ContentDelta, ReasoningDelta, ToolCallEvent
 from exo_kimi.chat.output import OutputParser
 from exo_kimi.chat.template import ChatTemplate
 from exo_kimi.chat.tokenizer import KimiTokenizer
+from exo_kimi.compress.compare.greedy import greedy
+from exo_kimi.compress.compare.score import score
+from exo_kimi.compress.texts.encoding import Encoded, Encoder
 from exo_kimi.models.kimi_k2 import Model
 from exo_kimi.runtime.loading.loader import load
 from exo_kimi.train.data.conversations import TrainingConversation, single, tool_exchange
-from exo_kimi.train.data.encoding import Encoded, Encoder
 from exo_kimi.train.evaluation.cases import ToolCase, question_cases, tool_cases
-from exo_kimi.train.evaluation.generation import greedy
 from exo_kimi.train.evaluation.likelihood import Likelihood, likelihood
 from exo_kimi.train.evaluation.report import EvaluationReport
-from exo_kimi.train.evaluation.scores import score
 from exo_kimi.train.tasks.registry import SHARES
 from exo_kimi.train.tasks.turn import draw
 

@@ -11,9 +11,9 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
+from exo_kimi.compress.texts.encoding import Encoded
 from exo_kimi.models.kimi_k2 import Model
 from exo_kimi.train.data.batches import make_batch
-from exo_kimi.train.data.encoding import Encoded
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -6,8 +6,8 @@ import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+from exo_kimi.compress.compare.score import Score
 from exo_kimi.train.evaluation.likelihood import Likelihood
-from exo_kimi.train.evaluation.scores import Score
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -1,0 +1,126 @@
+"""The commands that make a checkpoint smaller by leaving things out, and that say what it cost."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from exo_kimi.cli.output import write_text
+from exo_kimi.cli.values import Dtype, argument, flag, kept_experts, layer_list, one_of, option, positive, whole
+
+Criterion = Literal["leave-one-out", "reap", "mean-gate", "man", "msan", "ean", "frequency", "weight-norm", "random"]
+WHAT_STAYS, EVIDENCE = "What stays", "Evidence"
+
+
+def calibrate(
+    directory: Annotated[Path, argument("DIR", "a checkpoint")],
+    text: Annotated[
+        list[Path],
+        option("--text", metavar="FILE", help="prose, or .jsonl with messages, text or ids a line (repeatable)"),
+    ],
+    output: Annotated[Path, option("-o", "--output", metavar="SCORES.json", help="where the scores go")],
+    domain: Annotated[
+        str, option("--domain", metavar="NAME", help='what the texts are about, such as "code and tools"')
+    ] = "general",
+    tokens: Annotated[
+        int | None, option("--tokens", parser=positive, metavar="N", help="of the texts at most (default: all)")
+    ] = None,
+    dtype: Annotated[
+        Dtype | None, option("--dtype", metavar=one_of(Dtype), help="of activations (default: as stored)")
+    ] = None,
+) -> None:
+    """What each expert and layer is worth: one pass over texts, a layer at a time; run it again to go on."""
+    from exo_kimi.compress.calibrate.command import calibrate_directory
+
+    calibrate_directory(directory, text, output, domain=domain, most_tokens=tokens, dtype=dtype, say=_say)
+    print(f"scores are in {output}")
+
+
+def prune(
+    directory: Annotated[Path, argument("DIR", "a checkpoint in any layout")],
+    out: Annotated[Path | None, argument("OUT", "a new directory, or of an interrupted run")] = None,
+    keep: Annotated[
+        Any,
+        option(
+            "--keep",
+            parser=kept_experts,
+            metavar="N|PLAN.json",
+            help="experts of a layer that stay (default: three quarters, 288 of 384), or a plan",
+            panel=WHAT_STAYS,
+        ),
+    ] = None,
+    scores: Annotated[
+        Path | None,
+        option("--scores", metavar="SCORES.json", help="of `exo-kimi calibrate`", panel=WHAT_STAYS),
+    ] = None,
+    criterion: Annotated[
+        Criterion,
+        option("--by", metavar="CRITERION", help=f"{one_of(Criterion)} (default leave-one-out)", panel=WHAT_STAYS),
+    ] = "leave-one-out",
+    budgeted: Annotated[
+        bool,
+        flag(
+            "--budgeted", help="divide the experts over the layers by worth: a plan to compare only", panel=WHAT_STAYS
+        ),
+    ] = False,
+    drop_layers: Annotated[
+        Any,
+        option(
+            "--drop-layers",
+            parser=layer_list,
+            metavar="N,N|bi:N",
+            help="layers to take out, or how many of the least block influence (needs --research)",
+            panel=WHAT_STAYS,
+        ),
+    ] = (),
+    no_protect: Annotated[
+        bool, flag("--no-protect", help="let super experts go as any other", panel=WHAT_STAYS)
+    ] = False,
+    seed: Annotated[
+        int, option("--seed", parser=whole, metavar="N", help="of --by random (default 0)", panel=WHAT_STAYS)
+    ] = 0,
+    domain: Annotated[
+        str, option("--domain", metavar="NAME", help="what it is for (default: as calibrated)", panel=EVIDENCE)
+    ] = "",
+    report: Annotated[
+        Path | None,
+        option(
+            "--report",
+            metavar="REPORT.json",
+            help="of `exo-kimi compare DIR --plan PLAN.json --json`: its gates, and figures for the card",
+            panel=EVIDENCE,
+        ),
+    ] = None,
+    research: Annotated[
+        bool, flag("--research", help="write what nothing speaks for: under half, or without layers", panel=EVIDENCE)
+    ] = False,
+    dry_run: Annotated[bool, flag("--dry-run", help="tell the bytes and write nothing")] = False,
+    output: Annotated[
+        Path | None, option("-o", "--output", metavar="PLAN.json", help="write the plan, for --keep and compare")
+    ] = None,
+) -> None:
+    """A smaller checkpoint without some of its experts, by copying packed bytes."""
+    from exo_kimi.compress.prune.command import PruneOptions
+    from exo_kimi.compress.prune.command import prune as prune_directory
+
+    options = PruneOptions(
+        keep=keep,
+        scores=scores,
+        criterion=criterion,
+        budgeted=budgeted,
+        drop_layers=drop_layers,
+        protect=not no_protect,
+        seed=seed,
+        domain=domain,
+        report=report,
+        research=research,
+        dry_run=dry_run,
+    )
+    plan = prune_directory(directory, out, options, plan_file=output is not None, say=_say)
+    if output is not None:
+        write_text(output, plan.to_json(), option="-o")
+
+
+def _say(text: str) -> None:
+    print(text, file=sys.stderr)

@@ -1,0 +1,1 @@
+"""Comparison of two models: how far their next tokens lie apart, and what their replies look like."""

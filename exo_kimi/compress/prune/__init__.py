@@ -1,0 +1,1 @@
+"""Pruning: experts, and layers for research, taken out by copying packed bytes."""

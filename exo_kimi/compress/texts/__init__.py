@@ -1,0 +1,1 @@
+"""Texts as token ids: what calibration and comparison run over."""
