@@ -446,9 +446,11 @@ def stage(
     ] = "lru",
 ) -> None:
     """A stage on this machine, for `serve --stage ADDR` on another."""
+    from exo_kimi.models.mlx_lm_package import skip_mlx_lm_init
     from exo_kimi.runtime.descriptors import raise_descriptor_limit
 
-    raise_descriptor_limit()  # before mlx-lm is imported, which lowers it or fails
+    raise_descriptor_limit()
+    skip_mlx_lm_init()
     from exo_kimi.runtime.stage.process import serve_stage
 
     _log_to_stderr()

@@ -18,7 +18,13 @@ from exo_kimi.errors import AddressError, EngineStoppedError
 from exo_kimi.runtime.descriptors import descriptor_limit
 from exo_kimi.runtime.end_signals import EndSignals
 from exo_kimi.runtime.requests import TextEngine
-from exo_kimi.serve.connections import BoundedProtocol, BoundedState, quiet_accept_errors
+from exo_kimi.serve.connections import (
+    ACCEPTED_AT_ONCE,
+    BACKLOG,
+    BoundedProtocol,
+    BoundedState,
+    quiet_accept_errors,
+)
 from exo_kimi.serve.loop_watch import LoopWatch
 from exo_kimi.serve.progress import show_progress
 from exo_kimi.serve.workers import THREADS
@@ -93,7 +99,7 @@ def bind(host: str, port: int) -> socket.socket:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         listener.bind(address)
         # Listening at once: two sockets that only share an address would both be bound without an error.
-        listener.listen(2048)
+        listener.listen(BACKLOG)
     except OSError as error:
         listener.close()
         if error.errno == errno.EADDRINUSE:
@@ -176,7 +182,7 @@ class _Uvicorn(uvicorn.Server):
             served.app,
             http=BoundedProtocol,
             ws="none",
-            backlog=state.backlog,
+            backlog=ACCEPTED_AT_ONCE,
             lifespan="off",
             log_config=None,
             access_log=False,
@@ -191,6 +197,8 @@ class _Uvicorn(uvicorn.Server):
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         await super().startup(sockets)
+        for each in sockets or ():
+            each.listen(BACKLOG)  # asyncio has made it as short as what it accepts at once
         try:
             if self._announce is not None:
                 self._announce(self._url)

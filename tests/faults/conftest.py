@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import ctypes
 import json
+import math
 import mmap
 import os
 import re
 import shutil
 import signal
+import ssl
 import subprocess
 import sys
 import threading
@@ -16,7 +18,6 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from itertools import chain
 from pathlib import Path
 from typing import Any, Literal
 
@@ -33,16 +34,15 @@ Kind = Literal["descriptor", "process", "write", "send", "map", "allocation"]
 Scope = Literal["server", "stages"]
 ENDLESS = 2**40
 UP_S, ANSWER_S, END_S = 40.0, 40.0, 8.0
+NO_CERTIFICATES = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
 # Everything is imported once; each server is a fork of this process that begins at its own first line.
 NURSERY = """
-import ctypes, functools, json, os, signal, sys
-import exo_kimi.cli.app, exo_kimi.serve.launch as launch
+import ctypes, json, os, signal, sys
+import exo_kimi.cli.app, exo_kimi.serve.launch
 from exo_kimi.cli import main
 from exo_kimi.serve import loop_watch
 
 loop_watch.STUCK_S = 12.0  # nobody waits a minute for each of a hundred servers
-NO_TORCH = "import sys; sys.modules['torch'] = None; from exo_kimi.runtime.stage.process import main; sys.exit(main())"
-launch.ClusterOptions = functools.partial(launch.ClusterOptions, child_command=(sys.executable, "-c", NO_TORCH))
 ready = ctypes.CDLL(os.environ["LD_PRELOAD"]).faults_ready
 print("ready", flush=True)
 for line in sys.stdin:
@@ -105,6 +105,37 @@ class Tally:
         return f"| {self.phase} | {self.kind} | {self.scope} | {self.calls} | {ends} | {len(self.bad)} |"
 
 
+def client(url: httpx.URL | str) -> httpx.Client:
+    """One that reads no certificates, which takes longer than an answer."""
+    return httpx.Client(base_url=url, timeout=ANSWER_S, trust_env=False, verify=NO_CERTIFICATES)
+
+
+class Journal:
+    """What came of each case, kept in a file, so that a sweep that was ended goes on where it was.
+
+    Args:
+        path: a line for each case; None keeps nothing.
+    """
+
+    def __init__(self, path: Path | None) -> None:
+        self._path = path
+        self._ends: dict[tuple[str, str, str, int], str] = {}
+        if path is not None and path.exists():
+            for line in path.read_text().splitlines():
+                phase, kind, scope, n, end = json.loads(line)
+                self._ends[phase, kind, scope, n] = end
+
+    def end_of(self, tally: Tally, n: int) -> str | None:
+        """How a case ended that needs no second run; empty when no n-th call was made."""
+        return self._ends.get((tally.phase, tally.kind, tally.scope, n))
+
+    def add(self, tally: Tally, n: int, end: str) -> None:
+        """Write that a case was not bad."""
+        if self._path is not None:
+            with self._path.open("a") as stream:
+                stream.write(json.dumps([tally.phase, tally.kind, tally.scope, n, end]) + "\n")
+
+
 class Server:
     """A running `exo-kimi serve`."""
 
@@ -127,7 +158,7 @@ class Server:
     def http(self) -> httpx.Client | None:
         """A client, once the server listens; it may listen before it could say so."""
         if self._http is None and (found := re.search(r"serving at ([^\s,]+)", self.text())):
-            self._http = httpx.Client(base_url=found[1], timeout=ANSWER_S, trust_env=False)
+            self._http = client(found[1])
         return self._http
 
     def health(self) -> dict[str, Any]:
@@ -165,8 +196,8 @@ class Server:
             return "told", "not listening"
         try:
             with (
-                httpx.Client(base_url=http.base_url, timeout=ANSWER_S, trust_env=False) as client,
-                client.stream("POST", "/v1/chat/completions", json=body) as answer,
+                client(http.base_url) as asking,
+                asking.stream("POST", "/v1/chat/completions", json=body) as answer,
             ):
                 until_s = time.monotonic() + ANSWER_S
                 content = b""
@@ -229,6 +260,25 @@ def _streamed(text: str) -> tuple[str, str]:
     return ("right", said) if ended and events[-1] == "[DONE]" else ("told", "the stream broke off")
 
 
+@dataclass
+class Case:
+    """What came of one run of a phase.
+
+    Args:
+        server: that ran it.
+        failed: calls that failed.
+        outcomes: of its requests.
+        judge: says how the server is then.
+        alone: whether the server was there for this run only.
+    """
+
+    server: Server
+    failed: int
+    outcomes: list[tuple[str, str]]
+    judge: Callable[[str, Tally], str | None]
+    alone: bool
+
+
 class Faults:
     """The injector, and servers under it.
 
@@ -278,6 +328,16 @@ class Faults:
         words = ["serve", str(self.model), "--port", "0", "--dtype", "float32", "--stall-deadline", "4s", *options]
         return Server(self, self.folder / f"server-{self._count}.log", words)
 
+    @staticmethod
+    def tally(phase: str, kind: str, scope: str) -> Tally:
+        return Tally(phase, kind, scope)
+
+    @staticmethod
+    def journal(path: str | None) -> Journal:
+        return Journal(None if path is None else Path(path))
+
+    case = staticmethod(Case)
+
     def arm(self, kind: Kind, scope: Scope, *, before: int, failing: int = 1) -> None:
         control = self.control
         control.kind = 0
@@ -290,105 +350,79 @@ class Faults:
         self.control.kind = 0
         return self.control.calls, self.control.failed
 
-    def judge(self, server: Server, expected: str, *, what: str, tally: Tally) -> None:
-        """The server is up and answers right, or it ended and said why; anything between is bad."""
+    def judge(self, server: Server, expected: str, *, what: str, tally: Tally) -> str | None:
+        """The server is up and answers right, or it ended and said why; anything between is bad.
+
+        Returns:
+            How it is; None when that is bad.
+        """
         if server.alive and server.wait_up():
             for _ in range(2):  # a fault may only just have been noticed
                 found, said = server.ask()
                 if found == "right":
                     break
             if (found, said) == ("right", expected):
-                tally.ends["up"] += 1
-                return
+                return "up"
             tally.bad.append(f"{what}: up, but {found}: {said}")
         elif not server.alive:
-            end = server.how_it_ended()
-            tally.ends[end] += 1
-            if end == "bad end":
-                tally.bad.append(f"{what}: ended {server.status}: {server.text()[-600:]}")
+            return self.judge_end(server, (1,), what=what, tally=tally)
         else:
             tally.bad.append(f"{what}: in between: {server.health().get('reason')}: {server.text()[-600:]}")
+        return None
+
+    @staticmethod
+    def judge_end(server: Server, wanted: tuple[int, ...], *, what: str, tally: Tally) -> str | None:
+        """How it ended; None when nobody could tell why."""
+        end = server.how_it_ended(wanted=wanted)
+        if end != "bad end":
+            return end
+        tally.bad.append(f"{what}: ended {server.status}: {server.text()[-600:]}")
+        return None
 
     def sweep(
         self,
-        phase: str,
-        kind: Kind,
-        scope: Scope,
-        act: Callable[[Server | None], list[tuple[str, str]]],
+        tally: Tally,
+        case: Callable[[Kind, Scope, int], Case],
         *,
-        server: Callable[[], Server],
-        expected: str,
+        journal: Journal | None = None,
         most: int = 10_000,
-        deadline_s: float = 600.0,
+        until_s: float = math.inf,
     ) -> Tally:
-        """Every n until a run makes no n-th call: `act` while it is to fail, then the judgement.
+        """Every n until two runs make no n-th call, since some calls are made now and then only.
 
         Args:
-            phase: its name in the tally.
-            kind, scope: what fails, and where.
-            act: does the phase's work and returns what came of each request.
-            server: a running server: the last one, or another when that has ended.
-            expected: the right answer to `hi`.
+            tally: of the phase, the kind of calls and where they fail.
+            case: does the phase's work while the n-th call is to fail.
+            journal: of cases that were run before, and where these are written.
             most: calls at most.
-            deadline_s: for all.
+            until_s: the monotonic time at which no other case is begun.
         """
-        tally, misses = Tally(phase, kind, scope), 0
-        until_s = time.monotonic() + deadline_s
+        kind, scope, misses = tally.kind, tally.scope, 0
+        journal = journal or Journal(None)
         for n in range(most):
-            if time.monotonic() > until_s:
-                tally.ends["not reached in the time"] = 1
-                break
-            running = server()
-            self.arm(kind, scope, before=n)
-            try:
-                outcomes = act(running)
-            finally:
-                _, failed = self.disarm()
-            what = f"{phase}, {kind} {n} of the {scope}"
-            for found, said in outcomes:
-                if found == "lost":
-                    tally.bad.append(f"{what}: {said}")
-            if not failed:
+            end = journal.end_of(tally, n)
+            if end is None:
+                if time.monotonic() > until_s:
+                    tally.ends["not reached in the time"] = 1
+                    break
+                what, bad = f"{tally.phase}, {kind} {n} of the {scope}", len(tally.bad)
+                found = case(kind, scope, n)
+                tally.bad += [
+                    f"{what}: {said}: {found.server.text()[-600:]}" for word, said in found.outcomes if word == "lost"
+                ]
+                end = found.judge(what, tally) if found.failed else ""
+                if found.alone:
+                    found.server.kill()
+                if end is not None and len(tally.bad) == bad:
+                    journal.add(tally, n, end)
+            if end == "":
                 misses += 1
-                if misses > 1:  # some calls are made now and then only
+                if misses > 1:
                     break
                 continue
             tally.calls += 1
-            self.judge(running, expected, what=what, tally=tally)
-        return tally
-
-    def life(
-        self,
-        phase: str,
-        kind: Kind,
-        scope: Scope,
-        act: Callable[[Faults, Kind, Scope, int], tuple[Any, ...]],
-        expected: str,
-        *,
-        deadline_s: float,
-    ) -> Tally:
-        """As `sweep`, for phases that have a server of their own: `act` gives it, how many calls failed, and outcomes."""
-        tally = Tally(phase, kind, scope)
-        until_s = time.monotonic() + deadline_s
-        for n in range(10_000):
-            if time.monotonic() > until_s:
-                tally.ends["not reached in the time"] = 1
-                break
-            server, failed, *rest = act(self, kind, scope, n)
-            what = f"{phase}, {kind} {n} of the {scope}"
-            tally.bad += [f"{what}: {said}: {server.text()[-600:]}" for found, said in chain(*rest) if found == "lost"]
-            if not failed:
-                server.kill()
-                break
-            tally.calls += 1
-            if phase == "stop":
-                end = server.how_it_ended(wanted=(0, 1))
+            if end is not None:
                 tally.ends[end] += 1
-                if end == "bad end":
-                    tally.bad.append(f"{what}: ended {server.status}: {server.text()[-600:]}")
-            else:
-                self.judge(server, expected, what=what, tally=tally)
-            server.kill()
         return tally
 
     def close(self) -> None:

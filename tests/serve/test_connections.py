@@ -21,8 +21,9 @@ import uvicorn
 
 from exo_kimi.serve import connections
 from exo_kimi.serve.answer import generation
-from exo_kimi.serve.connections import BoundedProtocol, BoundedState, quiet_accept_errors
+from exo_kimi.serve.connections import ACCEPTED_AT_ONCE, BACKLOG, BoundedProtocol, BoundedState, quiet_accept_errors
 from exo_kimi.serve.contract import REASONS, ErrorAnswer
+from exo_kimi.serve.server import Served, _Uvicorn, bind
 
 ROOT = Path(__file__).parents[2]
 CHAT = "/v1/chat/completions"
@@ -37,15 +38,17 @@ async def served(app, *, descriptors=4096):
     state = BoundedState(descriptors, reasons.append)
     state.reasons = reasons
     config = uvicorn.Config(
-        app, port=0, lifespan="off", log_config=None, http=BoundedProtocol, backlog=state.backlog, ws="none"
+        app, lifespan="off", log_config=None, http=BoundedProtocol, backlog=ACCEPTED_AT_ONCE, ws="none"
     )
     server = uvicorn.Server(config)
     server.server_state = state
     config.load()
     server.lifespan = config.lifespan_class(config)
-    await server.startup()
+    listener = bind("127.0.0.1", 0)
+    await server.startup([listener])
+    listener.listen(BACKLOG)
     try:
-        yield server.servers[0].sockets[0].getsockname()[1], state
+        yield listener.getsockname()[1], state
     finally:
         server.force_exit = True
         await server.shutdown()
@@ -276,6 +279,39 @@ async def test_no_descriptor_for_a_connection_is_logged_once(caplog):
             loop.call_exception_handler({"message": "socket.accept() out of system resource", "exception": error})
     assert len(caplog.records) == 1
     assert "no descriptor is left" in caplog.text
+
+
+class Refused(socket.socket):
+    """A listening socket whose connections find no descriptor at first."""
+
+    def __init__(self, refusals):
+        super().__init__()
+        self.bind(("127.0.0.1", 0))
+        self.refusals = refusals
+        self.accepts = 0
+
+    def accept(self):
+        self.accepts += 1
+        if self.accepts <= self.refusals:
+            raise OSError(24, "Too many open files")
+        return super().accept()
+
+
+async def test_a_connection_that_finds_no_descriptor_is_tried_once_a_second(saying, app_of, monkeypatch):
+    """asyncio tried as often at once as the backlog is long, and made a timer each time."""
+    monkeypatch.setattr(asyncio.constants, "ACCEPT_RETRY_DELAY", 0.1)
+    quiet_accept_errors(asyncio.get_running_loop())
+    listener = Refused(3)
+    server = _Uvicorn(Served(app=app_of(saying()), engine=saying()), "", None)
+    server.config.load()
+    server.lifespan = server.config.lifespan_class(server.config)
+    await server.startup([listener])
+    try:
+        assert (await chat(listener.getsockname()[1])).status_code == 200
+        assert listener.accepts == 4
+    finally:
+        server.force_exit = True
+        await uvicorn.Server.shutdown(server)
 
 
 def in_process(arguments: list[str], soft: int, hard: int) -> subprocess.CompletedProcess:

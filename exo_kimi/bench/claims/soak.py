@@ -36,7 +36,7 @@ from exo_kimi.units import parse_seconds
 STALL_S = 4.0
 QUESTIONS = 40
 PAUSE_S = (4.0, 12.0)  # between troubles
-QUIET_S = 15.0  # at the end of the first and of the last fifth: what is held then is compared
+QUIET_S = 15.0  # after the first fifth and at the end: what is held then is compared
 RECOVERY_S = 30.0  # after a trouble, until an answer is right again
 GROWTH_BYTES = 8 << 20  # of the server, from the first fifth to the end
 GROWTH_DESCRIPTORS = 8
@@ -60,7 +60,8 @@ class Course:
         troubles: how often each was done.
         recoveries_s: after each, how long until an answer was right again, and its name.
         stuck: troubles after which none was.
-        early, late: what the server held, at rest, after a fifth of the time and at the end.
+        early, late: what the server held, at rest, after a fifth of the time and a trouble of each kind (at the latest after half of the
+            time), and at the end.
         most_rss_bytes: of the server at any time.
         requests_between: that were answered between early and late.
     """
@@ -136,7 +137,7 @@ def _run(
 ) -> Course:
     course = Course()
     began_s = time.monotonic()
-    until_s, early_s = began_s + 60 * minutes, began_s + 12 * minutes
+    until_s, early_s, half_s = (began_s + share * minutes for share in (60, 12, 30))
     stopped = threading.Event()
     sampling = threading.Thread(target=_sample, args=(server, course, stopped), daemon=True)
     sampling.start()
@@ -144,12 +145,16 @@ def _run(
     acts = {trouble.name: trouble.act for trouble in chosen}
     answered_early = 0
     while time.monotonic() < until_s - QUIET_S and server.alive:
-        if course.early is None and time.monotonic() > early_s:
+        every_kind = course.troubles.keys() >= acts.keys()  # what is needed once for each kind is no growth
+        if course.early is None and time.monotonic() > (early_s if every_kind else half_s):
             course.early, answered_early = _at_rest(server), clients.seen.answered
         if not bag:  # each comes as often as every other
             bag = generator.sample(sorted(acts), len(acts))
         name = bag.pop()
-        print(f"{(time.monotonic() - began_s) / 60:.1f} min, {clients.seen.answered} answers: {name}", file=sys.stderr)
+        minutes_in, rss_bytes = (time.monotonic() - began_s) / 60, held_by(server.process.pid).rss_bytes or 0
+        print(
+            f"{minutes_in:.1f} min, {clients.seen.answered} answers, {rss_bytes / 1e6:.1f} MB: {name}", file=sys.stderr
+        )
         acts[name]()
         course.troubles[name] += 1
         _wait_recovered(server, clients.seen, course, name)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import random
+import sys
 import threading
 import time
 from collections import Counter
@@ -146,6 +147,7 @@ class Seen:
                 self.last_right_s = time.monotonic()
             elif verdict.kind != "left" and len(self.bad) < 20:
                 self.bad.append(f"{verdict.kind}: {verdict.detail}")
+                print(f"{time.strftime('%T')} {self.bad[-1]}", file=sys.stderr)
 
     @property
     def answered(self) -> int:

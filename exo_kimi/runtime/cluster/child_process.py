@@ -26,7 +26,7 @@ from exo_kimi.runtime.transport.address import Address, parse_address
 from exo_kimi.runtime.transport.keys import ClusterKey
 
 logger = logging.getLogger(__name__)
-STAGE_COMMAND = (sys.executable, "-m", "exo_kimi.runtime.stage.process")
+STAGE_COMMAND = (sys.executable, "-m", "exo_kimi.runtime.stage")
 START_DEADLINE_S = 120.0  # a cold import of MLX from a slow disk
 _FIXES: dict[int, str] = {
     signal.SIGKILL: "the system kills what takes too much memory: see its log, and give the stage fewer layers",

@@ -1,4 +1,4 @@
-"""A stage as a process: `python -m exo_kimi.runtime.stage.process` for a leader's child, `serve_stage` for `exo-kimi stage`.
+"""A stage as a process: `python -m exo_kimi.runtime.stage` for a leader's child, `serve_stage` for `exo-kimi stage`.
 
 The main thread does the MLX work, a second one the sockets. A child lives no longer than its parent: it holds one end of a
 socket pair, and the end of the other end is its own.
@@ -101,7 +101,7 @@ def main(argv: Sequence[str] | None = None, *, make_backend: Callable[[], Backen
         argv: see `--help`.
         make_backend: does the stage's work; tests put others here.
     """
-    parser = argparse.ArgumentParser(prog="exo_kimi.runtime.stage.process", description="a stage of a local leader")
+    parser = argparse.ArgumentParser(prog="exo_kimi.runtime.stage", description="a stage of a local leader")
     parser.add_argument("--listen", required=True, help="address that this machine alone can reach")
     parser.add_argument("--parent-fd", required=True, type=int, help="socket to the leader: key in, address out")
     options = parser.parse_args(argv)
@@ -190,6 +190,3 @@ def _outlive_nobody(parent: socket.socket, listen: Address) -> None:
 
     threading.Thread(target=watch, name="parent-watch", daemon=True).start()
 
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -27,8 +27,8 @@ from exo_kimi.runtime.pipeline import Failed, Ready
 from exo_kimi.runtime.steps import Segment, Step, StepResult
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
-NO_TORCH = "import sys; sys.modules['torch'] = None\n"  # transformers would import it: a second per process
-FAKE_CODE = NO_TORCH + Path(__file__).with_name("fake_stage.py").read_text()
+LIGHT = "import sys; from exo_kimi.models.mlx_lm_package import skip_mlx_lm_init; skip_mlx_lm_init()\n"
+FAKE_CODE = LIGHT + Path(__file__).with_name("fake_stage.py").read_text()
 FAKE = (sys.executable, "-c", FAKE_CODE)
 # The first link to the next stage meets a machine without descriptors.
 NO_LINK = """

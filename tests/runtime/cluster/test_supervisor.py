@@ -41,9 +41,9 @@ from exo_kimi.runtime.stage.worker import StageWorker
 from exo_kimi.runtime.steps import Segment, SequenceStart, Step, StepResult
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
-NO_TORCH = "import sys; sys.modules['torch'] = None\n"  # transformers would import it: a second per process
-REAL = (sys.executable, "-c", NO_TORCH + "from exo_kimi.runtime.stage.process import main; sys.exit(main())")
-FAKE = (sys.executable, "-c", NO_TORCH + Path(__file__).with_name("fake_stage.py").read_text())
+LIGHT = "import sys; from exo_kimi.models.mlx_lm_package import skip_mlx_lm_init; skip_mlx_lm_init()\n"
+REAL = (sys.executable, "-m", "exo_kimi.runtime.stage")
+FAKE = (sys.executable, "-c", LIGHT + Path(__file__).with_name("fake_stage.py").read_text())
 OUT_OF_MEMORY, MLX_OUT_OF_MEMORY, BUG, SLEEP, COMPUTE, EXIT, LONG_LINE, HARMLESS = range(1, 9)
 PROMPT = tuple(range(40, 60))
 QUICK = ClusterOptions(stall_s=3.0, heartbeat_s=0.25, child_command=REAL)

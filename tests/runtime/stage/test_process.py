@@ -41,14 +41,14 @@ from exo_kimi.runtime.stage.worker import StageWorker
 from exo_kimi.runtime.steps import Segment, SequenceStart, Step, StepResult
 from exo_kimi.runtime.transport.keys import ClusterKey
 
-NO_TORCH = "import sys; sys.modules['torch'] = None\n"
-SERVE = NO_TORCH + (
+LIGHT = "import sys; from exo_kimi.models.mlx_lm_package import skip_mlx_lm_init; skip_mlx_lm_init()\n"
+SERVE = LIGHT + (
     "from pathlib import Path; import logging; logging.basicConfig(level=logging.INFO)\n"
     "from exo_kimi.runtime.stage.process import serve_stage\n"
     "_, listen, model, key_file = sys.argv\n"
     "serve_stage(listen, model=model or None, key_file=Path(key_file) if key_file else None, environment_key=None)\n"
 )
-REAL = (sys.executable, "-c", NO_TORCH + "from exo_kimi.runtime.stage.process import main; sys.exit(main())")
+REAL = (sys.executable, "-m", "exo_kimi.runtime.stage")
 OPTIONS = ClusterOptions(stall_s=5, heartbeat_s=0.25, connect_s=3, child_command=REAL)
 OpenCluster = Callable[..., Coroutine[Any, Any, StageCluster]]
 
@@ -251,7 +251,7 @@ async def test_a_machine_may_hold_its_own_shards_only_and_not_others(
 
 
 LEADER = (
-    NO_TORCH
+    LIGHT
     + """
 import asyncio
 from exo_kimi.checkpoint.checkpoint import Checkpoint
@@ -259,8 +259,7 @@ from exo_kimi.runtime.cluster.cluster_plan import make_plan
 from exo_kimi.runtime.cluster.supervisor import ClusterOptions, StageCluster
 async def lead():
     plan = make_plan(Checkpoint(sys.argv[1]), remotes=sys.argv[2:])
-    cluster = StageCluster(plan, ClusterOptions(child_command=(sys.executable, "-c",
-        "import sys; sys.modules['torch'] = None; from exo_kimi.runtime.stage.process import main; sys.exit(main())")))
+    cluster = StageCluster(plan, ClusterOptions())
     await cluster.start()
     await cluster.wait_ready()
     print(*(stage.pid for stage in cluster.health()), ";", cluster.health()[0].address, flush=True)
@@ -296,7 +295,7 @@ async def test_children_end_when_their_leader_is_killed_and_a_remote_stage_takes
 
 
 SUSPENDED_LEADER = (
-    NO_TORCH
+    LIGHT
     + """
 import asyncio
 from exo_kimi.checkpoint.checkpoint import Checkpoint
