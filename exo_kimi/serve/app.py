@@ -47,7 +47,7 @@ from exo_kimi.serve.gate import HAS_KEY, Gate
 from exo_kimi.serve.health import health_report
 from exo_kimi.serve.metrics import Metrics
 from exo_kimi.serve.ollama import door as ollama
-from exo_kimi.serve.problems import ApiProblem, answer_error, answer_http_error
+from exo_kimi.serve.problems import ApiProblem, ErrorAnswers, answer_error, answer_http_error
 from exo_kimi.serve.request.fields import GenerationFields
 from exo_kimi.serve.request.prepare import prepare_chat, prepare_completion
 from exo_kimi.serve.request.schemas import ChatRequest, CompletionRequest, parse_chat, parse_completion
@@ -132,9 +132,10 @@ def create_app(
         *(ChatRequest, CompletionRequest, ChatCompletionChunk),
         *(model for room in (responses, anthropic, ollama, tokens, page) for model in room.MODELS),
     )
-    for kind in (ExoKimiError, ApiProblem, Exception):
+    for kind in (ExoKimiError, ApiProblem):
         app.add_exception_handler(kind, answer_error)
     app.add_exception_handler(HTTPException, answer_http_error)
+    app.add_middleware(ErrorAnswers)
     origins = frozenset(cors_origins)
     if origins:
         app.add_middleware(

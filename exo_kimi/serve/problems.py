@@ -9,6 +9,7 @@ from pydantic import ValidationError
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import JSONResponse
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from exo_kimi.errors import (
     ChatError,
@@ -155,6 +156,39 @@ def _snake(error: BaseException) -> str:
 async def answer_error(request: Request, error: Exception) -> JSONResponse:
     """Exception handler for everything that exo-kimi raises on purpose, and for what nobody foresaw."""
     return to_problem(error).response(request.url.path)
+
+
+class ErrorAnswers:
+    """ASGI middleware: whatever fails below is answered, and nothing is raised when an answer is whole.
+
+    Starlette answers what has no handler of its own and raises it all the same; uvicorn then closes the connection, on which a
+    client that has read its whole answer may just be sending the next request, and finds it reset.
+
+    Args:
+        app: what is below.
+    """
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Answers in the place of `app` where it fails before it has begun to answer."""
+        started, whole = False, False
+
+        async def watching_send(message: Message) -> None:
+            nonlocal started, whole
+            started = True
+            whole = message["type"] == "http.response.body" and not message.get("more_body", False)
+            await send(message)
+
+        try:
+            await self._app(scope, receive, watching_send)
+        except Exception as error:
+            if started and not whole:
+                raise  # the connection has to end, or half an answer would look like all of it
+            problem = to_problem(error)
+            if not started:
+                await problem.response(scope["path"])(scope, receive, send)
 
 
 async def answer_http_error(request: Request, error: Exception) -> JSONResponse:

@@ -317,7 +317,7 @@ def client_of(app_of: Callable[..., FastAPI]) -> Callable[..., httpx.AsyncClient
             operation = paths[known[-1]].get(method) if known else None
             assert operation is None or str(response.status_code) in operation["responses"], (path, response)
 
-        transport = httpx.ASGITransport(app, raise_app_exceptions=False)
+        transport = httpx.ASGITransport(app)
         hooks = {"response": [declared]}
         return httpx.AsyncClient(transport=transport, base_url="http://test", event_hooks=hooks)
 

@@ -281,6 +281,25 @@ async def test_no_descriptor_for_a_connection_is_logged_once(caplog):
     assert "no descriptor is left" in caplog.text
 
 
+@pytest.mark.parametrize("error", [OSError(24, "Too many open files"), ZeroDivisionError()])
+async def test_a_refusal_leaves_its_connection_for_the_next_request(saying, app_of, caplog, error):
+    """Starlette raised what it had answered, and uvicorn closed the connection: the next request on it found it reset."""
+    engine = saying(refusal=error)
+    async with served(app_of(engine)) as (port, state):
+        reader, writer = await asyncio.open_connection("127.0.0.1", port)
+        body = json.dumps(ASK).encode()
+        for wanted in (b"50", b"200"):
+            writer.write(HEAD.replace(b"1000", str(len(body)).encode()) + b"\r\n" + body)
+            head = await asyncio.wait_for(reader.readuntil(b"\r\n\r\n"), 5)
+            assert head.startswith(b"HTTP/1.1 " + wanted)
+            await reader.readexactly(int(re.search(rb"content-length: (\d+)", head)[1]))
+            await asyncio.sleep(0.05)
+            engine.refusal = None
+        assert len(state.connections) == 1
+        writer.close()
+    assert "Exception in ASGI" not in caplog.text
+
+
 class Refused(socket.socket):
     """A listening socket whose connections find no descriptor at first."""
 
