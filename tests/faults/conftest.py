@@ -45,6 +45,7 @@ from exo_kimi.serve import loop_watch
 loop_watch.STUCK_S = 12.0  # nobody waits a minute for each of a hundred servers
 ready = ctypes.CDLL(os.environ["LD_PRELOAD"]).faults_ready
 print("ready", flush=True)
+servers = []
 for line in sys.stdin:
     order = json.loads(line)
     if "poll" in order:
@@ -72,7 +73,13 @@ for line in sys.stdin:
                 except OSError:
                     pass
             os._exit(status)
+    servers.append(pid)
     print(json.dumps(pid), flush=True)
+for pid in servers:  # the tests are gone
+    try:
+        os.killpg(pid, signal.SIGKILL)
+    except OSError:
+        pass
 """
 
 
@@ -426,8 +433,9 @@ class Faults:
         return tally
 
     def close(self) -> None:
-        self._nursery.kill()
-        self._nursery.wait()
+        assert self._nursery.stdin is not None
+        self._nursery.stdin.close()
+        self._nursery.wait(10)
         self._log.close()
 
 

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 KINDS = ("descriptor", "process", "write", "send", "map", "allocation")
 STORING = ("--prefix-disk-bytes", "20MB", "--prefix-cache-bytes", "0B")
 PHASES = ("serve", "stop", "start", "prefix store", "restart")
-BLOCK_WORDS = 56  # over 256 tokens, the length of a block
+BLOCK_WORDS = 110  # two blocks of 256 tokens
 Outcomes = list[tuple[str, str]]
 
 

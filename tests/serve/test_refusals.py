@@ -6,6 +6,7 @@ import asyncio
 import json
 import math
 
+import httpx
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -322,14 +323,22 @@ BODY = st.dictionaries(st.sampled_from(FIELDS), JSON, max_size=5).flatmap(
 )
 
 
+@pytest.fixture
+def post(saying, app_of):
+    """`post(path, content)`: the answer of one app, which takes longer to make than to ask."""
+    app = app_of(saying("ok"))
+
+    async def ask(path, content):
+        async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://test") as client:
+            return await client.post(path, content=content)
+
+    return lambda path, content: asyncio.run(ask(path, content))
+
+
 @settings(max_examples=250, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(body=BODY, path=st.sampled_from([CHAT, "/v1/completions"]))
-def test_no_body_at_all_makes_a_500(saying, client_of, body, path):
-    async def post():
-        async with client_of(saying("ok")) as client:
-            return await client.post(path, content=json.dumps(body).encode())
-
-    response = asyncio.run(post())
+def test_no_body_at_all_makes_a_500(post, body, path):
+    response = post(path, json.dumps(body).encode())
     assert response.status_code in (200, 400, 404), response.text
     if response.status_code != 200:
         error_of(response, response.status_code)
@@ -339,12 +348,8 @@ def test_no_body_at_all_makes_a_500(saying, client_of, body, path):
 
 @settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(body=st.binary(max_size=60), path=st.sampled_from([CHAT, "/v1/completions"]))
-def test_no_bytes_at_all_make_a_500(saying, client_of, body, path):
-    async def post():
-        async with client_of(saying("ok")) as client:
-            return await client.post(path, content=body)
-
-    error_of(asyncio.run(post()), 400)
+def test_no_bytes_at_all_make_a_500(post, body, path):
+    error_of(post(path, body), 400)
 
 
 @pytest.mark.parametrize(

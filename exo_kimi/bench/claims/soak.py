@@ -172,6 +172,7 @@ def _wait_recovered(server: SoakServer, seen: Seen, course: Course, name: str) -
     while server.alive and time.monotonic() - began_s < 4 * RECOVERY_S:
         if seen.last_right_s > began_s and server.is_ready():
             course.recoveries_s.append((time.monotonic() - began_s, name))
+            print(f"right again after {course.recoveries_s[-1][0]:.1f} s", file=sys.stderr)
             return
         time.sleep(0.1)
     course.stuck.append(name)

@@ -189,4 +189,3 @@ def _outlive_nobody(parent: socket.socket, listen: Address) -> None:
         os._exit(0)
 
     threading.Thread(target=watch, name="parent-watch", daemon=True).start()
-
