@@ -60,8 +60,8 @@ class Course:
         troubles: how often each was done.
         recoveries_s: after each, how long until an answer was right again, and its name.
         stuck: troubles after which none was.
-        early, late: what the server held, at rest, after a fifth of the time and a trouble of each kind (at the latest after half of the
-            time), and at the end.
+        early, late: what the server held, at rest, at the end, and after a fifth of the time and a trouble of each kind (at the
+            latest after half of it).
         most_rss_bytes: of the server at any time.
         requests_between: that were answered between early and late.
     """
