@@ -14,10 +14,10 @@ from exo_kimi.cli import (
     commands,
     convert_commands,
     exo_commands,
-    fetch_commands,
     page_commands,
     print_version,
     prune_commands,
+    trace_commands,
     train_commands,
 )
 from exo_kimi.errors import UsageError
@@ -76,8 +76,6 @@ def build_app() -> typer.Typer:
     for panel, name, function, settings in (
         (START, "demo", commands.demo, {}),
         (START, "chat", commands.chat, {}),
-        (SERVE, "pull", fetch_commands.pull, {}),
-        (SERVE, "share", fetch_commands.share, {}),
         (SERVE, "plan", commands.plan, {}),
         (SERVE, "machine", commands.machine, {}),
         (SERVE, "serve", commands.serve, {}),
@@ -102,6 +100,11 @@ def build_app() -> typer.Typer:
     exo.command("apply")(exo_commands.apply)
     exo.command("prepare")(exo_commands.prepare)
     exo.command("run", context_settings=passed_on)(exo_commands.run)
+
+    trace = _add_group(app, "trace", WORKSHOP, "Which experts a workload asks for, and what memory would make of it.")
+    trace.command("record")(trace_commands.record)
+    trace.command("replay")(trace_commands.replay)
+    trace.command("make")(trace_commands.make)
 
     train = _add_group(app, "train", WORKSHOP, "Train a small Kimi K2 that really answers, on the CPU.")
     train.command("tiny")(train_commands.tiny)

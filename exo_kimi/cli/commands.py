@@ -38,6 +38,7 @@ from exo_kimi.cli.values import (
     seconds,
     whole,
 )
+from exo_kimi.errors import UsageError
 from exo_kimi.experts.budget import ExpertCache
 
 Layout = Literal["mlx", "int4", "fp8", "bf16"]
@@ -65,7 +66,7 @@ Bench = Literal[  # modules of exo_kimi.bench, with - for _
 ]
 BENCHES: tuple[str, ...] = tuple(name for name in get_args(Bench) if name != "link_speed")
 
-Directory = Annotated[Path, argument("DIR", "a checkpoint, or a model of the hub as ORG/NAME")]
+Directory = Annotated[Path, argument("DIR", "a checkpoint")]
 SPLIT, MEMORY, PREFIXES, PICTURES = "Model and split", "Memory", "Prefix cache", "Pictures"
 NETWORK, SPEED, WORKLOAD, OUTPUT = "Network and keys", "Speculation", "Workload", "Output"
 STREAM = "Experts from disk"
@@ -121,9 +122,8 @@ def inspect(
 ) -> int:
     """What a checkpoint holds: architecture, bytes, bits, problems."""
     from exo_kimi.checkpoint.doctor.report import inspect
-    from exo_kimi.fetch.directories import headers_directory
 
-    report = inspect(headers_directory(directory))
+    report = inspect(directory)
     print(report.to_json() if json else report.to_text())
     return 1 if report.problems else 0
 
@@ -404,12 +404,10 @@ def serve(
 ) -> None:
     """Serve a checkpoint, split over stages, behind a ChatGPT-compatible API."""
     options: dict[str, Any] = locals()
-    from exo_kimi.fetch.directories import ServedPart, served_directory
     from exo_kimi.runtime.transport.api_key import ENVIRONMENT_NAME, find_api_key
     from exo_kimi.serve.launch import ServeOptions, serve
 
     _log_to_stderr()
-    options["directory"] = served_directory(directory, ServedPart.of(options))
     options["api_key"] = find_api_key(
         key_file=options.pop("api_key_file"), option=api_key, environment_text=os.environ.get(ENVIRONMENT_NAME)
     )
@@ -456,7 +454,7 @@ def stage(
     _log_to_stderr()
     serve_stage(
         listen,
-        model=_weights(model),
+        model=None if model is None else str(model),
         key_file=key_file,
         environment_key=os.environ.get("EXO_KIMI_KEY"),
         show_key=sys.stdout.isatty(),
@@ -506,10 +504,9 @@ def layer(
     ] = None,
 ) -> None:
     """Load one layer, run it, report shapes, time and peak memory."""
-    from exo_kimi.fetch.directories import weights_directory
     from exo_kimi.runtime.loading.single_layer import run_layer
 
-    print(run_layer(weights_directory(directory), index, tokens=tokens, dtype=dtype).to_text())
+    print(run_layer(directory, index, tokens=tokens, dtype=dtype).to_text())
 
 
 def plan(
@@ -517,9 +514,7 @@ def plan(
         str,
         option("--cluster", metavar="CLUSTER", help='cluster.toml, or a list such as "m3-ultra-512, m2-ultra-192"'),
     ],
-    directory: Annotated[
-        Path | None, argument("DIR", "a checkpoint, or a model of the hub as ORG/NAME; its headers give the bytes")
-    ] = None,
+    directory: Annotated[Path | None, argument("DIR", "a checkpoint; its headers give the bytes")] = None,
     model: Annotated[
         str | None,
         option("--model", metavar="NAME", help="a published model instead of DIR, before downloading anything"),
@@ -625,10 +620,8 @@ def plan(
 ) -> None:
     """An exact split over the machines you have, what it takes and how fast it will be."""
     options: dict[str, Any] = {name: value for name, value in locals().items() if name not in ("output", "svg")}
-    from exo_kimi.fetch.directories import headers_directory
     from exo_kimi.planner.command import plan_answer
 
-    options["directory"] = None if directory is None else headers_directory(directory)
     answer = plan_answer(**options)
     print(answer.text)
     if output:
@@ -638,7 +631,17 @@ def plan(
 
 
 def machine(
-    measured: Annotated[bool, flag("--measure", help="measure bandwidth, compute and overhead (a minute)")] = False,
+    measured: Annotated[
+        bool, flag("--measure", help="measure bandwidth, compute, overhead and disk (a minute)")
+    ] = False,
+    disk: Annotated[
+        Path | None,
+        option(
+            "--disk",
+            metavar="DIR",
+            help="with --measure: on the disk that experts would be read from (default: that of temporary files)",
+        ),
+    ] = None,
     link: Annotated[
         str | None,
         option(
@@ -656,7 +659,9 @@ def machine(
     if link:
         _measure_link(link)
         return
-    table = _measure() if measured else local_profile()
+    if disk is not None and not (measured and disk.is_dir()):
+        raise UsageError("no disk to measure", expected="--measure --disk DIR, a directory", found=disk, where="--disk")
+    table = _measure(disk) if measured else local_profile()
     print(profile_answer(table), end="")
     if output:
         write_text(output, profile_toml(table), option="-o")
@@ -677,9 +682,7 @@ def doctor(
     """Everything that is wrong with a checkpoint directory, and a repair of config files."""
     from exo_kimi.checkpoint.doctor.doctor import doctor
     from exo_kimi.checkpoint.doctor.repair import repair
-    from exo_kimi.fetch.directories import headers_directory, weights_directory
 
-    directory = (weights_directory if deep or fix or sha256 else headers_directory)(directory)
     diagnosis = (repair if fix else doctor)(directory, deep=deep, sha256=sha256)
     print(diagnosis.to_json() if json else diagnosis.to_text())
     return 0 if diagnosis.healthy else 1
@@ -697,16 +700,12 @@ def bench(
     return int(import_module(f"exo_kimi.bench.{module}").main(rest) or 0)
 
 
-def _weights(model: Path | None) -> str | None:
-    from exo_kimi.fetch.directories import weights_directory
+def _measure(disk: Path | None) -> Any:
+    from tempfile import gettempdir
 
-    return None if model is None else str(weights_directory(model))
-
-
-def _measure() -> Any:
     from exo_kimi.bench.claims.machine import measure
 
-    return measure()
+    return measure(disk or Path(gettempdir()))
 
 
 def _measure_link(address: str) -> None:

@@ -198,6 +198,18 @@ def deadline(text: str) -> float:
 
 
 @_parser
+def real(text: str) -> float:
+    """A number of at least 0."""
+    try:
+        found = float(text)
+    except ValueError:
+        found = -1.0
+    if not 0 <= found < 1e6:
+        raise typer.BadParameter(f"{text!r} is not a number of at least 0")
+    return found
+
+
+@_parser
 def share(text: str) -> float:
     """A part of the whole, 0 to 1."""
     try:

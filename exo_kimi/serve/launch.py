@@ -97,11 +97,16 @@ def serve(options: ServeOptions, *, announce: Callable[[str], None] | None = Non
     key = find_key(key_file=options.key_file, environment_text=os.environ.get(ENVIRONMENT_NAME))
     checkpoint, scratch_bytes = Checkpoint(options.directory), None
     planned_kv_bytes: tuple[int, ...] = ()
+    planned_caches: tuple[ExpertCache | None, ...] = ()
     planned = read_plan(options.plan) if options.plan is not None else None
     if planned is not None:
         options = _following(planned, options, checkpoint)
         scratch_bytes = min(stage.scratch_bytes for stage in planned.stages)
         planned_kv_bytes = tuple(stage.kv_bytes for stage in planned.stages)
+        planned_caches = tuple(
+            ExpertCache.of(None if stage.expert_slots is None else stage.expert_cache_bytes, options.expert_policy)
+            for stage in planned.stages
+        )
     tower = _tower(options, checkpoint)
     if planned is not None:
         check_tower_planned(planned, checkpoint.manifest(), tower)
@@ -116,6 +121,7 @@ def serve(options: ServeOptions, *, announce: Callable[[str], None] | None = Non
         kv_bits=options.kv_bits,
         vision=tower if isinstance(tower, VisionManifest) else None,
         expert_cache=ExpertCache.of(options.expert_cache, options.expert_policy),
+        planned_caches=planned_caches,
     )
     speaker = Speaker.from_directory(options.directory, raw_config=checkpoint.raw_config)
     speaker = replace(speaker, pictures=_pictures(options, tower))

@@ -108,6 +108,8 @@ FOLLOWED: dict[str, Any] = {
     "dtype": "float32",
     "kv_bytes": 4096,
     "kv_bits": 8,
+    "expert_cache": 1 << 30,
+    "expert_policy": "slru",
     "prefill_chunk": 4096,
     "queue_limit": 1000,
     "stall_deadline": 90.0,
@@ -216,3 +218,38 @@ def test_a_plan_says_the_prefill_chunk_unless_an_option_does(
     for option in (None, 64):
         serve(ServeOptions(directory=planned_tiny, plan=tmp_path / "p", prefill_chunk=option))
     assert seen == [128, 64]
+
+
+def test_a_stage_streams_what_its_plan_says(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The machine that is too small gets slots, the other holds all; an --expert-cache goes before the plan's."""
+    directory = make_tiny(tmp_path / "tiny")
+    cluster = tmp_path / "cluster.toml"
+    entry = '[[machine]]\nname = "{}"\nchip = "m4-max"\nmemory = "36GiB"\nssd_bytes_per_s = 5e9\n'
+    asked: dict[str, Any] = {"directory": directory, "cluster": cluster, "context": 64, "reserve_bytes": 0}
+    asked["prefill_chunk"] = 64
+    cluster.write_text(entry.format("a") + entry.format("b"))
+    whole = plan_answer(**asked, split="4,3").plan.stages
+    limits = [whole[0].need_bytes, whole[1].need_bytes - 300_000]
+    cluster.write_text("".join(entry.format(n) + f'limit = "{size} B"\n' for n, size in zip("ab", limits, strict=True)))
+    answer = plan_answer(**asked, split="4,3", stream=True)
+    plan, model = answer.plan, answer.split.question.model
+    assert plan.stages[0].expert_slots is None and plan.stages[1].expert_slots is not None
+    plan.save(tmp_path / "plan.json")
+    found: list[tuple[int | None, ...]] = []
+
+    async def start(factory: Callable[[], Awaitable[Any]]) -> None:
+        served = await factory()
+        await asyncio.wait_for(served.engine.wait_ready(), 60)
+        async with asyncio.timeout(20):  # until a heartbeat has told it
+            while (stages := served.engine.snapshot().stages)[1].experts is None:
+                await asyncio.sleep(0.1)
+        experts = [stage.experts for stage in stages]
+        found.append(tuple(None if each is None else each.slots for each in experts))
+        await served.engine.close()
+
+    monkeypatch.setattr(launch, "run", lambda factory, **_: asyncio.run(start(factory)))
+    serve(ServeOptions(directory=directory, plan=tmp_path / "plan.json"))
+    serve(ServeOptions(directory=directory, plan=tmp_path / "plan.json", expert_cache=10**6))
+    moe = sum(size > 0 for size in model.expert_bytes[4:])
+    assert found[0] == (None, plan.stages[1].expert_slots * moe)
+    assert found[1][1] not in (None, found[0][1])

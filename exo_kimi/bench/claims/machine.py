@@ -3,7 +3,8 @@
     python -m exo_kimi.bench.claims.machine [FILE]       measure, print, and write the profile
 
 Bandwidth is what a 4-bit matrix-vector product reads, which is what decoding does; the overhead is what a tiny model's step
-takes beside that; prefill is grouped 4-bit experts on a chunk of tokens; attention is what a longer context adds to a token.
+takes beside that; prefill is grouped 4-bit experts on a chunk of tokens; attention is what a longer context adds to a token; the
+disk is read as streamed experts are.
 Each is the lower quartile of repetitions, since other programs only ever slow things down.
 """
 
@@ -21,6 +22,7 @@ from typing import Any
 
 import mlx.core as mx
 
+from exo_kimi.bench.setups.disk import READERS, RECORD_BYTES, read_speed
 from exo_kimi.checkpoint.index import open_index
 from exo_kimi.checkpoint.manifest import resolve
 from exo_kimi.checkpoint.tiny.make import make_tiny
@@ -36,8 +38,8 @@ GROUP = 64
 CHUNK = 512
 
 
-def measure() -> dict[str, Any]:
-    """The profile table of this machine, every value measured."""
+def measure(disk: Path | None = None) -> dict[str, Any]:
+    """The profile table of this machine, every value measured; its disk only where a directory on it is given."""
     table = local_profile()
     measured, source = dict(table["measured"]), dict(table["source"])
     how = f"exo_kimi.bench.claims.machine, mlx {version('mlx')}, {_device()}, lower quartile of {REPETITIONS}"
@@ -48,6 +50,12 @@ def measure() -> dict[str, Any]:
     measured["prefill_flops_per_s"] = prefill_flops()
     measured["attention_flops_per_s"] = attention_speed(bandwidth)
     measured["overhead_per_layer_s"] = layer_overhead(bandwidth)
+    speed = None if disk is None else read_speed(disk)
+    if speed is not None:
+        measured["ssd_bytes_per_s"] = speed
+        source["ssd_bytes_per_s"] = (
+            f"{READERS} readers, {RECORD_BYTES >> 20} MiB each, past the cache, in no order, {disk}"
+        )
     source |= {key: how for key in measured if key not in source}
     return {**table, "measured": measured, "source": source}
 
@@ -133,7 +141,7 @@ def lower_quartile(times: Sequence[float]) -> float:
 
 def main(arguments: Sequence[str]) -> None:
     """Measure, print a table and one JSON line, and write the profile where asked."""
-    table = measure()
+    table = measure(Path(tempfile.gettempdir()))
     print(profile_answer(table), end="")
     print(json.dumps({"bench": "machine", **table}, sort_keys=True))
     if arguments:

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 import numpy as np
 from numpy.typing import NDArray
 
 from exo_kimi.errors import UsageError
 from exo_kimi.experts.traces.trace import ExpertTrace
+
+Kind = Literal["uniform", "zipf", "scan"]
 
 
 def uniform(*, experts: int, chosen: int, tokens: int, layers: int = 1, seed: int = 0) -> ExpertTrace:
@@ -35,6 +39,16 @@ def scan(*, experts: int, chosen: int, tokens: int, layers: int = 1) -> ExpertTr
     _check(experts, chosen, tokens, layers)
     row: NDArray[np.int64] = np.arange(tokens * chosen).reshape(tokens, chosen) % experts
     return ExpertTrace.of_tokens(np.stack([row] * layers), experts=experts, source="scan")
+
+
+def made(
+    kind: Kind, *, exponent: float, experts: int, chosen: int, tokens: int, layers: int = 1, seed: int = 0
+) -> ExpertTrace:
+    """A trace of a kind; the exponent counts for `zipf` alone, the seed not for `scan`."""
+    if kind == "scan":
+        return scan(experts=experts, chosen=chosen, tokens=tokens, layers=layers)
+    strength = exponent if kind == "zipf" else 0.0
+    return zipf(exponent=strength, experts=experts, chosen=chosen, tokens=tokens, layers=layers, seed=seed)
 
 
 def scans_between(trace: ExpertTrace, *, every: int) -> ExpertTrace:

@@ -90,13 +90,12 @@ class ExpertTrace:
             start += tokens
 
     def requests(self, layer: int) -> list[tuple[int, ...]]:
-        """What each forward pass asks of a layer: its different experts, in the order in which its tokens name them.
+        """What each forward pass asks of a layer: its different experts, in the order in which the engine names them.
 
         Args:
             layer: which of the M, from 0.
         """
-        rows = self.ids[layer].tolist()
-        return [tuple(dict.fromkeys(e for row in rows[span] for e in row)) for span in self.passes]
+        return [tuple(asked(self.ids[layer, span])) for span in self.passes]
 
     def decoding(self) -> ExpertTrace:
         """The same tokens one at a time: what one sequence would ask for if it decoded them all."""
@@ -130,6 +129,17 @@ class ExpertTrace:
                 calls=self.calls,
                 source=np.frombuffer(self.source.encode(), np.uint8),
             )
+
+
+def asked(chosen: NDArray[Any]) -> list[int]:
+    """The different experts of a pass, the one that most tokens chose last, as `ExpertBank.apply` asks for them.
+
+    Args:
+        chosen: experts of the pass's tokens, in any shape.
+    """
+    experts, counts = np.unique(chosen, return_counts=True)
+    found: list[int] = experts[np.argsort(counts, kind="stable")].tolist()
+    return found
 
 
 def read_trace(path: str | Path) -> ExpertTrace:

@@ -14,7 +14,7 @@ from exo_kimi.units import format_bytes
 
 def machine_text(machine: Machine) -> str:
     """Every value with its status and source."""
-    rows = (
+    rows = [
         ("memory", format_bytes(machine.memory_bytes), "", ""),
         ("limit", format_bytes(machine.limit_bytes), machine.limit.status, machine.limit.source),
         ("ceiling", format_bytes(machine.ceiling_bytes), "", "the highest wired limit that a plan asks for"),
@@ -39,7 +39,11 @@ def machine_text(machine: Machine) -> str:
             machine.overhead.status,
             machine.overhead.source,
         ),
-    )
+    ]
+    if machine.ssd is not None:
+        rows.append(("disk", f"{machine.ssd.number / 1e9:.3g} GB/s", machine.ssd.status, machine.ssd.source))
+    else:
+        rows.append(("disk", "not known", "", "nothing is streamed: `exo-kimi machine --measure`, or `plan --ssd`"))
     thunderbolt = f"Thunderbolt {machine.thunderbolt}" if machine.thunderbolt else "no Thunderbolt known"
     links = thunderbolt + (", RDMA (macOS 26.2 or later)" if machine.rdma else ", no RDMA")
     lines = [f"{machine.name}: {machine.chip}, {links}"]

@@ -78,6 +78,7 @@ def make_plan(
     kv_bits: int | None = None,
     vision: VisionManifest | None = None,
     expert_cache: ExpertCache | None = None,
+    planned_caches: Sequence[ExpertCache | None] = (),
 ) -> ClusterPlan:
     """Place every layer of a checkpoint.
 
@@ -94,6 +95,7 @@ def make_plan(
         vision: the tower, which the first stage holds; None takes no pictures.
         expert_cache: what this machine may hold of the routed experts of its stages, which share it by their bytes; None holds
             all.
+        planned_caches: the same of each stage, as a plan has it, which counts where `expert_cache` says nothing.
 
     Raises:
         CheckpointError: the directory cannot be served.
@@ -104,17 +106,32 @@ def make_plan(
     config = checkpoint.config
     if kv_bits is not None:
         check_quantizable(config)
-    checkpoint.manifest()  # what is wrong anywhere in the model is told before what is wrong with an option
-    ranges = stage_ranges(checkpoint, split=split, stages=stages, remotes=len(addresses), vision=vision)
+    whole = checkpoint.manifest()
+    if split is not None:
+        ranges = parse_split(split, config.num_hidden_layers)
+        if stages is not None and stages != len(ranges):
+            raise UsageError("--split and --stages disagree", expected=f"{stages} stages", found=f"--split {split}")
+    else:
+        count = stages if stages is not None else len(addresses) + 1 if addresses else DEFAULT_STAGES
+        ranges = balanced_split(bytes_of_manifest(whole).with_tower(vision), count)
     local = len(ranges) - len(addresses)
+    if local < 0:
+        raise UsageError(
+            "more --stage addresses than stages",
+            expected=f"at most {len(ranges)}",
+            found=len(addresses),
+            where="--stage",
+        )
     placed: list[Address | None] = [*[None] * local, *addresses]
     manifests = [checkpoint.manifest(start, end) for start, end in ranges]
-    shares = _shares(expert_cache, manifests[:local], dtype)
+    shares = [*_shares(expert_cache, manifests[:local], dtype), *[None] * len(addresses)]
+    for stage, planned in enumerate(planned_caches):
+        if planned is not None and shares[stage] is None:
+            shares[stage] = planned.budget_bytes
+    policies = {cache.policy for cache in (expert_cache, *planned_caches) if cache is not None}
     plans = []
     for stage, ((start, end), remote) in enumerate(zip(ranges, placed, strict=True)):
         manifest = manifests[stage]
-        if remote is None:
-            manifest.check_here()
         tower = vision if stage == 0 else None
         load = Load(
             stage=stage,
@@ -127,8 +144,8 @@ def make_plan(
             kv_bits=kv_bits,
             vision=tower is not None,
             vision_directory=_apart(tower, checkpoint.directory),
-            expert_cache_bytes=shares[stage] if stage < local else None,
-            expert_policy=expert_cache.policy if expert_cache is not None else DEFAULT_POLICY,
+            expert_cache_bytes=shares[stage],
+            expert_policy=next(iter(policies), DEFAULT_POLICY),
         )
         weights_bytes = manifest.resident_bytes + manifest.widened_bytes
         if tower is not None:
@@ -153,39 +170,6 @@ def _shares(cache: ExpertCache | None, manifests: Sequence[StageManifest], dtype
         slots_for(cache.budget_bytes, {each.layer: each.slot_bytes for each in every}, layout.experts)
     whole = [sum(layout.experts * layout.slot_bytes for layout in layouts) for layouts in stages]
     return list(shares_of(cache.budget_bytes, whole))
-
-
-def stage_ranges(
-    checkpoint: Checkpoint,
-    *,
-    split: str | None,
-    stages: int | None,
-    remotes: int,
-    vision: VisionManifest | None = None,
-) -> Sequence[tuple[int, int]]:
-    """Half-open layer ranges of all stages, those of this machine first; the last `remotes` are on others.
-
-    Args:
-        checkpoint: its headers are enough.
-        split, stages, vision: see `make_plan`.
-        remotes: how many stages are on other machines.
-
-    Raises:
-        CheckpointError: the directory cannot be served.
-        SplitError, UsageError: an option cannot be followed.
-    """
-    if split is not None:
-        ranges = parse_split(split, checkpoint.config.num_hidden_layers)
-        if stages is not None and stages != len(ranges):
-            raise UsageError("--split and --stages disagree", expected=f"{stages} stages", found=f"--split {split}")
-    else:
-        count = stages if stages is not None else remotes + 1 if remotes else DEFAULT_STAGES
-        ranges = balanced_split(bytes_of_manifest(checkpoint.manifest()).with_tower(vision), count)
-    if remotes > len(ranges):
-        raise UsageError(
-            "more --stage addresses than stages", expected=f"at most {len(ranges)}", found=remotes, where="--stage"
-        )
-    return ranges
 
 
 def _apart(tower: VisionManifest | None, directory: Path) -> str | None:

@@ -13,7 +13,7 @@ import pytest
 
 from exo_kimi.checkpoint.checkpoint import Checkpoint
 from exo_kimi.checkpoint.tiny.make import make_tiny
-from exo_kimi.errors import PlanInfeasibleError, UsageError
+from exo_kimi.errors import PlanInfeasibleError, PlanMismatchError, UsageError
 from exo_kimi.planner import data
 from exo_kimi.planner.command import plan_answer
 from exo_kimi.planner.matching import check_matches
@@ -233,13 +233,20 @@ def test_a_streamed_plan_is_for_its_checkpoint(tmp_path: Path) -> None:
     """From a recipe, weights are compared without the experts, which the plan does not hold."""
     checkpoint = Checkpoint(make_tiny(tmp_path / "tiny", recipe="q34+q6"))
     cluster = tmp_path / "cluster.toml"
-    cluster.write_text(
-        '[[machine]]\nname = "a"\nchip = "m4-max"\nmemory = "36GiB"\nlimit = "0.0107GiB"\nssd_bytes_per_s = 5e9\n'
-    )
-    plan = plan_answer(
-        directory=checkpoint.directory, cluster=cluster, stream=True, context=64, reserve_bytes=0, force=True
-    ).plan
+    asked: dict[str, Any] = {"directory": checkpoint.directory, "cluster": cluster, "context": 64, "reserve_bytes": 0}
+    entry = '[[machine]]\nname = "a"\nchip = "m4-max"\nmemory = "36GiB"\nssd_bytes_per_s = 5e9\n'
+    cluster.write_text(entry)
+    whole = plan_answer(**asked).plan
+    cluster.write_text(entry + f'limit = "{whole.stages[0].need_bytes - 500_000} B"\n')
+    plan = plan_answer(**asked, stream=True).plan
+    assert plan.stages[0].expert_slots is not None
+    assert plan.stages[0].weight_bytes < whole.stages[0].weight_bytes
     check_matches(plan, checkpoint.manifest())
+    recipe = replace(plan, model=replace(plan.model, from_headers=False))
+    check_matches(recipe, checkpoint.manifest())
+    heavier = replace(recipe, stages=(replace(recipe.stages[0], weight_bytes=recipe.stages[0].weight_bytes - 1),))
+    with pytest.raises(PlanMismatchError, match="heavier"):
+        check_matches(heavier, checkpoint.manifest())
 
 
 def test_hit_rates_of_a_file(tmp_path: Path) -> None:

@@ -1,1 +1,0 @@
-"""Weights from the hub or from another machine: only what this machine needs, resumed at any byte, verified."""
