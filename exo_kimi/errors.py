@@ -37,6 +37,8 @@ ExoKimiError                    everything that exo-kimi raises on purpose
 |   +-- ExoPlacementError       the exo cluster cannot take a plan as it is now
 |   +-- ExoLoadError            an instance did not become ready; it was taken back
 |       +-- ExoDeletedError     somebody deleted an instance before it had answered once
++-- FetchError                  files cannot be fetched from the hub or from another machine
+|   +-- NotHeldError            the other machine does not hold a part of the model that was asked of it
 +-- MachineError                the machine has no memory, descriptor, process or room left for what a command needs
 +-- RuntimeFault                the cluster of stages failed; the request did not (HTTP 503)
     +-- StageUnreachableError   a stage did not answer at its address
@@ -293,6 +295,14 @@ class ExoLoadError(ExoError):
 
 class ExoDeletedError(ExoLoadError):
     """Raised when somebody deleted an instance before it had answered once."""
+
+
+class FetchError(ExoKimiError):
+    """Raised when files cannot be fetched from the hub or from another machine."""
+
+
+class NotHeldError(FetchError):
+    """Raised when the other machine does not hold a part of the model that was asked of it."""
 
 
 class MachineError(ExoKimiError):

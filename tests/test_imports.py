@@ -25,6 +25,7 @@ FLOORS = {
     "runtime": 6,
     "dialogue": 7,
     "page": 7,
+    "fetch": 7,
     "serve": 8,
     "plugin": 8,
     "compress": 8,

@@ -10,7 +10,7 @@ import hashlib
 import os
 
 from exo_kimi.checkpoint.index import TensorEntry
-from exo_kimi.checkpoint.manifest import StageManifest
+from exo_kimi.checkpoint.manifest import StageManifest, not_here
 from exo_kimi.checkpoint.text_files import open_regular
 from exo_kimi.errors import TensorFileError
 
@@ -20,6 +20,7 @@ def stage_fingerprint(manifest: StageManifest) -> str:
 
     Raises:
         TensorFileError: a file cannot be read.
+        MissingTensorError: the directory is a share without the norms.
     """
     digest = hashlib.sha256(repr(manifest.config).encode())
     for source in manifest.sources:
@@ -34,6 +35,8 @@ def stage_fingerprint(manifest: StageManifest) -> str:
 
 def _read(manifest: StageManifest, entry: TensorEntry) -> bytes:
     path = manifest.directory / entry.file
+    if not entry.is_here:
+        raise not_here(manifest.directory, (entry,))
     try:
         with os.fdopen(open_regular(path), "rb") as stream:
             stream.seek(entry.start)

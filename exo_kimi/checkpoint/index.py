@@ -184,7 +184,7 @@ def _read_shards(shards: Shards) -> WeightFileTensors:
     for file in shards.files:
         header, entries, errors = read_header(file)
         headers.append(f"\n{file.name} {len(header)}\n".encode() + header)
-        names = frozenset(entry.name for entry in entries)
+        names = frozenset(entry.name for entry in entries if entry.is_here)
         promised = names if shards.promised is None else shards.promised[file.name]
         problems += [FileProblem(error, (names | promised) or None) for error in errors]
         if not errors:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -12,8 +12,8 @@ from exo_kimi.checkpoint.fitting import Fitting, mixed_floats
 from exo_kimi.checkpoint.formats import format_declared
 from exo_kimi.checkpoint.gathering import left_over, missing_module
 from exo_kimi.checkpoint.hints import read_hints
-from exo_kimi.checkpoint.index import CheckpointIndex
-from exo_kimi.checkpoint.keys import TensorKey, parse_key
+from exo_kimi.checkpoint.index import CheckpointIndex, TensorEntry
+from exo_kimi.checkpoint.keys import TensorKey, layer_of, parse_key
 from exo_kimi.checkpoint.sources import ModuleSource
 from exo_kimi.errors import (
     CheckpointError,
@@ -68,6 +68,36 @@ class StageManifest:
     def widened_bytes(self) -> int:
         """Bytes that a serving stage needs on top; see `ModuleSource.widened_bytes`."""
         return sum(source.widened_bytes for source in self.sources)
+
+    def check_here(self) -> None:
+        """Refuse to load what a share tells of and does not hold.
+
+        Raises:
+            MissingTensorError: with the range and what is not here of it.
+        """
+        absent = [
+            entry
+            for source in self.sources
+            for entries in source.parts.values()
+            for entry in entries
+            if not entry.is_here
+        ]
+        if absent:
+            raise not_here(self.directory, absent)
+
+
+def not_here(directory: Path, absent: Sequence[TensorEntry]) -> MissingTensorError:
+    """The error about tensors that a share tells of and does not hold."""
+    layers = sorted({layer for layer in (layer_of(entry.name) for entry in absent) if layer is not None})
+    first = f"{absent[0].name}" + (f" and {len(absent) - 1:,} more" if len(absent) > 1 else "")
+    return MissingTensorError(
+        f"{directory.name} is a share of its model, without "
+        + (f"layers {layers[0]}:{layers[-1] + 1}" if layers else "these tensors"),
+        expected=first,
+        found="their names and shapes alone",
+        where=directory,
+        fix="fetch them too with `exo-kimi pull ... --layers START:END -o DIR`, or run these layers where they are",
+    )
 
 
 def resolve(index: CheckpointIndex, start_layer: int = 0, end_layer: int | None = None) -> StageManifest:

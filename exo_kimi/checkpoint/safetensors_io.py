@@ -1,6 +1,7 @@
 """The safetensors container: headers read strictly, whole files written by the safetensors library.
 
 A file is 8 bytes of little-endian header length, that many bytes of JSON, then the tensors' bytes without gap or overlap.
+A *cut* file holds some of a file's tensors and the header of the whole: a machine's share is made of whole files and cut ones.
 
 Source: https://github.com/huggingface/safetensors#format.
 """
@@ -9,7 +10,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from operator import attrgetter
 from pathlib import Path
@@ -32,6 +33,8 @@ BITS_PER_ELEMENT = {
     **{"F4": 4, "F6_E2M3": 6, "F6_E3M2": 6},
 }
 MAX_HEADER_BYTES = 100_000_000  # the reference implementation's own bound: a hostile length must not allocate more
+WHOLE_HEADER = "exo_kimi_whole_header"  # key of a cut file's metadata: the header of the file it was cut from
+WHOLE_SHA256 = "exo_kimi_whole_sha256"
 _LENGTH_BYTES = 8
 _MAX_DIMS, _MAX_COUNT = 64, 2**63  # beyond them a number is too long to print
 _HEADER_RULE = f"a header of 2 to {MAX_HEADER_BYTES:,} bytes"
@@ -47,7 +50,7 @@ class TensorEntry(NamedTuple):  # there are up to half a million, and a frozen d
         dtype: safetensors' name of the dtype, such as `BF16`.
         shape: its dimensions.
         file: the file's name inside the checkpoint directory.
-        start: first byte in the file, absolute.
+        start: first byte in the file, absolute; negative where a cut file tells of the tensor and does not hold it.
         end: one past the last byte in the file, absolute.
     """
 
@@ -62,6 +65,11 @@ class TensorEntry(NamedTuple):  # there are up to half a million, and a frozen d
     def nbytes(self) -> int:
         """Bytes on disk."""
         return self.end - self.start
+
+    @property
+    def is_here(self) -> bool:
+        """Whether the file holds its bytes; a cut file tells of the others by name, dtype and shape alone."""
+        return self.start >= 0
 
     def describe(self) -> str:
         """`(384, 7168, 256) U32`."""
@@ -89,7 +97,7 @@ def read_header(path: Path) -> tuple[bytes, list[TensorEntry], list[TensorFileEr
 
     Returns:
         The header's bytes (for a fingerprint), its entries in the order of the header, and every problem met. Entries
-        that a problem makes unusable are left out.
+        that a problem makes unusable are left out. Of a cut file: the header and the entries of the whole one.
     """
     try:
         with os.fdopen(open_regular(path), "rb") as stream:
@@ -117,9 +125,55 @@ def read_header(path: Path) -> tuple[bytes, list[TensorEntry], list[TensorFileEr
         return header, [], [_broken(path, "the header is not JSON", "a JSON object", str(error))]
     if not isinstance(raw, dict):
         return header, [], [_broken(path, "the header is not JSON", "a JSON object", type(raw).__name__)]
+    entries, problems = _entries(path, raw, _LENGTH_BYTES + header_bytes)
+    # A missing entry would look like a gap: the layout is judged only when every entry could be read.
+    if not problems:
+        problems += _layout_problems(path, entries, _LENGTH_BYTES + header_bytes, file_bytes)
+    metadata = raw.get("__metadata__")
+    whole = metadata.get(WHOLE_HEADER) if isinstance(metadata, dict) else None
+    return (header, entries, problems) if whole is None else _of_cut_file(path, whole, entries, problems)
+
+
+def cut_head(
+    header: bytes, names: Collection[str], *, sha256: str | None = None
+) -> tuple[bytes, list[tuple[int, int]]]:
+    """Begin a cut file: one that holds some tensors of a file and, in its metadata, the header of the whole.
+
+    Such a file is a safetensors file like any other, so programs that know nothing of cuts find tensors missing, and no zeros.
+
+    Args:
+        header: of the whole file, sound, without its length.
+        names: the tensors to keep.
+        sha256: of the whole file, where it is known: cuts of files with other weights are not taken for each other.
+
+    Returns:
+        The bytes before the first tensor, and the byte ranges of the whole file that follow, in this order.
+    """
+    raw = json.loads(header)
+    metadata = {**(raw.get("__metadata__") or {}), WHOLE_HEADER: header.decode()}
+    if sha256 is not None:
+        metadata[WHOLE_SHA256] = sha256
+    kept: dict[str, Any] = {}
+    ranges: list[tuple[int, int]] = []
+    data_start, position = _LENGTH_BYTES + len(header), 0
+    fields = [(name, each) for name, each in raw.items() if name in names and name != "__metadata__"]
+    for name, each in sorted(fields, key=lambda item: item[1]["data_offsets"]):
+        start, end = each["data_offsets"]
+        kept[name] = {**each, "data_offsets": [position, position + end - start]}
+        position += end - start
+        if ranges and ranges[-1][1] == data_start + start:
+            ranges[-1] = (ranges[-1][0], data_start + end)
+        elif end > start:
+            ranges.append((data_start + start, data_start + end))
+    text = json.dumps({"__metadata__": metadata, **kept}, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % _LENGTH_BYTES)  # the data of a file begins at a multiple of 8
+    return len(text).to_bytes(_LENGTH_BYTES, "little") + text, ranges
+
+
+def _entries(path: Path, raw: Mapping[str, Any], data_start: int) -> tuple[list[TensorEntry], list[TensorFileError]]:
     entries: list[TensorEntry] = []
     problems: list[TensorFileError] = []
-    data_start, file = _LENGTH_BYTES + header_bytes, path.name
+    file = path.name
     for name, fields in raw.items():
         if name == "__metadata__":
             continue
@@ -128,10 +182,33 @@ def read_header(path: Path) -> tuple[bytes, list[TensorEntry], list[TensorFileEr
             entries.append(entry)
         else:
             problems.append(entry)
-    # A missing entry would look like a gap: the layout is judged only when every entry could be read.
-    if not problems:
-        problems += _layout_problems(path, entries, data_start, file_bytes)
-    return header, entries, problems
+    return entries, problems
+
+
+def _of_cut_file(
+    path: Path, text: object, held: list[TensorEntry], problems: list[TensorFileError]
+) -> tuple[bytes, list[TensorEntry], list[TensorFileError]]:
+    """Header and entries of the whole file, those that are held with their place in this one."""
+    try:
+        header = text.encode() if isinstance(text, str) else b""
+        raw = json.loads(header)
+    except (ValueError, RecursionError) as error:
+        return b"", held, [*problems, _broken(path, "the header of the whole file is not JSON", "JSON", str(error))]
+    if not isinstance(raw, dict):
+        return b"", held, [*problems, _broken(path, "the header of the whole file is not JSON", "a JSON object", raw)]
+    whole, more = _entries(path, raw, _LENGTH_BYTES + len(header))
+    here = {entry.name: entry for entry in held}
+    entries = []
+    for entry in whole:
+        found = here.pop(entry.name, None)
+        if found is not None and found[1:3] != entry[1:3]:
+            odd = f"{entry.name}: the cut file and the whole one differ"
+            more.append(_broken(path, odd, entry.describe(), found.describe()))
+        entries.append(entry._replace(start=-entry.nbytes, end=0) if found is None else found)
+    if here:
+        odd = f"{next(iter(here))}: the cut file has it, and the whole one has not"
+        more.append(_broken(path, odd, f"{len(whole)} tensors of the whole file", f"{len(here)} more"))
+    return header, entries, [*problems, *more]
 
 
 def write_file(path: Path, tensors: Mapping[str, StoredTensor], *, metadata: Mapping[str, str] | None = None) -> None:

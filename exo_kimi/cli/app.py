@@ -14,6 +14,7 @@ from exo_kimi.cli import (
     commands,
     convert_commands,
     exo_commands,
+    fetch_commands,
     page_commands,
     print_version,
     prune_commands,
@@ -76,6 +77,8 @@ def build_app() -> typer.Typer:
     for panel, name, function, settings in (
         (START, "demo", commands.demo, {}),
         (START, "chat", commands.chat, {}),
+        (SERVE, "pull", fetch_commands.pull, {}),
+        (SERVE, "share", fetch_commands.share, {}),
         (SERVE, "plan", commands.plan, {}),
         (SERVE, "machine", commands.machine, {}),
         (SERVE, "serve", commands.serve, {}),

@@ -66,7 +66,7 @@ Bench = Literal[  # modules of exo_kimi.bench, with - for _
 ]
 BENCHES: tuple[str, ...] = tuple(name for name in get_args(Bench) if name != "link_speed")
 
-Directory = Annotated[Path, argument("DIR", "a checkpoint")]
+Directory = Annotated[Path, argument("DIR", "a checkpoint, or a model of the hub as ORG/NAME")]
 SPLIT, MEMORY, PREFIXES, PICTURES = "Model and split", "Memory", "Prefix cache", "Pictures"
 NETWORK, SPEED, WORKLOAD, OUTPUT = "Network and keys", "Speculation", "Workload", "Output"
 STREAM = "Experts from disk"
@@ -122,8 +122,9 @@ def inspect(
 ) -> int:
     """What a checkpoint holds: architecture, bytes, bits, problems."""
     from exo_kimi.checkpoint.doctor.report import inspect
+    from exo_kimi.fetch.directories import headers_directory
 
-    report = inspect(directory)
+    report = inspect(headers_directory(directory))
     print(report.to_json() if json else report.to_text())
     return 1 if report.problems else 0
 
@@ -404,10 +405,12 @@ def serve(
 ) -> None:
     """Serve a checkpoint, split over stages, behind a ChatGPT-compatible API."""
     options: dict[str, Any] = locals()
+    from exo_kimi.fetch.directories import ServedPart, served_directory
     from exo_kimi.runtime.transport.api_key import ENVIRONMENT_NAME, find_api_key
     from exo_kimi.serve.launch import ServeOptions, serve
 
     _log_to_stderr()
+    options["directory"] = served_directory(directory, ServedPart.of(options))
     options["api_key"] = find_api_key(
         key_file=options.pop("api_key_file"), option=api_key, environment_text=os.environ.get(ENVIRONMENT_NAME)
     )
@@ -454,7 +457,7 @@ def stage(
     _log_to_stderr()
     serve_stage(
         listen,
-        model=None if model is None else str(model),
+        model=_weights(model),
         key_file=key_file,
         environment_key=os.environ.get("EXO_KIMI_KEY"),
         show_key=sys.stdout.isatty(),
@@ -504,9 +507,10 @@ def layer(
     ] = None,
 ) -> None:
     """Load one layer, run it, report shapes, time and peak memory."""
+    from exo_kimi.fetch.directories import weights_directory
     from exo_kimi.runtime.loading.single_layer import run_layer
 
-    print(run_layer(directory, index, tokens=tokens, dtype=dtype).to_text())
+    print(run_layer(weights_directory(directory), index, tokens=tokens, dtype=dtype).to_text())
 
 
 def plan(
@@ -514,7 +518,9 @@ def plan(
         str,
         option("--cluster", metavar="CLUSTER", help='cluster.toml, or a list such as "m3-ultra-512, m2-ultra-192"'),
     ],
-    directory: Annotated[Path | None, argument("DIR", "a checkpoint; its headers give the bytes")] = None,
+    directory: Annotated[
+        Path | None, argument("DIR", "a checkpoint, or a model of the hub as ORG/NAME; its headers give the bytes")
+    ] = None,
     model: Annotated[
         str | None,
         option("--model", metavar="NAME", help="a published model instead of DIR, before downloading anything"),
@@ -620,8 +626,10 @@ def plan(
 ) -> None:
     """An exact split over the machines you have, what it takes and how fast it will be."""
     options: dict[str, Any] = {name: value for name, value in locals().items() if name not in ("output", "svg")}
+    from exo_kimi.fetch.directories import headers_directory
     from exo_kimi.planner.command import plan_answer
 
+    options["directory"] = None if directory is None else headers_directory(directory)
     answer = plan_answer(**options)
     print(answer.text)
     if output:
@@ -682,7 +690,9 @@ def doctor(
     """Everything that is wrong with a checkpoint directory, and a repair of config files."""
     from exo_kimi.checkpoint.doctor.doctor import doctor
     from exo_kimi.checkpoint.doctor.repair import repair
+    from exo_kimi.fetch.directories import headers_directory, weights_directory
 
+    directory = (weights_directory if deep or fix or sha256 else headers_directory)(directory)
     diagnosis = (repair if fix else doctor)(directory, deep=deep, sha256=sha256)
     print(diagnosis.to_json() if json else diagnosis.to_text())
     return 0 if diagnosis.healthy else 1
@@ -698,6 +708,12 @@ def bench(
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # the servers and nodes that it started end with it
     module = "all" if name == "all" else f"claims.{name.replace('-', '_')}"
     return int(import_module(f"exo_kimi.bench.{module}").main(rest) or 0)
+
+
+def _weights(model: Path | None) -> str | None:
+    from exo_kimi.fetch.directories import weights_directory
+
+    return None if model is None else str(weights_directory(model))
 
 
 def _measure(disk: Path | None) -> Any:

@@ -115,6 +115,7 @@ def check_values(
         hashes: SHA-256 of files by name, in hexadecimal, where they are known.
         progress: called with (bytes read, bytes to read).
     """
+    tensors = {name: entry for name, entry in tensors.items() if entry.is_here}
     owners = {entry.name: source for source in sources for entries in source.parts.values() for entry in entries}
     files: dict[str, list[TensorEntry]] = {}
     for entry in sorted(tensors.values(), key=lambda entry: (entry.file, entry.start)):

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import re
+from contextlib import suppress
 from pathlib import Path
 
 from exo_kimi.checkpoint.text_files import read_text
 from exo_kimi.errors import UsageError
 
+CUT_HASHES = (".cache", "exo-kimi", "cut.sha256")  # of the cut files of a share, as `exo-kimi pull` wrote them
 _METADATA = (".cache", "huggingface", "download")
 _HEX = re.compile(r"[0-9a-fA-F]{64}")
 _LINE = re.compile(
@@ -16,13 +18,16 @@ _LINE = re.compile(
 
 
 def hub_hashes(root: Path) -> dict[str, str]:
-    """SHA-256 by file name, of the files of a directory for which the hub's downloader left it; empty where it left none.
+    """SHA-256 by file name, of the files of a directory for which a downloader left it; empty where it left none.
 
     `hf download --local-dir` writes `.cache/huggingface/download/NAME.metadata`, whose second line is the ETag; in the shared
     cache a file is a link into `blobs/`, where it is named by it. The ETag of a large file is its SHA-256, that of a small one is
-    a shorter git hash. Source: huggingface_hub, `_local_folder.py` and `file_download.py`.
+    a shorter git hash. Of a cut file, which the hub does not have, it is what `exo-kimi pull` noted.
+    Source: huggingface_hub, `_local_folder.py` and `file_download.py`.
     """
     found: dict[str, str] = {}
+    with suppress(UsageError):
+        found |= listed_hashes(root.joinpath(*CUT_HASHES))
     for path in sorted(root.iterdir()):
         blob = path.resolve() if path.is_symlink() else path
         if path.is_symlink() and blob.parent.name == "blobs" and _HEX.fullmatch(blob.name):

@@ -13,6 +13,7 @@ from exo_kimi.arch.geometry import active_parameters, kv_bytes_per_token, total_
 from exo_kimi.arch.modules import ModuleSpec
 from exo_kimi.checkpoint.checkpoint import Checkpoint
 from exo_kimi.checkpoint.manifest import StageManifest, examine
+from exo_kimi.checkpoint.shares import share_notes
 from exo_kimi.checkpoint.sources import ModuleSource
 from exo_kimi.checkpoint.text_files import read_json
 from exo_kimi.checkpoint.vision import tower_findings
@@ -151,7 +152,7 @@ def inspect(directory: str | Path) -> Report:
         outside_bytes=_bytes(outside),
         packing=_packing_rows(manifest),
         text_files=text_files,
-        notes=(*manifest.notes, *note),
+        notes=(*manifest.notes, *note, *share_notes(index)),
         problems=(*problems, *of_tower),
         fingerprint=index.fingerprint,
     )

@@ -106,22 +106,9 @@ def make_plan(
     config = checkpoint.config
     if kv_bits is not None:
         check_quantizable(config)
-    whole = checkpoint.manifest()
-    if split is not None:
-        ranges = parse_split(split, config.num_hidden_layers)
-        if stages is not None and stages != len(ranges):
-            raise UsageError("--split and --stages disagree", expected=f"{stages} stages", found=f"--split {split}")
-    else:
-        count = stages if stages is not None else len(addresses) + 1 if addresses else DEFAULT_STAGES
-        ranges = balanced_split(bytes_of_manifest(whole).with_tower(vision), count)
+    checkpoint.manifest()  # what is wrong anywhere in the model is told before what is wrong with an option
+    ranges = stage_ranges(checkpoint, split=split, stages=stages, remotes=len(addresses), vision=vision)
     local = len(ranges) - len(addresses)
-    if local < 0:
-        raise UsageError(
-            "more --stage addresses than stages",
-            expected=f"at most {len(ranges)}",
-            found=len(addresses),
-            where="--stage",
-        )
     placed: list[Address | None] = [*[None] * local, *addresses]
     manifests = [checkpoint.manifest(start, end) for start, end in ranges]
     shares = [*_shares(expert_cache, manifests[:local], dtype), *[None] * len(addresses)]
@@ -132,6 +119,8 @@ def make_plan(
     plans = []
     for stage, ((start, end), remote) in enumerate(zip(ranges, placed, strict=True)):
         manifest = manifests[stage]
+        if remote is None:
+            manifest.check_here()
         tower = vision if stage == 0 else None
         load = Load(
             stage=stage,
@@ -170,6 +159,39 @@ def _shares(cache: ExpertCache | None, manifests: Sequence[StageManifest], dtype
         slots_for(cache.budget_bytes, {each.layer: each.slot_bytes for each in every}, layout.experts)
     whole = [sum(layout.experts * layout.slot_bytes for layout in layouts) for layouts in stages]
     return list(shares_of(cache.budget_bytes, whole))
+
+
+def stage_ranges(
+    checkpoint: Checkpoint,
+    *,
+    split: str | None,
+    stages: int | None,
+    remotes: int,
+    vision: VisionManifest | None = None,
+) -> Sequence[tuple[int, int]]:
+    """Half-open layer ranges of all stages, those of this machine first; the last `remotes` are on others.
+
+    Args:
+        checkpoint: its headers are enough.
+        split, stages, vision: see `make_plan`.
+        remotes: how many stages are on other machines.
+
+    Raises:
+        CheckpointError: the directory cannot be served.
+        SplitError, UsageError: an option cannot be followed.
+    """
+    if split is not None:
+        ranges = parse_split(split, checkpoint.config.num_hidden_layers)
+        if stages is not None and stages != len(ranges):
+            raise UsageError("--split and --stages disagree", expected=f"{stages} stages", found=f"--split {split}")
+    else:
+        count = stages if stages is not None else remotes + 1 if remotes else DEFAULT_STAGES
+        ranges = balanced_split(bytes_of_manifest(checkpoint.manifest()).with_tower(vision), count)
+    if remotes > len(ranges):
+        raise UsageError(
+            "more --stage addresses than stages", expected=f"at most {len(ranges)}", found=remotes, where="--stage"
+        )
+    return ranges
 
 
 def _apart(tower: VisionManifest | None, directory: Path) -> str | None:

@@ -90,6 +90,7 @@ def load_stage(
         UsageError: an unknown dtype, or an expert cache that is too small.
     """
     check_dtype(dtype)
+    manifest.check_here()
     sources = [source for source in manifest.sources if source.spec.layer is not None or not layers_only]
     slotted = slotted_layers(sources, expert_cache, dtype=dtype)
     model = Model(manifest.config, manifest.start_layer, manifest.end_layer, layers_only=layers_only)

@@ -20,6 +20,7 @@ from types import TracebackType
 import numpy as np
 
 from exo_kimi.checkpoint.index import TensorEntry
+from exo_kimi.checkpoint.manifest import not_here
 from exo_kimi.checkpoint.text_files import open_regular
 from exo_kimi.errors import TensorFileError
 
@@ -98,6 +99,8 @@ class TensorReader:
         self._finish_all(self._pending.popleft() for _ in range(len(self._pending)))
 
     def _submit(self, destinations: Sequence[memoryview], entry: TensorEntry, skip_bytes: int) -> list[Future[int]]:
+        if not entry.is_here:
+            raise not_here(self.directory, (entry,))
         descriptor = self._descriptor(entry)
         return [
             self._pool.submit(self._fill, descriptor, pieces, position, entry)

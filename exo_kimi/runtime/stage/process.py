@@ -30,7 +30,7 @@ from exo_kimi.runtime.stage.backend import CheckpointLayers, MlxBackend
 from exo_kimi.runtime.stage.compute_thread import Backend, Order, StageCompute, StageStatus
 from exo_kimi.runtime.stage.server import StageServer
 from exo_kimi.runtime.transport.address import Address, parse_address
-from exo_kimi.runtime.transport.keys import ENVIRONMENT_NAME, ClusterKey, default_key_file, find_key
+from exo_kimi.runtime.transport.keys import ENVIRONMENT_NAME, ClusterKey, default_key_file, key_to_listen
 
 logger = logging.getLogger(__name__)
 SWITCH_INTERVAL_S = 0.0005  # a step's result is not to wait 5 ms for the thread that prepares the next step
@@ -66,7 +66,7 @@ def serve_stage(
         AddressError, UsageError: see `parse_address` and `find_key`; the port is in use.
     """
     address = parse_address(listen, option="--listen", listen=True)
-    key, is_new = _key_to_listen(address, key_file, environment_key)
+    key, is_new = key_to_listen(address, key_file, environment_key)
 
     def announce(bound: Address) -> None:
         say(f"listening on {bound}, waiting for a leader")
@@ -174,23 +174,6 @@ def _serve(
     finally:
         server.stop()
         io_thread.join(timeout=2)
-
-
-def _key_to_listen(
-    address: Address, key_file: Path | None, environment_key: str | None
-) -> tuple[ClusterKey | None, bool]:
-    """The key, and whether it was made now. Loopback needs none, but keeps one that was given on purpose."""
-    given = key_file is not None and key_file.exists()
-    if given or environment_key:
-        return find_key(key_file=key_file if given else None, environment_text=environment_key), False
-    if address.is_loopback and key_file is None:
-        return None, False
-    path = key_file or default_key_file()
-    if path.exists():
-        return ClusterKey.read(path), False
-    key = ClusterKey.generate()
-    key.write(path)
-    return key, True
 
 
 def _outlive_nobody(parent: socket.socket, listen: Address) -> None:

@@ -36,14 +36,14 @@ class ControlListener:
     Args:
         context: for its socket.
         listen: where.
-        key: the cluster's.
+        key: the cluster's; none on loopback only.
         option: where the address comes from, for errors.
 
     Raises:
         AddressError: it is in use, or not this machine's.
     """
 
-    def __init__(self, context: zmq.asyncio.Context, listen: Address, *, key: ClusterKey, option: str) -> None:
+    def __init__(self, context: zmq.asyncio.Context, listen: Address, *, key: ClusterKey | None, option: str) -> None:
         self._listener = ZmqListener(context, listen, key=key, option=option)
         self.address = self._listener.address
 

@@ -13,6 +13,7 @@ import zmq
 from zmq.utils import z85
 
 from exo_kimi.errors import KeyMismatchError, UsageError
+from exo_kimi.runtime.transport.address import Address
 from exo_kimi.runtime.transport.secret_files import read_secret
 
 ENVIRONMENT_NAME = "EXO_KIMI_KEY"
@@ -105,6 +106,27 @@ def find_key(*, key_file: Path | None, environment_text: str | None) -> ClusterK
         return ClusterKey.from_text(environment_text, where=ENVIRONMENT_NAME)
     path = default_key_file()
     return replace(ClusterKey.read(path), explicit=False) if path.exists() else None
+
+
+def key_to_listen(
+    address: Address, key_file: Path | None, environment_key: str | None
+) -> tuple[ClusterKey | None, bool]:
+    """The key of a listener, and whether it was made now. Loopback needs none, but keeps one that was given on purpose.
+
+    Raises:
+        UsageError: a source is there but holds no usable key, or a new one cannot be written.
+    """
+    given = key_file is not None and key_file.exists()
+    if given or environment_key:
+        return find_key(key_file=key_file if given else None, environment_text=environment_key), False
+    if address.is_loopback and key_file is None:
+        return None, False
+    path = key_file or default_key_file()
+    if path.exists():
+        return ClusterKey.read(path), False
+    key = ClusterKey.generate()
+    key.write(path)
+    return key, True
 
 
 def require_key(key: ClusterKey | None, address: object) -> ClusterKey:

@@ -15,6 +15,7 @@ from exo_kimi.checkpoint.doctor.findings import Checkup
 from exo_kimi.checkpoint.index import WeightFileTensors, read_shards, sort_tensors
 from exo_kimi.checkpoint.manifest import StageManifest, examine
 from exo_kimi.checkpoint.shards import INDEX_NAME, find_shards
+from exo_kimi.checkpoint.shares import share_notes
 from exo_kimi.checkpoint.text_files import read_json
 from exo_kimi.checkpoint.vision import tower_findings
 from exo_kimi.errors import CheckpointError, MissingTensorError, TensorFileError, UnexpectedTensorError
@@ -93,7 +94,7 @@ def _judge(
     index = sort_tensors(root, reading.config, reading.raw, found)
     manifest, problems = examine(index)
     note, of_tower = tower_findings(index)
-    return [*problems, *of_tower], replace(manifest, notes=(*manifest.notes, *note))
+    return [*problems, *of_tower], replace(manifest, notes=(*manifest.notes, *note, *share_notes(index)))
 
 
 def _complete(problems: list[CheckpointError]) -> bool:
@@ -110,7 +111,8 @@ def _check_index(root: Path, found: WeightFileTensors, checkup: Checkup) -> None
     total = sum(entry.nbytes for entry in found.tensors.values())
     if not (root / INDEX_NAME).exists():
         files = {entry.file for entry in found.tensors.values()}
-        if len(files) > 1:
+        # A share has none, for other programs could not run it.
+        if len(files) > 1 and all(entry.is_here for entry in found.tensors.values()):
             checkup.warn(
                 TensorFileError(
                     f"{INDEX_NAME} is missing",
