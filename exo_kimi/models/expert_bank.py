@@ -9,8 +9,10 @@ Axes: N tokens, K experts of each, P = N * K pairs of both; S slots.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import mlx.core as mx
 import numpy as np
@@ -26,9 +28,22 @@ KEPT_BYTES = 1024**2
 READS_AHEAD = 2
 """Rounds that may be read while another computes."""
 
-Pairs = NDArray[np.int64]
-Compute = Callable[[Pairs, NDArray[np.uint32]], mx.array]
-"""(p, D) of some of the P pairs, by number, and the slots that their experts lie in."""
+FEW_PAIRS = 64
+"""Up to so many, lists of Python are faster than arrays of NumPy."""
+
+Ids = NDArray[np.int64]
+
+
+class Experts(Protocol):
+    """What computes experts whose rows are slots."""
+
+    def whole(self, slots: mx.array) -> mx.array:
+        """All pairs at once: (..., K, D) of slots in the shape of the choices."""
+        ...
+
+    def some(self, pairs: Ids, slots: Ids, count: int) -> mx.array:
+        """(p, D) of some of the `count` pairs, by number, and the slots that their experts lie in."""
+        ...
 
 
 class ExpertBank:
@@ -48,75 +63,73 @@ class ExpertBank:
         self._views = views
         self._last: list[mx.array] = []
 
-    def chosen(self, indices: mx.array, beside: Sequence[mx.array]) -> NDArray[np.int64]:
-        """The choices (P,) of a pass, read back from MLX.
+    def run(self, indices: mx.array, experts: Experts, beside: Sequence[mx.array] = ()) -> mx.array:
+        """What `experts` makes of every pair once its expert is in a slot; each expert is read at most once.
 
         Args:
-            indices: experts, in any shape.
-            beside: what the layer computes whatever they are: begun, and not waited for.
+            indices: the choices, in any shape, P in all.
+            experts: of the layer.
+            beside: what the layer computes whatever the choices are: begun, and not waited for.
+
+        Returns:
+            What `experts.whole` returns, or (P, D) where not all experts were there.
+
+        Raises:
+            ExpertReadError: a read failed; the slots are in order for the next pass.
         """
         mx.async_eval(indices)  # type: ignore[no-untyped-call]
         if beside:
             mx.async_eval(*beside)  # type: ignore[no-untyped-call]
         mx.eval(self._last)
         self._last = []
-        return np.array(indices).reshape(-1).astype(np.int64)
-
-    def apply(self, chosen: NDArray[np.int64], compute: Compute) -> mx.array:
-        """(P, D), what `compute` makes of every pair once its expert is in a slot. Each expert is read at most once.
-
-        Args:
-            chosen: (P,) the expert of each pair.
-            compute: called for all pairs at once where that is possible.
-
-        Raises:
-            ExpertReadError: a read failed; the slots are in order for the next pass.
-        """
-        experts, counts = np.unique(chosen, return_counts=True)
-        rounds = self.cache.request(experts[np.argsort(counts, kind="stable")].tolist())
+        chosen = np.array(indices).reshape(-1)
+        rounds = self.cache.request(_distinct(chosen))
+        if len(rounds) == 1 and not rounds[0].read:
+            place = dict(rounds[0].held)
+            slots = mx.array([place[expert] for expert in chosen.tolist()], mx.uint32)
+            return self._kept(experts.whole(slots.reshape(indices.shape)))
         reads: dict[int, PendingRead] = {}
         try:
-            y = self._run(rounds, reads, chosen, compute)
+            return self._kept(self._rounds(rounds, reads, chosen, experts))
         except BaseException:
             for read in reads.values():
                 read.cancel()
             self.cache.abandon()
             raise
+
+    def _kept(self, y: mx.array) -> mx.array:
         if y.nbytes > KEPT_BYTES:
             mx.eval(y)
         else:
             self._last = [y]
         return y
 
-    def _run(
-        self, rounds: Sequence[Round], reads: dict[int, PendingRead], chosen: NDArray[np.int64], compute: Compute
+    def _rounds(
+        self, rounds: Sequence[Round], reads: dict[int, PendingRead], chosen: NDArray[np.uint32], experts: Experts
     ) -> mx.array:
-        slots = np.zeros(self.layout.experts, np.uint32)
-        if not rounds[0].read and len(rounds) == 1:
-            return compute(np.arange(len(chosen)), _fill(slots, rounds[0].held)[chosen])
-        parts: list[Pairs] = []
+        """`reads` has those that are under way."""
+        parts: list[Ids] = []
         outputs: list[mx.array] = []
         ends = [0]
         """Outputs of the rounds before each, in number."""
 
         def add(placed: Sequence[tuple[int, int]]) -> None:
             if placed:
-                wanted = np.isin(chosen, [expert for expert, _ in placed])
-                pairs = np.flatnonzero(wanted)
+                slots = np.full(self.layout.experts, -1)
+                slots[[expert for expert, _ in placed]] = [slot for _, slot in placed]
+                found = slots[chosen]
+                pairs = np.flatnonzero(found >= 0)
                 parts.append(pairs)
-                outputs.append(compute(pairs, _fill(slots, placed)[chosen[pairs]]))
+                outputs.append(experts.some(pairs, found[pairs], len(chosen)))
                 mx.async_eval(outputs[-1])  # type: ignore[no-untyped-call]
-
-        def begin(number: int) -> None:
-            mx.eval(outputs[: ends[rounds[number].after]])
-            reads[number] = self._begin(rounds[number])
 
         begun = 0
         for number, each in enumerate(rounds):
             while begun <= number or (
                 begun < len(rounds) and begun < number + READS_AHEAD and rounds[begun].after <= max(0, number - 1)
             ):
-                begin(begun)
+                mx.eval(outputs[: ends[rounds[begun].after]])
+                reads[begun] = self._begin(rounds[begun])
                 begun += 1
             add(each.held)
             reads[number].wait()
@@ -167,7 +180,13 @@ class StreamedExperts:
         return sum(bank.cache.slots * bank.layout.slot_bytes for bank in self.banks.values())
 
 
-def _fill(slots: NDArray[np.uint32], placed: Sequence[tuple[int, int]]) -> NDArray[np.uint32]:
-    for expert, slot in placed:
-        slots[expert] = slot
-    return slots
+def _distinct(chosen: NDArray[np.uint32]) -> list[int]:
+    """Each expert once, the one that most pairs want last."""
+    if len(chosen) <= FEW_PAIRS:
+        few = chosen.tolist()
+        counted = Counter(few)
+        return few if len(counted) == len(few) else sorted(counted, key=lambda expert: (counted[expert], expert))
+    counts = np.bincount(chosen)
+    found = np.flatnonzero(counts)
+    distinct: list[int] = found[np.argsort(counts[found], kind="stable")].tolist()
+    return distinct

@@ -5,18 +5,17 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
-from typing import ClassVar, cast
+from typing import ClassVar
 
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 from mlx_lm.models.switch_layers import SwitchGLU, SwitchLinear
-from numpy.typing import NDArray
 
 from exo_kimi.arch.config import KimiConfig
 from exo_kimi.models import ops
 from exo_kimi.models.decode import DecodeStep, Derived
-from exo_kimi.models.expert_bank import ExpertBank, Pairs
+from exo_kimi.models.expert_bank import ExpertBank, Ids
 from exo_kimi.models.projection import Projection
 
 SORTED_FROM = 64
@@ -176,8 +175,12 @@ class ExpertGLU(SwitchGLU):
 
     def __call__(self, x: mx.array, indices: mx.array, beside: Sequence[mx.array] = ()) -> mx.array:
         """`beside` is what else the layer computes, begun before experts are read."""
-        if self.bank is not None:
-            return self._from_slots(x, indices, beside).reshape(*indices.shape, -1)
+        if self.bank is None:
+            return self._of_rows(x, indices)
+        y = self.bank.run(indices, SlottedExperts(self, x, lambda slots: self._of_rows(x, slots)), beside)
+        return y.reshape(*indices.shape, -1)
+
+    def _of_rows(self, x: mx.array, indices: mx.array) -> mx.array:
         if self.fused is None:
             return super().__call__(x, indices)
         tokens, chosen = indices.shape
@@ -197,41 +200,71 @@ class ExpertGLU(SwitchGLU):
 
     def decode(self, x: mx.array, experts: mx.array, step: DecodeStep, beside: Sequence[mx.array] = ()) -> mx.array:
         """(N, 1, K, D) of single tokens (N, 1, 1, D) and their experts (N, 1, 1, K); `beside` as in the call."""
-        if self.bank is not None:
-            return self._from_slots(x.reshape(step.tokens, -1), experts, beside).reshape(
-                step.tokens, 1, experts.shape[-1], -1
-            )
-        if self.fused is not None:
-            gate, up = mx.split(self.fused.of_experts(x, experts, rows=step.rows), 2, axis=-1)
-        else:
-            both = map(Projection.of, (self["gate_proj"], self["up_proj"]))
-            gate, up = (one.of_experts(x, experts, rows=step.rows) for one in both)
+        if self.bank is None:
+            return self._decode_rows(x, experts, step)
+        tokens = x.reshape(step.tokens, -1)
+        y = self.bank.run(
+            experts, SlottedExperts(self, tokens, lambda slots: self._decode_rows(x, slots, step)), beside
+        )
+        return y.reshape(step.tokens, 1, experts.shape[-1], -1)
+
+    def _decode_rows(self, x: mx.array, experts: mx.array, step: DecodeStep) -> mx.array:
+        gate, up = self._gate_and_up(x, experts, rows=step.rows)
         y = Projection.of(self["down_proj"]).of_experts(ops.swiglu(gate, up), experts, rows=step.choices)
         return y.reshape(step.tokens, 1, experts.shape[-1], -1)
 
-    def _from_slots(self, x: mx.array, indices: mx.array, beside: Sequence[mx.array]) -> mx.array:
-        """(N * K, D) of tokens (N, D), by the bank."""
-        bank = cast(ExpertBank, self.bank)
-        chosen = bank.chosen(indices, beside)
-        each = len(chosen) // x.shape[0]
-        in_order = len(chosen) >= SORTED_FROM
+    def _gate_and_up(
+        self, x: mx.array, experts: mx.array, *, rows: mx.array | None, in_order: bool = False
+    ) -> tuple[mx.array, mx.array]:
+        if self.fused is not None:
+            gate, up = mx.split(self.fused.of_experts(x, experts, rows=rows, in_order=in_order), 2, axis=-1)
+        else:
+            both = map(Projection.of, (self["gate_proj"], self["up_proj"]))
+            gate, up = (one.of_experts(x, experts, rows=rows, in_order=in_order) for one in both)
+        return gate, up
 
-        def compute(pairs: Pairs, slots: NDArray[np.uint32]) -> mx.array:
-            order = np.argsort(slots, kind="stable") if in_order else None
-            if order is not None:
-                pairs, slots = pairs[order], slots[order]
-            rows, experts = mx.array((pairs // each).astype(np.uint32)), mx.array(slots)
-            inputs, lhs = (x[rows][:, None], None) if in_order else (x[:, None], rows)
-            if self.fused is not None:
-                gate, up = mx.split(self.fused.of_experts(inputs, experts, rows=lhs, in_order=in_order), 2, axis=-1)
-            else:
-                both = map(Projection.of, (self["gate_proj"], self["up_proj"]))
-                gate, up = (one.of_experts(inputs, experts, rows=lhs, in_order=in_order) for one in both)
-            y = Projection.of(self["down_proj"]).of_experts(ops.swiglu(gate, up), experts, in_order=in_order)
-            y = y.reshape(len(pairs), -1)
-            return y if order is None else y[mx.array(np.argsort(order).astype(np.uint32))]
+    def of_pairs(self, x: mx.array, rows: Ids, experts: Ids, *, in_order: bool) -> mx.array:
+        """(p, D) of pairs of a token and an expert.
 
-        return bank.apply(chosen, compute)
+        Args:
+            x: (N, D) tokens.
+            rows: (p,) the token of each pair.
+            experts: (p,) its expert's row.
+            in_order: whether pairs are sorted by expert first, as the call does with many.
+        """
+        order = np.argsort(experts, kind="stable") if in_order else None
+        if order is not None:
+            rows, experts = rows[order], experts[order]
+        tokens, chosen = mx.array(rows.astype(np.uint32)), mx.array(experts.astype(np.uint32))
+        inputs, lhs = (x[tokens][:, None], None) if in_order else (x[:, None], tokens)
+        gate, up = self._gate_and_up(inputs, chosen, rows=lhs, in_order=in_order)
+        y = Projection.of(self["down_proj"]).of_experts(ops.swiglu(gate, up), chosen, in_order=in_order)
+        y = y.reshape(len(rows), -1)
+        return y if order is None else y[mx.array(np.argsort(order).astype(np.uint32))]
+
+
+@dataclass(frozen=True, slots=True)
+class SlottedExperts:
+    """The experts of a layer for one pass over tokens (N, D), as its bank calls them.
+
+    Args:
+        experts: of the layer.
+        x: (N, D) tokens.
+        of_all: every pair at once, from slots in the shape of the choices.
+    """
+
+    experts: ExpertGLU
+    x: mx.array
+    of_all: Callable[[mx.array], mx.array]
+
+    def whole(self, slots: mx.array) -> mx.array:
+        """See `expert_bank.Experts`."""
+        return self.of_all(slots)
+
+    def some(self, pairs: Ids, slots: Ids, count: int) -> mx.array:
+        """See `expert_bank.Experts`."""
+        rows = pairs // (count // self.x.shape[0])
+        return self.experts.of_pairs(self.x, rows, slots, in_order=count >= SORTED_FROM)
 
 
 class MoE(nn.Module):
