@@ -15,6 +15,7 @@ FLOORS = {
     "errors": 0,
     "units": 1,
     "sse": 1,
+    "logs": 1,
     "arch": 2,
     "checkpoint": 3,
     "experts": 4,

@@ -176,6 +176,16 @@ def test_a_large_malformed_body_is_refused_and_the_server_goes_on(server: Server
     assert server.ask().status_code == 200
 
 
+def test_a_request_has_one_id_in_its_answer_and_in_every_log(server: Server) -> None:
+    found = server.ask(n=2).headers["x-request-id"]
+    wait_until(lambda: sum(found in line for line in server.log) >= 7, 10)
+    lines = [line for line in server.log if found in line]
+    assert any(f"INFO {found} POST '/v1/chat/completions' 200" in line for line in lines)
+    for name in (found, f"{found}-1"):
+        assert any(f"INFO {name} length: " in line for line in lines)
+        assert all(any(f"stage {stage}: INFO {name} begins: " in line for line in lines) for stage in (0, 1))
+
+
 class Streamed:
     """A request that is read as it comes, in a thread: what it says, and everything else that it sent."""
 

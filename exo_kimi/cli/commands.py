@@ -5,7 +5,6 @@ Frameworks are imported inside the commands, so that `--help` and a mistyped opt
 
 from __future__ import annotations
 
-import logging
 import os
 import signal
 import sys
@@ -40,6 +39,7 @@ from exo_kimi.cli.values import (
 )
 from exo_kimi.errors import UsageError
 from exo_kimi.experts.budget import ExpertCache
+from exo_kimi.logs import log_to
 
 Layout = Literal["mlx", "int4", "fp8", "bf16"]
 Link = Literal["zmq", "ring", "jaccl"]
@@ -67,6 +67,7 @@ Bench = Literal[  # modules of exo_kimi.bench, with - for _
 BENCHES: tuple[str, ...] = tuple(name for name in get_args(Bench) if name != "link_speed")
 
 Directory = Annotated[Path, argument("DIR", "a checkpoint, or a model of the hub as ORG/NAME")]
+LOG_JSON = "log lines as JSON objects, each with the id of its request"
 SPLIT, MEMORY, PREFIXES, PICTURES = "Model and split", "Memory", "Prefix cache", "Pictures"
 NETWORK, SPEED, WORKLOAD, OUTPUT = "Network and keys", "Speculation", "Workload", "Output"
 STREAM = "Experts from disk"
@@ -402,6 +403,7 @@ def serve(
             panel=SPEED,
         ),
     ] = "auto",
+    log_json: Annotated[bool, flag("--log-json", help=LOG_JSON, panel=OUTPUT)] = False,
 ) -> None:
     """Serve a checkpoint, split over stages, behind a ChatGPT-compatible API."""
     options: dict[str, Any] = locals()
@@ -409,7 +411,7 @@ def serve(
     from exo_kimi.runtime.transport.api_key import ENVIRONMENT_NAME, find_api_key
     from exo_kimi.serve.launch import ServeOptions, serve
 
-    _log_to_stderr()
+    log_to(as_json=options.pop("log_json"))
     options["directory"] = served_directory(directory, ServedPart.of(options))
     options["api_key"] = find_api_key(
         key_file=options.pop("api_key_file"), option=api_key, environment_text=os.environ.get(ENVIRONMENT_NAME)
@@ -445,6 +447,7 @@ def stage(
             help="which expert gives way to another (default lru)",
         ),
     ] = "lru",
+    log_json: Annotated[bool, flag("--log-json", help=LOG_JSON)] = False,
 ) -> None:
     """A stage on this machine, for `serve --stage ADDR` on another."""
     from exo_kimi.models.mlx_lm_package import skip_mlx_lm_init
@@ -454,7 +457,7 @@ def stage(
     skip_mlx_lm_init()
     from exo_kimi.runtime.stage.process import serve_stage
 
-    _log_to_stderr()
+    log_to(as_json=log_json)
     serve_stage(
         listen,
         model=_weights(model),
@@ -728,10 +731,3 @@ def _measure_link(address: str) -> None:
     from exo_kimi.bench.claims.link_speed import main
 
     main([address])
-
-
-def _log_to_stderr() -> None:
-    """For the commands that stay: what happened to the stages, with the time, apart from what they print."""
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s", stream=sys.stderr)
-    logging.raiseExceptions = False  # a full disk under the log is no reason for a traceback a line
-    logging.getLogger("httpx").setLevel(logging.WARNING)

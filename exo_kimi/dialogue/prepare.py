@@ -69,6 +69,15 @@ class PreparedRequest:
     choices_per_prompt: int
     warnings: tuple[str, ...] = ()
 
+    def named(self, request_id: str) -> PreparedRequest:
+        """This request under the id by which its client knows it; further choices get a number behind it."""
+        names = [request_id + (f"-{index}" if index else "") for index in range(len(self.choices))]
+        choices = [
+            replace(choice, request=replace(choice.request, request_id=name))
+            for choice, name in zip(self.choices, names, strict=True)
+        ]
+        return replace(self, choices=tuple(choices))
+
     def checked(self, engine: TextEngine) -> PreparedRequest:
         """This request, once the engine would admit every choice of it; with a warning where it cuts `max_tokens`.
 

@@ -84,13 +84,15 @@ class GenerationRequest:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TokenEvent:
     """One generated token. `logprob` and `top_logprobs` (id, logprob; best first) come from the raw logits, before
-    temperature, penalties and masks, and only when asked for. The last event of a request carries `finish_reason`."""
+    temperature, penalties and masks, and only when asked for. The last event of a request carries `finish_reason`. `queue_s` is
+    how long the request waited for its first step."""
 
     token_id: int
     logprob: float | None = None
     top_logprobs: tuple[tuple[int, float], ...] = ()
     finish_reason: FinishReason | None = None
     cached_tokens: int = 0
+    queue_s: float = 0.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

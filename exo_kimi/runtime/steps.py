@@ -44,6 +44,7 @@ class SequenceStart:
 
     With `restore`, its caches begin with the first `restore` tokens of those of `source`, which every stage holds: a copy,
     or with `move` the caches themselves, and `source` is gone. `seen` are the ids among them, where a penalty asks for them.
+    `request_id` is for the stages' logs.
     """
 
     seq_id: int
@@ -54,6 +55,7 @@ class SequenceStart:
     restore: int = 0
     move: bool = False
     seen: tuple[int, ...] = ()
+    request_id: str = ""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -12,6 +12,8 @@ from prometheus_client.registry import Collector
 from exo_kimi.runtime.requests import EngineSnapshot, StageHealth
 
 STAGE_STATES = ("starting", "loading", "ready", "stalled", "dead")
+TOKEN_BUCKETS_S = (0.005, 0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.75, 1, 2.5, 5, 10, 30, 60, 300)
+QUEUE_BUCKETS_S = (0.001, 0.01, 0.1, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300, 600, 1800)
 LATENCY_BUCKETS_S = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300, 600)
 
 
@@ -43,6 +45,18 @@ class Metrics:
             buckets=LATENCY_BUCKETS_S,
             registry=self._registry,
         )
+        self._between = Histogram(
+            "exo_kimi_inter_token_latency_seconds",
+            "Between two tokens of one sequence",
+            buckets=TOKEN_BUCKETS_S,
+            registry=self._registry,
+        )
+        self._queued = Histogram(
+            "exo_kimi_request_queue_time_seconds",
+            "From the admission of a sequence to its first step",
+            buckets=QUEUE_BUCKETS_S,
+            registry=self._registry,
+        )
         self._duration = Histogram(
             "exo_kimi_generation_seconds",
             "From the start of a generation to its end",
@@ -61,6 +75,14 @@ class Metrics:
     def first_token(self, seconds: float) -> None:
         """As `generation.Observer`."""
         self._ttft.observe(seconds)
+
+    def queued(self, seconds: float) -> None:
+        """As `generation.Observer`."""
+        self._queued.observe(seconds)
+
+    def between_tokens(self, seconds: float) -> None:
+        """As `generation.Observer`."""
+        self._between.observe(seconds)
 
     def finished(self, outcome: str, seconds: float) -> None:
         """As `generation.Observer`."""

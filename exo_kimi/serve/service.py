@@ -20,6 +20,7 @@ from exo_kimi.serve.answer.generation import Generation
 from exo_kimi.serve.answer.running import RunningAnswers
 from exo_kimi.serve.answer.stream import AnswerStream
 from exo_kimi.serve.body import PICTURE_BYTES, TextBound
+from exo_kimi.serve.gate import REQUEST_ID
 from exo_kimi.serve.metrics import Metrics
 from exo_kimi.serve.problems import ApiProblem
 from exo_kimi.serve.workers import Workers
@@ -94,8 +95,10 @@ class Service:
         return 0 if isinstance(self.speaker.pictures, NoVision) else PICTURE_BYTES
 
     async def prepared(self, request: Request, prepare: Callable[..., PreparedRequest]) -> PreparedRequest:
-        """What `prepare(speaker, context=...)` makes of a request, off the event loop and for as long as the client waits."""
-        return await self.workers.run(request, partial(prepare, self.speaker, context=self.context))
+        """What `prepare(speaker, context=...)` makes of a request, off the event loop and for as long as the client waits; its
+        sequences have the answer's `x-request-id`."""
+        prepared = await self.workers.run(request, partial(prepare, self.speaker, context=self.context))
+        return prepared.named(request.scope[REQUEST_ID])
 
     def head(self, prefix: str, model: str, *, separator: str = "-") -> Head:
         """A fresh head of an answer; `model` is the name that was asked for."""

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import asyncio
 import io
+import json
+import re
+from pathlib import Path
 
 from prometheus_client.parser import text_string_to_metric_families
 from rich.console import Console
 
 from exo_kimi.serve.progress import show_progress, wanted_bars
 
+DASHBOARD = Path(__file__).parents[2] / "examples" / "grafana" / "exo-kimi.json"
 CHAT = "/v1/chat/completions"
 ASK = {"messages": [{"role": "user", "content": "Hi"}]}
 
@@ -86,6 +90,21 @@ async def test_metrics_count_what_happened_and_parse(saying, client_of):
     assert samples["exo_kimi_prefill_done_tokens", "abc"] == 4
     assert samples["exo_kimi_time_to_first_token_seconds_count",] == 1
     assert samples["exo_kimi_api_generations_total", "ok"] == 1
+    assert samples["exo_kimi_request_queue_time_seconds_count",] == 1
+    assert samples["exo_kimi_inter_token_latency_seconds_count",] > 0
+
+
+async def test_every_metric_of_the_dashboard_exists(saying, client_of):
+    async with client_of(saying()) as client:
+        await client.post(CHAT, json=ASK)
+        text = (await client.get("/metrics")).text
+    known = {sample.name for family in text_string_to_metric_families(text) for sample in family.samples}
+    board = json.loads(DASHBOARD.read_text())
+    asked = [target["expr"] for panel in board["panels"] for target in panel["targets"]]
+    named = {name for expression in asked for name in re.findall(r"exo_kimi_\w+", expression)}
+    assert len(named) > 20
+    assert named - known == set()
+    assert len({panel["id"] for panel in board["panels"]}) == len(board["panels"])
 
 
 async def test_two_apps_do_not_share_metrics(saying, client_of):

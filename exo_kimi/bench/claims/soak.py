@@ -40,7 +40,7 @@ QUIET_S = 15.0  # after the first fifth and at the end: what is held then is com
 RECOVERY_S = 30.0  # after a trouble, until an answer is right again
 GROWTH_BYTES = 8 << 20  # of the server, from the first fifth to the end
 GROWTH_DESCRIPTORS = 8
-LOG_BYTES = 400  # of the log for each request, and
+LOG_BYTES = 800  # of the log for each request, and
 TROUBLE_LOG_BYTES = 16 << 10  # for each trouble
 _SMALL = {
     "hidden_size": 128,

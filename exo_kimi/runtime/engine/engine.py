@@ -131,16 +131,20 @@ class Engine:
         self.check(request)
         stream: asyncio.Queue[TokenEvent | ExoKimiError] = asyncio.Queue()
         sequence = self._submit(request, stream)
+        outcome = "cancelled"
         try:
             while True:
                 item = await stream.get()
                 if isinstance(item, ExoKimiError):
+                    outcome = type(item).__name__
                     raise item
+                outcome = item.finish_reason or outcome
                 yield item
                 if item.finish_reason is not None:
                     return
         finally:
             self._abandon(sequence)
+            _log_end(sequence, outcome)
 
     def snapshot(self) -> EngineSnapshot:
         """The engine's state now."""
@@ -169,7 +173,8 @@ class Engine:
         seed = secrets.randbits(63) if request.sampling.seed is None else request.sampling.seed % 2**64
         request = replace(request, sampling=replace(request.sampling, seed=seed))
         room = check_request(request, self._limits) if self._limits else 0  # 0: set when the stages are ready
-        sequence = Sequence(request=request, order=self._counters.requests, max_new_tokens=room)
+        now_s = asyncio.get_running_loop().time()
+        sequence = Sequence(request=request, order=self._counters.requests, max_new_tokens=room, submitted_s=now_s)
         self._counters.requests += 1
         try:
             self._update_mask(sequence)
@@ -204,7 +209,13 @@ class Engine:
                     asyncio.get_running_loop().call_later(FAILED_GRACE_S, self._fail_epoch, step.epoch, fault)
 
     def _next_step(self) -> Step | None:
-        return self._scheduler.next_step(self._pacer.chunk)
+        step = self._scheduler.next_step(self._pacer.chunk)
+        if step is not None and step.begin:
+            begun, now_s = {start.seq_id for start in step.begin}, asyncio.get_running_loop().time()
+            for sequence in self._scheduler.running:
+                if sequence.seq_id in begun and sequence.queue_s is None:
+                    sequence.queue_s = now_s - sequence.submitted_s
+        return step
 
     async def _receive_loop(self) -> None:
         while True:
@@ -294,6 +305,7 @@ class Engine:
             top_logprobs=sampled.top_logprobs,
             finish_reason=reason,
             cached_tokens=sequence.cached_tokens or 0,
+            queue_s=sequence.queue_s or 0.0,
         )
         self._streams[sequence].put_nowait(event)
 
@@ -354,6 +366,18 @@ class Engine:
             raise EngineStoppedError("the server is shutting down")
         if self._down is not None:
             raise copy.copy(self._down)
+
+
+def _log_end(sequence: Sequence, outcome: str) -> None:
+    logger.info(
+        "%s %s: %d prompt tokens (%d cached), %d generated, %.3f s in the queue",
+        sequence.request.request_id,
+        outcome,
+        sequence.prompt_tokens,
+        sequence.cached_tokens or 0,
+        sequence.generated_tokens,
+        sequence.queue_s or 0.0,
+    )
 
 
 def _next_mask(constraint: TokenConstraint, *, accept: int | None, vocab_size: int | None) -> bytes | None:

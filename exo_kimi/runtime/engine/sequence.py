@@ -51,6 +51,7 @@ class Interruption:
 
 
 ALONE_FROM_SUSPICIONS = 2
+REQUEST_ID_CHARACTERS = 128
 State = Literal["waiting", "running", "ended"]
 
 
@@ -63,12 +64,14 @@ class Sequence:
         order: arrival; the greatest is the youngest.
         max_new_tokens: where it ends with `length`.
         mask: what the next token may be, kept up to date by whoever drives the constraint.
+        submitted_s: when it came, on the clock of whoever drives the scheduler.
     """
 
     request: GenerationRequest
     order: int
     max_new_tokens: int
     mask: bytes | None = None
+    submitted_s: float = 0.0
     tokens: list[int] = field(init=False)
     state: State = field(default="waiting", init=False)
     seq_id: int = field(default=-1, init=False)
@@ -99,6 +102,8 @@ class Sequence:
     cached_tokens: int | None = field(default=None, init=False)
     """Prompt tokens that it began with when it was first sent; None before."""
     interruption: Interruption | None = field(default=None, init=False)
+    queue_s: float | None = field(default=None, init=False)
+    """How long it waited for its first step; None before that."""
     prompt_ids: Tokens = field(init=False)
 
     def __post_init__(self) -> None:
@@ -157,6 +162,7 @@ class Sequence:
             restore=self.num_computed_tokens,
             move=self.source is not None and self.source.move,
             seen=self._seen(),
+            request_id=self.request.request_id[:REQUEST_ID_CHARACTERS],
         )
 
     def _seen(self) -> tuple[int, ...]:

@@ -30,7 +30,7 @@ from msgspec import Meta, Struct
 from exo_kimi.experts.policies import DEFAULT_POLICY
 from exo_kimi.runtime.requests import StageState
 
-PROTOCOL_VERSION: Literal[6] = 6
+PROTOCOL_VERSION: Literal[7] = 7
 
 Count = Annotated[int, Meta(ge=0, le=2**63 - 1)]
 Positive = Annotated[int, Meta(ge=1, le=2**63 - 1)]
@@ -53,7 +53,7 @@ FreeScope = Literal["host", "process"]
 class Header(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, tag_field="kind"):
     """The first part of a frame. `version` is checked before anything else is read (see `frames.decode`)."""
 
-    version: Literal[6] = PROTOCOL_VERSION
+    version: Literal[7] = PROTOCOL_VERSION
 
 
 class Hello(Header, frozen=True, kw_only=True, tag="hello"):

@@ -22,7 +22,7 @@ from exo_kimi.arch.vision import Grid
 from exo_kimi.pictures.picture import Picture
 from exo_kimi.runtime.prefix_key import KEY_DIGITS
 from exo_kimi.runtime.protocol.faults import malformed, unicode_text
-from exo_kimi.runtime.protocol.messages import Count, Header, Positive
+from exo_kimi.runtime.protocol.messages import Count, Header, Name, Positive
 from exo_kimi.runtime.requests import SamplingParams
 from exo_kimi.runtime.steps import (
     Blocks,
@@ -63,7 +63,7 @@ class SamplingHeader(Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
 
 SegmentRow = tuple[Count, Count, Positive, bool, bool, Count]
 SourceRow = tuple[Count | None, Tokens31, bool, tuple[Count, ...]]
-BeginRow = tuple[Count, Count, Count, SamplingHeader, SourceRow | None]
+BeginRow = tuple[Count, Count, Count, SamplingHeader, SourceRow | None, Name]
 BlocksRow = tuple[Count, Count, BlockTokens, tuple[Key, ...]]
 RestoredRow = tuple[Count, Count]
 OrdersRow = tuple[tuple[BlocksRow, ...], tuple[BlocksRow, ...], tuple[Key, ...], tuple[RestoredRow, ...]]
@@ -78,7 +78,7 @@ _BLOCKS_COLUMNS = ("seq_id", "offset", "block_tokens", "keys")
 _RESTORED_COLUMNS = ("seq_id", "tokens")
 COLUMNS = {
     "segments[]": ("seq_id", "offset", "length", "sample", "mask", "drafts"),
-    "begin[]": ("seq_id", "prompt_tokens", "history", "sampling", "source"),
+    "begin[]": ("seq_id", "prompt_tokens", "history", "sampling", "source", "request_id"),
     "begin[].source": ("source", "restore", "move", "seen"),
     "prefix": ("restore", "store", "drop", "restored"),
     "prefix.restore[]": _BLOCKS_COLUMNS,
@@ -272,13 +272,13 @@ def _begin_row(start: SequenceStart) -> BeginRow:
     source = None
     if start.source is not None or start.seen:
         source = (start.source, start.restore, start.move, start.seen)
-    return (start.seq_id, start.prompt_tokens, len(start.history), sampling, source)
+    return (start.seq_id, start.prompt_tokens, len(start.history), sampling, source, start.request_id)
 
 
 def _decode_begin(rows: tuple[BeginRow, ...], history: npt.NDArray[np.int32]) -> tuple[SequenceStart, ...]:
     starts = []
     taken = 0
-    for seq_id, prompt_tokens, count, sampling, source_row in rows:
+    for seq_id, prompt_tokens, count, sampling, source_row, request_id in rows:
         if sampling.seed is not None and not -(2**63) <= sampling.seed < 2**64:
             raise malformed("seed", expected=f"an integer from {-(2**63)} to {2**64 - 1}", found=sampling.seed)
         source, restore, move, seen = source_row or (None, 0, False, ())
@@ -295,6 +295,7 @@ def _decode_begin(rows: tuple[BeginRow, ...], history: npt.NDArray[np.int32]) ->
                 restore=restore,
                 move=move,
                 seen=seen,
+                request_id=request_id,
             )
         )
         taken += count

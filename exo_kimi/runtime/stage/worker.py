@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Container, Mapping
 from dataclasses import replace
 from typing import Any
@@ -19,6 +20,8 @@ from exo_kimi.runtime.stage.sampling import SequenceSampler, sample_runs
 from exo_kimi.runtime.stage.sequence_state import SequenceState, SequenceTable, check_step
 from exo_kimi.runtime.stage.stage_model import StageModel, pack, unpack
 from exo_kimi.runtime.steps import Blocks, FailedSequence, Sampled, Segment, SequenceStart, Step, StepResult
+
+logger = logging.getLogger(__name__)
 
 
 class StageWorker:
@@ -168,6 +171,7 @@ class StageWorker:
         sampler = SequenceSampler(start) if self.model.is_last else None
         caches = self.model.make_cache() if start.source is None else self._prefix(start, start.source)
         total = start.prompt_tokens + len(start.history)
+        logger.info("%s begins: %d tokens, %d of them held", start.request_id, total, start.restore)
         self._sequences[start.seq_id] = SequenceState(caches, length=start.restore, sampler=sampler, total=total)
 
     def _prefix(self, start: SequenceStart, source: int) -> list[Any]:

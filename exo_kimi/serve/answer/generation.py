@@ -11,7 +11,7 @@ from typing import Protocol
 from exo_kimi.dialogue.events import EndEvent, ReplyEvent
 from exo_kimi.dialogue.prepare import Choice
 from exo_kimi.errors import RequestError
-from exo_kimi.runtime.requests import TextEngine
+from exo_kimi.runtime.requests import TextEngine, TokenEvent
 from exo_kimi.serve.problems import ApiProblem
 
 MOST_BEHIND_EVENTS = 4096  # each may hold 20 logprobs, some 4 KB
@@ -22,6 +22,14 @@ class Observer(Protocol):
 
     def first_token(self, seconds: float) -> None:
         """The first token of a request came after this time."""
+        ...
+
+    def queued(self, seconds: float) -> None:
+        """A sequence waited for its first step for so long."""
+        ...
+
+    def between_tokens(self, seconds: float) -> None:
+        """A token of a sequence came so long after the one before it."""
         ...
 
     def finished(self, outcome: str, seconds: float) -> None:
@@ -99,8 +107,11 @@ class Generation:
                 task.cancel()
 
     async def _run(self, index: int, choice: Choice) -> None:
+        before_s: float | None = None
         async with aclosing(choice.generate(self._engine)) as steps:
             async for token, events in steps:
+                if token is not None:
+                    before_s = self._observe(token, before_s)
                 if token is not None and self._cached_tokens is None:
                     self._cached_tokens = token.cached_tokens
                     self._observer.first_token(time.monotonic() - self._begun_s)
@@ -108,6 +119,15 @@ class Generation:
                     self._queue.put_nowait((index, event))
                 if self._queue.qsize() > MOST_BEHIND_EVENTS:
                     raise _not_read()
+
+    def _observe(self, token: TokenEvent, before_s: float | None) -> float:
+        """Tell the latencies of a token; when it came."""
+        now_s = time.monotonic()
+        if before_s is None:
+            self._observer.queued(token.queue_s)
+        else:
+            self._observer.between_tokens(now_s - before_s)
+        return now_s
 
     def _hand_over(self, task: asyncio.Task[None]) -> None:
         """A choice that failed: whoever awaits `next` raises the error."""

@@ -127,6 +127,7 @@ def starts(draw: st.DrawFn) -> SequenceStart:
         restore=draw(st.integers(1, 2**31)) if source is not None else 0,
         move=draw(st.booleans()) if source is not None else False,
         seen=tuple(draw(st.lists(token_ids, max_size=3))),
+        request_id=draw(st.text(max_size=20).filter(lambda text: text.isprintable())),
     )
 
 
@@ -237,8 +238,8 @@ def _decode_or_protocol_error(parts: list[bytes]) -> None:
 
 def test_another_protocol_version_is_refused_with_both_versions() -> None:
     (header,) = wire.encode(messages.Ping())
-    other = json.loads(bytes(header)) | {"version": 8}
-    with pytest.raises(ProtocolError, match=rf"(?s)version {messages.PROTOCOL_VERSION} \(this side\).*version 8"):
+    other = json.loads(bytes(header)) | {"version": 9}
+    with pytest.raises(ProtocolError, match=rf"(?s)version {messages.PROTOCOL_VERSION} \(this side\).*version 9"):
         wire.decode([json.dumps(other).encode()])
 
 
