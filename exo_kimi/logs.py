@@ -24,7 +24,7 @@ _TEXT_LINE = re.compile(rf"(\d{{4}}-\d\d-\d\d \d\d:\d\d:\d\d,\d{{3}}) ({'|'.join
 
 
 class JsonLines(logging.Formatter):
-    """One JSON object a record: `time` (UTC), `level`, `logger`, `message`; `request_id`, `stage`, `traceback` where there are."""
+    """One JSON object a record: `time` (UTC), `level`, `logger`, `message`; `request_id`, `stage`, `traceback` if there are."""
 
     def format(self, record: logging.LogRecord) -> str:
         """The record as one line."""

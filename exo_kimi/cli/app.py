@@ -15,6 +15,7 @@ from exo_kimi.cli import (
     convert_commands,
     exo_commands,
     fetch_commands,
+    owner_commands,
     page_commands,
     print_version,
     prune_commands,
@@ -84,6 +85,8 @@ def build_app() -> typer.Typer:
         (SERVE, "serve", commands.serve, {}),
         (SERVE, "stage", commands.stage, {}),
         (SERVE, "ui", page_commands.ui, {}),
+        (SERVE, "status", owner_commands.status, {}),
+        (SERVE, "logs", owner_commands.service_logs, {}),
         (CHECKPOINTS, "inspect", commands.inspect, {}),
         (CHECKPOINTS, "doctor", commands.doctor, {}),
         (CHECKPOINTS, "layer", commands.layer, {}),
@@ -96,6 +99,15 @@ def build_app() -> typer.Typer:
         (WORKSHOP, "eval", train_commands.evaluate, {}),
     ):
         app.command(name, rich_help_panel=panel, context_settings=settings)(function)
+
+    service = _add_group(app, "service", SERVE, "Start serve, stage or exo at every login, with logs that rotate.")
+    service.command("install", context_settings={**passed_on, "ignore_unknown_options": False})(
+        owner_commands.service_install
+    )
+    service.command("status")(owner_commands.service_status)
+    service.command("logs")(owner_commands.service_logs)
+    service.command("uninstall")(owner_commands.service_uninstall)
+    service.command("run", hidden=True)(owner_commands.service_run)
 
     exo = _add_group(app, "exo", EXO, "Use our plan, our loader and our engine in a running exo 1.x.")
     exo.command("status")(exo_commands.status)
@@ -137,6 +149,24 @@ def run(words: Sequence[str]) -> int:
     except MISTAKE as mistake:
         raise _usage_error(mistake) from None
     return int(status or 0)
+
+
+def check_words(words: Sequence[str]) -> None:
+    """Read a command's words as its command line would, without running it.
+
+    Raises:
+        UsageError: they cannot be read.
+    """
+    try:
+        found, rest = command_tree(), _spread(words)
+        while hasattr(found, "commands"):
+            name = rest.pop(0) if rest else ""
+            if name not in found.commands:
+                raise UsageError("no such command", found=" ".join(words)[:200], fix=f"see `{NAME} --help`")
+            found = found.commands[name]
+        found.make_context(f"{NAME} {found.name}", rest)
+    except MISTAKE as mistake:
+        raise _usage_error(mistake) from None
 
 
 def _spread(words: Sequence[str]) -> list[str]:

@@ -1,0 +1,104 @@
+"""Commands of the owner's day: services, status, logs, a report and the verification of a Mac."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Annotated, Any
+
+from exo_kimi.cli.values import argument, flag, option, positive
+
+KeyFile = Annotated[
+    Path | None,
+    option("--api-key-file", metavar="FILE", help="file, mode 600, with the server's key (or EXO_KIMI_API_KEY)"),
+]
+Service = Annotated[str | None, argument("[NAME]", "of a service (default: the only one)")]
+
+
+def service_install(
+    words: Annotated[list[str], argument("COMMAND ...", "serve DIR ..., stage --listen ADDR ..., or exo run -- ARGS")],
+    name: Annotated[
+        str | None, option("--name", metavar="NAME", help="of the service (default: the command's)")
+    ] = None,
+    variables: Annotated[
+        list[str], option("--env", metavar="NAME=VALUE", help="a variable for it, not for secrets; repeat for more")
+    ] = [],  # noqa: B006
+    no_start: Annotated[bool, flag("--no-start", help="write its files only")] = False,
+) -> None:
+    """Have a command start at every login, and again whenever it ends."""
+    from exo_kimi.cli.app import check_words
+    from exo_kimi.owner.service.install import Installation
+    from exo_kimi.owner.service.spec import kind_of
+
+    kind_of(words)
+    check_words(words)
+    asked = Installation(words=tuple(words), name=name, variables=tuple(variables), directory=Path.cwd())
+    _say(_services().install(asked, os.environ, start=not no_start))
+
+
+def service_status() -> None:
+    """Every service, and whether it runs."""
+    _say(_services().status() or ["no service is installed: exo-kimi service install serve DIR ..."])
+
+
+def service_logs(
+    name: Service = None,
+    lines: Annotated[int, option("-n", "--lines", parser=positive, metavar="N", help="the last N (default 50)")] = 50,
+    follow: Annotated[bool, flag("-f", "--follow", help="and those to come, until Ctrl-C")] = False,
+    request: Annotated[
+        str | None, option("--request", metavar="ID", help="of one request, by the `x-request-id` of its answer")
+    ] = None,
+    level: Annotated[str | None, option("--level", metavar="LEVEL", help="WARNING: warnings and errors")] = None,
+) -> None:
+    """What a service wrote."""
+    from exo_kimi.owner.service_logs import LogQuery, follow_log, read_log
+
+    services, query = _services(), LogQuery(lines=lines, request=request, level=level and level.upper())
+    chosen, folder = services.only(name), services.directories.logs
+    _say(read_log(chosen, folder, query))
+    if follow:
+        for line in follow_log(chosen, folder, query):
+            print(line, flush=True)
+
+
+def service_uninstall(name: Service = None) -> None:
+    """Stop a service and remove its files; its logs stay."""
+    services = _services()
+    _say(services.uninstall(services.only(name)))
+
+
+def service_run(name: Annotated[str, argument("NAME")]) -> None:
+    """The body of a service: what launchd and systemd start."""
+    from exo_kimi.owner.directories import OwnerDirectories
+    from exo_kimi.owner.service.running import run_service
+    from exo_kimi.owner.service.spec import read_spec
+
+    directories = OwnerDirectories.here()
+    raise SystemExit(run_service(read_spec(directories.services, name), directories.logs))
+
+
+def status(
+    url: Annotated[str | None, option("--url", metavar="URL", help="a server (default: this machine's)")] = None,
+    api_key_file: KeyFile = None,
+) -> None:
+    """Services, stages, speed, memory, requests and the last faults."""
+    from exo_kimi.owner.status import DEFAULT_URL, ServerToAsk, status_lines
+    from exo_kimi.runtime.transport.api_key import ENVIRONMENT_NAME, find_api_key
+
+    text = os.environ.get(ENVIRONMENT_NAME)
+    key = find_api_key(key_file=api_key_file, option=None, environment_text=text)
+    asked = ServerToAsk(url=url or DEFAULT_URL, key=key) if url or key else None
+    _say(status_lines(_services(), asked))
+
+
+def _services() -> Any:
+    from exo_kimi.owner.directories import OwnerDirectories
+    from exo_kimi.owner.service.install import Services
+    from exo_kimi.owner.service.manager import manager_here
+
+    directories = OwnerDirectories.here()
+    return Services(directories, manager_here(directories))
+
+
+def _say(lines: list[str]) -> None:
+    print("\n".join(lines), flush=True)
