@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import platform
 import shutil
 import signal
 import subprocess
@@ -107,7 +108,7 @@ def wired_note(wanted_mb: int | None, found_mb: int | None) -> str | None:
 
 def wired_limit_mb() -> int | None:
     """`iogpu.wired_limit_mb` now, 0 where macOS decides; None where there is no such thing."""
-    if sys.platform != "darwin":
+    if platform.system() != "Darwin":
         return None
     asked = subprocess.run(["sysctl", "-n", "iogpu.wired_limit_mb"], capture_output=True, text=True, check=False)
     return int(asked.stdout) if asked.returncode == 0 and asked.stdout.strip().isdigit() else None
@@ -184,8 +185,8 @@ class _PrivateLog(RotatingFileHandler):
     """Files for their owner alone."""
 
     def _open(self) -> TextIOWrapper:
-        descriptor = os.open(self.baseFilename, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
-        return os.fdopen(descriptor, self.mode, encoding=self.encoding, errors=self.errors)
+        os.close(os.open(self.baseFilename, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600))
+        return super()._open()
 
 
 class _ServiceLines(logging.Formatter):
