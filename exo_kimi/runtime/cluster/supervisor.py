@@ -81,6 +81,7 @@ class StageCluster:
         self._last_fault: RuntimeFault | None = None
         self._broken: StageError | None = None
         self._unanswered: dict[int, float] = {}
+        self._idle_since_s: float | None = None
         self._closed = False
         self._tasks: list[asyncio.Task[None]] = []
         self._directory: Path | None = None
@@ -315,15 +316,22 @@ class StageCluster:
     def _check_steps(self, gap_s: float) -> None:
         """A step that no stage works on and that is not answered was lost on its way.
 
+        Stages tell what they do now and then: one may seem idle for a moment after the stage before it has worked for long. So it
+        counts only that all of them were idle at every look since.
+
         Args:
             gap_s: for which this loop itself was suspended.
         """
+        now_s = time.monotonic()
         if gap_s:
             self._unanswered = {step_id: sent_s + gap_s for step_id, sent_s in self._unanswered.items()}
         oldest_s = min(self._unanswered.values(), default=None)
-        if not self._ready or oldest_s is None or not all(handle.is_idle for handle in self._handles):
+        if gap_s or not self._ready or oldest_s is None or not all(handle.is_idle for handle in self._handles):
+            self._idle_since_s = None
             return
-        waited_s = time.monotonic() - oldest_s
+        if self._idle_since_s is None:
+            self._idle_since_s = now_s
+        waited_s = now_s - max(oldest_s, self._idle_since_s)
         if waited_s > self.options.stall_s:
             # libzmq stops sending on a connection whose buffers the system refused once, and says nothing.
             for handle in self._handles:

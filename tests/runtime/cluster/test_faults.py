@@ -10,6 +10,7 @@ import signal
 import sys
 from collections.abc import AsyncIterator, Callable, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -217,3 +218,33 @@ async def test_what_is_lost_on_its_way_to_a_stage_that_lives_is_told_and_the_sta
     else:
         assert "stage 0 lives and does not answer" in str(faults[-1])
         assert [stage.pid for stage in cluster.health()] != before
+
+
+async def test_a_step_that_stages_have_worked_on_for_long_is_not_lost_between_two_of_them(
+    tiny: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The one has said that it is done, the other not yet that it has begun: as with slow disks and long chunks."""
+
+    class Stage:
+        is_idle = True
+
+        def drop_link(self) -> None:
+            pass
+
+    cluster, now_s, stages, faults = cluster_of(tiny, stages=2), 1000.0, [Stage(), Stage()], []
+    monkeypatch.setattr(supervisor, "time", SimpleNamespace(monotonic=lambda: now_s))
+    monkeypatch.setattr(cluster, "_ready", True)
+    monkeypatch.setattr(cluster, "_handles", stages)
+    monkeypatch.setattr(cluster, "_on_fault", lambda fault, epoch: faults.append(fault))
+    monkeypatch.setattr(cluster, "_unanswered", {1: now_s})
+    for idle in (False, False, False, True, False, True):  # a look every stall deadline
+        now_s += OPTIONS.stall_s
+        stages[1].is_idle = idle
+        cluster._check_steps(0.0)
+        assert faults == []
+    now_s += OPTIONS.stall_s / 2
+    cluster._check_steps(0.0)
+    assert faults == []
+    now_s += OPTIONS.stall_s
+    cluster._check_steps(0.0)
+    assert "a step was lost on its way" in str(faults[0]), "idle at every look for longer than the deadline"
