@@ -39,6 +39,7 @@ ExoKimiError                    everything that exo-kimi raises on purpose
 |       +-- ExoDeletedError     somebody deleted an instance before it had answered once
 +-- FetchError                  files cannot be fetched from the hub or from another machine
 |   +-- NotHeldError            the other machine does not hold a part of the model that was asked of it
++-- PairingError                two machines cannot be paired
 +-- MachineError                the machine has no memory, descriptor, process or room left for what a command needs
 +-- RuntimeFault                the cluster of stages failed; the request did not (HTTP 503)
     +-- StageUnreachableError   a stage did not answer at its address
@@ -303,6 +304,10 @@ class FetchError(ExoKimiError):
 
 class NotHeldError(FetchError):
     """Raised when the other machine does not hold a part of the model that was asked of it."""
+
+
+class PairingError(ExoKimiError):
+    """Raised when two machines cannot be paired: another code, too many tries, or nobody there."""
 
 
 class MachineError(ExoKimiError):

@@ -27,6 +27,7 @@ FLOORS = {
     "dialogue": 7,
     "page": 7,
     "fetch": 7,
+    "pairing": 7,
     "serve": 8,
     "plugin": 8,
     "compress": 8,

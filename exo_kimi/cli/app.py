@@ -11,6 +11,7 @@ import typer
 from typer.main import get_command
 
 from exo_kimi.cli import (
+    cluster_commands,
     commands,
     convert_commands,
     exo_commands,
@@ -120,6 +121,10 @@ def build_app() -> typer.Typer:
     trace.command("record")(trace_commands.record)
     trace.command("replay")(trace_commands.replay)
     trace.command("make")(trace_commands.make)
+
+    cluster = _add_group(app, "cluster", SERVE, "The machines that were paired with this one.")
+    cluster.command("status")(cluster_commands.status)
+    cluster.command("forget")(cluster_commands.forget)
 
     train = _add_group(app, "train", WORKSHOP, "Train a small Kimi K2 that really answers, on the CPU.")
     train.command("tiny")(train_commands.tiny)

@@ -162,10 +162,19 @@ def serve(
         option(
             "--stage",
             metavar="ADDR",
-            help="a running `exo-kimi stage`; repeat for more, last layers last",
+            help="a running `exo-kimi stage`, or the name of one that was paired; repeat for more, last layers last",
             panel=SPLIT,
         ),
     ] = [],  # noqa: B006 (typer's way to say none)
+    pair: Annotated[
+        str | None,
+        option(
+            "--pair",
+            metavar="CODE[@ADDR]",
+            help="pair with the stage that shows this code, and use it behind the others",
+            panel=SPLIT,
+        ),
+    ] = None,
     context: Annotated[
         int | None,
         option(
@@ -407,12 +416,11 @@ def serve(
 ) -> None:
     """Serve a checkpoint, split over stages, behind a ChatGPT-compatible API."""
     options: dict[str, Any] = locals()
-    from exo_kimi.fetch.directories import ServedPart, served_directory
     from exo_kimi.runtime.transport.api_key import ENVIRONMENT_NAME, find_api_key
     from exo_kimi.serve.launch import ServeOptions, serve
 
     log_to(as_json=options.pop("log_json"))
-    options["directory"] = served_directory(directory, ServedPart.of(options))
+    _find_stages_and_weights(options)
     options["api_key"] = find_api_key(
         key_file=options.pop("api_key_file"), option=api_key, environment_text=os.environ.get(ENVIRONMENT_NAME)
     )
@@ -420,7 +428,13 @@ def serve(
 
 
 def stage(
-    listen: Annotated[str, option("--listen", metavar="ADDR", help="HOST:PORT to listen on")],
+    listen: Annotated[
+        str | None,
+        option("--listen", metavar="ADDR", help="HOST:PORT to listen on (once paired: as before, else 0.0.0.0:52500)"),
+    ] = None,
+    pair: Annotated[
+        bool, flag("--pair", help="show a code for `serve --pair CODE` on another machine, then serve it")
+    ] = False,
     model: Annotated[
         Path | None,
         option("--model", metavar="DIR", help="the checkpoint here (default: the path the server names)"),
@@ -450,22 +464,13 @@ def stage(
     log_json: Annotated[bool, flag("--log-json", help=LOG_JSON)] = False,
 ) -> None:
     """A stage on this machine, for `serve --stage ADDR` on another."""
-    from exo_kimi.models.mlx_lm_package import skip_mlx_lm_init
-    from exo_kimi.runtime.descriptors import raise_descriptor_limit
+    from exo_kimi.pairing.command import announced_stage, stage_place
 
-    raise_descriptor_limit()
-    skip_mlx_lm_init()
-    from exo_kimi.runtime.stage.process import serve_stage
-
+    directory = _weights(model)
+    place = stage_place(listen, pair=pair, key_file=key_file)
     log_to(as_json=log_json)
-    serve_stage(
-        listen,
-        model=_weights(model),
-        key_file=key_file,
-        environment_key=os.environ.get("EXO_KIMI_KEY"),
-        show_key=sys.stdout.isatty(),
-        expert_cache=ExpertCache.of(expert_cache, expert_policy),
-    )
+    with announced_stage(place.listen):
+        _serve_stage(place, directory, ExpertCache.of(expert_cache, expert_policy))
 
 
 def chat(
@@ -711,6 +716,34 @@ def bench(
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # the servers and nodes that it started end with it
     module = "all" if name == "all" else f"claims.{name.replace('-', '_')}"
     return int(import_module(f"exo_kimi.bench.{module}").main(rest) or 0)
+
+
+def _find_stages_and_weights(options: dict[str, Any]) -> None:
+    """Names of stages as addresses, a pairing that was asked for, and a model's name as its directory."""
+    from exo_kimi.fetch.directories import ServedPart, served_directory
+    from exo_kimi.pairing.command import paired_serve
+
+    paired = paired_serve(options["stage"], options.pop("pair"), key_file=options["key_file"])
+    options["stage"], options["key_file"] = paired.stages, paired.key_file
+    options["directory"] = served_directory(options["directory"], ServedPart.of(options))
+
+
+def _serve_stage(place: Any, model: str | None, expert_cache: ExpertCache | None) -> None:
+    from exo_kimi.models.mlx_lm_package import skip_mlx_lm_init
+    from exo_kimi.runtime.descriptors import raise_descriptor_limit
+
+    raise_descriptor_limit()
+    skip_mlx_lm_init()
+    from exo_kimi.runtime.stage.process import serve_stage
+
+    serve_stage(
+        place.listen,
+        model=model,
+        key_file=place.key_file,
+        environment_key=os.environ.get("EXO_KIMI_KEY"),
+        show_key=sys.stdout.isatty(),
+        expert_cache=expert_cache,
+    )
 
 
 def _weights(model: Path | None) -> str | None:

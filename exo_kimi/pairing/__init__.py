@@ -1,0 +1,1 @@
+"""Two machines become one cluster by a short code that a person carries from one screen to the other."""
