@@ -61,8 +61,8 @@ def mutated_value(seed: Any, draw: random.Random, words: Sequence[str] = ()) -> 
     return value
 
 
-def mutated_bytes(seed: bytes, draw: random.Random) -> bytes:
-    """A copy with a few bytes changed, cut, repeated or put in."""
+def mutated_bytes(seed: bytes, draw: random.Random, odd: Sequence[bytes] = ()) -> bytes:
+    """A copy with a few bytes changed, cut, repeated or put in; `odd` are more that may be put in."""
     data = bytearray(seed)
     for _ in range(draw.randint(1, 4)):
         start = draw.randint(0, len(data))
@@ -71,7 +71,7 @@ def mutated_bytes(seed: bytes, draw: random.Random) -> bytes:
         if way == 0:
             data[start:end] = draw.randbytes(draw.choice([0, 1, 4, 20]))
         elif way == 1:
-            data[start:end] = draw.choice(ODD_BYTES)
+            data[start:end] = draw.choice([*ODD_BYTES, *odd])
         elif way == 2:
             data[start:start] = data[start:end] * draw.choice([1, 2, 50])
         else:
@@ -128,9 +128,9 @@ class Fuzz:
 
         return st.builds(make, st.randoms(use_true_random=False))
 
-    def bytes(self, seeds: Sequence[bytes]) -> st.SearchStrategy[bytes]:
-        """Mutations of bytes."""
-        return st.builds(lambda draw: mutated_bytes(draw.choice(seeds), draw), st.randoms(use_true_random=False))
+    def bytes(self, seeds: Sequence[bytes], odd: Sequence[bytes] = ()) -> st.SearchStrategy[bytes]:
+        """Mutations of bytes; `odd` are some that break this kind of reader."""
+        return st.builds(lambda draw: mutated_bytes(draw.choice(seeds), draw, odd), st.randoms(use_true_random=False))
 
 
 @pytest.fixture
