@@ -37,7 +37,8 @@ class Kept:
         assert found == "right"
 
     def __call__(self) -> Server:
-        if not self.running.alive or not self.running.wait_up():
+        paused = "prefixes are not written" in self.running.text()  # for a minute
+        if paused or not self.running.alive or not self.running.wait_up():
             self.running.kill()
             self.running = self._faults.start(*self._options)
             assert self.running.wait_up(), self.running.text()

@@ -41,6 +41,7 @@ Changed = Callable[[tuple[str, ...], tuple[str, ...]], None]
 """Takes the keys that are on the disk from now on, and those that are not; called from both threads."""
 SUFFIX, UNFINISHED = ".safetensors", ".part"
 _PASSING = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EAGAIN, errno.EINTR})  # nothing against the file
+PAUSE_S = 60.0  # nothing is written after a failure, of which most are a full disk
 UNUSED_S = 30 * 24 * 3600.0
 """After so long without a server, the blocks of another model, split or dtype are deleted."""
 _ELEMENTS = {"F32": "<f4", "F16": "<f2", "BF16": "<u2", "U32": "<u4", "U8": "u1"}
@@ -130,7 +131,7 @@ class PrefixDisk:
         self._keys = dict.fromkeys(self.files.prepare())
         self.files.delete_unused_siblings()
         self.drop(list(self._keys)[: max(0, len(self._keys) - self.capacity_blocks)])
-        self._full = False
+        self._paused_until_s = 0.0
         self._queue: Queue[tuple[str, Mapping[str, StoredTensor]] | None] = Queue(QUEUED_BLOCKS)
         self._thread = threading.Thread(target=self._write_all, name="prefix-disk", daemon=True)
         self._thread.start()
@@ -145,7 +146,7 @@ class PrefixDisk:
             self._changed((key,), ())
             return
         try:
-            if self._full or len(self._keys) + self._queue.qsize() >= self.capacity_blocks:
+            if self._is_paused or len(self._keys) + self._queue.qsize() >= self.capacity_blocks:
                 raise Full
             self._queue.put_nowait((key, tensors))
         except Full:
@@ -195,19 +196,23 @@ class PrefixDisk:
                 self._queue.put(None)
                 return
 
+    @property
+    def _is_paused(self) -> bool:
+        return time.monotonic() < self._paused_until_s
+
     def _write_all(self) -> None:
         while (item := self._queue.get()) is not None:
             key, tensors = item
             try:
-                if not self._full:
+                if not self._is_paused:
                     self.files.write(key, tensors)
                     self._keys[key] = None
             except Exception as error:  # whatever it is, the queue must go on being emptied
-                self._full = True
+                self._paused_until_s = time.monotonic() + PAUSE_S
                 logger.warning(
-                    "prefixes are no longer written to %s: %s. Those in memory go on working; "
-                    "free some space and start the stage again",
+                    "prefixes are not written to %s for %.0f s: %s. Those in memory go on working",
                     self.files.directory,
+                    PAUSE_S,
                     getattr(error, "strerror", None) or repr(error),
                     exc_info=None if isinstance(error, OSError | MemoryError) else error,
                 )

@@ -270,7 +270,7 @@ async def test_a_full_disk_is_warned_about_once_and_nothing_fails(
         await written(engine, 3)
         again = await ask(engine, text(12, 8 * BLOCK))
         assert again[0].cached_tokens == 8 * BLOCK - 1
-    assert [record.levelname for record in caplog.records if "no longer written" in record.message] == ["WARNING"]
+    assert [record.levelname for record in caplog.records if "not written" in record.message] == ["WARNING"]
     (directory,) = tmp_path.iterdir()
     assert len(list(directory.iterdir())) == 3
 

@@ -15,6 +15,7 @@ import pytest
 
 from exo_kimi.checkpoint.safetensors_io import StoredTensor
 from exo_kimi.runtime.protocol.messages import Join
+from exo_kimi.runtime.stage import prefix_disk
 from exo_kimi.runtime.stage.backend import CheckpointLayers, MlxBackend
 from exo_kimi.runtime.stage.prefix_disk import BlockFiles, DamagedBlockError, PrefixDisk
 
@@ -112,6 +113,31 @@ def test_a_block_that_cannot_be_read_for_want_of_descriptors_is_kept(
     disk.files.delete(KEY)
     with pytest.raises(DamagedBlockError):
         disk.files.read(KEY)
+    disk.close()
+
+
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EMFILE])
+def test_a_disk_that_was_full_is_written_to_again_later(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int
+) -> None:
+    """It was never written to again, also after one moment without descriptors."""
+    monkeypatch.setattr(prefix_disk, "PAUSE_S", 0.5)
+    disk, write = disk_at(tmp_path), BlockFiles.write
+
+    def refuse(*_: object) -> None:
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(BlockFiles, "write", refuse)
+    disk.write(KEY, BLOCK)
+    disk.flush()
+    monkeypatch.setattr(BlockFiles, "write", write)
+    disk.write(KEY, BLOCK)
+    disk.flush()
+    assert disk.keys() == (), "not at once: each try would be a line in the log"
+    time.sleep(0.5)
+    disk.write(KEY, BLOCK)
+    disk.flush()
+    assert disk.keys() == (KEY,)
     disk.close()
 
 
