@@ -327,13 +327,15 @@ _MACHINE_FIXES = {
 def machine_error(error: BaseException) -> MachineError | None:
     """A failure that is neither ours nor the user's, but the machine's, in one line with the fix; None for any other."""
     number = getattr(error, "errno", None)  # zmq's errors have one and are no OSError
-    if isinstance(error, MemoryError):
+    # CPython 3.11 and 3.12 have no better word for a call whose frame had no memory.
+    frameless = isinstance(error, SystemError) and "without exception set" in str(error)
+    if frameless or isinstance(error, MemoryError):
         number = errno.ENOMEM
     elif isinstance(error, RuntimeError) and "start new thread" in str(error):  # Python has no class for it
         number = errno.EAGAIN
     if number not in _MACHINE_FIXES:
         return None
-    what = getattr(error, "strerror", None) or str(error) or "no memory is left"
+    what = getattr(error, "strerror", None) or ("" if frameless else str(error)) or "no memory is left"
     return MachineError(what, where=getattr(error, "filename", None), fix=_MACHINE_FIXES[number])
 
 

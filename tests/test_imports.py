@@ -43,7 +43,8 @@ FLOORS = {
 RUNTIME_FLOORS = {
     "requests": 0,
     "reserve": 0,
-    "end_signals": 0,
+    "end_signals": 1,
+    "threads": 0,
     "descriptors": 0,
     "prefix_key": 1,
     "token_mask": 0,

@@ -14,7 +14,10 @@ import signal
 import sys
 import threading
 from collections.abc import Callable
+from functools import partial
 from typing import Any
+
+from exo_kimi.runtime.threads import start_daemon
 
 END_S = 4.5  # after the first signal
 _NUMBERS = (signal.SIGINT, signal.SIGTERM)
@@ -47,7 +50,7 @@ class EndSignals:
             self._former_descriptor = signal.set_wakeup_fd(self._writing, warn_on_full_buffer=False)
             for number in _NUMBERS:
                 self._former[number] = signal.signal(number, self._in_main)
-            threading.Thread(target=self._listen, name="end-signals", daemon=True).start()
+            start_daemon(self._listen, name="end-signals")
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -100,9 +103,8 @@ class EndSignals:
     def _end(self, status: int) -> None:
         # The lock of a stream may be held by the thread that does not end.
         for stream in (sys.stdout, sys.stderr):
-            flushing = threading.Thread(target=_flush, args=(stream,), daemon=True)
-            flushing.start()
-            flushing.join(0.2)
+            with contextlib.suppress(RuntimeError):  # no thread is left
+                start_daemon(partial(_flush, stream), name="flush").wait(0.2)
         os._exit(status)  # stages end when their socket pair closes
 
 

@@ -13,6 +13,8 @@ import sys
 import threading
 import time
 
+from exo_kimi.runtime.threads import start_daemon
+
 STUCK_S = 60.0
 
 log = logging.getLogger(__name__)
@@ -32,7 +34,7 @@ class LoopWatch:
         self._left = threading.Event()
 
     def __enter__(self) -> LoopWatch:
-        threading.Thread(target=self._watch, name="loop-watch", daemon=True).start()
+        start_daemon(self._watch, name="loop-watch")
         return self
 
     def __exit__(self, *_: object) -> None:

@@ -7,6 +7,8 @@ import contextlib
 import errno
 import logging
 import socket
+import sys
+import traceback
 from collections.abc import Awaitable, Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -76,8 +78,27 @@ def run(
         ExoKimiError: what the factory or `wait_failed` raised.
     """
     listener = bind(host, port)
-    with contextlib.closing(listener), contextlib.suppress(asyncio.CancelledError), EndSignals() as signals:
-        asyncio.run(_serve(listener, factory, announce, progress, signals))
+    with (
+        contextlib.closing(listener),
+        contextlib.suppress(asyncio.CancelledError),
+        EndSignals() as signals,
+        _runner() as runner,
+    ):
+        runner.run(_serve(listener, factory, announce, progress, signals))
+
+
+def _runner() -> asyncio.Runner:
+    """One that has its loop."""
+    runner = asyncio.Runner()
+    try:
+        runner.get_loop()
+    except OSError as error:
+        # No descriptor was left: asyncio's half-made loop would say on the terminal that it cannot be closed.
+        hook, sys.unraisablehook = sys.unraisablehook, lambda _: None
+        traceback.clear_frames(error.__traceback__)
+        sys.unraisablehook = hook
+        raise
+    return runner
 
 
 def bind(host: str, port: int) -> socket.socket:

@@ -353,7 +353,13 @@ def test_no_bytes_at_all_make_a_500(post, body, path):
 
 
 @pytest.mark.parametrize(
-    "error", [OSError(24, "Too many open files"), MemoryError(), RuntimeError("can't start new thread")]
+    "error",
+    [
+        OSError(24, "Too many open files"),
+        MemoryError(),
+        RuntimeError("can't start new thread"),
+        SystemError("error return without exception set"),
+    ],
 )
 async def test_what_the_machine_refuses_is_told_as_a_passing_state_and_not_as_a_bug(saying, client_of, error, caplog):
     async with client_of(saying(refusal=error)) as client:

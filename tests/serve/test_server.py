@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -39,6 +41,19 @@ def test_an_address_that_is_not_ours_is_refused_in_one_message():
     for host, port in (("no.such.host.invalid", 1), ("192.0.2.1", 8080), ("127.0.0.1", 70000), ("127.0.0.1", -1)):
         with pytest.raises(AddressError):
             bind(host, port)
+
+
+def test_a_loop_that_finds_no_descriptor_is_one_error(monkeypatch, capfd):
+    """asyncio's half-made loop printed that it could not be closed, and Python that nobody had run the server."""
+
+    def refuse(*_: object) -> None:
+        raise OSError(24, "Too many open files")
+
+    monkeypatch.setattr(socket, "socketpair", refuse)
+    with pytest.raises(OSError, match="Too many open files"):
+        run(None, port=0)
+    gc.collect()
+    assert capfd.readouterr().err == ""
 
 
 def test_base_urls_have_brackets_for_ipv6():

@@ -15,7 +15,7 @@ from dataclasses import asdict, dataclass
 from queue import Empty, SimpleQueue
 from typing import Protocol
 
-from exo_kimi.errors import CheckpointError, ExoKimiError, UsageError
+from exo_kimi.errors import CheckpointError, ExoKimiError, UsageError, machine_error
 from exo_kimi.runtime.prefix_key import pack_keys
 from exo_kimi.runtime.protocol.faults import to_message
 from exo_kimi.runtime.protocol.frames import Message
@@ -187,11 +187,10 @@ class StageCompute:
             started_s = self._status.busy_since_s = time.monotonic()
             try:
                 self._carry_out(order)
-            except ExoKimiError as error:
-                logger.error("%s failed: %s", type(order).__name__, error, exc_info=error.__cause__)
-                self._answer_fault(order, error)
             except Exception as error:
-                logger.exception("%s failed", type(order).__name__)
+                cause = error.__cause__ if isinstance(error, ExoKimiError) else error
+                told = cause is not None and machine_error(cause) is not None  # where in our code is no news
+                logger.error("%s failed: %s", type(order).__name__, error, exc_info=None if told else cause)
                 self._answer_fault(order, error)
             finally:
                 self._unseen = True

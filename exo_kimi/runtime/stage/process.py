@@ -15,7 +15,6 @@ import shlex
 import signal
 import socket
 import sys
-import threading
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -29,6 +28,7 @@ from exo_kimi.runtime.protocol.versions import Versions
 from exo_kimi.runtime.stage.backend import CheckpointLayers, MlxBackend
 from exo_kimi.runtime.stage.compute_thread import Backend, Order, StageCompute, StageStatus
 from exo_kimi.runtime.stage.server import StageServer
+from exo_kimi.runtime.threads import start_daemon
 from exo_kimi.runtime.transport.address import Address, parse_address
 from exo_kimi.runtime.transport.keys import ENVIRONMENT_NAME, ClusterKey, default_key_file, key_to_listen
 
@@ -163,8 +163,7 @@ def _serve(
             os._exit(70)  # without sockets nobody can reach the main thread any more
         orders.put(None)
 
-    io_thread = threading.Thread(target=serve, name="stage-io", daemon=True)
-    io_thread.start()
+    serving_ended = start_daemon(serve, name="stage-io")
     announce(server.bound.result())
     sys.setswitchinterval(SWITCH_INTERVAL_S)
     try:
@@ -173,7 +172,7 @@ def _serve(
         logger.info("stopped")
     finally:
         server.stop()
-        io_thread.join(timeout=2)
+        serving_ended.wait(2)
 
 
 def _outlive_nobody(parent: socket.socket, listen: Address) -> None:
@@ -188,4 +187,4 @@ def _outlive_nobody(parent: socket.socket, listen: Address) -> None:
                 Path(listen.path).parent.rmdir()
         os._exit(0)
 
-    threading.Thread(target=watch, name="parent-watch", daemon=True).start()
+    start_daemon(watch, name="parent-watch")

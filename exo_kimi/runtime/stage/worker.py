@@ -10,7 +10,14 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
-from exo_kimi.errors import ExpertReadError, ProtocolError, RuntimeFault, StageError, StageOutOfMemoryError
+from exo_kimi.errors import (
+    ExpertReadError,
+    ProtocolError,
+    RuntimeFault,
+    StageError,
+    StageOutOfMemoryError,
+    machine_error,
+)
 from exo_kimi.runtime.stage.caches import capacity_for, copy_prefix, trim
 from exo_kimi.runtime.stage.lookahead import Ahead, PreparedStep
 from exo_kimi.runtime.stage.memory import is_out_of_memory
@@ -112,7 +119,7 @@ class StageWorker:
         """Begin with what will follow the last answer, if that is known; to be called once it is on its way.
 
         Raises:
-            StageError, StageOutOfMemoryError: as of `execute`.
+            StageError, StageOutOfMemoryError, machine_error: as of `execute`.
         """
         answered, self._answered = self._answered, None
         if answered is not None:
@@ -339,4 +346,6 @@ def as_fault(error: BaseException, *, stage: int | None) -> RuntimeFault:
         return StageOutOfMemoryError(
             f"stage {stage} ran out of memory", stage=stage, found=text, fix="a smaller --context, or more stages"
         )
+    if (known := machine_error(error)) is not None:
+        return StageError(f"stage {stage} failed", stage=stage, found=known.what, where=known.where, fix=known.fix)
     return StageError(f"stage {stage} failed: {type(error).__name__}: {text}", stage=stage)
