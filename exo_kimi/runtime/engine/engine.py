@@ -21,7 +21,7 @@ from exo_kimi.runtime.engine.pacing import PrefillPacer
 from exo_kimi.runtime.engine.prefix_cache import PrefixOptions
 from exo_kimi.runtime.engine.scheduler import Scheduler
 from exo_kimi.runtime.engine.sequence import Sequence, StepOutcome
-from exo_kimi.runtime.engine.speculation import Drafter
+from exo_kimi.runtime.engine.speculation import Drafter, disk_cost_of
 from exo_kimi.runtime.engine.survival import Survival
 from exo_kimi.runtime.pipeline import DiskBlocks, Failed, Pipeline, Ready
 from exo_kimi.runtime.requests import EngineSnapshot, GenerationRequest, TokenConstraint, TokenEvent
@@ -29,6 +29,9 @@ from exo_kimi.runtime.steps import Step, StepResult
 from exo_kimi.runtime.token_mask import allowed
 
 logger = logging.getLogger(__name__)
+
+DISK_COST_STEPS = 32
+"""How often it is asked what reading experts from disk costs, which a guess must pay for."""
 
 FAILED_GRACE_S = 1.0
 """How long after a refused step the pipeline may take to tell what failed."""
@@ -278,6 +281,9 @@ class Engine:
 
     def _on_result(self, result: StepResult) -> None:
         self._pacer.answered(result.step_id)
+        drafter = self._scheduler.drafter
+        if drafter is not None and result.step_id % DISK_COST_STEPS == 0:
+            drafter.disk_cost = disk_cost_of(self.pipeline.health())
         for outcome in self._scheduler.complete(result):
             self._counters.generated += 1
             self._deliver(outcome)

@@ -12,13 +12,14 @@ Source: prompt lookup decoding, Saxena 2023; going on inside what is being copie
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from collections.abc import Sequence as Ordered
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal
 
 from exo_kimi.planner.search.laws import attention_flops
 from exo_kimi.planner.weights.bytes import ModelBytes
+from exo_kimi.runtime.requests import StageHealth
 
 if TYPE_CHECKING:
     from exo_kimi.runtime.engine.sequence import Sequence, StepInFlight
@@ -27,6 +28,8 @@ Speculate = Literal["off", "auto"] | int
 BYTES_PER_FLOP = 819e9 / 2.08e13
 """Bytes that an M3 Ultra reads in the time of one floating-point operation; other Macs' ratios are within a half of it. Source:
 `planner/profiles/m3-ultra.toml`."""
+MEMORY_BYTES_PER_S = 819e9
+"""Of an M3 Ultra. Source: as of BYTES_PER_FLOP."""
 MAX_DRAFTS = 8
 """Guesses of one sequence in a step, by default."""
 MAX_STEP_DRAFTS = 64
@@ -61,11 +64,13 @@ class Drafter:
         step_bytes: what steps read.
         limit: guesses of one sequence in a step at most.
         always: send what there is to guess, whatever the bytes say.
+        disk_cost: what a byte of a routed expert costs on top where experts are read from disk, see `disk_cost_of`.
     """
 
     step_bytes: StepBytes
     limit: int = MAX_DRAFTS
     always: bool = False
+    disk_cost: float = 0.0
     counts: DraftCounts = field(default_factory=DraftCounts)
 
     @classmethod
@@ -94,7 +99,11 @@ class Drafter:
         counts = choose_drafts(
             chances,
             lambda tokens: (
-                1.0 if self.always else self.step_bytes.cost(tokens, sequences=len(sequences), cached_tokens=cached)
+                1.0
+                if self.always
+                else self.step_bytes.cost(
+                    tokens, sequences=len(sequences), cached_tokens=cached, disk_cost=self.disk_cost
+                )
             ),
             others=others,
             room=room,
@@ -166,11 +175,12 @@ class StepBytes:
     kv_token_bytes: int
     attention_bytes: float = 0.0
 
-    def cost(self, tokens: float, *, sequences: int, cached_tokens: int) -> float:
+    def cost(self, tokens: float, *, sequences: int, cached_tokens: int, disk_cost: float = 0.0) -> float:
         """What a step of `tokens` tokens costs, as bytes: those that it reads, and attention of each token over its sequence's
-        context, which is arithmetic. At long contexts a guess costs more of that than of experts."""
+        context, which is arithmetic. At long contexts a guess costs more of that than of experts; where those come from a disk,
+        `disk_cost` times their bytes on top."""
         attention = self.attention_bytes * cached_tokens * tokens / max(sequences, 1)
-        return self.read(tokens, cached_tokens=cached_tokens) + attention
+        return self.read(tokens, cached_tokens=cached_tokens) + attention + disk_cost * self._experts(tokens)
 
     def read(self, tokens: float, *, cached_tokens: int = 0) -> float:
         """Bytes that a step of `tokens` tokens reads, whose sequences hold `cached_tokens` in all.
@@ -178,8 +188,25 @@ class StepBytes:
         E (1 - (1 - K/E)^m) distinct experts are expected when m tokens choose independently; a cache is read once for all
         the tokens of its sequence.
         """
+        return self.shared_bytes + self._experts(tokens) + self.kv_token_bytes * cached_tokens
+
+    def _experts(self, tokens: float) -> float:
         share: float = 1.0 - (1.0 - self.experts_per_token / self.experts) ** tokens
-        return self.shared_bytes + self.expert_bytes * share + self.kv_token_bytes * cached_tokens
+        return self.expert_bytes * share
+
+
+def disk_cost_of(stages: Iterable[StageHealth]) -> float:
+    """What a byte of a routed expert costs on top of reading it from memory, as bytes from memory, where stages read experts from
+    their disks: the share that had to be read so far, by how much slower the disk was. 0 while nothing was read."""
+    cost = layers = 0.0
+    for stage in stages:
+        count = stage.end_layer - stage.start_layer
+        layers += count
+        experts = stage.experts
+        if experts is not None and experts.read_bytes and experts.read_bytes_per_s:
+            missed = experts.misses / (experts.hits + experts.misses)
+            cost += count * missed * MEMORY_BYTES_PER_S / experts.read_bytes_per_s
+    return cost / layers if layers else 0.0
 
 
 def choose_drafts(

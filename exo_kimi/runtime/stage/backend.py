@@ -20,7 +20,6 @@ from exo_kimi.checkpoint.manifest import resolve
 from exo_kimi.checkpoint.vision import NoVision, VisionManifest, find_vision
 from exo_kimi.errors import CheckpointError, StageError
 from exo_kimi.experts.budget import ExpertCache
-from exo_kimi.models.expert_bank import StreamedExperts
 from exo_kimi.models.kimi_k2 import CACHE_STEP
 from exo_kimi.runtime.protocol.messages import Join, Load, Loaded, decode_path
 from exo_kimi.runtime.requests import ExpertHealth
@@ -35,6 +34,7 @@ from exo_kimi.runtime.stage.prefix_disk import (
     make_blocks_private,
 )
 from exo_kimi.runtime.stage.resident import ResidentStage, give_back_memory
+from exo_kimi.runtime.stage.stage_model import expert_health
 from exo_kimi.runtime.stage.worker import StageWorker
 from exo_kimi.runtime.steps import Step, StepResult
 
@@ -246,23 +246,6 @@ class MlxBackend:
         if self._loaded is None:
             raise StageError("this stage holds no layers")
         return self._loaded
-
-
-def expert_health(streamed: StreamedExperts) -> ExpertHealth:
-    """How a stage's experts fare that stay on disk."""
-    counters, reads = streamed.counters, streamed.store.counters
-    return ExpertHealth(
-        slots=streamed.slots,
-        slot_bytes=streamed.slot_bytes,
-        hits=counters.hits,
-        misses=counters.misses,
-        evictions=counters.evictions,
-        read_bytes=reads.read_bytes,
-        wasted_bytes=0,
-        read_s=reads.read_s,
-        stall_s=reads.stall_s,
-        failed_reads=reads.failed,
-    )
 
 
 def _make_disk(loaded: _LoadedStage, order: Join, changed: Changed) -> PrefixDisk:

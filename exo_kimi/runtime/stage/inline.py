@@ -14,10 +14,10 @@ from queue import SimpleQueue
 
 from exo_kimi.errors import EngineStoppedError, StageError
 from exo_kimi.runtime.pipeline import DiskBlocks, Failed, PipelineEvent, PipelineInfo, Ready
-from exo_kimi.runtime.requests import StageHealth, StageState
+from exo_kimi.runtime.requests import ExpertHealth, StageHealth, StageState
 from exo_kimi.runtime.stage.pictures import PictureTower
 from exo_kimi.runtime.stage.prefix_disk import Changed, PrefixDisk
-from exo_kimi.runtime.stage.stage_model import StageModel
+from exo_kimi.runtime.stage.stage_model import StageModel, expert_health
 from exo_kimi.runtime.stage.worker import StageWorker, as_fault
 from exo_kimi.runtime.steps import Step, StepResult
 
@@ -180,9 +180,15 @@ class InlinePipeline:
                 end_layer=worker.model.end_layer,
                 kv_bytes=worker.kv_nbytes,
                 sequences=worker.sequences,
+                experts=_expert_health(worker.model),
             )
             for index, worker in enumerate(workers)
         )
+
+
+def _expert_health(model: StageModel) -> ExpertHealth | None:
+    streamed = getattr(model, "streamed", None)  # of a Model; the tests' fakes have none
+    return None if streamed is None else expert_health(streamed)
 
 
 def _post(loop: asyncio.AbstractEventLoop, events: asyncio.Queue[PipelineEvent | None], event: PipelineEvent) -> None:

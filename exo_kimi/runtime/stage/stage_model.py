@@ -9,6 +9,8 @@ import mlx.core as mx
 import numpy as np
 
 from exo_kimi.errors import ProtocolError
+from exo_kimi.models.expert_bank import StreamedExperts
+from exo_kimi.runtime.requests import ExpertHealth
 from exo_kimi.runtime.steps import Hidden, HiddenDtype
 
 NAMES: dict[mx.Dtype, HiddenDtype] = {
@@ -95,3 +97,20 @@ def unpack(hidden: Hidden, *, tokens: int, hidden_size: int) -> mx.array:
     raw = np.frombuffer(hidden.data, RAW[hidden.dtype]).reshape(tokens, hidden_size)
     array = mx.array(raw)
     return array.view(mx.bfloat16) if hidden.dtype == "bfloat16" else array
+
+
+def expert_health(streamed: StreamedExperts) -> ExpertHealth:
+    """How a stage's experts fare that stay on disk."""
+    counters, reads = streamed.counters, streamed.store.counters
+    return ExpertHealth(
+        slots=streamed.slots,
+        slot_bytes=streamed.slot_bytes,
+        hits=counters.hits,
+        misses=counters.misses,
+        evictions=counters.evictions,
+        read_bytes=reads.read_bytes,
+        wasted_bytes=0,
+        read_s=reads.read_s,
+        stall_s=reads.stall_s,
+        failed_reads=reads.failed,
+    )

@@ -32,8 +32,9 @@ from exo_kimi.runtime.engine.speculation import (
     PromptLookup,
     StepBytes,
     choose_drafts,
+    disk_cost_of,
 )
-from exo_kimi.runtime.requests import GenerationRequest, SamplingParams, TokenEvent
+from exo_kimi.runtime.requests import ExpertHealth, GenerationRequest, SamplingParams, StageHealth, TokenEvent
 from exo_kimi.runtime.stage.inline import InlinePipeline, run_chain
 from exo_kimi.runtime.stage.sampling import SequenceSampler, sample, sample_runs
 from exo_kimi.runtime.stage.stage_model import StageModel
@@ -466,3 +467,38 @@ def test_at_a_long_context_guesses_pay_for_their_attention() -> None:
         return sum(choose_drafts(chances, lambda tokens: k2.cost(tokens, sequences=1, cached_tokens=cached)))
 
     assert drafts(0) > drafts(131_072)
+
+
+def test_where_experts_come_from_disk_a_guess_must_pay_for_reading_them() -> None:
+    step_bytes = StepBytes(
+        shared_bytes=10**9, expert_bytes=384 * 10**7, experts=384, experts_per_token=8, kv_token_bytes=0
+    )
+    chances = [[0.6, 0.5, 0.4]]
+
+    def chosen(disk_cost: float) -> int:
+        return choose_drafts(
+            chances, lambda tokens: step_bytes.cost(tokens, sequences=1, cached_tokens=0, disk_cost=disk_cost)
+        )[0]
+
+    assert chosen(0.0) == 3
+    assert chosen(60.0) == 0  # half of them missing, from a disk of 7 GB/s
+
+
+def test_what_reading_experts_costs_is_what_stages_told() -> None:
+    experts = ExpertHealth(
+        slots=1,
+        slot_bytes=1,
+        hits=60,
+        misses=40,
+        evictions=0,
+        read_bytes=7 * 10**9,
+        wasted_bytes=0,
+        read_s=1.0,
+        stall_s=1.0,
+        failed_reads=0,
+    )
+    held = StageHealth(stage=0, address="", state="ready", start_layer=0, end_layer=3)
+    streams = StageHealth(stage=1, address="", state="ready", start_layer=3, end_layer=4, experts=experts)
+    assert disk_cost_of([]) == disk_cost_of([held]) == 0
+    assert disk_cost_of([streams]) == pytest.approx(0.4 * 819 / 7)
+    assert disk_cost_of([held, streams]) == pytest.approx(0.1 * 819 / 7)
