@@ -33,6 +33,7 @@ class BenchPart:
 
 PARTS = (
     BenchPart(name="attention", options=("--lengths", "1,2,8,32,128"), limit_s=150.0),
+    BenchPart(name="expert-streaming", limit_s=150.0),
     BenchPart(name="prefill-memory", limit_s=150.0),
     BenchPart(name="kv-b", limit_s=30.0),
     BenchPart(name="router", limit_s=40.0),

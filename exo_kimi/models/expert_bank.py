@@ -23,7 +23,7 @@ from exo_kimi.experts.layout import LayerLayout
 from exo_kimi.experts.store import ExpertStore, PendingRead, SlotOrder, SlotViews
 
 KEPT_BYTES = 1024**2
-"""What a layer returned is kept until its next pass up to this size; more is evaluated at once."""
+"""What a layer returned is kept until the next one runs up to this size; more is evaluated at once."""
 
 READS_AHEAD = 2
 """Rounds that may be read while another computes."""
@@ -32,6 +32,30 @@ FEW_PAIRS = 64
 """Up to so many, lists of Python are faster than arrays of NumPy."""
 
 Ids = NDArray[np.int64]
+
+
+class LastOutput:
+    """What the bank that ran last returned. Every bank evaluates it before it writes into any slot, so that of all that was ever
+    returned, nothing else can still be waiting to read one."""
+
+    __slots__ = ("_array",)
+
+    def __init__(self) -> None:
+        self._array: mx.array | None = None
+
+    def settle(self) -> None:
+        """Evaluate it, and let go of it."""
+        if self._array is not None:
+            mx.eval(self._array)
+            self._array = None
+
+    def keep(self, y: mx.array) -> mx.array:
+        """Take note of an output; a large one is evaluated at once and not held."""
+        if y.nbytes > KEPT_BYTES:
+            mx.eval(y)
+        else:
+            self._array = y
+        return y
 
 
 class Experts(Protocol):
@@ -54,14 +78,22 @@ class ExpertBank:
         cache: which of them have a slot.
         store: reads them.
         views: writable bytes of each slot; the layer's parameters are the same memory.
+        last: shared by all banks of a model.
     """
 
-    def __init__(self, layout: LayerLayout, cache: LayerCache, store: ExpertStore, views: Sequence[SlotViews]) -> None:
+    def __init__(
+        self,
+        layout: LayerLayout,
+        cache: LayerCache,
+        store: ExpertStore,
+        views: Sequence[SlotViews],
+        last: LastOutput,
+    ) -> None:
         self.layout = layout
         self.cache = cache
         self.store = store
         self._views = views
-        self._last: list[mx.array] = []
+        self._last = last
 
     def run(self, indices: mx.array, experts: Experts, beside: Sequence[mx.array] = ()) -> mx.array:
         """What `experts` makes of every pair once its expert is in a slot; each expert is read at most once.
@@ -80,29 +112,21 @@ class ExpertBank:
         mx.async_eval(indices)  # type: ignore[no-untyped-call]
         if beside:
             mx.async_eval(*beside)  # type: ignore[no-untyped-call]
-        mx.eval(self._last)
-        self._last = []
+        self._last.settle()
         chosen = np.array(indices).reshape(-1)
         rounds = self.cache.request(_distinct(chosen))
         if len(rounds) == 1 and not rounds[0].read:
             place = dict(rounds[0].held)
             slots = mx.array([place[expert] for expert in chosen.tolist()], mx.uint32)
-            return self._kept(experts.whole(slots.reshape(indices.shape)))
+            return self._last.keep(experts.whole(slots.reshape(indices.shape)))
         reads: dict[int, PendingRead] = {}
         try:
-            return self._kept(self._rounds(rounds, reads, chosen, experts))
+            return self._last.keep(self._rounds(rounds, reads, chosen, experts))
         except BaseException:
             for read in reads.values():
                 read.cancel()
             self.cache.abandon()
             raise
-
-    def _kept(self, y: mx.array) -> mx.array:
-        if y.nbytes > KEPT_BYTES:
-            mx.eval(y)
-        else:
-            self._last = [y]
-        return y
 
     def _rounds(
         self, rounds: Sequence[Round], reads: dict[int, PendingRead], chosen: NDArray[np.uint32], experts: Experts

@@ -16,7 +16,7 @@ from exo_kimi.experts.layer_cache import LayerCache
 from exo_kimi.experts.layout import FLOAT_NAMES, LayerLayout, Leaf, layouts_of
 from exo_kimi.experts.policies import make_policy
 from exo_kimi.experts.store import ExpertStore, Preadv
-from exo_kimi.models.expert_bank import ExpertBank, StreamedExperts
+from exo_kimi.models.expert_bank import ExpertBank, LastOutput, StreamedExperts
 from exo_kimi.models.kimi_k2 import Model
 from exo_kimi.models.moe import MoE
 from exo_kimi.runtime.loading.parameter_memory import ParameterMemory, Target
@@ -114,10 +114,11 @@ def attach_banks(
     """
     store = ExpertStore(directory, preadv=preadv)
     banks: dict[int, ExpertBank] = {}
+    last = LastOutput()
     for layer, slotted in layers.items():
         store.open(slotted.layout)
         cache = LayerCache(slotted.slots, make_policy(policy, slots=slotted.slots))
-        banks[layer] = ExpertBank(slotted.layout, cache, store, views[layer])
+        banks[layer] = ExpertBank(slotted.layout, cache, store, views[layer], last)
         mixture_at(model, layer).switch_mlp.bank = banks[layer]
     model.streamed = StreamedExperts(store, banks)
 
