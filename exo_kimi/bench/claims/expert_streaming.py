@@ -122,7 +122,7 @@ class Decoding:
         for _ in range(steps):
             hidden = self.model.forward_ragged(self.token, [(1, self.caches)])
             self.token = mx.argmax(self.model.logits(hidden), axis=-1).astype(mx.int32)
-            tokens.append(int(self.token.item()))
+            tokens += np.array(self.token).tolist()
         step_s = (time.perf_counter() - started_s) / steps
         spent_s = self.model.streamed.store.counters.read_s - read_s if self.model.streamed is not None else 0.0
         return DecodeRun(step_s, spent_s / steps, tuple(tokens))
@@ -223,7 +223,7 @@ def prefill(model: Model) -> tuple[float, tuple[float, ...]]:
         hidden = model.forward_ragged(tokens, [(tokens.shape[0], caches)], asked=asked)
         mx.eval(hidden, [cache.state for cache in caches])
     taken_s = time.perf_counter() - started_s
-    return taken_s, tuple(hidden[-1].tolist())
+    return taken_s, tuple(np.array(hidden[-1]).tolist())
 
 
 def peak_row(manifest: StageManifest) -> Row:
