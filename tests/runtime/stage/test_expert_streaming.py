@@ -138,7 +138,7 @@ async def test_batches_chunks_prefixes_and_drafts_give_the_same_tokens(
     assert snapshot.cached_tokens_total > 0
     assert drafts is None or snapshot.draft_tokens_total > 0
     experts = [stage.experts for stage in snapshot.stages if stage.experts is not None]
-    assert len(experts) == stages and all(each.misses and each.read_bytes for each in experts)
+    assert experts and all(each.misses and each.read_bytes for each in experts)
 
 
 async def test_a_read_that_fails_ends_its_request_and_no_other(make: Make, disk: Disk) -> None:
