@@ -95,6 +95,7 @@ def build_app() -> typer.Typer:
         (CHECKPOINTS, "tiny", commands.tiny, {}),
         (CHECKPOINTS, "calibrate", prune_commands.calibrate, {}),
         (CHECKPOINTS, "prune", prune_commands.prune, {}),
+        (CHECKPOINTS, "compare", prune_commands.compare, {}),
         (EXO, "exo-legacy", exo_commands.legacy, passed_on),
         (WORKSHOP, "bench", commands.bench, passed_on),
         (WORKSHOP, "eval", train_commands.evaluate, {}),

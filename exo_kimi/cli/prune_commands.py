@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from exo_kimi.cli.output import write_text
-from exo_kimi.cli.values import Dtype, argument, flag, kept_experts, layer_list, one_of, option, positive, whole
+from exo_kimi.cli.values import Dtype, argument, flag, kept_experts, layer_list, names, one_of, option, positive, whole
 
 Criterion = Literal["leave-one-out", "reap", "mean-gate", "man", "msan", "ean", "frequency", "weight-norm", "random"]
 WHAT_STAYS, EVIDENCE = "What stays", "Evidence"
@@ -120,6 +120,86 @@ def prune(
     plan = prune_directory(directory, out, options, plan_file=output is not None, say=_say)
     if output is not None:
         write_text(output, plan.to_json(), option="-o")
+
+
+def compare(
+    first: Annotated[str, argument("DIR", "the reference: a checkpoint, a file of --save, or a server's address")],
+    second: Annotated[str | None, argument("DIR2", "the model to judge: the same; or --plan")] = None,
+    text: Annotated[
+        list[Path],
+        option("--text", metavar="FILE", help="texts, as `calibrate` reads them (default: the project's prompts)"),
+    ] = [],  # noqa: B006 (typer's way to say none)
+    plan: Annotated[
+        Path | None,
+        option("--plan", metavar="PLAN.json", help="judge DIR with a pruning plan's mask, before anything is written"),
+    ] = None,
+    save: Annotated[
+        Path | None,
+        option("--save", metavar="FILE", help="only run DIR, for a second run where the other model is"),
+    ] = None,
+    count: Annotated[
+        int, option("--count", parser=positive, metavar="N", help="prompts of each domain (default 20)")
+    ] = 20,
+    seed: Annotated[int, option("--seed", parser=whole, metavar="N", help="of the prompts (default 0)")] = 0,
+    only: Annotated[
+        Any,
+        option(
+            "--only",
+            parser=names,
+            metavar="DOMAIN,...",
+            help="of maths, code, english, chinese, tools, long context (default: all)",
+        ),
+    ] = (),
+    tokens: Annotated[
+        int | None, option("--tokens", parser=positive, metavar="N", help="of all texts at most (default: all)")
+    ] = None,
+    max_tokens: Annotated[
+        int, option("--max-tokens", parser=positive, metavar="N", help="of a reply (default 256)")
+    ] = 256,
+    no_replies: Annotated[
+        bool, flag("--no-replies", help="ask nothing: no loops, think tags, tools and gates")
+    ] = False,
+    weights: Annotated[bool, flag("--weights", help="errors of weights too, module by module")] = False,
+    dtype: Annotated[
+        Dtype | None, option("--dtype", metavar=one_of(Dtype), help="of activations (default: as stored)")
+    ] = None,
+    api_key: Annotated[
+        str | None, option("--api-key", metavar="KEY", envvar="EXO_KIMI_API_KEY", help="sent to servers")
+    ] = None,
+    json: Annotated[
+        Path | None, option("--json", metavar="FILE", help="write the report, for `prune --report` and `plan`")
+    ] = None,
+    html: Annotated[
+        Path | None, option("--html", metavar="FILE", help="write the report as one page with plots")
+    ] = None,
+) -> int:
+    """What a smaller model lost: KL, perplexity, likeliest tokens, loops, think tags, tools, layer by layer."""
+    from exo_kimi.compress.compare import command
+
+    options = command.CompareOptions(
+        files=tuple(text),
+        plan=plan,
+        count=count,
+        seed=seed,
+        domains=tuple(only),
+        most_tokens=tokens,
+        max_tokens=max_tokens,
+        replies=not no_replies,
+        weights=weights,
+        dtype=dtype,
+        api_key=api_key,
+    )
+    if save is not None:
+        command.save(Path(first), save, options, say=_say)
+        print(f"the run is in {save}")
+        return 0
+    found = command.compare(first, second, options, say=_say)
+    print(found.to_text())
+    if json is not None:
+        write_text(json, found.to_json(), option="--json")
+    if html is not None:
+        write_text(html, found.to_html(), option="--html")
+    return 0 if found.passed else 1
 
 
 def _say(text: str) -> None:

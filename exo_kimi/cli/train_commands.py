@@ -93,6 +93,10 @@ def evaluate(
         str | None,
         option("--api-key", metavar="KEY", envvar="EXO_KIMI_API_KEY", help="with --tools: sent to the servers"),
     ] = None,
+    text: Annotated[
+        list[Path],
+        option("--text", metavar="FILE", help="perplexity and KL on these, as `calibrate` reads them (repeatable)"),
+    ] = [],  # noqa: B006 (typer's way to say none)
     count: Annotated[
         int, option("--count", parser=positive, metavar="N", help="questions of each task (default 100)")
     ] = 100,
@@ -109,7 +113,8 @@ def evaluate(
     elif directory is not None:
         from exo_kimi.train.evaluation.evaluate import evaluate
 
-        report = evaluate(directory, say=_progress, against=Path(against) if against else None, count=count, seed=seed)
+        other = Path(against) if against else None
+        report = evaluate(directory, say=_progress, against=other, count=count, seed=seed, files=text)
     else:
         raise UsageError("nothing to evaluate", expected="a checkpoint, or --tools URL")
     print(report.to_text(wrong))

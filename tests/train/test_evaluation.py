@@ -10,9 +10,11 @@ import numpy as np
 import pytest
 
 from exo_kimi.chat.tokenizer import KimiTokenizer
+from exo_kimi.checkpoint.checkpoint import Checkpoint
 from exo_kimi.checkpoint.tiny.make import make_tiny
 from exo_kimi.compress.compare.greedy import greedy
 from exo_kimi.compress.compare.score import Score
+from exo_kimi.compress.layers import LayerWalk
 from exo_kimi.compress.texts.encoding import Encoder
 from exo_kimi.runtime.loading.loader import load
 from exo_kimi.train.evaluation.evaluate import evaluate, held_out_texts
@@ -60,7 +62,7 @@ def test_a_random_model_is_judged_as_one(checkpoint: Path) -> None:
     assert report.overall.count > 20
     assert report.calls_right.count == 3
     assert report.likelihood.kl is not None
-    assert 0 < report.likelihood.kl < 1
+    assert 0 < report.likelihood.kl.low <= report.likelihood.kl.value <= report.likelihood.kl.high < 1
     assert set(report.likelihood.loads) == {1, 2}
     assert report.wrong
     document = json.loads(report.to_json())
@@ -79,14 +81,16 @@ def test_any_kimi_can_be_asked(template: str, tmp_path: Path) -> None:
 
 
 def test_a_model_is_no_distance_from_itself(checkpoint: Path, encoder: Encoder) -> None:
-    model = load(checkpoint / "bf16", dtype="float32")
+    walk = LayerWalk(checkpoint=Checkpoint(checkpoint / "bf16"), dtype="float32")
     texts = held_out_texts(encoder, 3, seed=0)
-    measured = likelihood(model, texts, load(checkpoint / "bf16", dtype="float32"))
-    assert measured.kl == pytest.approx(0, abs=1e-6)
-    assert measured.same_choice == 1.0
-    tokens = sum(len(text.ids) - 1 for text in texts)
+    measured = likelihood(walk, texts, walk)
+    assert measured.kl is not None
+    assert measured.same_choice is not None
+    assert measured.kl.value == pytest.approx(0, abs=1e-6)
+    assert measured.same_choice.value == 1.0
+    tokens = sum(len(text.ids) for text in texts)
     assert all(sum(loads) == tokens * RECIPE.config.num_experts_per_tok for loads in measured.loads.values())
-    assert likelihood(model, texts).kl is None
+    assert likelihood(walk, texts).kl is None
 
 
 def test_experts_are_what_int4_changes(checkpoint: Path) -> None:

@@ -6,14 +6,14 @@ inequality, and close to it where the known tokens hold nearly all of the probab
 
 from __future__ import annotations
 
-import hashlib
 import io
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+from zipfile import BadZipFile
 
 import numpy as np
 from numpy.typing import NDArray
@@ -23,8 +23,8 @@ from exo_kimi.compress.texts.encoding import Encoded
 from exo_kimi.errors import UsageError
 
 VERSION = 1
-LEAST_PROBABILITY = 1e-12
-"""What is left for all other tokens at least: rounding may leave less than nothing."""
+LEAST_PROBABILITY = 1e-6
+"""What is left for all other tokens at least: float32 rounds the others, which may leave less than nothing."""
 
 Floats = NDArray[np.float64]
 
@@ -111,20 +111,17 @@ class SavedTokens:
 
     Args:
         name: of the model.
-        texts: a hash of ids and counted places.
-        target: (M,) log p of the token that is there.
+        texts: what it read, as token ids: the second run reads the same.
+        target: (M,) log p of each counted token.
         ids, logs: (M, T) the likeliest tokens, best first, and their log p.
-        text_of, domains: as in `TokenPairs`.
         extra: what else the run said of its model, such as its replies.
     """
 
     name: str
-    texts: str
+    texts: tuple[Encoded, ...]
     target: Floats
     ids: NDArray[np.int64]
     logs: Floats
-    text_of: NDArray[np.int64]
-    domains: tuple[str, ...]
     extra: dict[str, Any] = field(default_factory=dict)
 
     def save(self, path: Path) -> None:
@@ -136,8 +133,7 @@ class SavedTokens:
         head = {
             "version": VERSION,
             "name": self.name,
-            "texts": self.texts,
-            "domains": self.domains,
+            "domains": [text.domain for text in self.texts],
             "extra": self.extra,
         }
         stream = io.BytesIO()
@@ -147,7 +143,9 @@ class SavedTokens:
             target=self.target.astype(np.float32),
             ids=self.ids.astype(np.int32),
             logs=self.logs.astype(np.float32),
-            text_of=self.text_of.astype(np.int32),
+            lengths=np.array([len(text.ids) for text in self.texts], np.int32),
+            text_ids=np.concatenate([text.ids for text in self.texts]),
+            counted=np.concatenate([text.counted for text in self.texts]),
         )
         try:
             path.write_bytes(stream.getvalue())
@@ -166,19 +164,20 @@ class SavedTokens:
                 head = json.loads(data["head"].tobytes())
                 if head["version"] != VERSION:
                     raise ValueError(f"version {head['version']}")
-                return cls(
+                saved = cls(
                     name=str(head["name"]),
-                    texts=str(head["texts"]),
-                    domains=tuple(map(str, head["domains"])),
+                    texts=_cut(data, list(map(str, head["domains"]))),
                     extra=dict(head["extra"]),
                     target=data["target"].astype(np.float64),
                     ids=data["ids"].astype(np.int64),
                     logs=data["logs"].astype(np.float64),
-                    text_of=data["text_of"].astype(np.int64),
                 )
+                if len(saved.target) != len(text_of(saved.texts)) or saved.ids.shape != saved.logs.shape:
+                    raise ValueError("its arrays do not belong together")
+                return saved
         except OSError as error:
             raise UsageError("the saved run cannot be read", found=error.strerror or error, where=path) from None
-        except (ValueError, KeyError, TypeError) as error:
+        except (ValueError, KeyError, TypeError, EOFError, BadZipFile) as error:
             raise UsageError(
                 "not a saved run",
                 expected=f"what `exo-kimi compare DIR --save FILE` writes, version {VERSION}",
@@ -187,12 +186,25 @@ class SavedTokens:
             ) from None
 
 
-def texts_hash(texts: Sequence[Encoded]) -> str:
-    """Of ids and counted places: two runs with the same saw the same texts."""
-    digest = hashlib.sha256()
-    for text in texts:
-        digest.update(text.ids.tobytes() + text.counted.tobytes() + b"\n")
-    return digest.hexdigest()
+def _cut(data: Mapping[str, NDArray[Any]], domains: Sequence[str]) -> tuple[Encoded, ...]:
+    """Texts laid end to end, each by itself."""
+    ends = np.cumsum(data["lengths"])[:-1]
+    ids, counted = np.split(data["text_ids"].astype(np.int32), ends), np.split(data["counted"].astype(bool), ends)
+    return tuple(
+        Encoded(ids=each, counted=some, domain=domain) for each, some, domain in zip(ids, counted, domains, strict=True)
+    )
+
+
+def text_of(texts: Sequence[Encoded]) -> NDArray[np.int64]:
+    """(M,) the index of each counted token's text."""
+    return np.repeat(np.arange(len(texts)), [int(text.counted[1:].sum()) for text in texts]).astype(np.int64)
+
+
+def same_texts(one: Sequence[Encoded], other: Sequence[Encoded]) -> bool:
+    """Whether two runs read the same tokens and count the same of them."""
+    return len(one) == len(other) and all(
+        np.array_equal(a.ids, b.ids) and np.array_equal(a.counted, b.counted) for a, b in zip(one, other, strict=True)
+    )
 
 
 def exact_kl(reference: Floats, subject: Floats) -> Floats:
@@ -221,12 +233,12 @@ def pair_saved(reference: SavedTokens, subject: SavedTokens) -> TokenPairs:
     Raises:
         UsageError: they are of other texts.
     """
-    if reference.texts != subject.texts or len(reference.target) != len(subject.target):
+    if not same_texts(reference.texts, subject.texts):
         raise UsageError(
             "the runs are over other texts, or with another vocabulary",
-            expected=f"{len(reference.target)} places, {reference.texts[:12]}",
-            found=f"{len(subject.target)} places, {subject.texts[:12]}",
-            fix="make both with the same --text, --tokens and --seed",
+            expected=f"the {len(reference.texts)} texts of {reference.name}",
+            found=f"the {len(subject.texts)} of {subject.name}",
+            fix="compare the first run with the other directory: it then reads the same texts",
         )
     found = np.full(reference.logs.shape, np.nan)
     for place in range(len(found)):
@@ -239,7 +251,7 @@ def pair_saved(reference: SavedTokens, subject: SavedTokens) -> TokenPairs:
         reference_loss=-reference.target,
         loss=-subject.target,
         same=reference.ids[:, 0] == subject.ids[:, 0],
-        text_of=reference.text_of,
-        domains=reference.domains,
+        text_of=text_of(reference.texts),
+        domains=tuple(text.domain for text in reference.texts),
         bound=True,
     )

@@ -13,7 +13,7 @@ import mlx.core as mx
 import numpy as np
 from numpy.typing import NDArray
 
-from exo_kimi.compress.compare.tokens import SavedTokens, TokenPairs, bounded_kl, exact_kl, texts_hash
+from exo_kimi.compress.compare.tokens import SavedTokens, TokenPairs, bounded_kl, exact_kl, text_of
 from exo_kimi.compress.layers import LayerWalk, TokenGroup, attend, groups_of, log_probabilities
 from exo_kimi.compress.texts.encoding import Encoded
 from exo_kimi.errors import UsageError
@@ -168,7 +168,7 @@ def compare_walks(
         theirs.step(layer)
         give_back_memory()
         say(f"layer {layer} of {subject.layers} of the other model")
-    return _pairs(ours, theirs, texts), tuple(errors)
+    return pairs_of(ours, theirs, texts), tuple(errors)
 
 
 def layer_error(layer: int, made: LayerOutputs, groups: Sequence[TokenGroup], decoder: DecoderLayer) -> LayerError:
@@ -199,7 +199,13 @@ def _squares(values: mx.array) -> float:
     return float(mx.square(values.astype(mx.float32)).sum())
 
 
-def _pairs(ours: WalkedTexts, theirs: WalkedTexts, texts: Sequence[Encoded]) -> TokenPairs:
+def pairs_of(ours: WalkedTexts, theirs: WalkedTexts, texts: Sequence[Encoded]) -> TokenPairs:
+    """Two models that stand at their heads, place by place.
+
+    Raises:
+        UsageError: they have other vocabularies.
+    """
+    check_texts(texts, ours.walk, theirs.walk)
     kl, mine, other, same = [], [], [], []
     for (reference, targets), (subject, _) in zip(ours.log_probabilities(), theirs.log_probabilities(), strict=True):
         rows = np.arange(len(targets))
@@ -238,12 +244,10 @@ def save_walk(
         target.append(found[np.arange(len(targets)), targets])
     return SavedTokens(
         name=name,
-        texts=texts_hash(texts),
+        texts=tuple(texts),
         target=np.concatenate(target),
         ids=np.concatenate(ids).astype(np.int64),
         logs=np.concatenate(logs),
-        text_of=text_of(texts),
-        domains=tuple(text.domain for text in texts),
     )
 
 
@@ -264,18 +268,18 @@ def walk_texts(walk: LayerWalk, texts: Sequence[Encoded], *, say: Say = lambda _
     return walked
 
 
-def compare_with_saved(saved: SavedTokens, walked: WalkedTexts, texts: Sequence[Encoded]) -> TokenPairs:
+def compare_with_saved(saved: SavedTokens, walk: LayerWalk, *, say: Say = lambda _: None) -> TokenPairs:
     """A saved run as the reference: KL over its likeliest tokens and all others together, everything else exact.
 
     Raises:
-        UsageError: it is over other texts.
+        UsageError: it is with another vocabulary.
+        StageOutOfMemoryError: a layer does not fit.
     """
-    if saved.texts != texts_hash(texts):
-        raise UsageError(
-            "the saved run is over other texts, or with another vocabulary",
-            expected=f"{len(saved.target)} places of the saved run",
-            fix="give the same --text, --tokens and --seed",
-        )
+    vocab = walk.checkpoint.config.vocab_size
+    largest = max(int(saved.ids.max()), *(int(text.ids.max()) for text in saved.texts))
+    if largest >= vocab:
+        raise UsageError("the saved run has another vocabulary", expected=f"ids under {vocab}", found=largest)
+    walked = walk_texts(walk, saved.texts, say=say)
     kl, loss, same, done = [], [], [], 0
     for found, targets in walked.log_probabilities():
         rows = slice(done, done + len(targets))
@@ -288,8 +292,8 @@ def compare_with_saved(saved: SavedTokens, walked: WalkedTexts, texts: Sequence[
         reference_loss=-saved.target,
         loss=np.concatenate(loss),
         same=np.concatenate(same),
-        text_of=saved.text_of,
-        domains=saved.domains,
+        text_of=text_of(saved.texts),
+        domains=tuple(text.domain for text in saved.texts),
         bound=True,
     )
 
@@ -305,8 +309,3 @@ def check_texts(texts: Sequence[Encoded], *walks: LayerWalk) -> None:
     sizes = {walk.checkpoint.config.vocab_size for walk in walks}
     if len(sizes) > 1:
         raise UsageError("the models have other vocabularies", expected="one vocab_size", found=sorted(sizes))
-
-
-def text_of(texts: Sequence[Encoded]) -> NDArray[np.int64]:
-    """(M,) the index of each counted place's text."""
-    return np.repeat(np.arange(len(texts)), [int(text.counted[1:].sum()) for text in texts]).astype(np.int64)

@@ -13,7 +13,7 @@ from exo_kimi.compress.prune.plan import PrunePlan, read_plan
 from exo_kimi.compress.prune.profile import check_profile, read_verdict
 from exo_kimi.compress.prune.prune import PruneWish, make_plan, pruning_job, write_pruned
 from exo_kimi.errors import UsageError
-from exo_kimi.units import format_gb
+from exo_kimi.units import format_bytes
 
 Say = Callable[[str], None]
 
@@ -54,7 +54,9 @@ def prune(directory: Path, output: Path | None, options: PruneOptions, *, plan_f
     job = pruning_job(checkpoint, plan, output or directory)
     total = checkpoint.index.disk_bytes
     left = job.weight_bytes + sum(path.stat().st_size for path in job.copied if path.suffix == ".safetensors")
-    say(f"{plan.keep} of {plan.experts} experts stay ({plan.share:.0%}); {format_gb(total)} become {format_gb(left)}")
+    say(
+        f"{plan.keep} of {plan.experts} experts stay ({plan.share:.0%}); {format_bytes(total)} become {format_bytes(left)}"
+    )
     if plan.dropped_layers:
         say(f"layers {', '.join(map(str, plan.dropped_layers))} go: {len(plan.kept_layers())} of {plan.layers} stay")
     if options.dry_run or (output is None and plan_file):

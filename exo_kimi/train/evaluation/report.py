@@ -52,8 +52,9 @@ class EvaluationReport:
             yield f"  {name:<20} {100 * row.share:6.1f} %   {row.right}/{row.count}   {100 * low:.1f} to {100 * high:.1f}"
         yield f"  perplexity of held-out answers {self.likelihood.perplexity:.4f}"
         if self.likelihood.kl is not None and self.likelihood.same_choice is not None:
-            same = 100 * self.likelihood.same_choice
-            yield f"  against {self.against}: KL {self.likelihood.kl:.6f} nats a token, same choice {same:.2f} %"
+            same = self.likelihood.same_choice
+            yield f"  against {self.against}: KL {self.likelihood.kl.describe(6)} nats a token (95 % intervals)"
+            yield f"    same choice {100 * same.value:.2f} % ({100 * same.low:.2f} to {100 * same.high:.2f})"
         for layer, (low, high) in self.balance.items():
             yield f"  layer {layer}: an expert gets {low:.2f} to {high:.2f} times the even share"
 
@@ -72,14 +73,16 @@ class EvaluationReport:
             "results_used": self.results_used,
             "think_closed": self.think_closed,
         }
+        kl, same = self.likelihood.kl, self.likelihood.same_choice
         return json.dumps(
             {
                 "directory": self.directory,
                 "against": self.against,
                 "scores": {name: [value.right, value.count] for name, value in scores.items()},
                 "perplexity": self.likelihood.perplexity,
-                "kl": self.likelihood.kl,
-                "same_choice": self.likelihood.same_choice,
+                "kl": None if kl is None else kl.value,
+                "kl_interval": None if kl is None else [kl.low, kl.high],
+                "same_choice": None if same is None else same.value,
                 "loads": self.likelihood.loads,
             }
         )

@@ -8,61 +8,21 @@ Source: MoonshotAI/K2-Vendor-Verifier (`tool_call_f1`, `schema_accuracy`).
 
 from __future__ import annotations
 
-import importlib
 import json
 import random
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import httpx
 
+from exo_kimi.compress.compare.server import open_client, served_model
+from exo_kimi.compress.compare.tool_validity import call_problem
+from exo_kimi.compress.texts.tool_requests import TOOLS, free, needing
 from exo_kimi.errors import RuntimeFault, UsageError
 
 MAX_TOKENS = 1024
-TIMEOUT_S = 600.0
-_CITIES = ("Oslo", "Rome", "Lima", "Hanoi", "Cairo", "Quito", "Delhi", "Perth")
-_NAMES = ("Ada", "Ben", "Cleo", "Dana")
-
-
-def _tool(name: str, what: str, properties: dict[str, Any], *required: str) -> dict[str, Any]:
-    parameters = {
-        "type": "object",
-        "properties": properties,
-        "required": list(required),
-        "additionalProperties": False,
-    }
-    return {"type": "function", "function": {"name": name, "description": what, "parameters": parameters}}
-
-
-_TEXT = {"type": "string"}
-_DATE = {"type": "string", "pattern": "^[0-9]{4}-[0-9]{2}-[0-9]{2}$"}
-TOOLS: tuple[dict[str, Any], ...] = (
-    _tool(
-        "get_weather",
-        "The weather in a city now.",
-        {"city": _TEXT, "unit": {"enum": ["celsius", "fahrenheit"]}},
-        "city",
-    ),
-    _tool(
-        "find_trains",
-        "Trains between two cities on a day.",
-        {"from": _TEXT, "to": _TEXT, "day": _DATE, "seats": {"type": "integer", "minimum": 1, "maximum": 9}},
-        "from",
-        "to",
-        "day",
-    ),
-    _tool(
-        "send_mail",
-        "Sends a mail.",
-        {"to": {"type": "array", "items": _TEXT, "minItems": 1}, "subject": _TEXT, "body": _TEXT},
-        "to",
-        "subject",
-        "body",
-    ),
-    _tool("read_file", "The text of a file.", {"path": _TEXT, "lines": {"type": "integer", "minimum": 1}}, "path"),
-)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -162,15 +122,15 @@ def evaluate_tools(
         transport: another way to reach the servers (tests).
 
     Raises:
-        UsageError: a server cannot be reached, the file is not readable, or jsonschema is missing.
+        UsageError: a server cannot be reached, or the file is not readable.
     """
     bodies: list[dict[str, Any]]
     expected: tuple[bool, ...] | None
     bodies, expected = _read(requests, count) if requests is not None else _questions(count, seed)
     answers = []
     for address in (url, against) if against else (url,):
-        with _client(address, api_key, transport) as client:
-            model = _model(client)
+        with open_client(address, api_key, transport) as client:
+            model = served_model(client)
             found = []
             for number, body in enumerate(bodies, start=1):
                 found.append(_ask(client, {**body, "model": model, "stream": False}))
@@ -193,7 +153,7 @@ def _questions(count: int, seed: int) -> tuple[list[dict[str, Any]], tuple[bool,
     bodies, expected = [], []
     for number in range(count):
         needs = number % 2 == 0
-        text = next(_needing(rng) if needs else _free(rng))
+        text = needing(rng)[0] if needs else free(rng)
         bodies.append(
             {
                 "messages": [{"role": "user", "content": text}],
@@ -206,30 +166,6 @@ def _questions(count: int, seed: int) -> tuple[list[dict[str, Any]], tuple[bool,
     return bodies, tuple(expected)
 
 
-def _needing(rng: random.Random) -> Iterator[str]:
-    city, other = rng.sample(_CITIES, 2)
-    day = f"2026-{rng.randint(1, 12):02}-{rng.randint(1, 28):02}"
-    yield rng.choice(
-        (
-            f"What is the weather in {city} right now?",
-            f"Find me a train from {city} to {other} on {day} for {rng.randint(1, 4)} people.",
-            f"Send a mail to {rng.choice(_NAMES).lower()}@example.org: the meeting on {day} is off.",
-            f"Show me the first {rng.randint(2, 40)} lines of /tmp/{city.lower()}.txt.",
-        )
-    )
-
-
-def _free(rng: random.Random) -> Iterator[str]:
-    yield rng.choice(
-        (
-            f"What is {rng.randint(2, 99)} plus {rng.randint(2, 99)}? Answer with the number.",
-            f"Write one sentence about the city of {rng.choice(_CITIES)}, without looking anything up.",
-            f"Say hello to {rng.choice(_NAMES)}.",
-            "Which is the larger animal, a cat or a horse?",
-        )
-    )
-
-
 def _read(path: Path, count: int) -> tuple[list[dict[str, Any]], None]:
     try:
         lines = path.read_text(encoding="utf-8").splitlines()
@@ -239,24 +175,6 @@ def _read(path: Path, count: int) -> tuple[list[dict[str, Any]], None]:
     if not bodies or not all(isinstance(body, dict) and body.get("messages") for body in bodies):
         raise UsageError("the file holds no chat requests", expected="one JSON object with messages a line", where=path)
     return bodies, None
-
-
-def _client(url: str, api_key: str | None, transport: httpx.BaseTransport | None) -> httpx.Client:
-    base = url.rstrip("/").removesuffix("/v1")
-    headers = {"authorization": f"Bearer {api_key}"} if api_key else {}
-    try:
-        return httpx.Client(base_url=base, headers=headers, timeout=TIMEOUT_S, transport=transport, trust_env=False)
-    except (httpx.InvalidURL, UnicodeError) as error:
-        raise UsageError("cannot read the server's address", found=f"{url} ({error})") from None
-
-
-def _model(client: httpx.Client) -> str:
-    try:
-        return str(client.get("/v1/models").json()["data"][0]["id"])
-    except httpx.TransportError as error:
-        raise UsageError("no server answers", where=client.base_url, found=error) from None
-    except (ValueError, LookupError, TypeError):
-        raise UsageError("this is not a chat server", where=f"{client.base_url}/v1/models") from None
 
 
 def _ask(client: httpx.Client, body: dict[str, Any]) -> ToolAnswer:
@@ -273,26 +191,7 @@ def _ask(client: httpx.Client, body: dict[str, Any]) -> ToolAnswer:
         raise RuntimeFault("the server went away", where=client.base_url, found=error) from None
     except (ValueError, LookupError, TypeError) as error:
         return ToolAnswer(failed=f"the answer cannot be read: {error}")
-    problems = [problem for name, arguments in calls if (problem := _problem(name, arguments, body.get("tools") or ()))]
+    problems = [
+        problem for name, arguments in calls if (problem := call_problem(name, arguments, body.get("tools") or ()))
+    ]
     return ToolAnswer(calls=calls, problems=tuple(problems))
-
-
-def _problem(name: str, arguments: str, tools: Sequence[Any]) -> str | None:
-    """What is wrong with a call; None for a valid one."""
-    schemas = {tool["function"]["name"]: tool["function"].get("parameters") or {} for tool in tools}
-    if name not in schemas:
-        return f"{name} is not declared"
-    try:
-        value = json.loads(arguments)
-    except ValueError as error:
-        return f"{name}: arguments are no JSON ({error}): {arguments[:120]}"
-    first = next(iter(_validator(schemas[name]).iter_errors(value)), None)
-    return None if first is None else f"{name}: {first.message}"
-
-
-def _validator(schema: Any) -> Any:
-    try:
-        jsonschema = importlib.import_module("jsonschema")
-    except ImportError:
-        raise UsageError("the arguments cannot be judged without jsonschema", fix="pip install jsonschema") from None
-    return jsonschema.Draft202012Validator(schema)
