@@ -33,6 +33,7 @@ class DecodeStep:
 
     Attributes:
         tokens: N.
+        positions: (N,) int32, of the tokens.
         rows, choices: which token each expert's input is of, and which choice; (N, 1, 1, K) uint32.
         by_products: whether norms and rotations are matrix products like any other, where MLX has no kernels for them: in float32
             on a CPU.
@@ -44,7 +45,7 @@ class DecodeStep:
         self.choices = mx.array(np.arange(tokens * chosen, dtype=np.uint32).reshape(tokens, 1, 1, chosen))
         self.by_products = ops.on_cpu() and dtype == mx.float32
         self._rope = rope
-        self._positions = mx.array(offsets, dtype=mx.int32)
+        self.positions = mx.array(offsets, dtype=mx.int32)
         self._matrix = mx.array(rope.matrices(np.array(offsets))[:, None]) if self.by_products else None
 
     def turned(self, x: mx.array) -> mx.array:
@@ -52,7 +53,7 @@ class DecodeStep:
         if self._matrix is not None:
             return x @ self._matrix
         tokens, _, heads, dims = x.shape
-        return self._rope.turn(x.reshape(tokens, heads, 1, dims), self._positions).reshape(tokens, 1, heads, dims)
+        return self._rope.turn(x.reshape(tokens, heads, 1, dims), self.positions).reshape(tokens, 1, heads, dims)
 
 
 class Derived(Generic[T]):

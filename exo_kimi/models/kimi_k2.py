@@ -7,7 +7,7 @@ are the checkpoint keys, and layers keep their number in a stage. On top: `forwa
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import mlx.core as mx
@@ -39,6 +39,10 @@ PIECE_LAYERS = 2
 1 to 4 all take off what building the graph takes; on Metal each piece is a command buffer at least."""
 
 _LAYER = re.compile(r"model\.layers\.(\d+)\.")
+
+
+def _is_floating(dtype: mx.Dtype) -> bool:
+    return bool(mx.issubdtype(dtype, mx.floating))
 
 
 class DecoderLayer(nn.Module):
@@ -86,7 +90,7 @@ class Model(nn.Module):
         layers_only: own nothing but the layers, wherever they are.
 
     Attributes:
-        decodes: whether `forward_ragged` takes single tokens through `decode`; `fuse` sets it.
+        decodes: whether `forward_ragged` takes single tokens through `decode`; `fuse_projections` sets it.
         piece_layers: how many layers' graph `decode` hands over at a time; 0 leaves everything to whoever evaluates the result,
             which is the oracle and what counts a whole graph.
         streamed: the layers whose experts stay on disk; None where all are held.
@@ -136,6 +140,7 @@ class Model(nn.Module):
             raise UsageError("no such cache", expected="8 bits", found=kv_bits, where="--kv-bits")
         if kv_bits is not None:
             check_quantizable(self.args)
+            ops.know_cache(LatentCache8)
         self.kv_bits = kv_bits
 
     def make_cache(self) -> list[Any]:
@@ -264,7 +269,7 @@ class Model(nn.Module):
             if names and len(parts) == len(names) and projection.agree(parts) and not _are_one(module, parts):
                 yield path, module, names
 
-    def fuse(self) -> None:
+    def fuse_projections(self) -> None:
         """Make decoding fast, once every weight is in place: `forward_ragged` takes single tokens through `decode`.
 
         Projections of one input share an array wherever their bits agree (one module at a time is held twice meanwhile), and
@@ -282,6 +287,16 @@ class Model(nn.Module):
                 layer.mlp.gate.weight = layer.mlp.gate.weight.astype(mx.float32)
                 mx.eval(layer.mlp.gate.weight)
         self.decodes = True
+
+    def set_dtype(self, dtype: mx.Dtype, predicate: Callable[[mx.Dtype], bool] | None = _is_floating) -> None:
+        """As of every MLX module, but the routers' correction biases stay float32: bf16 sends tokens to other experts."""
+        routers = [layer.mlp.gate for layer in self.layers if isinstance(layer.mlp, MoE)]
+        biases = [router.e_score_correction_bias for router in routers]
+        super().set_dtype(dtype, predicate)
+        for router, bias in zip(routers, biases, strict=True):
+            router.e_score_correction_bias = bias
+        if self.decodes:
+            self.fuse_projections()
 
     def sanitize(self, weights: dict[str, mx.array]) -> dict[str, mx.array]:
         """Checkpoint tensors under this model's names, for mlx-lm's loaders; see `models.sanitize`.

@@ -16,8 +16,9 @@ Axes: B batch, L new tokens, T cached tokens, M rows (heads times new tokens), R
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Self
 
 import mlx.core as mx
 
@@ -58,8 +59,42 @@ class LatentCache8:
 
     @property
     def state(self) -> tuple[Parts | None, Parts | None]:
-        """What is held, for evaluation."""
-        return self.keys, self.values
+        """What is held, for evaluation and for mlx-lm's `save_prompt_cache`."""
+        return _first(self.keys, self.offset), _first(self.values, self.offset)
+
+    @state.setter
+    def state(self, held: Sequence[Sequence[mx.array] | None]) -> None:
+        self.keys, self.values = (
+            None if side is None or len(side) != 3 else (side[0], side[1], side[2]) for side in held
+        )
+        self.offset = 0 if self.keys is None else self.keys[0].shape[2]
+
+    @property
+    def meta_state(self) -> str:
+        """Nothing beside it: mlx-lm 0.31 asks."""
+        return ""
+
+    @classmethod
+    def from_state(cls, state: Sequence[Any], meta_state: str = "") -> Self:
+        """The cache that `save_prompt_cache` wrote."""
+        cache = cls()
+        cache.state = state
+        return cache
+
+    @classmethod
+    def merge(cls, caches: Sequence[LatentCache8]) -> Any:
+        """The caches of several sequences as mlx-lm's BatchGenerator takes them: 8 bits too, see `latent_batch`."""
+        from exo_kimi.models.latent_batch import BatchLatents8
+
+        return BatchLatents8.of(caches)
+
+    def empty(self) -> bool:
+        """Whether nothing was ever added."""
+        return self.keys is None
+
+    def size(self) -> int:
+        """How many tokens it has."""
+        return self.offset
 
     @property
     def nbytes(self) -> int:
@@ -171,6 +206,14 @@ def extend(cache: Any, latent: mx.array, k_pe: mx.array) -> Latents:
     if isinstance(cache, LatentCache8):
         return PackedLatents(*cache.append(latent, k_pe), cache.offset)
     return PlainLatents(*ops.append_to_cache(cache, latent, k_pe))
+
+
+def _first(parts: Parts | None, count: int) -> Parts | None:
+    """The first tokens: views, where there is room behind them."""
+    if parts is None or parts[0].shape[2] == count:
+        return parts
+    codes, scales, biases = (part[..., :count, :] for part in parts)
+    return codes, scales, biases
 
 
 def _group_of(parts: Parts) -> int:

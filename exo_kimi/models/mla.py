@@ -15,6 +15,7 @@ import mlx.nn as nn
 from exo_kimi.arch.config import KimiConfig
 from exo_kimi.arch.scratch import AttentionShape, attention_bytes
 from exo_kimi.models import ops
+from exo_kimi.models.adapters import Adaptable
 from exo_kimi.models.blocks import Span, Work, finish, head_groups, joined, query_blocks
 from exo_kimi.models.decode import DecodeStep, Derived, RMSNorm
 from exo_kimi.models.latent_cache import Latents, PlainLatents, extend
@@ -29,7 +30,7 @@ LATENT_NORM_EPS = 1e-6
 """Kimi's q_a and kv_a norms use this whatever rms_norm_eps says. Source: DeepseekV3RMSNorm's default."""
 
 
-class Attention(nn.Module):
+class Attention(Adaptable):
     """softmax(scale * (q_nope k_nope^T + q_pe k_pe^T)) v, with k_nope and v expanded from a cached latent.
 
     `kv_b_proj` holds the rows of k_nope and v of each head as published. Newer MLX checkpoints hold its two halves as
@@ -39,10 +40,10 @@ class Attention(nn.Module):
     """
 
     together: ClassVar = ("q_a_proj", "kv_a_proj_with_mqa")
+    projections: ClassVar = (*together, "q_proj", "q_b_proj", "kv_b_proj", "embed_q", "unembed_out", "o_proj")
 
     def __init__(self, config: KimiConfig, rope: Rope) -> None:
         super().__init__()
-        self.fused: Projection | None = None
         self._halves = Derived(partial(_halves, config.num_attention_heads, config.qk_nope_head_dim))
         self.config, self.shape = config, AttentionShape.of(config)
         self.heads = config.num_attention_heads
@@ -122,6 +123,9 @@ class Attention(nn.Module):
             (N, 1, 1, D).
         """
         tokens, heads = step.tokens, self.heads
+        if self.adapted:
+            spans = [Span(1, 1, None)] * tokens
+            return self(x.reshape(tokens, -1), step.positions, spans, caches).reshape(tokens, 1, 1, -1)
         if self.fused is not None:
             q, latent, k_pe = mx.split(self.fused(x), [self.q_rank, self.q_rank + self.rank], axis=-1)
         else:

@@ -13,7 +13,9 @@ import numpy as np
 from mlx_lm.models.switch_layers import SwitchGLU, SwitchLinear
 
 from exo_kimi.arch.config import KimiConfig
+from exo_kimi.errors import UsageError
 from exo_kimi.models import ops
+from exo_kimi.models.adapters import Adaptable
 from exo_kimi.models.decode import DecodeStep, Derived
 from exo_kimi.models.expert_bank import ExpertBank, Ids
 from exo_kimi.models.projection import Projection
@@ -22,14 +24,14 @@ SORTED_FROM = 64
 """Choices from which tokens are sorted by expert, so that each expert's weights are read in one go."""
 
 
-class MLP(nn.Module):
+class MLP(Adaptable):
     """down(silu(gate(x)) * up(x))."""
 
     together: ClassVar = ("gate_proj", "up_proj")
+    projections: ClassVar = (*together, "down_proj")
 
     def __init__(self, hidden: int, width: int) -> None:
         super().__init__()
-        self.fused: Projection | None = None
         self.gate_proj = nn.Linear(hidden, width, bias=False)
         self.up_proj = nn.Linear(hidden, width, bias=False)
         self.down_proj = nn.Linear(width, hidden, bias=False)
@@ -55,12 +57,14 @@ class ExpertChoice:
     normalised: bool = field(kw_only=True)
 
     def __call__(self, logits: mx.array, bias: mx.array) -> tuple[mx.array, mx.array]:
-        """Experts (..., K) and their weights, not yet times the factor, of logits (..., E) and a bias that broadcasts."""
-        return self.weighted(*self.ranked(logits, bias))
+        """Experts (..., K) and their weights, not yet times the factor, of logits (..., E) and a bias that broadcasts. Which
+        experts they are has no gradient."""
+        return self.weighted(*self.ranked(logits, bias, learning=True))
 
-    def ranked(self, logits: mx.array, bias: mx.array) -> tuple[mx.array, mx.array]:
-        """Scores (..., E) and experts (..., K)."""
+    def ranked(self, logits: mx.array, bias: mx.array, *, learning: bool = False) -> tuple[mx.array, mx.array]:
+        """Scores (..., E) and experts (..., K); `learning` where somebody may take gradients, which costs a primitive."""
         scores, ranking = ops.scores_and_ranking(logits, bias)
+        ranking = mx.stop_gradient(ranking) if learning else ranking
         if self.kept_groups < self.groups:
             ranking = self._within_best_groups(ranking)
         others = ranking.shape[-1] - self.chosen
@@ -87,13 +91,27 @@ class ExpertChoice:
         return grouped.reshape(ranking.shape)
 
 
-@lru_cache
-def compiled(choice: ExpertChoice) -> Callable[[mx.array, mx.array], tuple[mx.array, mx.array]]:
+class CompiledChoice:
     """The same with what comes before the weights in one compiled call on a GPU, shared by all layers; for decoding, as every
     number of tokens is traced anew. The weights stay outside: scores that are gathered in the same trace would be a kernel of
     their own."""
-    ranked = ops.compiled_on_gpu(choice.ranked, shapeless=False)
-    return lambda logits, bias: choice.weighted(*ranked(logits, bias))
+
+    __slots__ = ("_choice", "_ranked")
+
+    def __init__(self, choice: ExpertChoice) -> None:
+        self._choice, self._ranked = choice, _compiled_ranking(choice)
+
+    def __reduce__(self) -> tuple[type[CompiledChoice], tuple[ExpertChoice]]:
+        return CompiledChoice, (self._choice,)  # what is compiled cannot be pickled
+
+    def __call__(self, logits: mx.array, bias: mx.array) -> tuple[mx.array, mx.array]:
+        """As of `ExpertChoice`."""
+        return self._choice.weighted(*self._ranked(logits, bias))
+
+
+@lru_cache
+def _compiled_ranking(choice: ExpertChoice) -> Callable[[mx.array, mx.array], tuple[mx.array, mx.array]]:
+    return ops.compiled_on_gpu(choice.ranked, shapeless=False)
 
 
 class Router(nn.Module):
@@ -115,7 +133,7 @@ class Router(nn.Module):
         self.factor = config.routed_scaling_factor
         self.weight = mx.zeros((config.n_routed_experts, config.hidden_size))
         self.e_score_correction_bias = mx.zeros((config.n_routed_experts,))
-        self._operands, self._choose = Derived(_in_float32), compiled(self.choose)
+        self._operands, self._choose = Derived(_in_float32), CompiledChoice(self.choose)
 
     def __call__(self, x: mx.array) -> tuple[mx.array, mx.array]:
         """Experts (N, K) uint32 and weights (N, K) float32 of tokens (N, D)."""
@@ -149,7 +167,7 @@ class _ExpertLinear(SwitchLinear):
         return Projection.of(self).of_experts(x, indices, in_order=sorted_indices)
 
 
-class ExpertGLU(SwitchGLU):
+class ExpertGLU(Adaptable, SwitchGLU):
     """down_e(silu(gate_e(x)) * up_e(x)) for the experts e of each token; each projection has its own quantization.
 
     Args:
@@ -164,19 +182,20 @@ class ExpertGLU(SwitchGLU):
     """
 
     together: ClassVar = ("gate_proj", "up_proj")
+    projections: ClassVar = (*together, "down_proj")
 
     def __init__(self, input_dims: int, hidden_dims: int, experts: int) -> None:
         super().__init__(input_dims, hidden_dims, experts, activation=_Activation())
         self.gate_proj = _ExpertLinear(input_dims, hidden_dims, experts, bias=False)
         self.up_proj = _ExpertLinear(input_dims, hidden_dims, experts, bias=False)
         self.down_proj = _ExpertLinear(hidden_dims, input_dims, experts, bias=False)
-        self.fused: Projection | None = None
         self.bank: ExpertBank | None = None
 
     def __call__(self, x: mx.array, indices: mx.array, beside: Sequence[mx.array] = ()) -> mx.array:
         """`beside` is what else the layer computes, begun before experts are read."""
         if self.bank is None:
             return self._of_rows(x, indices)
+        self._refuse_adapters()
         y = self.bank.run(indices, SlottedExperts(self, x, lambda slots: self._of_rows(x, slots)), beside)
         return y.reshape(*indices.shape, -1)
 
@@ -200,6 +219,9 @@ class ExpertGLU(SwitchGLU):
 
     def decode(self, x: mx.array, experts: mx.array, step: DecodeStep, beside: Sequence[mx.array] = ()) -> mx.array:
         """(N, 1, K, D) of single tokens (N, 1, 1, D) and their experts (N, 1, 1, K); `beside` as in the call."""
+        if self.adapted:
+            rows = self(x.reshape(step.tokens, -1), experts.reshape(step.tokens, -1), beside)
+            return rows.reshape(step.tokens, 1, experts.shape[-1], -1)
         if self.bank is None:
             return self._decode_rows(x, experts, step)
         tokens = x.reshape(step.tokens, -1)
@@ -222,6 +244,13 @@ class ExpertGLU(SwitchGLU):
             both = map(Projection.of, (self["gate_proj"], self["up_proj"]))
             gate, up = (one.of_experts(x, experts, rows=rows, in_order=in_order) for one in both)
         return gate, up
+
+    def _refuse_adapters(self) -> None:
+        if self.adapted:
+            raise UsageError(
+                "experts that stay on disk take no adapters",
+                fix="leave routed experts out of the adapter's keys, or hold them all (no --expert-cache)",
+            )
 
     def of_pairs(self, x: mx.array, rows: Ids, experts: Ids, *, in_order: bool) -> mx.array:
         """(p, D) of pairs of a token and an expert.

@@ -11,13 +11,17 @@ from typing import Any, ParamSpec
 
 import mlx.core as mx
 import mlx.nn as nn
+from mlx_lm.models import cache as mlx_lm_cache
 from mlx_lm.models.base import create_attention_mask
-from mlx_lm.models.cache import KVCache
+from mlx_lm.models.cache import BatchKVCache, KVCache
 from mlx_lm.models.mla import MultiLinear
+
+from exo_kimi.models.adapters import dense_weight, is_plain
 
 __all__ = [
     "CACHE_STEP",
     "SCRATCH_BYTES",
+    "BatchKVCache",
     "KVCache",
     "MultiLinear",
     "append_to_cache",
@@ -108,7 +112,7 @@ def rows_matmul(x: mx.array, module: nn.Module, rows: slice, *, transpose: bool)
 def _chosen_matmul(
     x: mx.array, module: nn.Module, choose: Callable[[mx.array], mx.array], *, transpose: bool
 ) -> mx.array:
-    weight = choose(module.weight)
+    weight = choose(module.weight if is_plain(module) else dense_weight(module, x.dtype))
     if "scales" not in module:
         return x @ (turned(weight, rows=x.shape[-2]) if transpose else weight)
     biases = module.get("biases")
@@ -132,6 +136,11 @@ def turned(x: mx.array, *, rows: int) -> mx.array:
     """
     view = x.swapaxes(-1, -2)
     return mx.contiguous(view) if rows >= 64 and on_cpu() else view
+
+
+def know_cache(kind: type) -> None:
+    """Let mlx-lm's `load_prompt_cache` find a cache of ours: it looks for classes among its own, by name."""
+    setattr(mlx_lm_cache, kind.__name__, kind)
 
 
 def append_to_cache(cache: Any, latent: mx.array, k_pe: mx.array) -> tuple[mx.array, mx.array]:

@@ -69,7 +69,7 @@ def test_the_decoder_agrees_with_the_layers(
 ) -> None:
     expected = decode(build(raw_config, **changes), sequences)
     model = build(raw_config, **changes)
-    model.fuse()
+    model.fuse_projections()
     assert model.decodes
     for slow, fast in zip(expected, decode(model, sequences), strict=True):
         assert np.abs(np.array(slow - fast)).max() < 1e-4 * np.abs(np.array(slow)).max()
@@ -78,7 +78,7 @@ def test_the_decoder_agrees_with_the_layers(
 @pytest.mark.parametrize("piece_layers", [1, 2, 3])
 def test_layers_begun_early_give_what_the_whole_graph_gives(raw_config: dict[str, Any], piece_layers: int) -> None:
     model = build(raw_config)
-    model.fuse()
+    model.fuse_projections()
     assert model.decodes and model.piece_layers > 0
     model.piece_layers = 0
     whole = decode(model, 3)
@@ -92,7 +92,7 @@ def test_a_prompt_is_the_same_through_fused_projections(raw_config: dict[str, An
     caches = model.make_cache()
     expected = model.forward_ragged(tokens, [(len(tokens), caches)])
     mx.eval(expected)
-    model.fuse()
+    model.fuse_projections()
     assert all(layer.mlp.switch_mlp.fused is not None for layer in model.layers[1:])
     found = model.forward_ragged(tokens, [(len(tokens), model.make_cache())])
     np.testing.assert_allclose(np.array(found), np.array(expected), rtol=1e-4, atol=1e-4)
@@ -102,7 +102,7 @@ def test_fusing_keeps_every_parameter_and_its_memory(raw_config: dict[str, Any])
     model = build(raw_config, n_routed_experts=64, moe_intermediate_size=64)
     before = {path: np.array(value) for path, value in tree_flatten(model.parameters())}
     held_bytes = mx.get_active_memory()
-    model.fuse()
+    model.fuse_projections()
     mx.clear_cache()
     assert mx.get_active_memory() <= 1.02 * held_bytes
     after = dict(tree_flatten(model.parameters()))
@@ -115,7 +115,7 @@ def test_projections_of_other_bits_stay_apart(raw_config: dict[str, Any]) -> Non
     model = build(raw_config, bits=None)
     nn.quantize(model, group_size=32, bits=4, class_predicate=lambda path, _: path.endswith("switch_mlp.gate_proj"))
     expected = decode(model, 2)
-    model.fuse()
+    model.fuse_projections()
     assert all(layer.mlp.switch_mlp.fused is None for layer in model.layers[1:])
     assert all(layer.mlp.shared_experts.fused is not None for layer in model.layers[1:])
     for slow, fast in zip(expected, decode(model, 2), strict=True):
@@ -126,7 +126,7 @@ def test_bf16_weights_decode_as_the_layers_do(raw_config: dict[str, Any]) -> Non
     model = build(raw_config, bits=None)
     model.set_dtype(mx.bfloat16)
     expected = decode(model, 2)
-    model.fuse()
+    model.fuse_projections()
     assert all(layer.mlp.gate.weight.dtype == mx.float32 for layer in model.layers[1:])
     for slow, fast in zip(expected, decode(model, 2), strict=True):
         assert np.abs(np.array(slow - fast)).max() < 0.05 * np.abs(np.array(slow)).max()
@@ -149,11 +149,11 @@ def test_replaced_weights_are_decoded_with_once_they_are_fused_again(
     raw_config: dict[str, Any], changes: dict[str, Any]
 ) -> None:
     slow, model = build(raw_config, **changes), build(raw_config, **changes)
-    model.fuse()
+    model.fuse_projections()
     before = decode(model, 2)
     for each in (slow, model):
         replaced(each)
-    model.fuse()
+    model.fuse_projections()
     expected = decode(slow, 2)
     assert not np.allclose(np.array(before[0]), np.array(expected[0]), atol=1e-3)
     for one, other in zip(expected, decode(model, 2), strict=True):
@@ -163,7 +163,7 @@ def test_replaced_weights_are_decoded_with_once_they_are_fused_again(
 def test_what_decoding_derives_of_weights_is_no_parameter_and_follows_them(raw_config: dict[str, Any]) -> None:
     model = build(raw_config)
     names = {path for path, _ in tree_flatten(model.parameters())}
-    model.fuse()
+    model.fuse_projections()
     decode(model, 2)
     assert {path for path, _ in tree_flatten(model.parameters())} == names
     norm = model.layers[0].input_layernorm
@@ -189,7 +189,7 @@ def test_a_step_has_few_primitives(raw_config: dict[str, Any]) -> None:
     for fuse in (False, True):
         model = build(raw_config, absorbed=True)
         if fuse:
-            model.fuse()
+            model.fuse_projections()
         caches = model.make_cache()
         mx.eval(model.forward_ragged(mx.array([1, 2, 3]), [(3, caches)]))
         counts.append(sum(primitives(model.forward_ragged(mx.array([4]), [(1, caches)])).values()))

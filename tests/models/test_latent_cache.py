@@ -108,7 +108,7 @@ def test_decoding_multiplies_with_the_codes_as_with_what_they_unpack_to(
     steps = [mx.array([1, 2, 3]), mx.array([4, 5, 6])]
     slow = [model.forward_ragged(tokens, [(1, caches) for caches in expected]) for tokens in steps]
     if fused:
-        model.fuse()
+        model.fuse_projections()
         assert model.takes_decode([(1, caches) for caches in found])
     for tokens, hidden in zip(steps, slow, strict=True):
         fast = model.forward_ragged(tokens, [(1, caches) for caches in found])
@@ -122,7 +122,7 @@ def test_decoding_never_unpacks_the_whole_cache(raw_config: dict[str, Any], fuse
     model = wide({**raw_config, "num_hidden_layers": 2})
     model.set_kv_bits(8)
     if fused:
-        model.fuse()
+        model.fuse_projections()
     tokens = 10_000
     sequences = [model.make_cache() for _ in range(2)]
     for cache in [cache for caches in sequences for cache in caches]:

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from exo_kimi.arch.config import KimiConfig
-from exo_kimi.models.moe import MoE, Router, compiled
+from exo_kimi.models.moe import CompiledChoice, MoE, Router
 
 
 def route_slowly(
@@ -64,7 +64,7 @@ def test_compiled_choosing_is_choosing(raw_config: dict[str, Any], monkeypatch: 
     mx.eval(expected)
     monkeypatch.setattr("exo_kimi.models.ops.on_cpu", lambda: False)  # as on a GPU
     for each, (experts, weights) in zip(logits, expected, strict=True):
-        found = compiled(router.choose)(each, router.e_score_correction_bias)
+        found = CompiledChoice(router.choose)(each, router.e_score_correction_bias)
         assert mx.array_equal(found[0], experts)
         np.testing.assert_allclose(np.array(found[1]), np.array(weights), rtol=1e-6)
 

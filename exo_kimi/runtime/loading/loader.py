@@ -78,7 +78,7 @@ def load_stage(
         dtype: see `load`.
         progress: called with (bytes read, bytes to read) as reading goes on.
         layers_only: leave out the embedding, the final norm and the head.
-        fuse: make decoding fast, see `Model.fuse`: projections of one input are read into one array, without a copy.
+        fuse: make decoding fast, see `Model.fuse_projections`: projections of one input are read into one array, without a copy.
         alone: no other thread of this process uses MLX meanwhile. Memory is then not filled before it is read into, which
             takes a third less time; beside another thread that would hang.
         expert_cache: what may be held of the routed experts; the others stay on disk until a token asks for them. None holds
@@ -149,7 +149,7 @@ def load_stage(
     if slotted and expert_cache is not None:
         attach_banks(model, slotted, views, directory=manifest.directory, policy=expert_cache.policy)
     if fuse:
-        model.fuse()
+        model.fuse_projections()
     model.eval()
     mx.clear_cache()
     return model

@@ -81,7 +81,7 @@ def test_a_masked_model_decodes_as_it_prefills(tiny: Maker) -> None:
     whole = model(TOKENS)[0, -1]
     caches = model.make_cache()
     model.forward_ragged(TOKENS[0, :-1].astype(mx.int32), [(TOKENS.shape[1] - 1, caches)])
-    model.fuse()
+    model.fuse_projections()
     single = model.logits(model.forward_ragged(TOKENS[0, -1:].astype(mx.int32), [(1, caches)]))[0]
     assert mx.allclose(single, whole, rtol=1e-3, atol=1e-4).item()
 
