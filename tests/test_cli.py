@@ -71,6 +71,7 @@ COMMANDS = (
     "exo-legacy",
     "status",
     "logs",
+    "verify",
     "service install",
     "service status",
     "service logs",

@@ -33,7 +33,7 @@ FLOORS = {
     "compress": 8,
     "train": 9,
     "client": 9,
-    "owner": 9,
+    "owner": 10,
     "bench": 10,
     "cli": 11,
     "exo": 11,

@@ -6,7 +6,8 @@ import os
 from pathlib import Path
 from typing import Annotated, Any
 
-from exo_kimi.cli.values import argument, flag, option, positive
+from exo_kimi.cli.output import write_text
+from exo_kimi.cli.values import argument, flag, option, positive, whole
 
 KeyFile = Annotated[
     Path | None,
@@ -89,6 +90,36 @@ def status(
     key = find_api_key(key_file=api_key_file, option=None, environment_text=text)
     asked = ServerToAsk(url=url or DEFAULT_URL, key=key) if url or key else None
     _say(status_lines(_services(), asked))
+
+
+def verify(
+    output: Annotated[
+        Path, option("-o", "--output", metavar="FILE", help="what is written (default verify.json)")
+    ] = Path("verify.json"),
+    checkpoint: Annotated[
+        Path | None, option("--checkpoint", metavar="DIR", help="for a real layer's time (default: none is run)")
+    ] = None,
+    layer: Annotated[int | None, option("--layer", parser=whole, metavar="N", help="of it (default: the last)")] = None,
+    plan: Annotated[
+        Path | None, option("--plan", metavar="PLAN.json", help="for the wired limit that it needs")
+    ] = None,
+    link: Annotated[
+        str | None,
+        option("--link", metavar="HOST:PORT", help="of `exo-kimi bench link-speed --listen` on the other Mac"),
+    ] = None,
+    only: Annotated[list[str], option("--only", metavar="NAME", help="this check; repeat for more")] = [],  # noqa: B006
+) -> int:
+    """What only this machine can show, in minutes: operations, answers, reads, early pieces, speed; one file to send."""
+    from exo_kimi.bench.claims.link_speed import measure_link
+    from exo_kimi.bench.claims.machine import measure
+    from exo_kimi.owner.verify.run import Measures, VerifyOptions, to_json, verify
+
+    options = VerifyOptions(checkpoint=checkpoint, layer=layer, plan=plan, link=link, only=tuple(only))
+    table, good = verify(
+        options, Measures(machine=measure, link=measure_link), say=lambda line: print(line, flush=True)
+    )
+    write_text(output, to_json(table), option="-o")
+    return 0 if good else 1
 
 
 def _services() -> Any:

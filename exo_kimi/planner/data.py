@@ -41,6 +41,24 @@ def read(path: str | Path, what: str) -> dict[str, Any]:
         raise UsageError(f"cannot read the {what}", found=error, where=path) from None
 
 
+def read_profile(path: str | Path) -> dict[str, Any]:
+    """A machine's profile: TOML as `exo-kimi machine --measure -o` writes it, or within the JSON of `exo-kimi verify`.
+
+    Raises:
+        UsageError: it cannot be read, or is neither.
+    """
+    if Path(path).suffix != ".json":
+        return read(path, "profile")
+    try:
+        found: Any = json.loads(read_text(path))
+    except (OSError, ValueError, RecursionError) as error:
+        raise UsageError("cannot read the profile", found=error, where=path) from None
+    profile = found.get("profile") if isinstance(found, dict) and "exo_kimi_verify" in found else None
+    if not isinstance(profile, dict):
+        raise UsageError("not a file of `exo-kimi verify`", expected="exo_kimi_verify and profile in it", where=path)
+    return profile
+
+
 def refuse_unknown(table: Mapping[str, Any], known: tuple[str, ...], where: object) -> None:
     """Refuse keys that this program would ignore.
 

@@ -207,7 +207,7 @@ def _machine(entry: dict[str, Any], where: Path) -> Machine:
         raise UsageError("a machine has either a chip or a profile", found=entry.get("name", "a machine"), where=where)
     if "profile" in entry:
         path = where.parent / str(entry["profile"])
-        machine = machine_of_profile(data.read(path, "profile"), where=path)
+        machine = machine_of_profile(data.read_profile(path), where=path)
     else:
         machine = machine_of_chip(
             str(entry["chip"]), round(_bytes(entry.get("memory", 0)) / GIB), gpu_cores=_cores(entry, where)
