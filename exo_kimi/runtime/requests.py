@@ -105,7 +105,6 @@ class ExpertHealth:
         hits, misses: experts that passes asked for, each once a pass and layer, by whether they were held.
         evictions: experts that gave way to another.
         read_bytes: from disk.
-        wasted_bytes: of those, of experts that were read ahead and given up before anybody asked for them.
         read_s: in which something was being read.
         stall_s: in which a pass waited for it.
         failed_reads: that ended a request.
@@ -117,7 +116,6 @@ class ExpertHealth:
     misses: int
     evictions: int
     read_bytes: int
-    wasted_bytes: int
     read_s: float
     stall_s: float
     failed_reads: int

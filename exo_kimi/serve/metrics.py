@@ -181,7 +181,6 @@ def _expert_metrics(stages: tuple[StageHealth, ...]) -> Iterator[Metric]:
         ("misses", "misses", "Experts that a pass had to read"),
         ("evictions", "evictions", "Experts that gave way to another"),
         ("read_bytes", "read_bytes", "Bytes of experts read from disk"),
-        ("wasted_bytes", "wasted_bytes", "Bytes read ahead that nobody asked for"),
         ("read_seconds", "read_s", "Time in which experts were being read"),
         ("stall_seconds", "stall_s", "Time in which a pass waited for an expert"),
         ("failed_reads", "failed_reads", "Reads that ended a request"),

@@ -42,7 +42,6 @@ EXPERTS = ExpertHealth(
     misses=5,
     evictions=4,
     read_bytes=500,
-    wasted_bytes=100,
     read_s=0.25,
     stall_s=0.125,
     failed_reads=1,

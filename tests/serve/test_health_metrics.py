@@ -69,7 +69,6 @@ async def test_metrics_count_what_happened_and_parse(saying, client_of):
         ("misses_total", 5),
         ("evictions_total", 4),
         ("read_bytes_total", 500),
-        ("wasted_bytes_total", 100),
         ("read_seconds_total", 0.25),
         ("stall_seconds_total", 0.125),
         ("failed_reads_total", 1),

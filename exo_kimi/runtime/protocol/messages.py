@@ -150,7 +150,6 @@ class ExpertTotals(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
     misses: Count
     evictions: Count
     read_bytes: Count
-    wasted_bytes: Count
     read_s: float
     stall_s: float
     failed_reads: Count

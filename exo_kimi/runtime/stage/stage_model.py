@@ -109,7 +109,6 @@ def expert_health(streamed: StreamedExperts) -> ExpertHealth:
         misses=counters.misses,
         evictions=counters.evictions,
         read_bytes=reads.read_bytes,
-        wasted_bytes=0,
         read_s=reads.read_s,
         stall_s=reads.stall_s,
         failed_reads=reads.failed,

@@ -492,7 +492,6 @@ def test_what_reading_experts_costs_is_what_stages_told() -> None:
         misses=40,
         evictions=0,
         read_bytes=7 * 10**9,
-        wasted_bytes=0,
         read_s=1.0,
         stall_s=1.0,
         failed_reads=0,
