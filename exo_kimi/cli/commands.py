@@ -49,6 +49,7 @@ Bench = Literal[  # modules of exo_kimi.bench, with - for _
     "cache-8bit",
     "conformance",
     "exo",
+    "expert-peers",
     "expert-streaming",
     "grammar",
     "kv-b",

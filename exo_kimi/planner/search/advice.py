@@ -112,10 +112,17 @@ def _lighter_recipe(question: Question) -> Iterator[str]:
 
 def _experts_from_disk(question: Question) -> Iterator[str]:
     """The same weights with experts read from disk, where a disk's speed is known and everything else fits."""
-    if question.streaming is not None or question.workload.ends_everywhere or not any(question.model.expert_bytes):
+    if question.workload.ends_everywhere or not any(question.model.expert_bytes):
+        return
+    unknown = [machine.name for machine in question.machines if machine.ssd is None]
+    if question.streaming is not None:
+        if unknown and fits(replace(question, cluster=question.cluster.with_ssd(1e9))):
+            yield (
+                f"the speed of a disk, which nobody has published of {', '.join(unknown)}: --ssd 6GB/s, say; "
+                "`exo-kimi machine --measure` says it"
+            )
         return
     asked = replace(question, streaming=Streaming(curve=default_curve()))
-    unknown = any(machine.ssd is None for machine in question.machines)
     split = best_split(asked)
     if split is not None:
         ends = [split.at(case).prediction.decode_tokens_per_s for case in ("slow", "fast")]
@@ -129,7 +136,7 @@ def _experts_from_disk(question: Question) -> Iterator[str]:
 
 def _another_machine(question: Question) -> Iterator[str]:
     """The fewest further machines of one kind, and of those the smallest; in any order."""
-    question = replace(question, order=())
+    question = replace(question.resident, order=())
     for count in range(1, MOST_MACHINES - len(question.machines) + 1):
         for machine in machines_by_memory():
             larger = question.cluster

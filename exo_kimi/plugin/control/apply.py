@@ -36,6 +36,7 @@ from exo_kimi.plugin.control.model_names import check_model_id
 from exo_kimi.plugin.control.replace import Replacement, with_memory_back
 from exo_kimi.plugin.control.state import ClusterState
 from exo_kimi.plugin.control.watch import Deadlines, LoadingProgress, Timing, take_back, watch
+from exo_kimi.plugin.runner.options import EXPERT_CACHE
 
 Report = Callable[[Sequence[LoadingProgress]], None]
 Say = Callable[[str], None]
@@ -119,6 +120,11 @@ def apply_plan(
     name = check_model_id(model_id or plan.model.name.replace("--", "/", 1))
     engine = _engine(plan, our_engine, tensor=tensor)
     check_machines(plan, nodes or {})
+    for stage in plan.stages:
+        if stage.expert_slots is not None:
+            say(
+                f"{stage.machine} reads experts from disk: start exo there with {EXPERT_CACHE}={stage.expert_cache_bytes}"
+            )
     state, assignments = _assigned(client, plan, nodes or {}, limits, times, say, wait=wait)
     if engine == "exo-kimi":
         check_engines(ask_engines(client, state), assignments)

@@ -280,3 +280,10 @@ def test_hit_rates_of_a_file(tmp_path: Path) -> None:
 def test_options_that_say_how_to_stream_need_stream() -> None:
     with pytest.raises(UsageError, match="give --stream too"):
         plan_answer(model="kimi-k2.6", cluster="m4-max-128", ssd_bytes_per_s=5e9)
+
+
+def test_a_plan_that_lacks_only_the_speed_of_a_disk_says_so() -> None:
+    with pytest.raises(PlanInfeasibleError) as caught:
+        plan_answer(model="kimi-k2.6", recipe="q34+q6", cluster="m3-ultra-256", stream=True)
+    assert "the speed of a disk, which nobody has published of m3-ultra-256: --ssd 6GB/s" in str(caught.value)
+    assert "m1-pro-32" not in str(caught.value), "a machine more is one that holds every expert with the others"

@@ -114,6 +114,15 @@ def test_the_plan_knows_its_engine_and_need_not_be_told(make_exo: Any, apply: An
     assert len(exo.posted) == 1
 
 
+def test_a_plan_that_streams_says_what_a_node_must_be_started_with(make_exo: Any, apply: Any, plan_of: Any) -> None:
+    exo, told = make_exo(), []
+    plan = plan_of(exo, our_engine=True)
+    last = replace(plan.stages[-1], expert_slots=3, expert_cache_bytes=4096)
+    apply(exo, plan=replace(plan, stages=(*plan.stages[:-1], last)), say=told.append)
+    wanted = f"{last.machine} reads experts from disk: start exo there with EXO_KIMI_EXPERT_CACHE=4096"
+    assert [line for line in told if "disk" in line] == [wanted]
+
+
 def test_a_machine_that_could_be_no_node_is_named(make_exo: Any, apply: Any, plan_of: Any) -> None:
     exo = make_exo()
     plan = plan_of(exo)

@@ -1,0 +1,49 @@
+"""Decode with our experts from disk, in a process of its own: `python -m exo_kimi.bench.setups.streamed_ours DIR BYTES IDS N`.
+
+Prints one JSON line, of the same keys as `streamed_theirs`.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from pathlib import Path
+
+import mlx.core as mx
+
+from exo_kimi.bench.setups.streamed_theirs import read_bytes
+from exo_kimi.checkpoint.checkpoint import Checkpoint
+from exo_kimi.experts.budget import ExpertCache
+from exo_kimi.runtime.loading.loader import load_stage
+
+
+def main(directory: str, cache_bytes: str, prompt: str, new_tokens: str) -> None:
+    """Load, prefill, decode greedily."""
+    cache = ExpertCache(budget_bytes=int(cache_bytes))
+    model = load_stage(Checkpoint(Path(directory)).manifest(), dtype="float32", fuse=True, expert_cache=cache)
+    streamed = model.streamed
+    if streamed is None:
+        raise AssertionError("every expert is held")
+    caches = model.make_cache()
+
+    def step(ids: list[int]) -> int:
+        hidden = model.forward_ragged(mx.array(ids), [(len(ids), caches)])
+        return int(mx.argmax(model.logits(hidden[-1:])[0]).item())
+
+    started_s = time.perf_counter()
+    tokens = [step(json.loads(prompt))]
+    prefill_s = time.perf_counter() - started_s
+    before, before_bytes = streamed.counters, read_bytes()
+    started_s = time.perf_counter()
+    for _ in range(int(new_tokens)):
+        tokens.append(step([tokens[-1]]))
+    decode_s = time.perf_counter() - started_s
+    after = streamed.counters
+    found = {"tokens": tokens, "prefill_s": prefill_s, "decode_s": decode_s, "read_bytes": read_bytes() - before_bytes}
+    counted = {"hits": after.hits - before.hits, "misses": after.misses - before.misses}
+    print(json.dumps({**found, **counted, "peak_bytes": mx.get_peak_memory()}))
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
