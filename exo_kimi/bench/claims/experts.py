@@ -78,7 +78,7 @@ def _rows(share: float, pairs: Sequence[tuple[dict[str, Any], dict[str, Any]]]) 
     equal = all(ours["tokens"] == theirs["tokens"] for ours, theirs in pairs)
 
     def both(key: str, per: float | None = None) -> list[tuple[float, float]]:
-        return [tuple(one[key] if per is None else per / one[key] for one in pair) for pair in pairs]  # type: ignore[misc]
+        return [tuple(one[key] if per is None else per / one[key] for one in pair) for pair in pairs]
 
     hits = [[one["hits"] / (one["hits"] + one["misses"]) for one in pair] for pair in pairs][-1]
     return [

@@ -9,6 +9,7 @@ import json
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import mlx.core as mx
 
@@ -29,7 +30,8 @@ def main(directory: str, cache_bytes: str, prompt: str, new_tokens: str) -> None
 
     def step(ids: list[int]) -> int:
         hidden = model.forward_ragged(mx.array(ids), [(len(ids), caches)])
-        return int(mx.argmax(model.logits(hidden[-1:])[0]).item())
+        chosen: Any = mx.argmax(model.logits(hidden[-1:])[0]).item()
+        return int(chosen)
 
     started_s = time.perf_counter()
     tokens = [step(json.loads(prompt))]

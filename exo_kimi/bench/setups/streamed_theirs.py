@@ -30,7 +30,8 @@ def main(directory: str, cache_gb: str, prompt: str, new_tokens: str) -> None:
 
     def step(ids: list[int]) -> int:
         output: Any = language(mx.array([ids]), cache=cache)
-        return int(mx.argmax(output.logits[0, -1]).item())
+        chosen: Any = mx.argmax(output.logits[0, -1]).item()
+        return int(chosen)
 
     started_s = time.perf_counter()
     tokens = [step(json.loads(prompt))]
