@@ -48,7 +48,7 @@ PARTS = (
     BenchPart(name="exo", options=("--rounds", "2"), limit_s=180.0),
 )
 LEFT_OUT = {
-    "experts": "needs the environment of mlx-vlm",
+    "expert-peers": "needs the environment of mlx-vlm",
     "conformance": "checks and no ratios",
     "link-speed": "needs a listener on another machine",
     "plan": "a deviation and no ratio",

@@ -1,6 +1,6 @@
 """Experts from disk against mlx-vlm's expert offload: the same checkpoint, budget and prompt, each in a process of its own.
 
-    exo-kimi bench experts --peer PYTHON [--rounds N]
+    exo-kimi bench expert-peers --peer PYTHON [--rounds N]
 
 PYTHON is that of an environment with mlx-vlm. Ratios: tokens/s, ours over theirs, and the first token, theirs over ours, at
 least 1; bytes read while decoding, ours over theirs, at most 1. Everything comes from the page cache: the disk is not measured.
@@ -42,7 +42,9 @@ THEIRS = Path(__file__).parents[1] / "setups" / "streamed_theirs.py"
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run it, print a table and one JSON line."""
-    parser = argparse.ArgumentParser(prog="exo-kimi bench experts", description="experts from disk against mlx-vlm's")
+    parser = argparse.ArgumentParser(
+        prog="exo-kimi bench expert-peers", description="experts from disk against mlx-vlm's"
+    )
     parser.add_argument("--peer", metavar="PYTHON", help="of an environment with mlx-vlm")
     parser.add_argument("--rounds", type=int, default=3, help="pairs of runs at each budget (default 3)")
     options = parser.parse_args(arguments)
@@ -52,7 +54,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def measure(peer: str | None, rounds: int) -> Result:
     """Rows of each budget."""
     if peer is None:
-        return Result(bench="experts", skipped="no --peer: the Python of an environment with mlx-vlm")
+        return Result(bench="expert-peers", skipped="no --peer: the Python of an environment with mlx-vlm")
     version = _run([peer, "-c", "from importlib.metadata import version; print(version('mlx-vlm'))"]).strip()
     with tempfile.TemporaryDirectory() as folder:
         checkpoint, offloaded = Path(folder) / "checkpoint", Path(folder) / "offloaded"
@@ -70,7 +72,7 @@ def measure(peer: str | None, rounds: int) -> Result:
             rows += _rows(share, taken_in_turn(*runs, rounds=rounds, warm=1))
     shape = f"{SHAPE['n_routed_experts']} experts, top {SHAPE['num_experts_per_tok']}, {len(layouts)} layers"
     note = f"{shape}, {whole_bytes / 1e6:.0f} MB of them in 4 bits; {PROMPT} tokens in, {NEW} out; float32, page cache"
-    return Result(bench="experts", against=f"mlx-vlm {version}", rows=rows, notes=[note])
+    return Result(bench="expert-peers", against=f"mlx-vlm {version}", rows=rows, notes=[note])
 
 
 def _rows(share: float, pairs: Sequence[tuple[dict[str, Any], dict[str, Any]]]) -> list[Row]:

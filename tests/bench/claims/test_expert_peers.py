@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 
-from exo_kimi.bench.claims import experts
-from exo_kimi.bench.claims.experts import measure
+from exo_kimi.bench.claims import expert_peers as experts
+from exo_kimi.bench.claims.expert_peers import measure
 
 
 def test_without_a_peer_it_is_skipped() -> None:
