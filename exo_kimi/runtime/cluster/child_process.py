@@ -11,11 +11,13 @@ import contextlib
 import json
 import logging
 import os
+import re
 import signal
 import socket
 import stat
 import sys
 import tempfile
+import time
 from collections import deque
 from collections.abc import Sequence
 from pathlib import Path
@@ -33,6 +35,7 @@ _FIXES: dict[int, str] = {
     signal.SIGSEGV: "MLX on a CPU ends so when memory runs out: give the stage fewer layers, or a smaller --context",
 }
 END_S = 5.0
+LEFT_S = 3600.0  # an empty directory of sockets that nobody touched for so long was left by a server that was killed
 _KEPT_LINES = 20
 _SHOWN_LINES = 3
 _CHUNK_BYTES = 1 << 16
@@ -173,7 +176,19 @@ def socket_directory() -> Path:
     if len(str(directory)) > _MAX_DIRECTORY_CHARACTERS:
         directory.rmdir()
         directory = Path(tempfile.mkdtemp(prefix="exo-kimi-", dir="/tmp"))
+    with contextlib.suppress(OSError):
+        _remove_left_behind(directory.parent)
     return directory
+
+
+def _remove_left_behind(parent: Path) -> None:
+    """Remove such directories that killed servers left empty. One that is in use after all is made again (`ensure_private`)."""
+    for entry in os.scandir(parent):
+        if re.fullmatch(r"exo-kimi-[a-z0-9_]{8}", entry.name) is None or not entry.is_dir(follow_symlinks=False):
+            continue
+        with contextlib.suppress(OSError):  # another user's, or not empty
+            if time.time() - entry.stat(follow_symlinks=False).st_mtime > LEFT_S:
+                Path(entry.path).rmdir()
 
 
 def ensure_private(directory: Path) -> None:

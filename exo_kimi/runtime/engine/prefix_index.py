@@ -5,6 +5,7 @@ Bookkeeping alone; `prefix_cache` decides what is done with it.
 
 from __future__ import annotations
 
+from bisect import bisect_left, bisect_right
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -42,10 +43,17 @@ def common_tokens(one: Tokens, other: Tokens) -> int:
 
 
 class PrefixIndex:
-    """Caches that ended sequences left on the stages, the one that was not used for longest first."""
+    """Caches that ended sequences left on the stages, the one that was not used for longest first.
+
+    None is held by another entirely. They are also kept in the order of their tokens' bytes, in which what shares a beginning
+    stands together: looking among thousands of long ones takes as many comparisons as among a few.
+    """
 
     def __init__(self) -> None:
         self._kept: dict[int, CachedPrefix] = {}
+        self._sorted: list[CachedPrefix] = []
+        self._used: dict[int, int] = {}
+        self._uses = 0
 
     def __len__(self) -> int:
         return len(self._kept)
@@ -55,31 +63,55 @@ class PrefixIndex:
 
     def add(self, kept: CachedPrefix) -> list[CachedPrefix]:
         """Note caches; returns those, noted before or these themselves, that others hold entirely, and forgets them."""
-        for other in self:
-            if common_tokens(kept.tokens, other.tokens) == len(kept.tokens):
-                self.touch(other)
-                return [kept]
-        covered = [other for other in self if common_tokens(kept.tokens, other.tokens) == len(other.tokens)]
+        holding = self._beginning_with(kept.tokens)
+        if holding:
+            self.touch(min(holding, key=self._last_use))
+            return [kept]
+        at = self._place(kept.tokens)
+        before = self._sorted[at - 1 : at]  # all that it may hold: others between would hold that one, too
+        covered = [other for other in before if common_tokens(kept.tokens, other.tokens) == len(other.tokens)]
         for other in covered:
             self.remove(other)
+        self._sorted.insert(at - len(covered), kept)
         self._kept[kept.seq_id] = kept
+        self.touch(kept)
         return covered
 
     def remove(self, kept: CachedPrefix) -> None:
         """Forget caches."""
         del self._kept[kept.seq_id]
+        del self._used[kept.seq_id]
+        del self._sorted[self._place(kept.tokens)]
 
     def touch(self, kept: CachedPrefix) -> None:
         """These caches were used now."""
         self._kept[kept.seq_id] = self._kept.pop(kept.seq_id)
+        self._uses += 1
+        self._used[kept.seq_id] = self._uses
 
     def best(self, tokens: Tokens) -> tuple[CachedPrefix, int] | None:
         """The caches that share the most first tokens, and how many; the shortest of equal ones, which loses least."""
-        found = [(common_tokens(kept.tokens, tokens), -len(kept.tokens), kept) for kept in self]
-        if not found:
+        at = self._place(tokens)
+        beside = self._sorted[max(0, at - 1) : at + 1]
+        if not beside:
             return None
-        count, _, kept = max(found, key=lambda item: item[:2])
-        return kept, count
+        count = max(common_tokens(kept.tokens, tokens) for kept in beside)
+        found = self._beginning_with(tokens[:count])
+        return min(found, key=lambda kept: (len(kept.tokens), self._last_use(kept))), count
+
+    def _place(self, tokens: Tokens) -> int:
+        """Where such tokens are or would be."""
+        return bisect_left(self._sorted, tokens.tobytes(), key=lambda kept: kept.tokens.tobytes())
+
+    def _beginning_with(self, tokens: Tokens) -> list[CachedPrefix]:
+        """Those that begin with all of these tokens."""
+        first = self._place(tokens)
+        start, length = tokens.tobytes(), len(tokens)
+        end = bisect_right(self._sorted, start, lo=first, key=lambda kept: kept.tokens[:length].tobytes())
+        return self._sorted[first:end]
+
+    def _last_use(self, kept: CachedPrefix) -> int:
+        return self._used[kept.seq_id]
 
 
 class DiskBlockIndex:
