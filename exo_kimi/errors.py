@@ -329,13 +329,16 @@ def machine_error(error: BaseException) -> MachineError | None:
     number = getattr(error, "errno", None)  # zmq's errors have one and are no OSError
     # CPython 3.11 and 3.12 have no better word for a call whose frame had no memory.
     frameless = isinstance(error, SystemError) and "without exception set" in str(error)
-    if frameless or isinstance(error, MemoryError):
+    # Where MLX on a CPU has no memory for an array, it hands out an address of nothing, at which the kernel cannot write.
+    nowhere = isinstance(error, OSError) and number == errno.EFAULT
+    if frameless or nowhere or isinstance(error, MemoryError):
         number = errno.ENOMEM
     elif isinstance(error, RuntimeError) and "start new thread" in str(error):  # Python has no class for it
         number = errno.EAGAIN
     if number not in _MACHINE_FIXES:
         return None
-    what = getattr(error, "strerror", None) or ("" if frameless else str(error)) or "no memory is left"
+    said = "" if frameless or nowhere else getattr(error, "strerror", None) or str(error)
+    what = said or "no memory is left"
     return MachineError(what, where=getattr(error, "filename", None), fix=_MACHINE_FIXES[number])
 
 

@@ -359,6 +359,7 @@ def test_no_bytes_at_all_make_a_500(post, body, path):
         MemoryError(),
         RuntimeError("can't start new thread"),
         SystemError("error return without exception set"),
+        OSError(14, "Bad address"),
     ],
 )
 async def test_what_the_machine_refuses_is_told_as_a_passing_state_and_not_as_a_bug(saying, client_of, error, caplog):

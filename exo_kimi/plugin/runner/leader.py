@@ -21,7 +21,7 @@ import zmq.asyncio
 
 from exo_kimi.arch.config import KimiConfig
 from exo_kimi.dialogue.speaker import Speaker
-from exo_kimi.errors import ExoKimiError, RuntimeFault, StageError, StageUnreachableError
+from exo_kimi.errors import EngineStoppedError, ExoKimiError, RuntimeFault, StageError, StageUnreachableError
 from exo_kimi.plugin.api.refusal import Refusal
 from exo_kimi.plugin.runner.advice import advise
 from exo_kimi.plugin.runner.assignment import NodeLayers
@@ -220,7 +220,7 @@ class Leader:
         self._serving = _Serving(engine, speaker)
         if self._ranks is not None:
             self._ranks.send_ready()
-        for work in (self._tell_progress(engine), self._judge(engine)):
+        for work in (self._tell_progress(engine), self._judge(engine), self._end_if_broken(engine)):
             self._exits.callback(asyncio.create_task(work).cancel)
 
     async def _bring_up(self, plan: ClusterPlan, context: int) -> Engine:
@@ -325,6 +325,15 @@ class Leader:
                     )
                     self._events.end(advise(error), [command_id for _, command_id in self._tasks.values()])
                     return
+
+    async def _end_if_broken(self, engine: Engine) -> None:
+        """An engine that has failed for good would refuse every task of a runner that says it is ready."""
+        try:
+            await engine.wait_broken()
+        except EngineStoppedError:
+            return  # it was closed
+        except RuntimeFault as error:
+            self._events.end(advise(error), [command_id for _, command_id in self._tasks.values()])
 
     async def _tell_progress(self, engine: Engine) -> None:
         """Progress of long prompts, and what the caches hold."""

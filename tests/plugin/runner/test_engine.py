@@ -402,6 +402,24 @@ def test_rank_0_is_not_ready_and_ends_when_another_is_gone_and_tells_who_waits(
         pair.close()
 
 
+def test_a_runner_whose_engine_has_broken_ends(exo_instance: Any, tiny: Path, types: ExoTypes) -> None:
+    """It refused every task for ever, and said that it was ready."""
+    pair = Ranks(exo_instance, tiny, types, (2, 5))
+    try:
+        pair.start()
+
+        def fail(_: object) -> None:
+            raise ZeroDivisionError("a bug")
+
+        pair.engines[0]._leader.engine._on_result = fail  # type: ignore[method-assign, union-attr]
+        pair.engines[0].submit(pair.task("t", "one"))
+        until(lambda: bool(pair.told[0].ended))
+        error, _ = pair.told[0].ended[0]
+        assert "the engine stopped" in str(error) and "a bug" in str(error)
+    finally:
+        pair.close()
+
+
 def test_a_rank_that_has_lost_rank_0_finds_it_again_and_hears_what_ended_meanwhile(ranks: Ranks) -> None:
     reader: Any = ranks.builders[1]._connected.others  # type: ignore[union-attr]
     ranks.submit("gap", "one", max_output_tokens=2)
