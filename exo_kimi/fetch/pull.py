@@ -18,6 +18,7 @@ from pathlib import Path
 from exo_kimi.checkpoint.checkpoint import Checkpoint
 from exo_kimi.checkpoint.doctor.hashes import CUT_HASHES, hub_hashes
 from exo_kimi.checkpoint.keys import layer_of
+from exo_kimi.checkpoint.shards import INDEX_NAME
 from exo_kimi.checkpoint.shares import share_names
 from exo_kimi.checkpoint.vision import VisionManifest, chosen_tower
 from exo_kimi.errors import MachineError, NotHeldError, UsageError
@@ -153,9 +154,13 @@ def _transfer(
     free = check_room(directory, missing)
     say(f"{format_bytes(missing)} to fetch into {directory}; {format_bytes(free - missing)} will be free then")
     progress = TransferProgress(total_bytes=all_bytes, done_bytes=all_bytes - missing)
-    transfer = Transfer(source, parts, progress, on_file=records.add, connections=options.connections)
+    index = [part for part in parts if part.target.file.name == INDEX_NAME]
     with watch(progress) if watch is not None else nullcontext():
-        transfer.run()
+        for now in (
+            [part for part in parts if part not in index],
+            index,
+        ):  # the index last, when all that it names is there
+            Transfer(source, now, progress, on_file=records.add, connections=options.connections).run()
     return progress.fetched_bytes
 
 

@@ -227,6 +227,7 @@ class _BulkServer:
         """Which session a connection is of; one that names none, or a number again, is closed."""
         connection.settimeout(GREETING_S)
         connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)  # one that waits for ever keeps a place
         greeting = b""
         while len(greeting) < ID_BYTES + NUMBER_BYTES:
             data = connection.recv(ID_BYTES + NUMBER_BYTES - len(greeting))

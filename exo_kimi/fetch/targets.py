@@ -68,7 +68,7 @@ class FileTarget:
 
 
 def whole_model(listing: Listing) -> list[FileTarget]:
-    """Every file, and the index of the weights last: without it, what is there so far is no checkpoint.
+    """Every file, the index of the weights last.
 
     Raises:
         NotACheckpointError: no weights, or no config.json.
