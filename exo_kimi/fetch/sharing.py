@@ -39,8 +39,8 @@ MOST_SESSIONS = 64
 MOST_CONNECTIONS = 128
 GREETING_S = 5.0
 SILENCE_S = 60.0
-_KIND_DATA, _KIND_END, _KIND_ERROR = b"\0", b"\1", b"\2"
-DATA_BYTES = MOST_RECORD_BYTES - 1
+_DATA, _END, _ERROR = range(3)  # kinds of records
+DATA_BYTES = MOST_RECORD_BYTES
 FILE_LIST = "files"
 
 logger = logging.getLogger(__name__)
@@ -211,7 +211,7 @@ class _BulkServer:
             if stream is not None:
                 connection.settimeout(None)
                 while True:
-                    request = json.loads(stream.receive())
+                    request = json.loads(stream.receive()[1])
                     connection.settimeout(SILENCE_S)
                     self._carry_out(request, stream)
                     connection.settimeout(None)
@@ -257,18 +257,18 @@ class _BulkServer:
                     for data in held.read(int(start), int(end)):
                         digest.update(data)
                 self._send_all(stream, digest.hexdigest().encode())
-            stream.send(_KIND_END)
+            stream.send(b"", _END)
         except ExoKimiError as error:
-            stream.send(_KIND_ERROR + json.dumps({"what": error.what, "held": False}).encode())
+            stream.send(json.dumps({"what": error.what, "held": False}).encode(), _ERROR)
         except OSError as error:
             if isinstance(error, ConnectionError | TimeoutError):
                 raise
             logger.warning("cannot read %s: %s", request.get("file"), error.strerror)
-            stream.send(_KIND_ERROR + json.dumps({"what": f"cannot be read there: {error.strerror}"}).encode())
+            stream.send(json.dumps({"what": f"cannot be read there: {error.strerror}"}).encode(), _ERROR)
 
     def _send_all(self, stream: SealedStream, data: bytes) -> None:
         for start in range(0, len(data), DATA_BYTES):
-            stream.send(_KIND_DATA + data[start : start + DATA_BYTES])
+            stream.send(data[start : start + DATA_BYTES] if len(data) > DATA_BYTES else data, _DATA)
 
 
 def read_answer(stream: SealedStream) -> bytes | None:
@@ -278,11 +278,10 @@ def read_answer(stream: SealedStream) -> bytes | None:
         NotHeldError: the other machine does not have what was asked for.
         OSError, ProtocolError: see `SealedStream.receive`, and what the other machine could not read.
     """
-    record = stream.receive()
-    kind, body = record[:1], record[1:]
-    if kind == _KIND_DATA:
+    kind, body = stream.receive()
+    if kind == _DATA:
         return body
-    if kind == _KIND_END:
+    if kind == _END:
         return None
     fields = json.loads(body)
     if fields.get("held") is False:
