@@ -71,6 +71,7 @@ COMMANDS = (
     "exo-legacy",
     "status",
     "logs",
+    "report",
     "verify",
     "service install",
     "service status",

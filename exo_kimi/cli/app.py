@@ -88,6 +88,7 @@ def build_app() -> typer.Typer:
         (SERVE, "ui", page_commands.ui, {}),
         (SERVE, "status", owner_commands.status, {}),
         (SERVE, "logs", owner_commands.service_logs, {}),
+        (SERVE, "report", owner_commands.report, {}),
         (SERVE, "verify", owner_commands.verify, {}),
         (CHECKPOINTS, "inspect", commands.inspect, {}),
         (CHECKPOINTS, "doctor", commands.doctor, {}),

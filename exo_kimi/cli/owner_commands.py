@@ -83,13 +83,34 @@ def status(
     api_key_file: KeyFile = None,
 ) -> None:
     """Services, stages, speed, memory, requests and the last faults."""
-    from exo_kimi.owner.status import DEFAULT_URL, ServerToAsk, status_lines
-    from exo_kimi.runtime.transport.api_key import ENVIRONMENT_NAME, find_api_key
+    from exo_kimi.owner.status import status_lines
 
-    text = os.environ.get(ENVIRONMENT_NAME)
-    key = find_api_key(key_file=api_key_file, option=None, environment_text=text)
-    asked = ServerToAsk(url=url or DEFAULT_URL, key=key) if url or key else None
-    _say(status_lines(_services(), asked))
+    _say(status_lines(_services(), _server(url, api_key_file)))
+
+
+def report(
+    output: Annotated[
+        Path, option("-o", "--output", metavar="FILE.zip", help="what is written (default exo-kimi-report.zip)")
+    ] = Path("exo-kimi-report.zip"),
+    lines: Annotated[
+        int, option("-n", "--lines", parser=positive, metavar="N", help="of each log, the last N (default 5000)")
+    ] = 5000,
+    enclosed: Annotated[
+        list[Path], option("--with", metavar="FILE", help="results of `verify` or `bench`; repeat for more")
+    ] = [],  # noqa: B006
+    logs: Annotated[
+        list[Path], option("--log", metavar="FILE", help="a log of a server that is no service; repeat for more")
+    ] = [],  # noqa: B006
+    url: Annotated[str | None, option("--url", metavar="URL", help="a server (default: this machine's)")] = None,
+    api_key_file: KeyFile = None,
+) -> None:
+    """Logs, plan, status, versions and results in one file to send: no texts, no keys, no home paths."""
+    from exo_kimi.owner.report import ReportOptions, write_report
+
+    asked = _server(url, api_key_file)
+    options = ReportOptions(output=output, lines=lines, enclosed=tuple(enclosed), logs=tuple(logs), server=asked)
+    names = write_report(options, _services(), os.environ)
+    _say([*(f"  {name}" for name in names), f"wrote {output}: look into it before you send it"])
 
 
 def verify(
@@ -120,6 +141,16 @@ def verify(
     )
     write_text(output, to_json(table), option="-o")
     return 0 if good else 1
+
+
+def _server(url: str | None, api_key_file: Path | None) -> Any:
+    """The server that was named, by its address or its key."""
+    from exo_kimi.owner.status import DEFAULT_URL, ServerToAsk
+    from exo_kimi.runtime.transport.api_key import ENVIRONMENT_NAME, find_api_key
+
+    text = os.environ.get(ENVIRONMENT_NAME)
+    key = find_api_key(key_file=api_key_file, option=None, environment_text=text)
+    return ServerToAsk(url=url or DEFAULT_URL, key=key) if url or key else None
 
 
 def _services() -> Any:

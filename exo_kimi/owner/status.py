@@ -35,12 +35,13 @@ class ServerToAsk:
     key: str | None = None
 
 
-def status_lines(services: Services, server: ServerToAsk | None) -> list[str]:
+def status_lines(services: Services, server: ServerToAsk | None, *, faults: bool = True) -> list[str]:
     """The whole status.
 
     Args:
         services: of this user.
         server: to ask; None takes the one that a service says, or this machine's default.
+        faults: with the last warnings of the services' logs.
     """
     versions = Versions.installed()
     lines = [
@@ -51,7 +52,8 @@ def status_lines(services: Services, server: ServerToAsk | None) -> list[str]:
     lines += ["", "services", *(f"  {line}" for line in services.status())] if names else []
     for name in names:
         spec = read_spec(services.directories.services, name)
-        lines += _of_service(spec, services.directories.logs)
+        lines += _planned(spec)
+        lines += _faults(spec, services.directories.logs) if faults else []
     return [*lines, "", *server_lines(server or server_of(services) or ServerToAsk(url=DEFAULT_URL))]
 
 
@@ -137,18 +139,21 @@ def _samples(client: httpx.Client) -> dict[str, float]:
     return {sample.name: sample.value for family in families for sample in family.samples if not sample.labels}
 
 
-def _of_service(spec: ServiceSpec, logs: Path) -> list[str]:
-    """The plan of a service, and the last faults in its log."""
-    lines = []
-    if (name := option_of(spec.words, "--plan")) is not None:
-        try:
-            plan = read_plan(Path(spec.directory) / name)
-            stages = ", ".join(f"{each.machine} {each.start_layer}:{each.end_layer}" for each in plan.stages)
-            lines.append(f"  plan of {spec.name}: {stages}, context {plan.workload.context}")
-        except ExoKimiError as error:
-            lines.append(f"  plan of {spec.name}: {error.what}")
+def _planned(spec: ServiceSpec) -> list[str]:
+    """The plan of a service, in a line."""
+    if (name := option_of(spec.words, "--plan")) is None:
+        return []
+    try:
+        plan = read_plan(Path(spec.directory) / name)
+    except ExoKimiError as error:
+        return [f"  plan of {spec.name}: {error.what}"]
+    stages = ", ".join(f"{each.machine} {each.start_layer}:{each.end_layer}" for each in plan.stages)
+    return [f"  plan of {spec.name}: {stages}, context {plan.workload.context}"]
+
+
+def _faults(spec: ServiceSpec, logs: Path) -> list[str]:
     try:
         faults = read_log(spec.name, logs, LogQuery(lines=FAULTS_SHOWN, level="WARNING"))
     except UsageError:
-        faults = []
-    return [*lines, *(f"  {spec.name} said: {fault}" for fault in faults)]
+        return []
+    return [f"  {spec.name} said: {fault}" for fault in faults]
