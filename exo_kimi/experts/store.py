@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import os
 import time
+import weakref
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -83,6 +84,8 @@ class ExpertStore:
         self._readers = readers
         self._descriptors: dict[str, int] = {}
         self._pool = ThreadPoolExecutor(readers, thread_name_prefix="expert")
+        # Whoever lets go of the model lets go of its files; the threads end by themselves.
+        weakref.finalize(self, _close_all, self._descriptors)
 
     def open(self, layout: LayerLayout) -> None:
         """Open the files that a layer's experts lie in.
@@ -102,13 +105,6 @@ class ExpertStore:
                             found=failure.strerror or failure,
                             where=self.directory / file,
                         ) from failure
-
-    def close(self) -> None:
-        """Close every file, once nothing is read any more; idempotent."""
-        self._pool.shutdown(cancel_futures=True)
-        for descriptor in self._descriptors.values():
-            os.close(descriptor)
-        self._descriptors.clear()
 
     def begin(self, orders: Sequence[SlotOrder]) -> PendingRead:
         """Put reads on their way; few bytes are read when `wait` is called."""
@@ -204,8 +200,8 @@ class PendingRead:
     def cancel(self) -> None:
         """Until nothing writes into a slot any more, whatever came of it."""
         for future in self.futures:
-            if not future.cancel():
-                future.result()
+            future.cancel()
+        wait(self.futures)
 
     def wait(self) -> None:
         """Until nothing writes into a slot any more.
@@ -243,6 +239,12 @@ class _Outcome:
     reads: int = 0
     ended_s: float = 0.0
     error: ExpertReadError | None = None
+
+
+def _close_all(descriptors: dict[str, int]) -> None:
+    for descriptor in descriptors.values():
+        os.close(descriptor)
+    descriptors.clear()
 
 
 def _dealt(tasks: Sequence[_Task], hands: int) -> Iterator[Sequence[_Task]]:

@@ -469,6 +469,32 @@ def test_the_context_and_the_cache_budget_of_the_environment_are_the_limits(
     assert options.kv_bytes == 100_000_000
 
 
+def test_a_node_that_is_too_small_streams_its_experts_and_answers_the_same(
+    exo_instance: Callable[..., Any], tiny: Path, types: ExoTypes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def answer() -> tuple[str, list[Any]]:
+        ranks = Ranks(exo_instance, tiny, types, (5, 2))
+        try:
+            ranks.start()
+            ranks.submit("task", "hello", max_output_tokens=8, temperature=0.0)
+            found = ranks.run(0, ended("task"))
+            for status in (statuses := ranks.stages()):
+                deadline = time.monotonic() + SECONDS
+                while status.experts is not None and not status.experts.hits + status.experts.misses:
+                    assert time.monotonic() < deadline
+                    time.sleep(0.05)
+            return text(found, "task"), [status.experts for status in statuses]
+        finally:
+            ranks.close()
+
+    expected, experts = answer()
+    assert experts == [None, None]
+    monkeypatch.setenv("EXO_KIMI_EXPERT_CACHE", "1MB")
+    found, experts = answer()
+    assert found == expected
+    assert all(each.read_bytes > 0 and each.slot_bytes <= 10**6 for each in experts)
+
+
 def test_the_context_of_the_placed_instance_is_the_limit(
     exo_instance: Callable[..., Any], tiny: Path, types: ExoTypes
 ) -> None:

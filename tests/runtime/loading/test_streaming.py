@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -15,6 +16,7 @@ from exo_kimi.checkpoint.index import open_index
 from exo_kimi.checkpoint.manifest import resolve
 from exo_kimi.checkpoint.tiny.make import make_tiny
 from exo_kimi.errors import ExpertReadError, TensorFileError, UsageError
+from exo_kimi.experts import store
 from exo_kimi.experts.budget import ExpertCache
 from exo_kimi.experts.layout import layouts_of
 from exo_kimi.experts.policies import POLICY_NAMES
@@ -265,3 +267,40 @@ def load_streamed_from(directory: Path, contents: dict[Path, bytes]) -> Model:
     for file in contents:
         file.unlink()
     return load_stage(manifest, dtype="float32", expert_cache=cache)
+
+
+@pytest.mark.parametrize("inline", [True, False])
+def test_a_bug_in_a_reading_thread_leaves_the_slots_in_order(
+    stored: Callable[..., Path], monkeypatch: pytest.MonkeyPatch, *, inline: bool
+) -> None:
+    monkeypatch.setattr(store, "INLINE_BYTES", 10**9 if inline else 0)
+    directory = stored()
+    expected = run(load(directory, dtype="float32", fuse=True))
+    model = load_streamed(directory, 4)
+    real = streamed(model).store._preadv
+
+    def broken(descriptor: int, buffers: Sequence[memoryview], position: int) -> int:
+        raise MemoryError
+
+    streamed(model).store._preadv = broken
+    with pytest.raises(MemoryError):
+        run(model)
+    streamed(model).store._preadv = real
+    assert same(run(model), expected)
+
+
+def test_files_are_closed_with_the_model(stored: Callable[..., Path]) -> None:
+    directory = stored(layout="int4")
+
+    def held() -> int:
+        links = list(Path("/proc/self/fd").iterdir())
+        return sum(link.exists() and link.resolve().parent == directory.resolve() for link in links)
+
+    gc.collect()
+    before = held()
+    model = load_streamed(directory, 4)
+    run(model, (3,), steps=1)
+    assert held() > before
+    del model
+    gc.collect()
+    assert held() == before
