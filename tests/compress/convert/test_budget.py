@@ -20,11 +20,11 @@ from exo_kimi.compress.convert.budget import choose, ranges, recipe_of, recipe_t
 from exo_kimi.compress.convert.command import ConvertOptions, run_convert
 from exo_kimi.compress.convert.importance import read_importance
 from exo_kimi.compress.convert.measure import BitOption, ModuleErrors, measure
+from exo_kimi.compress.texts.encoding import Encoder
 from exo_kimi.errors import UsageError
 from exo_kimi.models.rope import Rope
 from exo_kimi.planner.weights.bytes import bytes_of_recipe
 from exo_kimi.planner.weights.recipes import load_recipe, parse_recipe
-from exo_kimi.train.command import open_encoder
 from exo_kimi.train.data.batches import make_batch
 from exo_kimi.train.evaluation.evaluate import held_out_texts
 from exo_kimi.train.export import read_parameters
@@ -124,7 +124,7 @@ def test_a_recipe_of_a_budget_has_the_bits_and_bytes_of_the_choice(
 
 def test_budgets_have_less_divergence_than_the_fixed_mixes_on_the_tiny_kimi(converted: Convert, tmp_path: Path) -> None:
     source = Checkpoint(TRAINED)
-    modules, batch = measure(source), make_batch(held_out_texts(open_encoder(TRAINED), 24, 0))
+    modules, batch = measure(source), make_batch(held_out_texts(Encoder.from_directory(TRAINED), 24, 0))
     wavelengths = np.array(Rope.of(source.config).wavelengths)
     plain = sum(s.disk_bytes for s in source.manifest().sources if not s.spec.quantizable)
 
