@@ -30,7 +30,7 @@ _LAYER = re.compile(r"(?<=\.layers\.)\d+(?=\.)")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Choice:
+class BitChoice:
     """A choice of bits for every module.
 
     Args:
@@ -51,7 +51,7 @@ class Choice:
         return self.error / self.bound - 1 if self.bound else 0.0
 
 
-def choose(modules: Sequence[ModuleErrors], budget_bytes: int) -> Choice:
+def choose(modules: Sequence[ModuleErrors], budget_bytes: int) -> BitChoice:
     """The choice with the least sum of squared errors within a budget.
 
     Args:
@@ -77,7 +77,7 @@ def choose(modules: Sequence[ModuleErrors], budget_bytes: int) -> Choice:
         key=lambda found: sum(ways[place].error for ways, place in zip(useful, found, strict=True)),
     )
     chosen = [ways[place] for ways, place in zip(useful, places, strict=True)]
-    return Choice(
+    return BitChoice(
         options={module.path: way.option for module, way in zip(modules, chosen, strict=True)},
         nbytes=sum(way.nbytes for way in chosen),
         error=sum(way.error for way in chosen),
@@ -207,7 +207,7 @@ def _slope(one: _Way, other: _Way) -> float:
     return (one.error - other.error) / (other.nbytes - one.nbytes)
 
 
-def recipe_text(choice: Choice, *, name: str, budget_bytes: int) -> str:
+def recipe_text(choice: BitChoice, *, name: str, budget_bytes: int) -> str:
     """The choice as a recipe file: modules of one name and bits in one rule, with their layers."""
     grouped: dict[tuple[QuantSpec | None, str], list[int]] = defaultdict(list)
     single: dict[QuantSpec | None, list[str]] = defaultdict(list)
