@@ -626,6 +626,17 @@ def plan(
     explained: Annotated[
         bool, flag("--explain", help="why this split, what binds, and what would change it", panel=OUTPUT)
     ] = False,
+    reports: Annotated[
+        list[Path],
+        option(
+            "--report",
+            metavar="FILE",
+            help="of `compare --json`: a smaller form and what it costs, for --explain and --fit (repeatable)",
+        ),
+    ] = [],  # noqa: B006 (typer's way to say none)
+    fit: Annotated[
+        bool, flag("--fit", help="the best quality that fits: as it is, a measured form, or a recipe")
+    ] = False,
     output: Annotated[
         Path | None,
         option("-o", "--output", metavar="PLAN.json", help="write the plan, for `serve --plan`", panel=OUTPUT),

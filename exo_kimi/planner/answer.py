@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from itertools import pairwise
 
 from exo_kimi.errors import PlanInfeasibleError
@@ -13,10 +13,12 @@ from exo_kimi.planner.plan import VERSION, Plan, PlanModel, PlanPrediction, Plan
 from exo_kimi.planner.question import Question
 from exo_kimi.planner.search.advice import changes_that_fit
 from exo_kimi.planner.search.cost import Placed, PlacedSplit
+from exo_kimi.planner.search.fit import FitCandidate, best_fit
 from exo_kimi.planner.search.search import best_split, least_shortage
 from exo_kimi.planner.show.explain import explain
 from exo_kimi.planner.show.picture import terminal
 from exo_kimi.planner.show.svg import svg
+from exo_kimi.planner.weights.measured import MeasuredModel
 from exo_kimi.units import GIB, format_bytes, format_gb
 
 MIB = 1 << 20
@@ -30,11 +32,15 @@ class Answer:
         split: machines with their layers, and the question.
         plan: for a file.
         explained: whether `text` says why.
+        measured: smaller forms of the model, for the explanation.
+        considered: what `--fit` chose from.
     """
 
     split: PlacedSplit
     plan: Plan
     explained: bool = False
+    measured: tuple[MeasuredModel, ...] = ()
+    considered: tuple[FitCandidate, ...] = ()
 
     @classmethod
     def of(cls, split: PlacedSplit, *, explained: bool = False) -> Answer:
@@ -64,12 +70,35 @@ class Answer:
     @property
     def text(self) -> str:
         """The plan for a terminal, with the explanation when it was asked for."""
-        return terminal(self.plan) + ("\n" + explain(self.split) if self.explained else "")
+        parts = [terminal(self.plan)]
+        if self.considered:
+            parts.append("\n".join(["Best quality that fits", *(f"  {each.line}" for each in self.considered), ""]))
+        if self.explained:
+            parts.append(explain(self.split, self.measured))
+        return "\n".join(parts)
 
     @property
     def svg(self) -> str:
         """The plan as an SVG document."""
         return svg(self.plan)
+
+
+def fitting(question: Question, measured: Sequence[MeasuredModel], *, explained: bool = False) -> Answer:
+    """The best form of the model that fits, as a plan.
+
+    Args:
+        question: of the model as it is.
+        measured: smaller forms of it, with what they cost.
+        explained: whether the text says why.
+
+    Raises:
+        PlanInfeasibleError: none fits.
+    """
+    chosen, candidates = best_fit(question, measured)
+    if chosen.split is None:
+        raise AssertionError("the best that fits has a split")
+    made = Answer.of(chosen.split, explained=explained)
+    return replace(made, measured=tuple(measured), considered=candidates)
 
 
 def answer(question: Question, *, explained: bool = False) -> Answer:

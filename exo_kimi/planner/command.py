@@ -14,7 +14,7 @@ from exo_kimi.arch.geometry import check_quantizable
 from exo_kimi.checkpoint.checkpoint import Checkpoint
 from exo_kimi.checkpoint.vision import chosen_tower
 from exo_kimi.errors import UsageError
-from exo_kimi.planner.answer import Answer, answer
+from exo_kimi.planner.answer import Answer, answer, fitting
 from exo_kimi.planner.machines.cluster import read_cluster
 from exo_kimi.planner.question import Question
 from exo_kimi.planner.search.cost import PlacedSplit
@@ -22,6 +22,7 @@ from exo_kimi.planner.search.search import best_split
 from exo_kimi.planner.streaming import HitCurve, Streaming, default_curve, read_curve
 from exo_kimi.planner.weights.bytes import ModelBytes, bytes_of_manifest, bytes_of_recipe
 from exo_kimi.planner.weights.catalog import model_names, published_model
+from exo_kimi.planner.weights.measured import read_report
 from exo_kimi.planner.weights.recipes import load_recipe
 from exo_kimi.planner.workload import OBJECTIVES, RESERVE_BYTES, Objective, make_workload
 
@@ -48,6 +49,8 @@ def plan_answer(
     split: str | Sequence[int] | None = None,
     force: bool = False,
     explained: bool = False,
+    reports: Sequence[Path] = (),
+    fit: bool = False,
     vision: Path | None = None,
     no_vision: bool = False,
     stream: bool = False,
@@ -74,6 +77,8 @@ def plan_answer(
         split: judge these layer counts, over the machines by memory, the largest first, instead of searching.
         force: take that split even where a machine is over its limit.
         explained: add the explanation to the text.
+        reports: of `exo-kimi compare --json`: smaller forms of this model and what they cost, for the explanation and `fit`.
+        fit: plan the best form that fits: as it is, a measured one, or a recipe.
         vision: where the tower for pictures is, if not beside the layers; with them it is counted without being named.
         no_vision: count none.
         stream: machines whose layers do not fit may read experts from disk.
@@ -116,8 +121,13 @@ def plan_answer(
             question = with_best_chunk(question, split)
     elif hits is not None or ssd_bytes_per_s is not None:
         raise UsageError("--hits and --ssd say how experts are streamed", fix="give --stream too, or leave them out")
+    measured = tuple(read_report(path, weights) for path in reports)
+    if fit:
+        if split is not None or stream:
+            raise UsageError("--fit searches", expected="no --split and no --stream", fix="leave them out")
+        return fitting(question, measured, explained=explained)
     if split is None:
-        return answer(question, explained=explained)
+        return replace(answer(question, explained=explained), measured=measured)
     return Answer.given(question, split, force=force)
 
 

@@ -29,6 +29,8 @@ from exo_kimi.compress.texts.encoding import Encoded, Encoder
 from exo_kimi.compress.texts.prompts import DomainPrompt, domain_prompts
 from exo_kimi.compress.texts.reading import GivenConversation, read_texts
 from exo_kimi.errors import UsageError
+from exo_kimi.planner.weights.bytes import ModelBytes, bytes_of_manifest
+from exo_kimi.planner.weights.measured import pruned_bytes
 from exo_kimi.runtime.loading.loader import load
 from exo_kimi.runtime.stage.memory import free_memory
 from exo_kimi.runtime.stage.resident import give_back_memory
@@ -161,7 +163,7 @@ def compare(first: str, second: str | None, options: CompareOptions, *, say: Say
         weights=_weights(reference, subject) if options.weights else (),
         behaviours=behaviours,
         gates=() if behaviours is None else gates_of(*behaviours),
-        kept_share=_kept_share(reference, subject),
+        model=_bytes(subject),
         notes=(*measured.notes, *notes),
     )
 
@@ -329,16 +331,11 @@ def _weights(reference: _Side, subject: _Side) -> tuple[WeightError, ...]:
     return tuple(weight_errors(reference.checkpoint, subject.checkpoint, _plan_of(subject)))
 
 
-def _kept_share(reference: _Side, subject: _Side) -> float:
-    """Of the reference's bytes in memory, what the subject has; by the plan's experts where it is only tried out."""
-    if not isinstance(reference, _DirectorySide) or not isinstance(subject, _DirectorySide):
-        return 1.0
-    whole = reference.checkpoint.manifest()
-    if subject.plan is None:
-        return subject.checkpoint.manifest().resident_bytes / whole.resident_bytes
-    gone = sum(
-        source.resident_bytes * (1 - len(subject.plan.kept.get(source.spec.layer, ())) / subject.plan.experts)
-        for source in whole.sources
-        if source.spec.kind == "experts" and source.spec.layer is not None
-    )
-    return 1 - gone / whole.resident_bytes
+def _bytes(side: _Side) -> ModelBytes | None:
+    """What the subject takes in memory; behind a plan's mask, what it would take once it is written."""
+    if not isinstance(side, _DirectorySide):
+        return None
+    model = bytes_of_manifest(side.checkpoint.manifest(), name=side.name)
+    if side.plan is None:
+        return model
+    return pruned_bytes(model, {layer: len(ids) for layer, ids in side.plan.kept.items()}, side.plan.dropped_layers)

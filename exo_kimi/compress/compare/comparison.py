@@ -17,6 +17,8 @@ from exo_kimi.compress.compare.tokens import DistanceSummary
 from exo_kimi.compress.compare.walks import LayerError
 from exo_kimi.compress.compare.weights import WeightError
 from exo_kimi.compress.prune.profile import ReplyGate
+from exo_kimi.planner.weights.bytes import ModelBytes
+from exo_kimi.planner.weights.measured import bytes_to_json
 
 VERSION = 1
 WORST = 12
@@ -44,7 +46,7 @@ class ModelComparison:
         weights: errors module by module; empty where they were not asked for.
         behaviours: how both replied; None where nobody was asked.
         gates: what the replies let through.
-        kept_share: of the reference's weight bytes, what the subject has; 1 where nobody counted.
+        model: bytes of the subject; None where neither side is a directory that says them.
         notes: what is to be known of how this was measured.
     """
 
@@ -58,7 +60,7 @@ class ModelComparison:
     weights: tuple[WeightError, ...] = ()
     behaviours: tuple[Behaviour, Behaviour] | None = None
     gates: tuple[ReplyGate, ...] = ()
-    kept_share: float = 1.0
+    model: ModelBytes | None = None
     notes: tuple[str, ...] = ()
 
     @property
@@ -120,7 +122,7 @@ class ModelComparison:
                     "reference": self.reference,
                     "subject": self.subject,
                     "plan": self.plan,
-                    "kept_share": self.kept_share,
+                    "bytes": None if self.model is None else bytes_to_json(self.model),
                     "overall": asdict(self.overall),
                     "by_domain": {name: asdict(each) for name, each in self.by_domain.items()},
                     "layers": [asdict(each) for each in self.layers],

@@ -10,7 +10,7 @@ from exo_kimi.planner.machines.hardware import Machine, machines_by_memory
 from exo_kimi.planner.question import Question
 from exo_kimi.planner.search.cost import PlacedSplit
 from exo_kimi.planner.search.search import best_split
-from exo_kimi.planner.weights.bytes import bytes_of_recipe
+from exo_kimi.planner.weights.bytes import ModelBytes, bytes_of_recipe
 from exo_kimi.planner.weights.recipes import load_recipe, recipe_names
 from exo_kimi.planner.workload import OBJECTIVES
 
@@ -105,6 +105,11 @@ def recipes(question: Question) -> tuple[Alternative, ...]:
         other = replace(bytes_of_recipe(model.config, load_recipe(name), name=name), kv_bits=model.kv_bits)
         sized.append((-other.total_bytes, _best(name, replace(question, model=other))))
     return tuple(alternative for _, alternative in sorted(sized, key=lambda pair: (pair[0], pair[1].label)))
+
+
+def form(question: Question, label: str, model: ModelBytes) -> Alternative:
+    """The best split of another form of the same model."""
+    return _best(label, replace(question, model=model))
 
 
 def _best(label: str, question: Question) -> Alternative:

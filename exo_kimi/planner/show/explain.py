@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 from exo_kimi.planner.search import compare
 from exo_kimi.planner.search.advice import largest_context, limit_lines
@@ -10,14 +10,15 @@ from exo_kimi.planner.search.compare import Alternative
 from exo_kimi.planner.search.cost import PlacedSplit, Prediction
 from exo_kimi.planner.search.tensor import tensor_options
 from exo_kimi.planner.show.streamed import streamed
+from exo_kimi.planner.weights.measured import MeasuredModel
 from exo_kimi.units import format_bytes, format_gb
 
 # What is faster by less than this is not called faster.
 NOTICEABLE = 0.005
 
 
-def explain(split: PlacedSplit) -> str:
-    """The whole explanation of a question's best split."""
+def explain(split: PlacedSplit, measured: Sequence[MeasuredModel] = ()) -> str:
+    """The whole explanation of a question's best split, with smaller forms of the model that were measured."""
     sections = (
         ("Why this split", _why(split)),
         ("Experts from disk", streamed(split)),
@@ -25,6 +26,7 @@ def explain(split: PlacedSplit) -> str:
         ("More machines or fewer", _machines(split)),
         ("Other limits and contexts", _limits(split)),
         ("Other recipes", _recipes(split)),
+        ("Smaller forms that were measured", _measured(split, measured)),
         ("Tensor parallel", _tensor(split)),
         ("Not known", _unknown(split)),
     )
@@ -128,6 +130,13 @@ def _limits(split: PlacedSplit) -> Iterator[str]:
 def _recipes(split: PlacedSplit) -> Iterator[str]:
     for other in compare.recipes(split.question):
         yield f"{other.label:<11} {_outcome(other)}"
+
+
+def _measured(split: PlacedSplit, measured: Sequence[MeasuredModel]) -> Iterator[str]:
+    for each in sorted(measured, key=lambda one: one.kl):
+        other = compare.form(split.question, each.name, each.model)
+        yield f"{each.name}   {format_gb(each.model.total_bytes)}   {each.cost}"
+        yield f"  {_outcome(other)}"
 
 
 def _tensor(split: PlacedSplit) -> Iterator[str]:

@@ -30,6 +30,8 @@ from exo_kimi.compress.texts.encoding import Encoded, Encoder
 from exo_kimi.compress.texts.prompts import DOMAINS, domain_prompts
 from exo_kimi.compress.texts.tool_requests import TOOLS
 from exo_kimi.errors import UsageError
+from exo_kimi.planner.weights.bytes import bytes_of_manifest
+from exo_kimi.planner.weights.measured import pruned_bytes, read_report
 from exo_kimi.runtime.loading.loader import load
 from tests.compress.conftest import Maker
 
@@ -120,7 +122,8 @@ def test_a_plan_is_judged_before_it_is_written(tiny: Maker, tmp_path: Path) -> N
     main(["compare", str(directory), "--plan", str(plan), *FAST, "--json", str(report)])
     raw = json.loads(report.read_text(encoding="utf-8"))
     assert raw["plan"] == read_plan(plan).hash
-    assert 0.3 < raw["kept_share"] < 1
+    written = read_report(report, bytes_of_manifest(Checkpoint(directory).manifest()))
+    assert written.kl == raw["overall"]["kl"]["value"]
     assert raw["overall"]["kl"]["value"] > 0.01
     out = tmp_path / "out"
     written = ["prune", str(directory), str(out), "--keep", str(plan), "--domain", "sums", "--report", str(report)]
@@ -128,6 +131,21 @@ def test_a_plan_is_judged_before_it_is_written(tiny: Maker, tmp_path: Path) -> N
     assert main([*written, "--research"]) == 0
     card = (out / "README.md").read_text(encoding="utf-8")
     assert raw["notes"][0] in card
+
+
+@pytest.mark.parametrize(("variant", "dropped"), [("mlx", ()), ("int4", (2,)), ("bf16", ()), ("groups", ())])
+def test_a_masks_bytes_are_those_of_the_checkpoint_to_be(
+    variant: str, dropped: tuple[int, ...], tiny: Maker, tmp_path: Path
+) -> None:
+    checkpoint = Checkpoint(tiny(variant))
+    plan = make_plan(checkpoint, PruneWish(keep=12, criterion="random", drop_layers=dropped))
+    write_pruned(checkpoint, plan, tmp_path / "out")
+    keep = {layer: len(ids) for layer, ids in plan.kept.items()}
+    expected = bytes_of_manifest(Checkpoint(tmp_path / "out").manifest())
+    found = pruned_bytes(bytes_of_manifest(checkpoint.manifest()), keep, plan.dropped_layers)
+    for name in ("layer_bytes", "expert_bytes", "expert_disk_bytes", "widened_bytes", "total_bytes"):
+        assert getattr(found, name) == getattr(expected, name), name
+    assert found.config.n_routed_experts == 12
 
 
 def test_weights_of_a_pruned_model_are_those_of_the_experts_that_stayed(tiny: Maker, tmp_path: Path) -> None:
