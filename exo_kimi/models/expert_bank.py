@@ -9,7 +9,6 @@ Axes: N tokens, K experts of each, P = N * K pairs of both; S slots.
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
@@ -18,6 +17,7 @@ import mlx.core as mx
 import numpy as np
 from numpy.typing import NDArray
 
+from exo_kimi.experts.asked import asked
 from exo_kimi.experts.layer_cache import HitCounters, LayerCache, Round
 from exo_kimi.experts.layout import LayerLayout
 from exo_kimi.experts.store import ExpertStore, PendingRead, SlotOrder, SlotViews
@@ -27,9 +27,6 @@ KEPT_BYTES = 1024**2
 
 READS_AHEAD = 2
 """Rounds that may be read while another computes."""
-
-FEW_PAIRS = 64
-"""Up to so many, lists of Python are faster than arrays of NumPy."""
 
 Ids = NDArray[np.int64]
 
@@ -114,7 +111,7 @@ class ExpertBank:
             mx.async_eval(*beside)  # type: ignore[no-untyped-call]
         self._last.settle()
         chosen = np.array(indices).reshape(-1)
-        rounds = self.cache.request(_distinct(chosen))
+        rounds = self.cache.request(asked(chosen))
         if len(rounds) == 1 and not rounds[0].read:
             place = dict(rounds[0].held)
             slots = mx.array([place[expert] for expert in chosen.tolist()], mx.uint32)
@@ -202,15 +199,3 @@ class StreamedExperts:
     def slot_bytes(self) -> int:
         """What the slots take in memory."""
         return sum(bank.cache.slots * bank.layout.slot_bytes for bank in self.banks.values())
-
-
-def _distinct(chosen: NDArray[np.uint32]) -> list[int]:
-    """Each expert once, the one that most pairs want last."""
-    if len(chosen) <= FEW_PAIRS:
-        few = chosen.tolist()
-        counted = Counter(few)
-        return few if len(counted) == len(few) else sorted(counted, key=lambda expert: (counted[expert], expert))
-    counts = np.bincount(chosen)
-    found = np.flatnonzero(counts)
-    distinct: list[int] = found[np.argsort(counts[found], kind="stable")].tolist()
-    return distinct

@@ -18,6 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from exo_kimi.errors import UsageError
+from exo_kimi.experts.asked import asked
 from exo_kimi.units import format_bytes
 
 VERSION = 1
@@ -95,7 +96,7 @@ class ExpertTrace:
         Args:
             layer: which of the M, from 0.
         """
-        return [tuple(asked(self.ids[layer, span])) for span in self.passes]
+        return [tuple(asked(self.ids[layer, span].ravel())) for span in self.passes]
 
     def decoding(self) -> ExpertTrace:
         """The same tokens one at a time: what one sequence would ask for if it decoded them all."""
@@ -129,17 +130,6 @@ class ExpertTrace:
                 calls=self.calls,
                 source=np.frombuffer(self.source.encode(), np.uint8),
             )
-
-
-def asked(chosen: NDArray[Any]) -> list[int]:
-    """The different experts of a pass, the one that most tokens chose last, as `ExpertBank.apply` asks for them.
-
-    Args:
-        chosen: experts of the pass's tokens, in any shape.
-    """
-    experts, counts = np.unique(chosen, return_counts=True)
-    found: list[int] = experts[np.argsort(counts, kind="stable")].tolist()
-    return found
 
 
 def read_trace(path: str | Path) -> ExpertTrace:
