@@ -117,6 +117,11 @@ class VisionConfig:
         """Number of weights of tower and projector."""
         return sum(math.prod(shape) for shape in self.shapes.values())
 
+    @property
+    def published_bytes(self) -> int:
+        """Bytes that the first stage holds for pictures of a model in bf16, as published: weights, and the vectors it keeps."""
+        return 2 * (self.parameters + KEPT_VECTORS * self.hidden_size)
+
     def fixed_bytes(self, patches: int, *, element_bytes: int = 2) -> int:
         """Bytes that a pass over a picture takes apart from the blocks of attention and MLP: the residual, its norm, the
         attention's output, and what is being added, each (patches, vt_hidden_size); or the projector's rows."""

@@ -65,7 +65,7 @@ def _part(part: object, param: str) -> dict[str, Any]:
         raise RequestError(f"{param} is no content part", param=param, expected="an object with a type")
     if kind not in _TEXT_FIELDS:
         raise UnsupportedError(
-            f"{param} is of type {kind}; this server reads text only", param=param, code="unsupported_content_part"
+            f"{param} is of type {kind}, which this server does not read", param=param, code="unsupported_content_part"
         )
     text = part.get(_TEXT_FIELDS[kind])
     if not isinstance(text, str):

@@ -1,4 +1,4 @@
-"""Fingerprint of the weights of a layer range: equal on two machines with the same weights, however the files are cut and named.
+"""Fingerprints of weights, of a layer range's or a vision tower's: equal where the weights are, however the files are cut.
 
 Shapes alone would not do: K2-Instruct and K2-Instruct-0905 have the same. So the bytes of the range's norms count too, some
 30 KB a layer, which any fine-tuning changes.
@@ -8,11 +8,16 @@ from __future__ import annotations
 
 import hashlib
 import os
+from pathlib import Path
 
 from exo_kimi.checkpoint.index import TensorEntry
 from exo_kimi.checkpoint.manifest import StageManifest, not_here
 from exo_kimi.checkpoint.text_files import open_regular
+from exo_kimi.checkpoint.vision import VisionManifest
 from exo_kimi.errors import TensorFileError
+
+_HEAD_BYTES = 4_096
+"""Of each tensor of a tower: norms and biases whole or nearly, and a few rows of what is larger; 1.3 MB of K2.5's."""
 
 
 def stage_fingerprint(manifest: StageManifest) -> str:
@@ -29,17 +34,30 @@ def stage_fingerprint(manifest: StageManifest) -> str:
             digest.update(f"\n{source.spec.path} {part} {described}".encode())
             if source.spec.kind == "norm":
                 for entry in entries:
-                    digest.update(_read(manifest, entry))
+                    digest.update(_read(manifest.directory, entry, entry.nbytes))
     return digest.hexdigest()
 
 
-def _read(manifest: StageManifest, entry: TensorEntry) -> bytes:
-    path = manifest.directory / entry.file
+def tower_fingerprint(manifest: VisionManifest) -> str:
+    """Hash of a tower's configuration, and of every tensor's name, dtype, shape and first bytes.
+
+    Raises:
+        TensorFileError: a file cannot be read.
+    """
+    digest = hashlib.sha256(repr(manifest.config).encode())
+    for name, entry in sorted(manifest.entries.items()):
+        digest.update(f"\n{name} {entry.dtype} {entry.shape}".encode())
+        digest.update(_read(manifest.directory, entry, min(entry.nbytes, _HEAD_BYTES)))
+    return digest.hexdigest()
+
+
+def _read(directory: Path, entry: TensorEntry, nbytes: int) -> bytes:
+    path = directory / entry.file
     if not entry.is_here:
-        raise not_here(manifest.directory, (entry,))
+        raise not_here(directory, (entry,))
     try:
         with os.fdopen(open_regular(path), "rb") as stream:
             stream.seek(entry.start)
-            return stream.read(entry.nbytes)
+            return stream.read(nbytes)
     except OSError as error:
         raise TensorFileError(f"{entry.name} cannot be read", found=error.strerror, where=path) from error

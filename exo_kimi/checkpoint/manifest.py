@@ -243,7 +243,10 @@ def _corrections(fitting: Fitting) -> list[str]:
 
 
 def _skipped(index: CheckpointIndex) -> list[str]:
+    """What no part of a server reads; of a tower that config.json describes, `checkpoint.vision.tower_findings` tells."""
+    seeing = index.raw_config.get("vision_config") is not None
     return [
         f"{count:,} tensor{'' if count == 1 else 's'} skipped: {reason}"
         for reason, count in sorted(index.skipped.items())
+        if not (seeing and reason.startswith("vision "))
     ]

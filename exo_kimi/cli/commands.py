@@ -28,6 +28,7 @@ from exo_kimi.cli.values import (
     guesses,
     host_name,
     key,
+    layer_or_tower,
     model_name,
     one_of,
     option,
@@ -508,7 +509,9 @@ def chat(
 
 def layer(
     directory: Directory,
-    index: Annotated[int, argument("N", "layer index, from 0", parser=whole)],
+    index: Annotated[
+        Any, argument("N", "layer index, from 0; or `vision`, the tower for pictures", parser=layer_or_tower)
+    ],
     tokens: Annotated[
         int, option("--tokens", parser=positive, metavar="N", help="prompt tokens of the run (default 32)")
     ] = 32,
@@ -518,6 +521,12 @@ def layer(
 ) -> None:
     """Load one layer, run it, report shapes, time and peak memory."""
     from exo_kimi.fetch.directories import weights_directory
+
+    if index == "vision":
+        from exo_kimi.runtime.loading.single_tower import run_tower
+
+        print(run_tower(weights_directory(directory), dtype=dtype).to_text())
+        return
     from exo_kimi.runtime.loading.single_layer import run_layer
 
     print(run_layer(weights_directory(directory), index, tokens=tokens, dtype=dtype).to_text())

@@ -80,6 +80,12 @@ def whole(text: str) -> int:
 
 
 @_parser
+def layer_or_tower(text: str) -> int | Literal["vision"]:
+    """A layer's number, or the word for the tower."""
+    return "vision" if text == "vision" else whole(text)
+
+
+@_parser
 def positive(text: str) -> int:
     """A whole number of at least 1."""
     if not text.isdecimal() or int(text) < 1:

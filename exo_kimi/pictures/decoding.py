@@ -100,7 +100,7 @@ def _scaled(image: Image.Image, rules: PixelRules) -> Picture:
     grid = rules.grid(*size)
     padded = np.zeros((grid.rows * rules.patch_size, grid.columns * rules.patch_size, 3), np.uint8)
     padded[: size[1], : size[0]] = np.asarray(image)
-    return Picture.of(grid, padded.tobytes())
+    return Picture.of(grid, padded.tobytes(), tower=rules.tower)
 
 
 def _too_large(found: str, param: str) -> RequestError:

@@ -34,7 +34,7 @@ class Picture:
     Args:
         grid: how many patches.
         pixels: (frames, rows * patch_size, columns * patch_size, 3) uint8, row-major.
-        digest: names these pixels and this grid: equal digests, equal vectors. 32 hexadecimal digits.
+        digest: names these pixels, this grid and the tower: equal digests, equal vectors. 32 hexadecimal digits.
     """
 
     grid: Grid
@@ -42,9 +42,9 @@ class Picture:
     digest: str
 
     @classmethod
-    def of(cls, grid: Grid, pixels: bytes) -> Picture:
-        """A picture under the name that its pixels give it."""
-        shape = f"{grid.frames} {grid.rows} {grid.columns} ".encode()
+    def of(cls, grid: Grid, pixels: bytes, *, tower: str = "") -> Picture:
+        """A picture under the name that its pixels give it, and the fingerprint of the tower that will see them."""
+        shape = f"{tower} {grid.frames} {grid.rows} {grid.columns} ".lstrip().encode()
         return cls(grid, pixels, hashlib.sha256(shape + pixels).hexdigest()[:32])
 
 
@@ -56,12 +56,14 @@ class PixelRules:
         patch_size, merge_kernel_size: of the tower.
         in_patch_limit: most patches of a picture, before padding.
         patch_limit_on_one_side: most patches in a row or a column.
+        tower: its fingerprint. Caches of prompts outlive a server, and the next one may have another tower.
     """
 
     patch_size: int
     merge_kernel_size: tuple[int, int]
     in_patch_limit: int = IN_PATCH_LIMIT
     patch_limit_on_one_side: int = PATCH_LIMIT_ON_ONE_SIDE
+    tower: str = ""
 
     def size(self, width: int, height: int) -> tuple[int, int]:
         """Width and height, in pixels, to which a picture is scaled: down where it is over a limit, never up."""
@@ -83,8 +85,13 @@ class PixelRules:
         return 2 * self.in_patch_limit * self.patch_size**2 * CHANNELS
 
     @classmethod
-    def from_directory(cls, config: VisionConfig, directory: str | Path) -> PixelRules:
+    def from_directory(cls, config: VisionConfig, directory: str | Path, *, tower: str = "") -> PixelRules:
         """The rules that a checkpoint states, or the published ones where it has no preprocessor_config.json.
+
+        Args:
+            config: of the tower.
+            directory: of the checkpoint.
+            tower: its fingerprint.
 
         Raises:
             ConfigError: the file cannot be read, contradicts config.json, or asks for what is not implemented.
@@ -105,7 +112,7 @@ class PixelRules:
             for key in ("in_patch_limit", "patch_limit_on_one_side")
             if stated.get(key) is not None
         }
-        return cls(patch_size=config.patch_size, merge_kernel_size=config.merge_kernel_size, **limits)
+        return cls(patch_size=config.patch_size, merge_kernel_size=config.merge_kernel_size, tower=tower, **limits)
 
 
 def _check(stated: Mapping[str, Any], config: VisionConfig, path: Path) -> None:

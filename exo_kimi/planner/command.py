@@ -177,7 +177,7 @@ def model_bytes(
     vision: Path | None = None,
     no_vision: bool = False,
 ) -> ModelBytes:
-    """Bytes from a directory's headers, its vision tower's among them, or from a published model and a recipe.
+    """Bytes from a directory's headers or from a published model and a recipe, those of a vision tower among them.
 
     Raises:
         UsageError: neither or both, or a recipe for a directory.
@@ -193,6 +193,9 @@ def model_bytes(
         tower = chosen_tower(checkpoint.index, vision, no_vision=no_vision)
         return bytes_of_manifest(checkpoint.manifest()).with_tower(tower)
     if vision is not None:
-        raise UsageError("--vision is for DIR: a published model is planned for text", where="--vision")
+        raise UsageError("--vision is for DIR: the tower of a published model is counted without it", where="--vision")
     published = published_model(str(model))
-    return bytes_of_recipe(published.config, load_recipe(recipe or published.default_recipe), name=published.name)
+    found = bytes_of_recipe(published.config, load_recipe(recipe or published.default_recipe), name=published.name)
+    if no_vision or published.vision is None:
+        return found
+    return replace(found, vision_bytes=published.vision.published_bytes)

@@ -11,6 +11,7 @@ from typing import Any
 
 from exo_kimi.checkpoint.checkpoint import Checkpoint
 from exo_kimi.checkpoint.doctor.doctor import text_errors
+from exo_kimi.checkpoint.fingerprint import tower_fingerprint
 from exo_kimi.checkpoint.vision import NoVision, VisionManifest, chosen_tower
 from exo_kimi.dialogue.pictures import PicturePrompts
 from exo_kimi.dialogue.speaker import Speaker
@@ -191,7 +192,7 @@ def _tower(options: ServeOptions, checkpoint: Checkpoint) -> VisionManifest | No
 def _pictures(options: ServeOptions, tower: VisionManifest | NoVision) -> PicturePrompts | NoVision:
     if isinstance(tower, NoVision):
         return tower
-    rules = PixelRules.from_directory(tower.config, options.directory)
+    rules = PixelRules.from_directory(tower.config, options.directory, tower=tower_fingerprint(tower))
     return PicturePrompts(tower.config, PictureReader(rules, fetch=fetch_picture if options.fetch_images else None))
 
 

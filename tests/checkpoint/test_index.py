@@ -254,7 +254,7 @@ def test_unknown_tensors_are_unexpected_wherever_the_stage_is(make) -> None:
         assert [type(problem) for problem in caught.value.problems] == [UnexpectedTensorError] * 2
 
 
-def test_tensors_of_vision_rope_and_prediction_layers_are_skipped_and_counted(make) -> None:
+def test_tensors_of_rope_and_prediction_layers_are_skipped_and_counted(make) -> None:
     extra = {
         "language_model.model.layers.0.self_attn.rotary_emb.inv_freq": ONE["x"],
         "language_model.model.layers.3.eh_proj.weight": ONE["x"],
@@ -264,6 +264,14 @@ def test_tensors_of_vision_rope_and_prediction_layers_are_skipped_and_counted(ma
     assert [note for note in manifest.notes if "skipped" in note] == [
         "2 tensors skipped: multi-token prediction layer",
         "1 tensor skipped: rope frequencies, which follow from config.json",
+    ]
+
+
+def test_tensors_of_a_tower_that_config_json_does_not_describe_are_skipped_and_counted(make, edit_config) -> None:
+    root = make(prefix=True, vision=True)
+    assert not [note for note in resolve(open_index(root)).notes if "skipped" in note]
+    edit_config(root, lambda config: config.pop("vision_config"))
+    assert [note for note in resolve(open_index(root)).notes if "skipped" in note] == [
         "6 tensors skipped: vision projector",
         "29 tensors skipped: vision tower",
     ]

@@ -13,6 +13,7 @@ import pytest
 from exo_kimi.arch.vision import Grid, VisionConfig
 from exo_kimi.checkpoint.doctor.doctor import doctor
 from exo_kimi.checkpoint.doctor.report import inspect
+from exo_kimi.checkpoint.fingerprint import tower_fingerprint
 from exo_kimi.checkpoint.index import open_index
 from exo_kimi.checkpoint.packing import store
 from exo_kimi.checkpoint.safetensors_io import StoredTensor, write_file
@@ -160,9 +161,20 @@ def test_inspect_and_doctor_tell_of_the_tower(make: Make, tmp_path: Path) -> Non
     whole, text = make("whole"), make("text", vision=False, prefix=True)
     for report in (inspect(whole), doctor(whole)):
         assert [note for note in report.notes if note.startswith("takes pictures: a vision tower of 35 tensors")]
+        assert not [note for note in report.notes if "skipped" in note]
     for report in (inspect(text), doctor(text)):
         assert [note for note in report.notes if note.startswith("text only")]
     assert inspect(text).ok and doctor(text).healthy
     edit(whole, lambda raw: raw["vision_config"].update(vt_num_hidden_layers=3))
     assert not inspect(whole).ok and not doctor(whole).healthy
     assert "vision_tower.encoder.blocks.2.norm0.weight" in doctor(whole).to_text()
+
+
+def test_the_fingerprint_of_a_tower_follows_its_weights_and_not_its_files(make: Make) -> None:
+    def fingerprint(**options: object) -> str:
+        found = find_vision(open_index(make(str(options), **options)))
+        assert isinstance(found, VisionManifest)
+        return tower_fingerprint(found)
+
+    assert fingerprint(seed=1) == fingerprint(seed=1, shards=3)
+    assert len({fingerprint(seed=1), fingerprint(seed=2), fingerprint(seed=1, dtype="F32")}) == 3

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -199,3 +200,10 @@ def test_nothing_is_left_locked_by_a_refusal() -> None:
         decode(WHOLE[:50])
     assert decoding._decoding.acquire(blocking=False)
     decoding._decoding.release()
+
+
+def test_the_same_picture_has_another_digest_for_another_tower() -> None:
+    """Prefixes on disk outlive a server: the next one may have a tower of the same shape with other weights."""
+    data = file_of(smooth(60, 40))
+    found = {decode_picture(data, replace(RULES, tower=tower), param="image").digest for tower in ("", "a", "b", "a")}
+    assert len(found) == 3

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from exo_kimi.arch.vision import KEPT_VECTORS
 from exo_kimi.checkpoint.checkpoint import Checkpoint
 from exo_kimi.checkpoint.tiny.make import make_tiny
 from exo_kimi.checkpoint.vision import NoVision, VisionManifest, find_vision
@@ -14,7 +15,11 @@ from exo_kimi.planner.command import model_bytes, plan_answer
 from exo_kimi.planner.machines.cluster import read_cluster
 from exo_kimi.planner.matching import check_tower_planned
 from exo_kimi.planner.question import Question
+from exo_kimi.planner.search.compare import recipes
 from exo_kimi.planner.search.tables import need_table
+from exo_kimi.planner.weights.bytes import bytes_of_recipe
+from exo_kimi.planner.weights.catalog import published_model
+from exo_kimi.planner.weights.recipes import load_recipe
 from exo_kimi.planner.workload import make_workload
 from exo_kimi.runtime.cluster.cluster_plan import make_plan
 
@@ -66,6 +71,33 @@ def test_serve_refuses_a_plan_that_has_no_room_for_the_tower(directory: Path, to
     check_tower_planned(
         plan_answer(directory=directory, cluster=CLUSTER, context=4096, split="4,3").plan, manifest, tower
     )
+
+
+def test_a_published_model_that_takes_pictures_is_planned_with_its_tower() -> None:
+    """The bytes are those of moonshotai/Kimi-K2.5's 335 tensors: 471.2 M parameters in bf16."""
+    for name in ("kimi-k2.5", "kimi-k2.6", "kimi-k2.7-code"):
+        config = published_model(name).vision
+        assert config is not None and len(config.shapes) == 335
+        assert 2 * config.parameters == pytest.approx(0.942e9, rel=1e-3)
+        seeing, blind = model_bytes(model=name), model_bytes(model=name, no_vision=True)
+        kept_bytes = KEPT_VECTORS * 7168 * 2
+        assert seeing.vision_bytes == 2 * config.parameters + kept_bytes
+        assert blind.vision_bytes == 0
+        assert seeing.weight_bytes(0, 1) - blind.weight_bytes(0, 1) == seeing.vision_bytes
+        assert seeing.weight_bytes(1, 61) == blind.weight_bytes(1, 61)
+    for name in ("kimi-k2-instruct", "kimi-k2-thinking"):
+        assert model_bytes(model=name).vision_bytes == 0
+
+
+def test_other_recipes_of_an_answer_keep_the_tower() -> None:
+    model = model_bytes(model="kimi-k2.5")
+    question = Question(
+        model=model, cluster=read_cluster("2x m3-ultra-512"), workload=make_workload(model.config, context=4096)
+    )
+    lighter = model.with_weights(bytes_of_recipe(model.config, load_recipe("q3+q6"), name="q3+q6"))
+    assert lighter.vision_bytes == model.vision_bytes
+    splits = [row.split for row in recipes(question) if row.split is not None]
+    assert splits and all(split.question.model.vision_bytes == model.vision_bytes for split in splits)
 
 
 def test_options_that_contradict_each_other_are_refused(directory: Path) -> None:

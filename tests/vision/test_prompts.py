@@ -12,12 +12,14 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 import pytest
+from mlx.utils import tree_flatten
 
 import exo_kimi
 from exo_kimi.arch.vision import Grid
 from exo_kimi.checkpoint.checkpoint import Checkpoint
 from exo_kimi.errors import StageDiedError
 from exo_kimi.models.kimi_k2 import Model
+from exo_kimi.models.vision import VisionModel
 from exo_kimi.pictures.picture import Picture
 from exo_kimi.planner.weights.bytes import bytes_of_manifest
 from exo_kimi.runtime.engine.engine import Engine
@@ -291,6 +293,35 @@ async def test_prefixes_on_disk_know_the_picture_after_a_restart(
     assert [tokens for tokens, _ in found] == [answer(one), answer(one), answer(other)]
     # Blocks of 16: all whole ones of the same picture, of the other one those before it.
     assert [cached for _, cached in found] == [0, (len(one.ids) - 1) // 16 * 16, 40 // 16 * 16]
+
+
+async def test_prefixes_on_disk_know_the_tower_that_saw_the_picture(
+    vision_checkpoint: Path, models: Callable[[int], list[Model]], tmp_path: Path
+) -> None:
+    """The text model's weights name the caches' directory, and they are the same beside every tower."""
+    other = VisionModel(load_vision(vision_checkpoint, dtype="float32").config)
+    rng = np.random.default_rng(8)
+    shapes = {name: value.shape for name, value in tree_flatten(other.parameters())}
+    other.load_weights([(name, mx.array(rng.normal(0, 0.2, shape), mx.float32)) for name, shape in shapes.items()])
+    towers = {"one": load_vision(vision_checkpoint, dtype="float32"), "other": other}
+    found = {}
+
+    def open_disk(stage: int, text: StageModel, changed: Changed) -> PrefixDisk:
+        return PrefixDisk(tmp_path, f"3{stage}" * 16, block_bytes=1000, disk_bytes=1 << 20, changed=changed)
+
+    for kept in (True, False):
+        for name, model in towers.items():
+            asked = prompt_of(vision_checkpoint, 40, Picture.of(ONE.grid, ONE.pixels, tower=name), 40)
+
+            pipeline = pipeline_of(models, PictureTower(model), 2, capacity=4096, open_disk=open_disk if kept else None)
+            async with Engine(pipeline, prefill_chunk=64, prefixes=PrefixOptions()) as engine:
+                events = await ask(engine, asked)
+                found[kept, name] = ids(events)
+                assert events[0].cached_tokens == (32 if kept and name == "other" else 0)
+                while kept and engine.snapshot().disk_blocks < len(asked.ids) // 16:
+                    await asyncio.sleep(0.01)
+    assert found[True, "one"] == found[False, "one"]
+    assert found[True, "other"] == found[False, "other"] != found[False, "one"]
 
 
 async def test_guesses_change_no_token_about_pictures(

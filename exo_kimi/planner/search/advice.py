@@ -99,10 +99,7 @@ def _cannot_be(raised: PlacedSplit) -> Iterator[str]:
 def _lighter_recipe(question: Question) -> Iterator[str]:
     model = question.model
     recipes = [load_recipe(name) for name in (*recipe_names(), *(f"uniform-{bits}" for bits in (2, 3, 4, 5, 6)))]
-    sized = [
-        (replace(bytes_of_recipe(model.config, recipe, name=model.name), kv_bits=model.kv_bits), recipe)
-        for recipe in recipes
-    ]
+    sized = [(model.with_weights(bytes_of_recipe(model.config, recipe, name=model.name)), recipe) for recipe in recipes]
     sized.sort(key=lambda pair: -pair[0].total_bytes)
     for lighter, recipe in sized:
         if lighter.total_bytes < model.total_bytes and fits(replace(question, model=lighter)):

@@ -102,7 +102,7 @@ def recipes(question: Question) -> tuple[Alternative, ...]:
     """The best split of the same model in each packaged recipe, the largest first."""
     model, sized = question.model, []
     for name in (*recipe_names(), "uniform-4", "uniform-3"):
-        other = replace(bytes_of_recipe(model.config, load_recipe(name), name=name), kv_bits=model.kv_bits)
+        other = model.with_weights(bytes_of_recipe(model.config, load_recipe(name), name=name))
         sized.append((-other.total_bytes, _best(name, replace(question, model=other))))
     return tuple(alternative for _, alternative in sorted(sized, key=lambda pair: (pair[0], pair[1].label)))
 

@@ -100,6 +100,10 @@ class ModelBytes:
             return self
         return replace(self, vision_bytes=tower.resident_bytes + tower.kept_bytes)
 
+    def with_weights(self, weights: ModelBytes) -> ModelBytes:
+        """Other weights of the same model, with this one's cache and vision tower."""
+        return replace(weights, kv_bits=self.kv_bits, vision_bytes=self.vision_bytes)
+
     def active_bytes(self, batch: int = 1) -> int:
         """Bytes read for one decode step of `batch` tokens, KV apart: everything but the embedding's rows."""
         return sum(self.active_layer_bytes(layer, batch) for layer in range(self.layers)) + self.head_bytes

@@ -5,19 +5,22 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from exo_kimi.arch.config import KimiConfig
+from exo_kimi.arch.vision import VisionConfig
 from exo_kimi.errors import UsageError
 from exo_kimi.planner import data
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PublishedModel:
-    """A model as its repository publishes it. `default_recipe` is what MLX holds after loading it as published."""
+    """A model as its repository publishes it. `default_recipe` is what MLX holds after loading it as published; `vision` is
+    None where it takes no pictures."""
 
     name: str
     repository: str
     published: str
     default_recipe: str
     config: KimiConfig
+    vision: VisionConfig | None
 
 
 def model_names() -> tuple[str, ...]:
@@ -45,10 +48,16 @@ def read_model(folder: str, key: str) -> PublishedModel:
     raw = table["config"]
     if table["nested"]:
         raw = {"model_type": "kimi_k25", "text_config": raw}
+    config = KimiConfig.from_dict(raw, where=f"{key}.toml")
+    outer = {
+        "vision_config": table.get("vision"),
+        "media_placeholder_token_id": table.get("media_placeholder_token_id"),
+    }
     return PublishedModel(
         name=table["name"],
         repository=table["repository"],
         published=table["published"],
         default_recipe=table["default_recipe"],
-        config=KimiConfig.from_dict(raw, where=f"{key}.toml"),
+        config=config,
+        vision=VisionConfig.from_dict(outer, hidden_size=config.hidden_size, where=f"{key}.toml"),
     )

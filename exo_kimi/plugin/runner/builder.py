@@ -16,6 +16,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from exo_kimi.checkpoint.fingerprint import tower_fingerprint
 from exo_kimi.checkpoint.index import CheckpointIndex, open_index
 from exo_kimi.checkpoint.manifest import StageManifest, resolve
 from exo_kimi.checkpoint.vision import NoVision, VisionManifest, find_vision
@@ -207,8 +208,8 @@ class KimiBuilder:
         if isinstance(self._tower, NoVision):
             return self._tower
         # exo has fetched what is on the web before a task comes here.
-        reader = PictureReader(PixelRules.from_directory(self._tower.config, directory))
-        return PicturePrompts(self._tower.config, reader)
+        rules = PixelRules.from_directory(self._tower.config, directory, tower=tower_fingerprint(self._tower))
+        return PicturePrompts(self._tower.config, PictureReader(rules))
 
 
 def vision_repository_of(bound_instance: Any) -> str | None:

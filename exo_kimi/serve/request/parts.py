@@ -15,10 +15,10 @@ def left_out_part(kind: str, warnings: list[str]) -> str:
         kind: its type, as the client wrote it.
         warnings: gets one line for each type.
     """
-    line = f"content of type '{kind[:40]}' was left out: this server reads text only"
+    line = f"content of type '{kind[:40]}' was left out: this server does not read it"
     if line not in warnings:
         warnings.append(line)
-    return f"[{kind[:40]}: left out, this server reads text only]"
+    return f"[{kind[:40]}: left out, this server does not read it]"
 
 
 def joined(parts: Sequence[str | Mapping[str, Any]], separator: str) -> str | list[dict[str, Any]]:

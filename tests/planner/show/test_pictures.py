@@ -21,11 +21,11 @@ SVG = "{http://www.w3.org/2000/svg}"
 ModelOf = Callable[[str], ModelBytes]
 
 FOUNDING_TEXT = """\
-kimi-k2.6: experts gate/up 3, down 4, rest 6, 495.9 GB, 61 layers; context 40960, 1 sequence; best request
+kimi-k2.6: experts gate/up 3, down 4, rest 6, 497.0 GB, 61 layers; context 40960, 1 sequence; best request
 
-m3-ultra-512  layers 0:44 (44)               346.80 GiB of 384.00 GiB
+m3-ultra-512  layers 0:44 (44)               347.79 GiB of 384.00 GiB
 ███████████████████████████████████████▓▒░···|
-█ weights 330.95 GiB  ▓ KV 1.93 GiB  ▒ scratch 3.92 GiB  ░ reserve 10.00 GiB  · headroom 37.20 GiB
+█ weights 331.93 GiB  ▓ KV 1.93 GiB  ▒ scratch 3.92 GiB  ░ reserve 10.00 GiB  · headroom 36.21 GiB
 
 m2-ultra-192  layers 44:61 (17)              143.90 GiB of 144.00 GiB
 ███████████████▓▒░·|

@@ -11,8 +11,9 @@ import pytest
 from exo_kimi.checkpoint.index import open_index
 from exo_kimi.checkpoint.manifest import resolve
 from exo_kimi.checkpoint.tiny.make import make_tiny
-from exo_kimi.errors import SplitError
+from exo_kimi.errors import NotACheckpointError, SplitError
 from exo_kimi.runtime.loading.single_layer import run_layer
+from exo_kimi.runtime.loading.single_tower import run_tower
 
 
 @pytest.mark.parametrize("options", [{}, {"absorbed": True}, {"layout": "int4"}, {"layout": "fp8"}], ids=str)
@@ -60,3 +61,19 @@ def test_a_layer_outside_the_model_is_refused(tmp_path: Path) -> None:
     make_tiny(tmp_path)
     with pytest.raises(SplitError):
         run_layer(tmp_path, 7)
+
+
+def test_the_tower_runs_alone_and_is_accounted_for(tmp_path: Path) -> None:
+    make_tiny(tmp_path, vision=True)
+    report = run_tower(tmp_path, dtype="float32")
+    assert (report.tensors, report.blocks) == (35, 2)
+    assert report.output_shape == ((640 + 27) // 28 * ((480 + 27) // 28), 256)
+    assert report.output_is_finite
+    assert report.peak_bytes >= report.resident_bytes > 0
+    assert "640 x 480 pixels -> 36 x 46 patches -> 414 tokens of 256" in report.to_text()
+
+
+def test_a_checkpoint_without_a_tower_says_why(tmp_path: Path) -> None:
+    make_tiny(tmp_path)
+    with pytest.raises(NotACheckpointError, match="describes no vision tower"):
+        run_tower(tmp_path)
