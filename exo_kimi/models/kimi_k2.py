@@ -6,6 +6,7 @@ are the checkpoint keys, and layers keep their number in a stage. On top: `forwa
 
 from __future__ import annotations
 
+import copy
 import re
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -174,6 +175,15 @@ class Model(nn.Module):
             h = layer(h, positions, [span], [layer_cache])
         h = h.reshape(batch, length, hidden)
         return self.lm_head(self.model.norm(h)) if self.is_last else h
+
+    def part(self, first: int, last: int) -> Model:
+        """Some of the owned layers, [first, last) counted from the first, as a model that owns nothing else and shares them."""
+        part = copy.copy(self)
+        part.model = copy.copy(self.model)
+        part.model.layers = self.layers[first:last]
+        part.start_layer, part.end_layer = 0, last - first
+        part.is_first = part.is_last = False
+        return part
 
     def embed(self, tokens: mx.array) -> mx.array:
         """(N,) token ids to (N, D), on the first stage."""

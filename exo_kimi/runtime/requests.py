@@ -9,7 +9,7 @@ from typing import Literal, Protocol
 from exo_kimi.pictures.picture import Picture
 
 FinishReason = Literal["stop", "length"]
-StageState = Literal["starting", "loading", "ready", "stalled", "dead"]
+StageState = Literal["starting", "loading", "warming", "ready", "stalled", "dead"]
 
 
 class TokenConstraint(Protocol):

@@ -48,6 +48,7 @@ def _reason(stage: StageHealth) -> str:
     what = {
         "starting": "is starting",
         "loading": f"is loading ({stage.loaded_bytes} of {stage.total_bytes} bytes)",
+        "warming": "is warming up: one pass of each kind, before the first request",
         "ready": "is ready",
         "stalled": f"has been silent for {stage.silent_s:.1f} s",
         "dead": "is dead",

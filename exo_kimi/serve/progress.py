@@ -38,6 +38,8 @@ def wanted_bars(snapshot: EngineSnapshot) -> dict[str, tuple[float, str]]:
         if stage.state == "loading" and stage.total_bytes:
             detail = f"{format_bytes(stage.loaded_bytes)} of {format_bytes(stage.total_bytes)}"
             bars[f"stage {stage.stage} loading"] = (stage.loaded_bytes / stage.total_bytes, detail)
+        elif stage.state == "warming":
+            bars[f"stage {stage.stage} warming up"] = (1.0, "one pass of each kind, before the first request")
     for request in snapshot.requests:
         if request.state == "prefill" and request.prompt_tokens >= LONG_PROMPT_TOKENS:
             detail = f"{request.prompt_done} of {request.prompt_tokens} tokens"

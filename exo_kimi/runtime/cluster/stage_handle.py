@@ -319,7 +319,8 @@ class StageHandle:
             return "stalled"
         if self._connected is not None and self._connected.joined is not None:
             return "ready"
-        return "loading" if client.progress is not None and client.progress.state == "loading" else "starting"
+        state = None if client.progress is None else client.progress.state
+        return state if state in ("loading", "warming") else "starting"
 
     async def _connect(self) -> ConnectedStage:
         settings, remote = self._settings, self.plan.remote

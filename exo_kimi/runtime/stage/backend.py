@@ -20,6 +20,7 @@ from exo_kimi.checkpoint.manifest import resolve
 from exo_kimi.checkpoint.vision import NoVision, VisionManifest, find_vision
 from exo_kimi.errors import CheckpointError, StageError
 from exo_kimi.experts.budget import ExpertCache
+from exo_kimi.models import ops
 from exo_kimi.models.kimi_k2 import CACHE_STEP
 from exo_kimi.runtime.protocol.messages import Join, Load, Loaded, decode_path
 from exo_kimi.runtime.requests import ExpertHealth
@@ -35,6 +36,7 @@ from exo_kimi.runtime.stage.prefix_disk import (
 )
 from exo_kimi.runtime.stage.resident import ResidentStage, give_back_memory
 from exo_kimi.runtime.stage.stage_model import expert_health
+from exo_kimi.runtime.stage.warmup import warm_up
 from exo_kimi.runtime.stage.worker import StageWorker
 from exo_kimi.runtime.steps import Step, StepResult
 
@@ -130,6 +132,7 @@ class _LoadedStage:
     resident: ResidentStage
     worker: StageWorker
     disk_settings: tuple[int, int, str | None] | None = None
+    is_warm: bool = False
 
     def close_disk(self) -> None:
         self.disk_settings = None
@@ -143,10 +146,12 @@ class MlxBackend:
 
     Args:
         layers: where they come from.
+        warms: whether `warm_up` runs anything; None: where kernels are compiled when they are first asked for, on GPUs.
     """
 
-    def __init__(self, layers: LayerSource) -> None:
+    def __init__(self, layers: LayerSource, *, warms: bool | None = None) -> None:
         self._layers = layers
+        self._warms = not ops.on_cpu() if warms is None else warms
         self._loaded: _LoadedStage | None = None
         self._progress: Callable[[], None] | None = None
 
@@ -188,6 +193,19 @@ class MlxBackend:
         worker = StageWorker(model, epoch=0, stage=order.stage, tower=tower, ahead=model.streamed is None)
         self._loaded = _LoadedStage(order, answer, resident, worker)
         return answer
+
+    def warm_up(self, after: Callable[[int], None]) -> int:
+        """Run every kind of pass once (see `warmup`), unless these layers are warm.
+
+        Raises:
+            StageError, StageOutOfMemoryError: see `warmup.warm_up`.
+        """
+        loaded = self._require()
+        if not self._warms or loaded.is_warm:
+            return 0
+        passes = warm_up(loaded.worker, loaded.resident.model, after=after)
+        loaded.is_warm = True
+        return passes
 
     def unload(self) -> None:
         self._let_go()

@@ -118,6 +118,14 @@ class Backend(Protocol):
         """Hold these layers and no others; `progress` gets (done, total) bytes."""
         ...
 
+    def warm_up(self, after: Callable[[int], None]) -> int:
+        """Run what the first request would be the first to run; `after` gets the number of passes that are done.
+
+        Returns:
+            How many there were.
+        """
+        ...
+
     def unload(self) -> None:
         """Give all memory back."""
         ...
@@ -267,7 +275,21 @@ class StageCompute:
         loaded = self._backend.load(order, progress)
         speed = read_at(read_bytes, time.monotonic() - started_s)
         logger.info("stage %d holds layers %d:%d, %s", order.stage, order.start_layer, order.end_layer, speed)
+        self._warm_up(order.stage)
         self._post(loaded)
+
+    def _warm_up(self, stage: int) -> None:
+        status, started_s = self._status, time.monotonic()
+
+        def after(passes: int) -> None:
+            status.state, status.busy_since_s = "warming", time.monotonic()
+
+        passes = self._backend.warm_up(after)
+        status.state = "loading"  # until a leader says to which epoch it belongs
+        if passes:
+            logger.info(
+                "stage %d is warm: %d passes in %s", stage, passes, format_seconds(time.monotonic() - started_s)
+            )
 
     def _answer_fault(self, order: Order, error: Exception) -> None:
         epoch = order.epoch if isinstance(order, Step | Join) else self._status.newest_epoch

@@ -59,6 +59,10 @@ class PictureTower:
         self._trim()
         return h
 
+    def forget(self) -> None:
+        """Let go of the vectors that are kept."""
+        self._kept.clear()
+
     def _vectors(self, picture: Picture) -> mx.array:
         found = self._kept.get(picture.digest)
         if found is None:

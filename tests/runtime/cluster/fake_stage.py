@@ -28,6 +28,9 @@ class FakeBackend:
         start, end = order.start_layer, order.end_layer
         return Loaded(start_layer=start, end_layer=end, weights_bytes=1000, cache_step=256, kv_bytes_per_token=10)
 
+    def warm_up(self, after):
+        return 0
+
     def execute(self, step):
         if step.hidden is None and self.order.start_layer == 0:
             self.act(int(step.tokens[0]), step)
