@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from PIL import Image
 
 from exo_kimi.checkpoint.tiny.make import make_tiny
 
@@ -61,6 +62,14 @@ class AgentRun:
         self.output = done.stdout
         assert done.returncode == 0, f"{done.stdout[-2000:]}\n{done.stderr[-2000:]}\n{self.log()}"
 
+    @property
+    def screenshot(self) -> Path:
+        """Beside the file: 280 x 196 pixels, which are 10 x 7 media tokens."""
+        path = self.file.with_name("screen.png")
+        if not path.exists():
+            Image.linear_gradient("L").resize((280, 196)).convert("RGB").save(path)
+        return path
+
     def log(self) -> str:
         return (self.folder / "server.log").read_text()
 
@@ -80,7 +89,7 @@ class AgentRun:
 
 @pytest.fixture(scope="session")
 def agents_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_tiny(tmp_path_factory.mktemp("agents") / "kimi", template="k25", prefix=True)
+    return make_tiny(tmp_path_factory.mktemp("agents") / "kimi", template="k25", vision=True)
 
 
 @pytest.fixture
@@ -88,17 +97,16 @@ def agent(agents_checkpoint: Path, tmp_path: Path) -> Iterator[Callable[..., Age
     """`agent((read, arguments), (edit, arguments))`: a server whose model makes these two calls, and then answers."""
     started: list[subprocess.Popen[str]] = []
 
-    def start(read: tuple[str, dict[str, Any]], edit: tuple[str, dict[str, Any]]) -> AgentRun:
+    def start(read: tuple[str, dict[str, Any]], edit: tuple[str, dict[str, Any]] | None = None) -> AgentRun:
         run = AgentRun(tmp_path)
         for name in ("work", "home"):
             (tmp_path / name).mkdir()
         run.file.write_text("Helo world\n")
-        turns = [
-            {"tool": read[0], "says": "I look.</think>I read the file." + call(*read, 0)},
-            {"tool": edit[0], "says": "A letter is missing.</think>" + call(*edit, 1)},
-            {"tool": read[0], "says": f"It is right.</think>{ANSWER}"},
-        ]
-        text = json.dumps(turns).replace("FILE", str(run.file))
+        turns = [{"tool": read[0], "says": "I look.</think>I read the file." + call(*read, 0)}]
+        if edit is not None:
+            turns.append({"tool": edit[0], "says": "A letter is missing.</think>" + call(*edit, 1)})
+        turns.append({"tool": read[0], "says": f"It is right.</think>{ANSWER}"})
+        text = json.dumps(turns).replace("FILE", str(run.file)).replace("SCREEN", str(run.screenshot))
         (tmp_path / "turns.json").write_text(text)
         with (tmp_path / "server.log").open("w") as log:
             command = [sys.executable, str(SERVER), str(agents_checkpoint), "0", str(tmp_path)]

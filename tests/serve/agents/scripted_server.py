@@ -15,11 +15,17 @@ import logging
 import re
 import sys
 from collections.abc import AsyncGenerator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from exo_kimi.checkpoint.index import open_index
+from exo_kimi.checkpoint.vision import NoVision, find_vision
+from exo_kimi.dialogue.pictures import PicturePrompts
 from exo_kimi.dialogue.speaker import Speaker
 from exo_kimi.errors import EngineStoppedError
+from exo_kimi.pictures.picture import PixelRules
+from exo_kimi.pictures.reader import PictureReader
 from exo_kimi.runtime.requests import EngineSnapshot, GenerationRequest, TokenEvent
 from exo_kimi.serve.app import create_app
 from exo_kimi.serve.server import Served, run
@@ -85,8 +91,18 @@ def _common(one: tuple[int, ...], other: tuple[int, ...]) -> int:
     )
 
 
+def seeing(directory: Path) -> Speaker:
+    """The speaker of a checkpoint, with its tower's rules for pictures where it has one."""
+    speaker = Speaker.from_directory(directory)
+    tower = find_vision(open_index(directory))
+    if isinstance(tower, NoVision):
+        return speaker
+    rules = PixelRules.from_directory(tower.config, directory)
+    return replace(speaker, pictures=PicturePrompts(tower.config, PictureReader(rules)))
+
+
 async def make() -> Served:
-    speaker = Speaker.from_directory(Path(sys.argv[1]))
+    speaker = seeing(Path(sys.argv[1]))
     engine = PlayingEngine(speaker, Path(sys.argv[3]))
     return Served(app=create_app(engine, speaker, model_id="kimi"), engine=engine)
 

@@ -9,6 +9,7 @@ import pytest
 
 pytestmark = pytest.mark.agents
 ASKED = "Correct the spelling in greeting.txt"
+SHOWN = "What is wrong on this screen?"
 SCRIPTS = Path(__file__).with_name("clients")
 
 
@@ -89,6 +90,52 @@ def test_opencode_edits_a_file(agent, client_named):
     (run.file.parent / "opencode.json").write_text(json.dumps({"provider": {"local": provider}}))
     run.run([str(command), "run", "--model", "local/kimi", ASKED])
     run.assert_edited()
+
+
+def pads(agents_checkpoint: Path, prompt: list[int]) -> int:
+    return prompt.count(json.loads((agents_checkpoint / "config.json").read_text())["media_placeholder_token_id"])
+
+
+def test_codex_shows_a_screenshot(agent, client_named, agents_checkpoint):
+    """It is an input_image of the first message; the usage that Codex tells is that of its prompts."""
+    command = client_named("codex")
+    run = agent(("exec_command", {"cmd": "cat greeting.txt"}))
+    provider = f'{{name="local",base_url="{run.url}/v1",wire_api="responses",env_key="OPENAI_API_KEY"}}'
+    run.run(
+        [
+            *(str(command), "exec", "--json", "--skip-git-repo-check", "--dangerously-bypass-approvals-and-sandbox"),
+            *("-c", "model_provider=local", "-c", "model_context_window=131072"),
+            *("-c", f"model_providers.local={provider}", "-m", "kimi", "-i", str(run.screenshot), "--", SHOWN),
+        ]
+    )
+    first, second = run.prompts()
+    assert [pads(agents_checkpoint, prompt) for prompt in (first, second)] == [70, 70], run.log()
+    assert second[: len(first)] == first
+    events = [json.loads(line) for line in run.output.splitlines() if line.startswith("{")]
+    (usage,) = [event["usage"] for event in events if event["type"] == "turn.completed"]
+    assert usage["input_tokens"] == len(first) + len(second)
+
+
+def test_claude_code_reads_a_screenshot(agent, client_named, agents_checkpoint):
+    """Its Read tool answers with an image block inside the tool's result."""
+    command = client_named("claude")
+    run = agent(("Read", {"file_path": "SCREEN"}))
+    run.run(
+        [str(command), "-p", "--output-format", "json", SHOWN],
+        ANTHROPIC_BASE_URL=run.url,
+        ANTHROPIC_AUTH_TOKEN="x",
+        ANTHROPIC_MODEL="kimi",
+        ANTHROPIC_DEFAULT_HAIKU_MODEL="kimi",
+        CLAUDE_CODE_AUTO_COMPACT_WINDOW="131072",
+        CLAUDE_CODE_DISABLE_NONESSENTIAL_TRAFFIC="1",
+        DISABLE_TELEMETRY="1",
+    )
+    before, after = run.prompts()[-2:]
+    assert [pads(agents_checkpoint, prompt) for prompt in (before, after)] == [0, 70], run.log()
+    assert after[: len(before)] == before
+    usage = json.loads(run.output)["usage"]
+    told = sum(usage[key] for key in ("input_tokens", "cache_read_input_tokens", "cache_creation_input_tokens"))
+    assert told == len(before) + len(after)
 
 
 @pytest.mark.parametrize(
