@@ -180,7 +180,8 @@ class Model(nn.Module):
         """Some of the owned layers, [first, last) counted from the first, as a model that owns nothing else and shares them."""
         part = copy.copy(self)
         part.model = copy.copy(self.model)
-        part.model.layers = self.layers[first:last]
+        chosen: list[DecoderLayer | None] = [*self.layers[first:last]]
+        part.model.layers = chosen
         part.start_layer, part.end_layer = 0, last - first
         part.is_first = part.is_last = False
         return part

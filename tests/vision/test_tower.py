@@ -14,7 +14,10 @@ from exo_kimi.models.vision import VisionModel, cubic_weights
 from exo_kimi.runtime.loading.vision import load_vision
 from tests.vision.conftest import patches_of, picture_of, pixels_of
 
-GRIDS = [Grid(1, 8, 8), Grid(1, 4, 10), Grid(1, 12, 6), Grid(1, 2, 2), Grid(1, 16, 16), Grid(1, 6, 26), Grid(1, 30, 2)]
+GRIDS = [
+    *[Grid(1, 8, 8), Grid(1, 4, 10), Grid(1, 12, 6), Grid(1, 2, 2), Grid(1, 16, 16), Grid(1, 6, 26), Grid(1, 30, 2)],
+    Grid(1, 22, 34),
+]
 FILM = Grid(3, 4, 6)
 BAR = 1e-5
 
