@@ -49,6 +49,7 @@ Bench = Literal[  # modules of exo_kimi.bench, with - for _
     "attention",
     "cache-8bit",
     "conformance",
+    "convert",
     "exo",
     "expert-peers",
     "expert-streaming",

@@ -54,7 +54,9 @@ def pack_rows(
         raise ValueError(f"{target.name} stays plain")
     count, into = rows.shape
     groups = into // packing.group_size
-    columns = np.ascontiguousarray(rows.reshape(count * groups, packing.group_size).T)
+    columns = rows.reshape(count * groups, packing.group_size).T
+    if packing.mode != "affine" or rounding == "search":
+        columns = np.ascontiguousarray(columns)
     weights = None
     if importance is not None:
         weights = np.tile(importance.reshape(groups, packing.group_size).T, (1, count))

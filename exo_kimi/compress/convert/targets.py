@@ -15,8 +15,8 @@ from exo_kimi.compress.output.shards import OutputTensor
 from exo_kimi.errors import UsageError
 from exo_kimi.planner.weights.recipes import Recipe
 
-BLOCK_WEIGHTS = 2**18
-"""Weights of a block, unless one row has more: a megabyte of float32, which a processor's cache holds."""
+BLOCK_WEIGHTS = 2**17
+"""Weights of a block, unless one row has more: half a megabyte of float32, which a processor's cache holds."""
 
 _SIXTEEN_BITS = ("BF16", "F16")
 _CORRECTION = "e_score_correction_bias"

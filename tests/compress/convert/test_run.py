@@ -149,7 +149,7 @@ def test_a_dry_run_says_the_bytes_and_writes_nothing(source_of: Callable[[str], 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 def test_a_kill_at_any_moment_is_resumed_to_the_same_bytes(source_of: Callable[[str], Path], tmp_path: Path) -> None:
-    """`bench/claims/convert.py` does it fifty times."""
+    """`exo-kimi bench convert` does it fifty times."""
     source = source_of("bf16")
 
     def job(output: Path) -> None:
