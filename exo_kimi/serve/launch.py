@@ -39,6 +39,9 @@ from exo_kimi.serve.prefixes import prefix_disk_options
 from exo_kimi.serve.server import DEFAULT_HOST, DEFAULT_PORT, Served, run
 from exo_kimi.units import format_bytes
 
+STREAMING_CHUNK = 2048
+"""Prompt tokens of a step where experts stay on disk and nobody says otherwise: each chunk reads nearly all of them once."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ServeOptions:
@@ -143,6 +146,8 @@ def serve(options: ServeOptions, *, announce: Callable[[str], None] | None = Non
     sized = replace(bytes_of_manifest(checkpoint.manifest()), kv_bits=options.kv_bits)
     drafter = Drafter.of(options.speculate, sized)
     given: dict[str, Any] = _given(options, "prefill_chunk", "queue_limit")
+    if options.expert_cache is not None:
+        given.setdefault("prefill_chunk", STREAMING_CHUNK)
 
     async def factory() -> Served:
         cluster = StageCluster(plan, cluster_options)

@@ -218,6 +218,13 @@ def test_a_plan_says_the_prefill_chunk_unless_an_option_does(
     for option in (None, 64):
         serve(ServeOptions(directory=planned_tiny, plan=tmp_path / "p", prefill_chunk=option))
     assert seen == [128, 64]
+    seen.clear()
+    for option in (
+        None,
+        64,
+    ):  # each chunk reads nearly every expert once, so they are longer where experts come from disk
+        serve(ServeOptions(directory=planned_tiny, expert_cache=10**12, prefill_chunk=option))
+    assert seen == [launch.STREAMING_CHUNK, 64]
 
 
 def test_a_stage_streams_what_its_plan_says(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
