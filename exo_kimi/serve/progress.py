@@ -43,7 +43,8 @@ def wanted_bars(snapshot: EngineSnapshot) -> dict[str, tuple[float, str]]:
     for request in snapshot.requests:
         if request.state == "prefill" and request.prompt_tokens >= LONG_PROMPT_TOKENS:
             detail = f"{request.prompt_done} of {request.prompt_tokens} tokens"
-            bars[f"prompt {request.request_id[:8]}"] = (request.prompt_done / request.prompt_tokens, detail)
+            name = request.request_id.removeprefix("req_")[:8]
+            bars[f"prompt {name}"] = (request.prompt_done / request.prompt_tokens, detail)
     return bars
 
 
