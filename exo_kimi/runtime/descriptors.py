@@ -1,4 +1,4 @@
-"""The limits of open files of this process: raised as far as they go, and refused where no stage could live with them."""
+"""The limits of open files of this process: raised as far as they go, and refused where they are too low."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import resource
 from exo_kimi.errors import UsageError
 
 WANTED_DESCRIPTORS = 16384
-NEEDED_DESCRIPTORS = 4096  # what mlx-lm asks for when it is imported, in every stage
+NEEDED_DESCRIPTORS = 4096  # half of them may be connections
 
 log = logging.getLogger(__name__)
 
@@ -17,12 +17,12 @@ def raise_descriptor_limit() -> int:
     """Raise the soft limit of descriptors as far as the hard one allows, to 16384 at most; returns the soft limit.
 
     Raises:
-        UsageError: the hard limit is so low that no stage could start.
+        UsageError: the hard limit is too low.
     """
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     if hard != resource.RLIM_INFINITY and hard < NEEDED_DESCRIPTORS:
         raise UsageError(
-            "too few file descriptors for the stages (mlx-lm needs them when it is imported)",
+            "too few file descriptors for a server and its stages",
             expected=f"a hard limit of at least {NEEDED_DESCRIPTORS}",
             found=hard,
             fix=f"ulimit -Hn {NEEDED_DESCRIPTORS} (as root, or in the service's settings)",
