@@ -23,16 +23,18 @@ from typing import Any
 import httpx
 import pytest
 
+from exo_kimi.checkpoint.tiny.make import make_tiny
 from exo_kimi.plugin.control.apply import Applied, apply_plan
 from exo_kimi.plugin.control.http import ExoClient
 from exo_kimi.plugin.control.plan import exo_plan
 from exo_kimi.plugin.control.prepare import prepare
 from exo_kimi.plugin.control.texts import status_text
 from exo_kimi.plugin.control.watch import Deadlines
+from tests.plugin.seeing import picture, text_about
 
 pytestmark = [pytest.mark.exo, pytest.mark.timeout(600)]
 
-MODEL = "lab/kimi-k2-tiny"
+MODEL, SEEING = "lab/kimi-k2-tiny", "lab/kimi-k2-seeing"
 PROMPTS = ("Tell me about the sea.", "How many layers has a cake?")
 LONG = "river"
 TOKENS, CONTEXT = 24, 3000
@@ -50,6 +52,8 @@ def exo(exo_71: Any) -> Any:
 def models(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("models")
     prepare(tiny, folder, model_id=MODEL)
+    seeing = tmp_path_factory.mktemp("seeing") / "kimi"
+    prepare(make_tiny(seeing, layout="bf16", dtype="F32", vision=True, template="k25"), folder, model_id=SEEING)
     return folder
 
 
@@ -117,6 +121,23 @@ def test_our_engine_answers_as_one_process_does(
     cut = split[0]
     said = re.findall(r"rank (\d of \d: layers \d:\d)", "".join(node.log.read_text() for node in ours.nodes))
     assert f"0 of {len(split)}: layers 0:{cut}" in said
+
+
+def test_a_picture_is_answered_as_one_process_answers(ours: Any, models: Path, exo_shapes: Any) -> None:
+    directory = models / SEEING.replace("/", "--")
+    with ExoClient(ours.url) as client:
+        plan = exo_plan(client.state(), directory, model_id=SEEING, context=4096, split=(5, 2), our_engine=True).plan
+        assert apply_plan(client, plan, replace=True, deadlines=DEADLINES).answer is not None
+    for color in ("red", "blue"):
+        url = {"url": f"data:image/png;base64,{picture(color)}"}
+        parts = [{"type": "text", "text": "What?"}, {"type": "image_url", "image_url": url}]
+        messages = [{"role": "user", "content": parts}]
+        found = ask(ours.url, "", tokens=8, model=SEEING, messages=messages, enable_thinking=False)
+        shown = [{"role": "user", "content": [parts[0], {"type": "image"}]}]
+        params = exo_shapes.task_params(
+            "", images=[picture(color)], chat_template_messages=shown, enable_thinking=False, max_output_tokens=8
+        )
+        assert found == text_about(directory, params, 8), color
 
 
 def stream(url: str, prompt: str, *, tokens: int, stop_after: int | None = None) -> list[str]:
