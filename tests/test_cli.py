@@ -55,6 +55,7 @@ COMMANDS = (
     "convert",
     "calibrate",
     "prune",
+    "compare",
     "trace record",
     "trace replay",
     "trace make",

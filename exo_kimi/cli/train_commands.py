@@ -113,8 +113,8 @@ def evaluate(
     elif directory is not None:
         from exo_kimi.train.evaluation.evaluate import evaluate
 
-        other = Path(against) if against else None
-        report = evaluate(directory, say=_progress, against=other, count=count, seed=seed, files=text)
+        options = {"count": count, "seed": seed, "files": text, "against": Path(against) if against else None}
+        report = evaluate(directory, say=_progress, **options)  # type: ignore[arg-type]
     else:
         raise UsageError("nothing to evaluate", expected="a checkpoint, or --tools URL")
     print(report.to_text(wrong))

@@ -45,6 +45,11 @@ class CommandLine:
                 wrong.append(f"no command {' '.join([*path, rest[0]])}")
             known = {"--help", *(name for parameter in command.params for name in parameter.opts)}
             own = rest[: rest.index("--")] if "--" in rest else rest
+            if path == ["service", "install"] and (
+                inner := [word for word in own if word in ("serve", "stage", "exo")]
+            ):
+                wrong += self.mistakes(own[own.index(inner[0]) :])  # what it is to start is a line of its own
+                own = own[: own.index(inner[0])]
             options = [name for part in own if part.lstrip("[").startswith("-") for name in OPTION.findall(part)]
             known |= self._of_benches if path == ["bench"] else set()  # a bench reads its own options
             wrong += [f"{' '.join(path)} has no {name}" for name in options if name not in known]
