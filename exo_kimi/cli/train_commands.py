@@ -117,8 +117,7 @@ def evaluate(
         report = evaluate(directory, say=_progress, **options)  # type: ignore[arg-type]
     else:
         raise UsageError("nothing to evaluate", expected="a checkpoint, or --tools URL")
-    print(report.to_text(wrong))
-    print(report.to_json())
+    print(report.to_text(wrong), report.to_json(), sep="\n")
 
 
 def _progress(text: str) -> None:
