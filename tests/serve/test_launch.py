@@ -112,6 +112,8 @@ FOLLOWED: dict[str, Any] = {
     "expert_policy": "slru",
     "prefill_chunk": 4096,
     "queue_limit": 1000,
+    "survive": 1.0,
+    "no_ui": True,
     "stall_deadline": 90.0,
     "speculate": 8,
     "link": "jaccl",
