@@ -26,6 +26,7 @@ from exo_kimi.runtime.engine.engine import Engine
 from exo_kimi.runtime.engine.prefix_cache import PrefixOptions
 from exo_kimi.runtime.engine.speculation import Drafter
 from exo_kimi.runtime.loading.vision import load_vision
+from exo_kimi.runtime.protocol.step_frames import encode_step
 from exo_kimi.runtime.requests import GenerationRequest, PromptPicture, SamplingParams, TokenEvent
 from exo_kimi.runtime.stage import inline
 from exo_kimi.runtime.stage.inline import InlinePipeline, OpenDisk
@@ -34,6 +35,7 @@ from exo_kimi.runtime.stage.prefix_disk import Changed, PrefixDisk
 from exo_kimi.runtime.stage.stage_model import StageModel
 from exo_kimi.runtime.stage.worker import StageWorker
 from exo_kimi.runtime.steps import Step, StepResult
+from tests.runtime.stage.kernels import recorded
 from tests.vision.conftest import LAYERS, patches_of, picture_of
 
 BOUNDS = {1: [0, 3], 2: [0, 2, 3], 3: [0, 1, 2, 3]}
@@ -176,7 +178,7 @@ async def ask(engine: Engine, asked: Asked, max_tokens: int = NEW) -> list[Token
         request_id=str(id(asked)),
         prompt_ids=asked.ids,
         max_tokens=max_tokens,
-        sampling=SamplingParams(temperature=0.0),
+        sampling=SamplingParams(temperature=0.0, seed=1),
         pictures=asked.pictures,
     )
     return [event async for event in engine.generate(request)]
@@ -233,6 +235,36 @@ async def test_pictures_go_in_one_step_beside_text_and_survive_preemption_and_fa
     assert answers[1] == answers[2] == answers[0]
     assert preempted[0] == 0 < preempted[1]
     assert resumed[:2] == [0, 0] < resumed[2:]
+
+
+async def test_text_alone_is_the_same_work_with_a_tower_and_without(
+    vision_checkpoint: Path,
+    models: Callable[[int], list[Model]],
+    tower: PictureTower,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The same frames between the stages byte for byte, the same answers, and the same kernels: so the same speed."""
+    prompts = [prompt_of(vision_checkpoint, length, seed=length) for length in (5, 33, 70)]
+    found = []
+    execute = StageWorker.execute
+    for seeing in (tower, None):
+        frames: list[Any] = []
+
+        def told(worker: StageWorker, step: Step, frames: list[Any] = frames) -> Any:
+            header, parts = encode_step(step)
+            frames.append((str(header), [bytes(part) for part in parts]))
+            return execute(worker, step)
+
+        monkeypatch.setattr(StageWorker, "execute", told)
+        pipeline = pipeline_of(models, tower, 2, capacity=4096)
+        if seeing is None:
+            monkeypatch.setattr(pipeline, "_load_tower", None)
+        with recorded(monkeypatch) as kernels:
+            async with Engine(pipeline, prefill_chunk=24, prefixes=PrefixOptions()) as engine:
+                answers = [ids(await ask(engine, asked)) for asked in prompts]
+        found.append((answers, frames, kernels))
+    assert len(found[0][1]) > 20
+    assert found[0] == found[1]
 
 
 async def test_another_picture_of_the_same_size_is_never_taken_for_the_first(
