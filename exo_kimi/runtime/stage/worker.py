@@ -178,7 +178,8 @@ class StageWorker:
         sampler = SequenceSampler(start) if self.model.is_last else None
         caches = self.model.make_cache() if start.source is None else self._prefix(start, start.source)
         total = start.prompt_tokens + len(start.history)
-        logger.info("%s begins: %d tokens, %d of them held", start.request_id, total, start.restore)
+        if start.request_id:  # a warm-up has none
+            logger.info("%s begins: %d tokens, %d of them held", start.request_id, total, start.restore)
         self._sequences[start.seq_id] = SequenceState(caches, length=start.restore, sampler=sampler, total=total)
 
     def _prefix(self, start: SequenceStart, source: int) -> list[Any]:

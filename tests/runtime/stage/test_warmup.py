@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections.abc import Callable
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
+from queue import SimpleQueue
 from typing import Any
 
 import mlx.core as mx
@@ -16,15 +18,21 @@ import pytest
 from exo_kimi.arch.vision import Grid
 from exo_kimi.checkpoint.checkpoint import Checkpoint
 from exo_kimi.checkpoint.tiny.make import make_tiny
+from exo_kimi.checkpoint.vision import VisionManifest, find_vision
 from exo_kimi.models.kimi_k2 import Model
 from exo_kimi.pictures.picture import Picture
 from exo_kimi.planner.weights.bytes import bytes_of_manifest
+from exo_kimi.runtime.cluster.cluster_plan import make_plan
 from exo_kimi.runtime.engine.engine import Engine
 from exo_kimi.runtime.engine.prefix_cache import PrefixOptions
 from exo_kimi.runtime.engine.speculation import Drafter
 from exo_kimi.runtime.loading.loader import load
 from exo_kimi.runtime.loading.vision import load_vision
+from exo_kimi.runtime.protocol.frames import Message
+from exo_kimi.runtime.protocol.messages import Loaded
 from exo_kimi.runtime.requests import GenerationRequest, PromptPicture, SamplingParams
+from exo_kimi.runtime.stage.backend import CheckpointLayers, MlxBackend
+from exo_kimi.runtime.stage.compute_thread import Order, StageCompute, StageStatus
 from exo_kimi.runtime.stage.inline import InlinePipeline
 from exo_kimi.runtime.stage.pictures import PictureTower
 from exo_kimi.runtime.stage.prefix_disk import Changed, PrefixDisk
@@ -138,8 +146,9 @@ def test_without_it_they_would(checkpoint: Path, monkeypatch: pytest.MonkeyPatch
 
 
 def test_nothing_of_it_is_left_and_it_goes_a_few_layers_at_a_time(
-    checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+    checkpoint: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
+    caplog.set_level(logging.INFO)
     (model,), tower = stages_of(checkpoint, [0, 3], None)
     widest: list[int] = []
     part: Callable[..., Model] = Model.part
@@ -155,8 +164,31 @@ def test_nothing_of_it_is_left_and_it_goes_a_few_layers_at_a_time(
     told: list[int] = []
     passes = warm_up(worker, model, after=told.append)
     assert told == list(range(1, passes + 1))
+    assert not caplog.records
     assert widest == [LAYERS_AT_ONCE, 1]
     assert mx.get_active_memory() - before_bytes < 1 << 20
     assert mx.get_cache_memory() == 0
     assert (worker.sequences, worker.kv_nbytes, worker.epoch) == (0, 0, 0)
     assert np.array_equal(logits(), answered)
+
+
+def test_a_stage_says_that_it_warms_up_and_does_it_once(checkpoint: Path, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO)
+    index = Checkpoint(checkpoint)
+    tower = find_vision(index.index)
+    assert isinstance(tower, VisionManifest)
+    order = make_plan(index, split="2,1", vision=tower).stages[0].load
+    backend = MlxBackend(CheckpointLayers(None, alone=True), warms=True)
+    status = StageStatus(free=backend.free())
+    states: list[str] = []
+    warm = backend.warm_up
+    backend.warm_up = lambda after: warm(lambda done: (after(done), states.append(status.state))[0])  # type: ignore[method-assign]
+    posted: list[Message] = []
+    orders: SimpleQueue[Order] = SimpleQueue()
+    for each in (order, order, None):
+        orders.put(each)
+    StageCompute(backend, status, posted.append).run(orders)
+    assert len(states) > 50 and set(states) == {"warming"}
+    assert status.state == "loading"
+    assert [type(message) for message in posted] == [Loaded, Loaded]
+    assert len([record for record in caplog.records if "is warm" in record.message]) == 1
