@@ -25,7 +25,7 @@ BARS = {mx.bfloat16: 2e-2, mx.float32: 2e-4}
 
 MOVES = frozenset(
     "array arange zeros full stack concatenate split repeat broadcast_to contiguous where take_along_axis put_along_axis inf "
-    "eval async_eval compile finfo isfinite load random from_fp8 "
+    "eval async_eval compile finfo isfinite load random from_fp8 eye stop_gradient "
     "bfloat16 float16 float32 int32 uint8 uint16 uint32 int64 uint64 Dtype dtype bool_ floating issubdtype".split()
 )
 """What only moves, makes or asks; arithmetic is what is compared. `load` and `from_fp8` are the loader's."""

@@ -193,7 +193,7 @@ async def test_a_step_that_fails_ends_its_requests_and_the_next_one_is_served(
         again = await collect(engine, request_of(0, 5, 3))
         await empty(engine)
         assert engine.snapshot().restarts_total == 1
-    assert again == first
+    assert [event.token_id for event in again] == [event.token_id for event in first]
 
 
 async def test_the_pipeline_refuses_and_drops_steps_of_an_epoch_that_is_over(
