@@ -3,8 +3,8 @@
 Hypothesis looks for wrong answers, not for slow ones, since other work may run beside, and at the same cases each time: new ones
 are looked for with `--hypothesis-profile=search`, where a find stops nobody's landing.
 
-With pytest-xdist (`-n 2 --dist loadgroup`) whatever starts processes or waits for clocks is one group, on one worker, one after
-the other; every other file is a group of its own.
+With pytest-xdist (`-n 2 --dist loadgroup`) whatever starts processes or waits for clocks is in one of two groups, each on one
+worker, one after the other; every other file is a group of its own.
 """
 
 import os
@@ -26,16 +26,18 @@ settings.register_profile("patient", deadline=None, derandomize=True)
 settings.register_profile("search", deadline=None)
 settings.load_profile("patient")
 
-_PROCESSES = (
-    "tests/bench/",
-    "tests/docs/",
-    "tests/faults/",
-    "tests/plugin/",
-    "tests/runtime/",
-    "tests/serve/",
-    "tests/test_cli.py",
-    "tests/test_system.py",
-)
+_PROCESSES = {
+    "servers": ("tests/docs/", "tests/plugin/", "tests/serve/"),
+    "stages": (
+        "tests/bench/",
+        "tests/faults/",
+        "tests/fetch/",
+        "tests/runtime/",
+        "tests/test_cli.py",
+        "tests/test_link_cut.py",
+        "tests/test_system.py",
+    ),
+}
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
@@ -44,5 +46,5 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         return
     for item in items:
         file = item.path.relative_to(config.rootpath).as_posix()
-        group = "processes" if file.startswith(_PROCESSES) else file
+        group = next((name for name, files in _PROCESSES.items() if file.startswith(files)), file)
         item.add_marker(pytest.mark.xdist_group(group))

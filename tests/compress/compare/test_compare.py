@@ -35,7 +35,7 @@ from exo_kimi.planner.weights.measured import pruned_bytes, read_report
 from exo_kimi.runtime.loading.loader import load
 from tests.compress.conftest import Maker
 
-FAST = ["--count", "2", "--only", "maths,tools", "--max-tokens", "4", "--dtype", "float32"]
+FAST = ["--count", "1", "--only", "maths,tools", "--max-tokens", "4", "--dtype", "float32"]
 
 
 def _walk(directory: Path) -> LayerWalk:
