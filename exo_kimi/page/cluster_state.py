@@ -31,12 +31,14 @@ class StageView(BaseModel):
     Args:
         id: names it as long as it is there.
         name: of the machine, or the stage's number.
-        state: `starting`, `loading`, `ready`, `stalled` or `dead`.
+        state: `starting`, `loading`, `warming`, `ready`, `stalled` or `dead`.
         start_layer, end_layer: half-open; null where a node has no layers.
         silent_s: since it was last heard.
         loaded_bytes, total_bytes: of the weights that are being read.
         weights_bytes, kv_bytes, peak_bytes: held now, held now, and held at most.
         memory_bytes: of the machine, where it is known.
+        experts_asked, experts_held: experts that passes asked for where some stay on disk, and how many were in memory.
+        experts_read_bytes: of them from disk.
         compute_s: seconds that it has computed in all; null where it does not tell.
         plan: null without a plan.
     """
@@ -56,6 +58,9 @@ class StageView(BaseModel):
     memory_bytes: int | None = None
     sequences: int = 0
     restarts: int = 0
+    experts_asked: int = 0
+    experts_held: int = 0
+    experts_read_bytes: int = 0
     compute_s: float | None = None
     last_error: str | None = None
     plan: PlannedMemory | None = None
@@ -191,6 +196,7 @@ def _stage(stage: StageHealth, planned: PlanStage | None, *, called: str) -> Sta
     memory = None
     if planned is not None:
         memory = PlannedMemory(**{name: getattr(planned, name) for name in PlannedMemory.model_fields})
+    experts = stage.experts
     return StageView(
         id=str(stage.stage),
         name=called,
@@ -207,6 +213,9 @@ def _stage(stage: StageHealth, planned: PlanStage | None, *, called: str) -> Sta
         memory_bytes=None if planned is None else planned.memory_bytes,
         sequences=stage.sequences,
         restarts=stage.restarts,
+        experts_asked=0 if experts is None else experts.hits + experts.misses,
+        experts_held=0 if experts is None else experts.hits,
+        experts_read_bytes=0 if experts is None else experts.read_bytes,
         compute_s=stage.compute_s,
         last_error=stage.last_error,
         plan=memory,

@@ -116,7 +116,13 @@ def test_what_is_no_service_is_refused_and_nothing_is_written(
 def test_words_are_read_before_they_become_a_service() -> None:
     check_words([*WORDS])
     check_words(["exo", "run", "--", "-v"])
-    for wrong in (["stage", "--listen"], ["stage", "--lissten", "x"], ["serve", "x", "--stages", "two"], ["nothing"], ["exo"]):
+    for wrong in (
+        ["stage", "--listen"],
+        ["stage", "--lissten", "x"],
+        ["serve", "x", "--stages", "two"],
+        ["nothing"],
+        ["exo"],
+    ):
         with pytest.raises(UsageError):
             check_words(wrong)
 

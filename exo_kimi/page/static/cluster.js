@@ -235,6 +235,7 @@ class StageView {
     if (plan) texts.push(`${words.headroom} ${format.bytes(plan.headroom_bytes)}`, `${words.limit} ${format.bytes(plan.limit_bytes)}`);
     if (stage.peak_bytes) texts.push(`${words.peak} ${format.bytes(stage.peak_bytes)}`);
     if (busy !== null) texts.push(`${words.busy} ${(100 * Math.min(1, busy)).toFixed(0)} %${slow ? ` (${words.slowest})` : ""}`);
+    if (stage.experts_asked) texts.push(`${words.experts} ${((100 * stage.experts_held) / stage.experts_asked).toFixed(0)} %`, `${format.bytes(stage.experts_read_bytes)}`);
     if (stage.silent_s > 2) texts.push(`${words.silent} ${format.seconds(stage.silent_s)}`);
     if (stage.restarts) texts.push(`${words.restarts} ${stage.restarts}`);
     say(this.figures, texts.join(" · "));

@@ -11,10 +11,11 @@ from typing import Any
 import httpx
 import pytest
 
-from exo_kimi.page.cluster_state import ClusterPicture
+from exo_kimi.page.cluster_state import ClusterPicture, engine_state
 from exo_kimi.page.events import cluster_events
 from exo_kimi.page.files import page_files
 from exo_kimi.planner.plan import Plan
+from exo_kimi.runtime.requests import EngineSnapshot, ExpertHealth, StageHealth
 
 BROWSER = {"accept": "text/html,application/xhtml+xml,*/*;q=0.8"}
 FOUNDING = {
@@ -107,6 +108,18 @@ def state(**changes: Any) -> ClusterPicture:
         "events": [],
     }
     return ClusterPicture(**{**empty, **changes})
+
+
+def test_a_stage_whose_experts_are_on_disk_tells_how_many_were_in_memory() -> None:
+    experts = ExpertHealth(
+        slots=4, slot_bytes=4, hits=30, misses=10, evictions=6, read_bytes=70, read_s=0.1, stall_s=0.1, failed_reads=0
+    )
+    stage = StageHealth(stage=0, address="a", state="warming", start_layer=0, end_layer=4, experts=experts)
+    look = EngineSnapshot(
+        ready=False, stages=(stage,), requests=(), context=1, kv_capacity_tokens=1, kv_reserved_tokens=0
+    )
+    (view,) = engine_state(look, model="m", version="1", reason="it warms up", plan=None).stages
+    assert (view.state, view.experts_held, view.experts_asked, view.experts_read_bytes) == ("warming", 30, 40, 70)
 
 
 async def test_states_are_sent_when_they_change_and_in_a_silence() -> None:
