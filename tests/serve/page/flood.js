@@ -30,5 +30,7 @@ async (seconds) => {
     if (sent % 200 === 0) nodes.push(place.querySelectorAll("*").length);
   }
   await new Promise((go) => requestAnimationFrame(() => requestAnimationFrame(go)));
-  return { sent, nodes, text: place.innerText };
+  const text = place.innerText;
+  place.remove();
+  return { sent, nodes, text };
 }
