@@ -384,7 +384,7 @@ def test_two_hundred_states_a_second_leave_the_page_as_large_and_the_last_one_sh
     assert done["sent"] > 100 * SECONDS
     assert f"event {done['sent']}" in done["text"] and f"{done['sent']:,} + 0 /" in done["text"]
     assert max(done["nodes"]) == min(done["nodes"])
-    assert grown_bytes < 2**20, f"{grown_bytes} bytes more after {done['sent']} states"
+    assert grown_bytes < 2**17, f"{grown_bytes} bytes more after {done['sent']} states"
 
 
 MARKDOWN = [
