@@ -45,6 +45,11 @@ class Journal:
         """Make sure that the directory says whose it is."""
         write_whole(self.job.directory / JOURNAL_NAME, self._text())
 
+    @property
+    def is_open(self) -> bool:
+        """Whether it is on disk: a run may have been killed with everything done but this."""
+        return (self.job.directory / JOURNAL_NAME).exists()
+
     def finish(self) -> None:
         """The journal becomes the manifest: the output is whole."""
         write_whole(self.job.directory / MANIFEST_NAME, self._text())

@@ -244,6 +244,7 @@ class CheckpointWriter:
             whole = all(self._journal.is_done(name) for name in files)
             if not whole:
                 self._write_rest()
+            if not whole or self._journal.is_open:
                 self._journal.finish()
         return Written(
             directory=job.directory,

@@ -104,6 +104,14 @@ def test_a_second_run_touches_nothing(tmp_path: Path) -> None:
     assert {path.name: path.stat().st_mtime_ns for path in tmp_path.iterdir()} == before
 
 
+def test_a_run_that_was_killed_with_all_done_but_its_journal_ends_the_same(tmp_path: Path) -> None:
+    run(job(tmp_path))
+    before = everything(tmp_path)
+    (tmp_path / JOURNAL_NAME).write_bytes(before[MANIFEST_NAME])
+    assert run(job(tmp_path)).unchanged
+    assert everything(tmp_path) == before
+
+
 def test_a_lost_file_of_a_finished_output_is_written_again(tmp_path: Path) -> None:
     run(job(tmp_path))
     before = everything(tmp_path)
