@@ -71,6 +71,11 @@ Bench = Literal[  # modules of exo_kimi.bench, with - for _
 BENCHES: tuple[str, ...] = tuple(name for name in get_args(Bench) if name != "link_speed")
 
 Directory = Annotated[Path, argument("DIR", "a checkpoint, or a model of the hub as ORG/NAME")]
+EXPERT_CACHE = (
+    "memory of this machine for routed experts; the others are read from disk when a token asks for them "
+    "(default: all are held)"
+)
+EXPERT_POLICY = "which expert gives way to another (default lru)"
 LOG_JSON = "log lines as JSON objects, each with the id of its request"
 SPLIT, MEMORY, PREFIXES, PICTURES = "Model and split", "Memory", "Prefix cache", "Pictures"
 NETWORK, SPEED, WORKLOAD, OUTPUT = "Network and keys", "Speculation", "Workload", "Output"
@@ -237,8 +242,7 @@ def serve(
             "--expert-cache",
             parser=byte_count,
             metavar="SIZE",
-            help="memory of this machine for routed experts; the others are read from disk when a token asks for them "
-            "(default: all are held)",
+            help=EXPERT_CACHE,
             panel=MEMORY,
         ),
     ] = None,
@@ -247,7 +251,7 @@ def serve(
         option(
             "--expert-policy",
             metavar=one_of(ExpertPolicy),
-            help="which expert gives way to another (default lru)",
+            help=EXPERT_POLICY,
             panel=MEMORY,
         ),
     ] = "lru",
@@ -453,8 +457,7 @@ def stage(
             "--expert-cache",
             parser=byte_count,
             metavar="SIZE",
-            help="memory of this machine for routed experts; the others are read from disk when a token asks for them "
-            "(default: all are held)",
+            help=EXPERT_CACHE,
         ),
     ] = None,
     expert_policy: Annotated[
@@ -462,7 +465,7 @@ def stage(
         option(
             "--expert-policy",
             metavar=one_of(ExpertPolicy),
-            help="which expert gives way to another (default lru)",
+            help=EXPERT_POLICY,
         ),
     ] = "lru",
     log_json: Annotated[bool, flag("--log-json", help=LOG_JSON)] = False,

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import threading
 from collections.abc import Iterator
 from pathlib import Path
 from types import TracebackType
@@ -13,8 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from exo_kimi.checkpoint.safetensors_io import TensorEntry
-from exo_kimi.checkpoint.text_files import open_regular
-from exo_kimi.errors import TensorFileError
+from exo_kimi.checkpoint.tensor_files import TensorFiles
 
 BLOCK_BYTES = 4 * 2**20
 """Most bytes of a piece."""
@@ -28,9 +26,7 @@ class RangeReader:
     """
 
     def __init__(self, directory: Path) -> None:
-        self.directory = directory
-        self._descriptors: dict[str, int] = {}
-        self._lock = threading.Lock()
+        self._files = TensorFiles(directory)
 
     def __enter__(self) -> RangeReader:
         return self
@@ -38,9 +34,7 @@ class RangeReader:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        for descriptor in self._descriptors.values():
-            os.close(descriptor)
-        self._descriptors.clear()
+        self._files.close()
 
     def read(self, entry: TensorEntry, first: int = 0, count: int | None = None) -> NDArray[np.uint8]:
         """Bytes of a tensor, into memory of their own.
@@ -54,20 +48,14 @@ class RangeReader:
             TensorFileError: the file is gone, cannot be read, or is shorter than its header said.
         """
         data = np.empty(entry.nbytes - first if count is None else count, np.uint8)
-        descriptor, rest, position = self._descriptor(entry), data.data, entry.start + first
+        descriptor, rest, position = self._files.descriptor(entry), data.data, entry.start + first
         while len(rest):
             try:
                 done = os.preadv(descriptor, [rest], position)
             except OSError as failure:
-                raise self._unreadable(entry, failure) from failure
+                raise self._files.unreadable(entry, failure) from failure
             if done == 0:
-                raise TensorFileError(
-                    f"{entry.file} ends inside {entry.name}",
-                    expected=f"{entry.end:,} bytes, as its header said when the index was read",
-                    found=f"{position:,} bytes",
-                    where=self.directory / entry.file,
-                    fix="the file was cut or replaced in between: download or copy it again",
-                )
+                raise self._files.cut(entry, position)
             rest, position = rest[done:], position + done
         return data
 
@@ -80,17 +68,3 @@ class RangeReader:
         total = entry.nbytes - first if count is None else count
         for position in range(0, total, BLOCK_BYTES):
             yield position, self.read(entry, first + position, min(BLOCK_BYTES, total - position))
-
-    def _descriptor(self, entry: TensorEntry) -> int:
-        with self._lock:
-            if entry.file not in self._descriptors:
-                try:
-                    self._descriptors[entry.file] = open_regular(self.directory / entry.file)
-                except OSError as failure:
-                    raise self._unreadable(entry, failure) from failure
-            return self._descriptors[entry.file]
-
-    def _unreadable(self, entry: TensorEntry, failure: OSError) -> TensorFileError:
-        return TensorFileError(
-            f"cannot read {entry.name}", found=failure.strerror or failure, where=self.directory / entry.file
-        )

@@ -17,8 +17,8 @@ from pathlib import Path
 
 import numpy as np
 
-from exo_kimi.checkpoint.text_files import open_regular
-from exo_kimi.errors import ExpertReadError, TensorFileError
+from exo_kimi.checkpoint.tensor_files import TensorFiles
+from exo_kimi.errors import ExpertReadError
 from exo_kimi.experts.convert import to_float32, unpack_fp8, words, write_biases, write_floats
 from exo_kimi.experts.layout import ByteRange, LayerLayout, Leaf, ProjectionLayout, StoredPart
 
@@ -82,10 +82,10 @@ class ExpertStore:
         """Told after each read, in the thread that read."""
         self._preadv = preadv
         self._readers = readers
-        self._descriptors: dict[str, int] = {}
+        self._files = TensorFiles(directory)
         self._pool = ThreadPoolExecutor(readers, thread_name_prefix="expert")
         # Whoever lets go of the model lets go of its files; the threads end by themselves.
-        weakref.finalize(self, _close_all, self._descriptors)
+        weakref.finalize(self, self._files.close)
 
     def open(self, layout: LayerLayout) -> None:
         """Open the files that a layer's experts lie in.
@@ -95,16 +95,7 @@ class ExpertStore:
         """
         for expert in range(layout.experts):
             for part in layout.expert_bytes(expert):
-                file = part.entry.file
-                if file not in self._descriptors:
-                    try:
-                        self._descriptors[file] = open_regular(self.directory / file)
-                    except OSError as failure:
-                        raise TensorFileError(
-                            f"cannot read {part.entry.name}",
-                            found=failure.strerror or failure,
-                            where=self.directory / file,
-                        ) from failure
+                self._files.descriptor(part.entry)
 
     def begin(self, orders: Sequence[SlotOrder]) -> PendingRead:
         """Put reads on their way; few bytes are read when `wait` is called."""
@@ -150,7 +141,7 @@ class ExpertStore:
 
     def _read(self, reads: list[tuple[ByteRange, memoryview]], outcome: _Outcome) -> None:
         for run in _adjacent(reads):
-            descriptor = self._descriptors[run[0][0].entry.file]
+            descriptor = self._files.descriptor(run[0][0].entry)
             position = run[0][0].start
             waiting = [view for _, view in run]
             while waiting:
@@ -239,12 +230,6 @@ class _Outcome:
     reads: int = 0
     ended_s: float = 0.0
     error: ExpertReadError | None = None
-
-
-def _close_all(descriptors: dict[str, int]) -> None:
-    for descriptor in descriptors.values():
-        os.close(descriptor)
-    descriptors.clear()
 
 
 def _dealt(tasks: Sequence[_Task], hands: int) -> Iterator[Sequence[_Task]]:

@@ -27,26 +27,11 @@ from exo_kimi.fetch.directories import ServedPart, headers_directory, local_laye
 from exo_kimi.fetch.hub import HubSource
 from exo_kimi.fetch.names import directory_of, model_of
 from exo_kimi.fetch.pull import PullOptions, pull
+from tests.checkpoint.conftest import K2
 
 Hub = Callable[..., HubStandIn]
 CLUSTER = "m3-ultra-512, m2-ultra-192"
 ELEMENT_BYTES = {"U32": 4, "BF16": 2, "F32": 4}
-K2 = {
-    "vocab_size": 163840,
-    "hidden_size": 7168,
-    "intermediate_size": 18432,
-    "moe_intermediate_size": 2048,
-    "num_hidden_layers": 61,
-    "num_attention_heads": 64,
-    "n_shared_experts": 1,
-    "n_routed_experts": 384,
-    "num_experts_per_tok": 8,
-    "kv_lora_rank": 512,
-    "q_lora_rank": 1536,
-    "qk_nope_head_dim": 128,
-    "qk_rope_head_dim": 64,
-    "v_head_dim": 128,
-}
 
 
 @pytest.fixture

@@ -23,6 +23,8 @@ from tests.owner.test_service import System
 
 PROMPT, ANSWER = "tell me of my divorce, please", "Dear Sir, I am sorry to hear of it"
 API_KEY, CLUSTER_KEY, TOKEN = "k-5ecret-of-mine", "Yne@$w-vo<fVvi]a<NY6T1ed:M$fCG*[IaLV{hID", "hf_AbCdEfGhIjKlMnOp"
+OWNERS = ("alice", "bob")
+HOMES = ("/".join(("", "Users", OWNERS[0])), "/".join(("", "home", OWNERS[1])))
 ID = "req_" + "0123456789abcdef" * 2
 
 
@@ -47,7 +49,7 @@ def log_of(home: Path) -> str:
             f"  found     {PROMPT}",
             f"{time} ERROR Authorization: Bearer {API_KEY}, EXO_KIMI_KEY={CLUSTER_KEY} and {TOKEN}",
             f"{time} INFO listening with {API_KEY}",
-            f"{time} WARNING of /Users/alice/models and /home/bob/x",
+            f"{time} WARNING of {HOMES[0]}/models and {HOMES[1]}/x",
             json.dumps(fields),
             f"exo | TextGeneration(messages=[{PROMPT}]) -> {ANSWER}",
             "Traceback (most recent call last):",
@@ -60,7 +62,7 @@ def log_of(home: Path) -> str:
 
 
 def test_nothing_of_the_owner_s_is_in_it_and_what_helps_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    home = tmp_path / "homes" / "alice"
+    home = tmp_path / "homes" / OWNERS[0]
     home.mkdir(parents=True)
     monkeypatch.setattr(Path, "home", lambda: home)
     make_tiny(home / "kimi")
@@ -101,7 +103,7 @@ def test_nothing_of_the_owner_s_is_in_it_and_what_helps_is(tmp_path: Path, monke
     assert sorted(texts) == names
     everything = "\n".join([*texts, *texts.values()])
     words_of_theirs = {*PROMPT.split(), *ANSWER.split()} - {"me", "of", "my", "I", "am", "to", "it", "sorry"}
-    for secret in (PROMPT, ANSWER, API_KEY, CLUSTER_KEY, TOKEN, "hf-tok", str(home), "alice", "bob", *words_of_theirs):
+    for secret in (PROMPT, ANSWER, API_KEY, CLUSTER_KEY, TOKEN, "hf-tok", str(home), *OWNERS, *words_of_theirs):
         assert secret not in everything, secret
     for log in (texts["logs/serve.log"], texts["logs/by-hand.log"]):
         assert f"{ID} stop: 3 prompt tokens" in log

@@ -135,7 +135,7 @@ export class ClusterView {
     state.stages.forEach((stage, index) => {
       let view = this.stages.get(stage.id);
       if (view === undefined) {
-        view = new StageView(this.words);
+        view = new StageCard(this.words);
         this.stages.set(stage.id, view);
         this.machines.append(view.element);
       }
@@ -196,7 +196,7 @@ function total(stage) {
   return stage.plan?.memory_bytes ?? stage.memory_bytes ?? stage.weights_bytes + stage.kv_bytes;
 }
 
-class StageView {
+class StageCard {
   constructor(words) {
     this.words = words;
     this.name = h("h3", {});

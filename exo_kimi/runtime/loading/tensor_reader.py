@@ -21,8 +21,7 @@ import numpy as np
 
 from exo_kimi.checkpoint.index import TensorEntry
 from exo_kimi.checkpoint.manifest import not_here
-from exo_kimi.checkpoint.text_files import open_regular
-from exo_kimi.errors import TensorFileError
+from exo_kimi.checkpoint.tensor_files import TensorFiles
 
 READ_BYTES = 16 * 1024**2
 """Most bytes of one read: progress moves that often, and macOS refuses reads over 2 GiB."""
@@ -58,7 +57,7 @@ class TensorReader:
         self.directory = directory
         self.bytes_read = 0
         self._on_read = on_read
-        self._descriptors: dict[str, int] = {}
+        self._files = TensorFiles(directory)
         self._pending: deque[Future[int]] = deque()
         self._pool = ThreadPoolExecutor(READERS, thread_name_prefix="read")
 
@@ -69,9 +68,7 @@ class TensorReader:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._pool.shutdown(cancel_futures=True)
-        for descriptor in self._descriptors.values():
-            os.close(descriptor)
-        self._descriptors.clear()
+        self._files.close()
 
     def read_into(self, destination: memoryview, entry: TensorEntry, skip_bytes: int = 0) -> None:
         """Fill `destination` (writable, contiguous bytes) from a tensor's bytes, from `skip_bytes` on.
@@ -101,7 +98,7 @@ class TensorReader:
     def _submit(self, destinations: Sequence[memoryview], entry: TensorEntry, skip_bytes: int) -> list[Future[int]]:
         if not entry.is_here:
             raise not_here(self.directory, (entry,))
-        descriptor = self._descriptor(entry)
+        descriptor = self._files.descriptor(entry)
         return [
             self._pool.submit(self._fill, descriptor, pieces, position, entry)
             for pieces, position in _batches(destinations, entry.start + skip_bytes, READ_BYTES)
@@ -128,15 +125,9 @@ class TensorReader:
             try:
                 count = os.preadv(descriptor, waiting, position)
             except OSError as failure:
-                raise self._unreadable(entry, failure) from failure
+                raise self._files.unreadable(entry, failure) from failure
             if count == 0:
-                raise TensorFileError(
-                    f"{entry.file} ends inside {entry.name}",
-                    expected=f"{entry.end:,} bytes, as its header said when the index was read",
-                    found=f"{position:,} bytes",
-                    where=self.directory / entry.file,
-                    fix="the file was cut or replaced in between: download or copy it again",
-                )
+                raise self._files.cut(entry, position)
             position += count
             while waiting and count >= len(waiting[0]):
                 count -= len(waiting.pop(0))
@@ -153,19 +144,6 @@ class TensorReader:
         data = bytearray(entry.nbytes)
         self.read_into(memoryview(data), entry)
         return data
-
-    def _descriptor(self, entry: TensorEntry) -> int:
-        if entry.file not in self._descriptors:
-            try:
-                self._descriptors[entry.file] = open_regular(self.directory / entry.file)
-            except OSError as failure:
-                raise self._unreadable(entry, failure) from failure
-        return self._descriptors[entry.file]
-
-    def _unreadable(self, entry: TensorEntry, failure: OSError) -> TensorFileError:
-        return TensorFileError(
-            f"cannot read {entry.name}", found=failure.strerror or failure, where=self.directory / entry.file
-        )
 
 
 def _batches(
