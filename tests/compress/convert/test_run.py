@@ -159,7 +159,7 @@ def test_a_kill_at_any_moment_is_resumed_to_the_same_bytes(source_of: Callable[[
     job(tmp_path / "whole")
     whole_s, chance = time.monotonic() - began, random.Random(0)
     wanted, killed = everything(tmp_path / "whole"), 0
-    for number in range(3):
+    for number in range(30):  # a child that was done before its kill says nothing
         output = tmp_path / f"cut{number}"
         for _ in range(3):
             child = os.fork()
@@ -173,6 +173,8 @@ def test_a_kill_at_any_moment_is_resumed_to_the_same_bytes(source_of: Callable[[
             killed += os.WIFSIGNALED(os.waitpid(child, 0)[1])
         job(output)
         assert everything(output) == wanted
+        if number >= 2 and killed >= 3:
+            break
     assert killed >= 3
 
 
