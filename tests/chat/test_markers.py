@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import itertools
 import re
-import time
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -55,11 +55,10 @@ def test_the_first_and_longest_marker_wins_as_in_one_search_of_the_whole(text: s
     assert found == normalised([piece for piece in pieces if piece.text])
 
 
+@pytest.mark.timeout(120)
 def test_long_stop_strings_cost_linear_time() -> None:
-    """Sixteen stop strings of 4096 characters that the text nearly is, again and again: once 36 s and more."""
+    """Sixteen stop strings of 4096 characters that the text nearly is, again and again: once minutes."""
     matcher = StopMatcher(["a" * 4095 + chr(0x62 + index) for index in range(16)])
-    started_s = time.process_time()
-    shown = "".join(matcher.feed("a" * 4) for _ in range(5000))
-    assert time.process_time() - started_s < 10
-    assert shown == "a" * (20_000 - 4095)
+    shown = "".join(matcher.feed("a" * 4) for _ in range(20_000))
+    assert shown == "a" * (80_000 - 4095)
     assert matcher.flush() == "a" * 4095

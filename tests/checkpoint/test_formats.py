@@ -6,7 +6,6 @@ import json
 import struct
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from time import process_time
 from typing import Any
 
 import numpy as np
@@ -22,6 +21,7 @@ from exo_kimi.checkpoint.index import open_index
 from exo_kimi.checkpoint.manifest import resolve
 from exo_kimi.checkpoint.safetensors_io import StoredTensor, read_header, write_file
 from exo_kimi.errors import CheckpointProblems, ForeignFormatError, TensorFileError
+from tests.work import calls_of
 
 Make = Callable[..., Path]
 Parts = Callable[[int, int], Mapping[str, StoredTensor]]
@@ -257,21 +257,14 @@ def k2_nvfp4(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
-def test_a_quarter_of_a_million_foreign_tensors_are_one_finding_in_under_two_seconds(k2_nvfp4: Path) -> None:
-    start_s = process_time()
-    for path in k2_nvfp4.glob("*.safetensors"):
-        with path.open("rb") as stream:
-            json.loads(stream.read(int.from_bytes(stream.read(8), "little")))
-    parsing_s = process_time() - start_s  # a quarter of a second where nothing else runs
-    start_s = process_time()
-    diagnosis = doctor(k2_nvfp4)
+def test_a_quarter_of_a_million_foreign_tensors_are_one_finding(k2_nvfp4: Path) -> None:
+    diagnosis, calls = calls_of(lambda: doctor(k2_nvfp4))
     text = diagnosis.to_text()
-    took_s = process_time() - start_s
     weights = [f.error for f in diagnosis.errors if not f.error.what.startswith(("tiktoken", "tokenizer"))]
     assert [type(error) for error in weights] == [ForeignFormatError]
     assert "69,120 of 277,335 tensors" in str(weights[0])
     assert text.count("\n") < MOST_LINES
-    assert took_s < 2.0 * max(1.0, parsing_s / 0.2), "processor seconds; a busy machine is allowed for"
+    assert calls < 40 * 277_335  # 26 of each tensor's
     assert len(diagnosis.to_json()) < 10_000
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from time import process_time
 
 import pytest
 
@@ -14,6 +13,7 @@ from exo_kimi.planner.command import model_bytes, plan_answer
 from exo_kimi.planner.weights.bytes import bytes_of_recipe
 from exo_kimi.planner.weights.catalog import published_model
 from exo_kimi.planner.weights.recipes import load_recipe
+from tests.work import calls_of
 
 FILES = 96
 EIGHT = "m3-ultra-256, m2-ultra-192, m4-max-128, m5-max-128, m1-ultra-128, m3-max-128, m2-max-96, m1-max-64"
@@ -71,12 +71,9 @@ def test_headers_of_the_real_size_give_the_recipe_to_the_byte(k2_directory: Path
     assert headers.layer_bytes == derived.layer_bytes
 
 
-def test_headers_inference_and_a_plan_over_eight_machines_take_under_a_second(k2_directory: Path) -> None:
-    best_s = float("inf")
-    for _ in range(3):
-        start_s = process_time()
-        plan = plan_answer(directory=k2_directory, cluster=EIGHT).plan
-        best_s = min(best_s, process_time() - start_s)
+def test_headers_inference_and_a_plan_over_eight_machines_are_little_work(k2_directory: Path) -> None:
+    answer, calls = calls_of(lambda: plan_answer(directory=k2_directory, cluster=EIGHT))
+    plan = answer.plan
     assert plan.model.from_headers
     assert sum(stage.layers for stage in plan.stages) == 61
-    assert best_s < 1.0  # of processor time, since other tests may run beside
+    assert calls < 600_000  # 294,000

@@ -7,7 +7,6 @@ from collections.abc import Callable
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
-from time import process_time
 from typing import Any
 
 import pytest
@@ -28,6 +27,7 @@ from exo_kimi.planner.show.explain import explain
 from exo_kimi.planner.show.golden import PLANS, golden, golden_files
 from exo_kimi.planner.weights.recipes import recipe_names
 from exo_kimi.planner.workload import OBJECTIVES
+from tests.work import calls_of
 
 GIB = 1 << 30
 SHARD_PLANS = Path(__file__).parents[2] / "shard_plans"
@@ -265,11 +265,10 @@ def test_throughput_counts_on_one_sequence_per_machine() -> None:
     assert answer.plan.prediction.throughput_tokens_per_s > 1.5 * answer.plan.prediction.decode_tokens_per_s
 
 
-def test_a_plan_takes_milliseconds(ask: Ask) -> None:
+def test_a_plan_is_little_work(ask: Ask) -> None:
     question = ask("q34+q6", FOUNDING)
-    start_s = process_time()
-    answer(question)
-    assert process_time() - start_s < 0.5
+    _, calls = calls_of(lambda: answer(question))
+    assert calls < 40_000  # 17,000
 
 
 @pytest.mark.parametrize(("kind", "link"), [("rdma", "jaccl"), ("thunderbolt5", "zmq"), ("ethernet10", "zmq")])

@@ -64,12 +64,14 @@ def test_structure_is_counted_however_the_body_is_cut(text: str, cuts: list[int]
         assert meter.count == structural(text)
 
 
+@pytest.mark.timeout(120)
 def test_counting_is_linear_in_bytes_that_are_no_json() -> None:
-    """Every escaped quote could begin a text that never ends: each piece is still looked at a constant number of times."""
-    started_s = time.process_time()
+    """Every escaped quote could begin a text that never ends: each piece is still looked at a constant number of times. A
+    hundredth of a second, or hours."""
     for hostile in (b'"' + b'\\"' * 2**20, b'\\"' * 2**20, b'"' * 2**20, b"\\" * 2**20):
-        StructureMeter().feed(hostile)
-    assert time.process_time() - started_s < 5
+        meter = StructureMeter()
+        meter.feed(hostile)
+        assert meter.count == 0
 
 
 def test_too_many_values_are_refused_before_they_are_made() -> None:

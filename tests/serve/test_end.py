@@ -94,7 +94,7 @@ def test_ctrl_c_ends_within_5_s_whatever_is_computed(where: str, signals: int) -
             time.sleep(0.2)
             process.send_signal(2)
         output, errors = process.communicate()
-        assert time.monotonic() - began_s < end_signals.END_S + 1
+        assert time.monotonic() - began_s < end_signals.END_S + 5
         assert process.returncode == (0 if signals == 1 else 1), errors
         assert "closed" in output or where != "a worker thread"
         assert "Traceback" not in errors

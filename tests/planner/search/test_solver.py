@@ -6,7 +6,6 @@ import itertools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from random import Random
-from time import process_time
 
 import numpy as np
 import pytest
@@ -18,6 +17,7 @@ from exo_kimi.planner.search.search import ORDER_SHARE, best_split, fits
 from exo_kimi.planner.search.solver import INFINITE, Goal, Int64s, SplitProblem, solve
 from exo_kimi.planner.search.tables import TICKS_PER_S, goal_for, need_table, split_problem
 from exo_kimi.planner.workload import OBJECTIVES, Objective
+from tests.work import calls_of
 
 Cases = Callable[..., Question]
 
@@ -204,12 +204,12 @@ def test_fits_agrees_with_the_search(random_case: Cases) -> None:
 
 
 @pytest.mark.parametrize("objective", OBJECTIVES)
-def test_eight_different_machines_take_well_under_a_second(ask: Cases, objective: Objective) -> None:
+def test_eight_different_machines_are_little_work(ask: Cases, objective: Objective) -> None:
     eight = "m3-ultra-256, m2-ultra-192, m4-max-128, m5-max-128, m1-ultra-128, m3-max-128, m2-max-96, m1-max-64"
     question = ask("q34+q6", eight, objective, concurrency=8)
-    start_s = process_time()
-    assert best_split(question) is not None
-    assert process_time() - start_s < 1.5  # of processor time, since other tests may run beside; about 0.3
+    split, calls = calls_of(lambda: best_split(question))
+    assert split is not None
+    assert calls < 300_000  # up to 153,000
 
 
 @pytest.mark.parametrize("stages", [2, 8, 61])

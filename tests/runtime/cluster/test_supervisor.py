@@ -267,21 +267,24 @@ async def test_steps_in_flight_are_answered_in_order(cluster: StageCluster) -> N
     await event(cluster)
 
 
-async def test_an_idle_cluster_uses_next_to_no_processor(cluster: StageCluster) -> None:
+@pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="how often a thread woke is read from /proc")
+async def test_an_idle_cluster_hardly_wakes_and_never_spins(cluster: StageCluster) -> None:
     await ready(cluster)
 
-    def used_s() -> float:
-        ticks = 0
-        for pid in pids(cluster):
+    def used() -> tuple[int, float]:
+        wakes, ticks = 0, 0
+        for pid in (*pids(cluster), os.getpid()):
             fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
             ticks += int(fields[11]) + int(fields[12])
-        return ticks / os.sysconf("SC_CLK_TCK") + time.process_time()
+            for path in Path(f"/proc/{pid}/task").glob("*/status"):
+                wakes += int(path.read_text().partition("\nvoluntary_ctxt_switches:")[2].split()[0])
+        return wakes, ticks / os.sysconf("SC_CLK_TCK")
 
-    if not Path("/proc/self/stat").exists():
-        pytest.skip("needs /proc")
-    before_s = used_s()
+    wakes, processor_s = used()
     await asyncio.sleep(2)
-    assert used_s() - before_s < 0.2
+    more_wakes, more_s = used()
+    assert more_wakes - wakes < 1000  # a hundred: beats and looks at processes
+    assert more_s - processor_s < 1, "a loop that spins takes all of two seconds"
 
 
 async def test_closing_leaves_no_process_no_file_and_no_waiter(tiny: Path, clusters: list[StageCluster]) -> None:
