@@ -12,10 +12,25 @@ Rounding = Literal["search", "mlx"]
 
 def convert(
     directory: Annotated[Path, argument("DIR", "a checkpoint in any layout: FP8, bf16, INT4, MLX of any bits")],
-    output: Annotated[Path, argument("OUT", "a new directory, or that of an interrupted run, which goes on")],
+    output: Annotated[
+        Path | None, argument("OUT", "a new directory, or that of an interrupted run, which goes on")
+    ] = None,
     recipe: Annotated[
         str | None,
         option("--recipe", metavar="RECIPE", help="bits per module, as `plan` has: a name, or a TOML file"),
+    ] = None,
+    budget: Annotated[
+        Any, option("--budget", parser=byte_count, metavar="SIZE", help="choose bits per module for so many bytes")
+    ] = None,
+    recipe_out: Annotated[
+        Path | None, option("--recipe-out", metavar="FILE", help="with --budget: write the recipe; OUT may be left out")
+    ] = None,
+    measure: Annotated[
+        bool, flag("--measure", help="print what candidate bits cost each module, and write nothing")
+    ] = False,
+    calibration: Annotated[
+        Path | None,
+        option("--calibration", metavar="FILE", help="with --measure, --budget: mean squares of each input column"),
     ] = None,
     layers: Annotated[
         Any,
@@ -54,5 +69,9 @@ def convert(
         keep_kv_b=keep_kv_b,
         shard_bytes=shard_size,
         workers=workers,
+        measure=measure,
+        budget_bytes=budget,
+        recipe_out=recipe_out,
+        calibration=calibration,
     )
     print(run_convert(options))

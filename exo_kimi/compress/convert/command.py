@@ -7,26 +7,38 @@ import shutil
 import sys
 import time
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 from rich.console import Console
-from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+from rich.progress import (
+    BarColumn,
+    DownloadColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeRemainingColumn,
+    TransferSpeedColumn,
+)
 
 from exo_kimi.checkpoint.checkpoint import Checkpoint
 from exo_kimi.compress.convert.affine import Rounding
+from exo_kimi.compress.convert.budget import choose, recipe_of, recipe_text
 from exo_kimi.compress.convert.conversion import Conversion, make_conversion
 from exo_kimi.compress.convert.encoding import encode
+from exo_kimi.compress.convert.importance import read_importance
 from exo_kimi.compress.convert.link import link_job
+from exo_kimi.compress.convert.measure import ModuleErrors, errors_text, measure
 from exo_kimi.compress.convert.rows import SourceRows
 from exo_kimi.compress.convert.run import convert, processors
 from exo_kimi.compress.convert.targets import BLOCK_WEIGHTS, ModuleTarget
+from exo_kimi.compress.output.journal import write_whole
 from exo_kimi.compress.output.shards import SHARD_BYTES
 from exo_kimi.compress.output.writer import CheckpointWriter, Written
 from exo_kimi.compress.ranges import RangeReader
 from exo_kimi.errors import UsageError
-from exo_kimi.planner.weights.recipes import Recipe
+from exo_kimi.planner.weights.recipes import Recipe, Rule
 from exo_kimi.units import format_bytes, format_gb, format_seconds
 
 _TIMED = 3  # blocks of each kind, of which the fastest counts
@@ -38,8 +50,8 @@ class ConvertOptions:
 
     Args:
         directory: the source.
-        output: where to.
-        recipe: bits of each module; None only with `link`.
+        output: where to; None to measure or choose only.
+        recipe: bits of each module; None with `link`, `measure` or `budget_bytes`.
         layers: a half-open range; all by default.
         link: copy no weight.
         dry_run: say bytes, time and room, and write nothing.
@@ -47,10 +59,14 @@ class ConvertOptions:
         keep_kv_b: leave kv_b_proj whole.
         shard_bytes: most bytes of a file.
         workers: threads; as many as processors by default.
+        measure: print what candidate bits cost each module, and write nothing.
+        budget_bytes: choose bits for so many bytes of the text model.
+        recipe_out: where the chosen recipe goes.
+        calibration: mean squares of the inputs' columns, see `read_importance`.
     """
 
     directory: Path
-    output: Path
+    output: Path | None
     recipe: Recipe | None
     layers: tuple[int, int] | None = None
     link: bool = False
@@ -59,6 +75,10 @@ class ConvertOptions:
     keep_kv_b: bool = False
     shard_bytes: int = SHARD_BYTES
     workers: int | None = None
+    measure: bool = False
+    budget_bytes: int | None = None
+    recipe_out: Path | None = None
+    calibration: Path | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -111,14 +131,27 @@ def run_convert(options: ConvertOptions) -> str:
         MachineError: no room on the disk.
         CheckpointError: the source cannot be converted.
     """
+    _check(options)
     checkpoint = Checkpoint(options.directory)
+    if options.measure or options.budget_bytes is not None:
+        modules = _measured(options, checkpoint)
+        if options.measure:
+            return errors_text(modules)
+        recipe, told = _chosen(options, checkpoint, modules)
+        if options.output is None:
+            return told
+        print(told, file=sys.stderr)
+        options = replace(options, recipe=recipe)
+    output = options.output
+    if output is None:
+        raise UsageError("say where to", expected="OUT, a new directory", where="convert")
     if options.link:
-        return _link(options, checkpoint)
+        return _link(options, checkpoint, output)
     if options.recipe is None:
         raise UsageError("say which bits", expected="--recipe, --budget, or --link", where="convert")
     conversion = make_conversion(
         checkpoint,
-        options.output,
+        output,
         options.recipe,
         layers=options.layers,
         rounding=options.rounding,
@@ -192,10 +225,70 @@ def _time_of(conversion: Conversion, target: ModuleTarget, rows: SourceRows) -> 
     return float(fastest)
 
 
-def _link(options: ConvertOptions, checkpoint: Checkpoint) -> str:
+def _check(options: ConvertOptions) -> None:
+    """Refuse options that contradict each other."""
+    ways = [
+        name
+        for name, given in (
+            ("--recipe", options.recipe is not None and not options.link),
+            ("--link", options.link),
+            ("--measure", options.measure),
+            ("--budget", options.budget_bytes is not None),
+        )
+        if given
+    ]
+    if len(ways) > 1:
+        raise UsageError("these contradict each other", expected="one of them", found=" and ".join(ways))
+    if options.recipe_out is not None and options.budget_bytes is None:
+        raise UsageError("--recipe-out is for --budget", where="--recipe-out")
+    if options.calibration is not None and not (options.measure or options.budget_bytes is not None):
+        raise UsageError("--calibration is for --measure and --budget", where="--calibration")
+
+
+def _measured(options: ConvertOptions, checkpoint: Checkpoint) -> tuple[ModuleErrors, ...]:
+    importance = None if options.calibration is None else read_importance(options.calibration, checkpoint)
+    with Progress(TextColumn("measuring"), BarColumn(), MofNCompleteColumn(), console=Console(stderr=True)) as bar:
+        start, end = options.layers or (0, None)
+        manifest = checkpoint.manifest(start, end)
+        task = bar.add_task("", total=sum(source.spec.quantizable for source in manifest.sources))
+        return measure(
+            checkpoint,
+            layers=options.layers,
+            importance=importance,
+            workers=options.workers,
+            on_module=lambda _: bar.advance(task),
+        )
+
+
+def _chosen(options: ConvertOptions, checkpoint: Checkpoint, modules: tuple[ModuleErrors, ...]) -> tuple[Recipe, str]:
+    """The recipe for a budget, and what to say of it."""
+    budget = options.budget_bytes or 0
+    start, end = options.layers or (0, None)
+    plain = Recipe(name="", title="", source="", rules=(Rule(bits=16, group_size=64),), hash="")
+    rest = sum(
+        plain.weight_bytes(source.spec)
+        for source in checkpoint.manifest(start, end).sources
+        if not source.spec.quantizable
+    )
+    choice = choose(modules, budget - rest)
+    name = options.recipe_out.stem if options.recipe_out is not None else f"budget-{_size(budget).replace(' ', '')}"
+    text = recipe_text(choice, name=name, budget_bytes=budget)
+    lines = [
+        f"{_size(choice.nbytes + rest)} of {_size(budget)}; error^2 of the logits {choice.error:.3g}, "
+        f"at most {choice.gap:.1%} above the least that there is"
+    ]
+    if options.recipe_out is not None:
+        write_whole(options.recipe_out, text)
+        lines.append(f"wrote {options.recipe_out}: `exo-kimi plan` and `exo-kimi convert` take it as --recipe")
+    elif options.output is None:
+        lines.append(text)
+    return recipe_of(text), "\n".join(lines)
+
+
+def _link(options: ConvertOptions, checkpoint: Checkpoint, output: Path) -> str:
     if options.keep_kv_b or options.rounding != "search":
         raise UsageError("--link changes no weight", fix="leave --keep-kv-b and --rounding out", where="--link")
-    job = link_job(checkpoint, options.output, recipe=options.recipe, layers=options.layers)
+    job = link_job(checkpoint, output, recipe=options.recipe, layers=options.layers)
     linked = sum(path.stat().st_size for path in job.links.values())
     if options.dry_run:
         return f"links     {len(job.links)} files, {format_bytes(linked)}; no weight is copied"

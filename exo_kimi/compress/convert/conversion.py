@@ -173,7 +173,7 @@ def make_conversion(
 def _beside_the_text(index: CheckpointIndex, *, carry: bool) -> tuple[tuple[TensorEntry, ...], dict[str, int]]:
     """Tensors of the tower to carry, and the number of others that a text model skips, by reason."""
     left_out = Counter(index.skipped)
-    if not carry:
+    if not carry or not any(reason.startswith(_CARRIED) for reason in left_out):
         return (), {reason: count for reason, count in left_out.items() if not reason.startswith(_CARRIED)}
     carried = []
     for entry in index.tensors.values():

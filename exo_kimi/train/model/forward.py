@@ -69,9 +69,14 @@ def loss_and_gradients(parameters: Parameters, config: KimiConfig, wavelengths: 
 
 def predictions(parameters: Parameters, config: KimiConfig, wavelengths: Floats, batch: Batch) -> Ids:
     """(M,) the likeliest token at each of `batch.rows`."""
-    logits, _, _ = _forward(parameters, {}, config, wavelengths, batch)
-    chosen: Ids = logits.argmax(-1).astype(np.int32)
+    chosen: Ids = next_logits(parameters, config, wavelengths, batch).argmax(-1).astype(np.int32)
     return chosen
+
+
+def next_logits(parameters: Parameters, config: KimiConfig, wavelengths: Floats, batch: Batch) -> Floats:
+    """(M, vocab) the logits at each of `batch.rows`."""
+    logits, _, _ = _forward(parameters, {}, config, wavelengths, batch)
+    return logits
 
 
 def _forward(
