@@ -24,6 +24,7 @@ from exo_kimi.models import ops, projection
 from exo_kimi.models.blocks import pieces_of
 from exo_kimi.models.decode import DecodeStep, RMSNorm
 from exo_kimi.models.expert_bank import StreamedExperts
+from exo_kimi.models.features import FeatureTap
 from exo_kimi.models.latent_cache import LatentCache8
 from exo_kimi.models.mla import Attention, Span
 from exo_kimi.models.moe import MLP, MoE
@@ -192,7 +193,12 @@ class Model(nn.Module):
         return vectors
 
     def forward_ragged(
-        self, x: mx.array, segments: Sequence[tuple[int, Sequence[KVCache]]], *, asked: Sequence[int] | None = None
+        self,
+        x: mx.array,
+        segments: Sequence[tuple[int, Sequence[KVCache]]],
+        *,
+        asked: Sequence[int] | None = None,
+        tap: FeatureTap | None = None,
     ) -> mx.array:
         """One pass over several sequences laid end to end, prefill chunks and single tokens mixed.
 
@@ -202,24 +208,26 @@ class Model(nn.Module):
             segments: for each sequence its number of tokens here (they sum to N) and its caches, which grow by it.
             asked: for each segment how many tokens at its end somebody asks for, as a sampler for the last of a prompt; None:
                 all. Of the others the last layer only takes in keys and values, and what is returned means nothing.
+            tap: notes the features of these layers, of all tokens (what leaves the last layer: of those that are asked for).
 
         Returns:
             (N, D) hidden states, before the final norm on the last stage.
         """
         if self.takes_decode(segments):
-            return self.decode(x, [caches for _, caches in segments])
+            return self.decode(x, [caches for _, caches in segments], tap=tap)
         total = sum(length for length, _ in segments)
         longest = max(caches[0].offset + length for length, caches in segments)
         element_bytes = self.layers[0].input_layernorm.weight.dtype.size
         chunk = fitting_chunk(self.args, total, longest, scratch_bytes=self.scratch_bytes, element_bytes=element_bytes)
         asked = [length for length, _ in segments] if asked is None else asked
         if chunk == total:
-            return self._pass(x, segments, asked)
+            return self._pass(x, segments, asked, tap)
         outputs: list[mx.array] = []
         for rows, pieces, ends in pieces_of(segments, asked, chunk):
-            outputs.append(self._pass(x[rows], pieces, ends))
+            outputs.append(self._pass(x[rows], pieces, ends, tap))
             # Or the graph of the next piece would hold this one's arrays.
-            mx.eval(outputs[-1], [cache.state for _, caches in pieces for cache in caches])
+            noted = tap.rows if tap is not None else []
+            mx.eval(outputs[-1], noted, [cache.state for _, caches in pieces for cache in caches])
         return mx.concatenate(outputs)
 
     def takes_decode(self, segments: Sequence[tuple[int, Sequence[Any]]]) -> bool:
@@ -228,7 +236,7 @@ class Model(nn.Module):
             length == 1 and type(caches[0]) in (KVCache, LatentCache8) for length, caches in segments
         )
 
-    def decode(self, x: mx.array, caches: Sequence[Sequence[Any]]) -> mx.array:
+    def decode(self, x: mx.array, caches: Sequence[Sequence[Any]], *, tap: FeatureTap | None = None) -> mx.array:
         """One new token of each of N sequences, in as few MLX primitives as possible; the layers' calls are its oracle.
 
         What a step can share is made once and not in each layer, and MLX begins with the first layers while Python builds the
@@ -237,6 +245,7 @@ class Model(nn.Module):
         Args:
             x: (N,) int32 token ids on the first stage, else (N, D) hidden states.
             caches: of each sequence, one per layer, which grow by its token.
+            tap: see `forward_ragged`.
 
         Returns:
             (N, D) hidden states, before the final norm on the last stage.
@@ -246,25 +255,44 @@ class Model(nn.Module):
         offsets = [own[0].offset for own in caches]
         step = DecodeStep(layers[0].self_attn.rope, offsets, h.dtype, chosen=self.args.num_experts_per_tok)
         h = h.reshape(tokens, 1, 1, -1)
+        wanted = tap.layers if tap is not None else ()
         for number, (layer, own) in enumerate(zip(layers, zip(*caches, strict=True), strict=True), start=1):
+            if tap is not None and self.start_layer + number - 1 in wanted:
+                tap.note(self.start_layer + number - 1, h.reshape(tokens, -1))
             h = layer.decode(h, step, own)
             if self.piece_layers and number % self.piece_layers == 0:
                 mx.async_eval(h)  # type: ignore[no-untyped-call]
-        return h.reshape(tokens, -1)
+        h = h.reshape(tokens, -1)
+        if tap is not None and self.is_last:
+            tap.note(self.end_layer, h)
+        return h
 
-    def _pass(self, x: mx.array, segments: Sequence[tuple[int, Sequence[KVCache]]], asked: Sequence[int]) -> mx.array:
+    def _pass(
+        self,
+        x: mx.array,
+        segments: Sequence[tuple[int, Sequence[KVCache]]],
+        asked: Sequence[int],
+        tap: FeatureTap | None,
+    ) -> mx.array:
         positions = mx.concatenate(
             [mx.arange(caches[0].offset, caches[0].offset + length, dtype=mx.int32) for length, caches in segments]
         )
         spans = [_span(length) for length, _ in segments]
         h = self.embed(x) if x.ndim == 1 else x
         *layers, last = self.layers
+        tap = tap if tap is not None else FeatureTap(())
         for index, layer in enumerate(layers):
+            tap.note(self.start_layer + index, h)
             h = layer(h, positions, spans, [caches[index] for _, caches in segments])
+        tap.note(self.end_layer - 1, h)
         own = [caches[-1] for _, caches in segments]
         if all(count == length for count, (length, _) in zip(asked, segments, strict=True)):
-            return last(h, positions, spans, own)
-        return _end(last, h, positions, [length for length, _ in segments], asked, own)
+            h = last(h, positions, spans, own)
+        else:
+            h = _end(last, h, positions, [length for length, _ in segments], asked, own)
+        if self.is_last:
+            tap.note(self.end_layer, h)
+        return h
 
     def logits(self, hidden: mx.array) -> mx.array:
         """(n, vocab) float32 logits of (n, D) hidden states, on the last stage."""

@@ -24,7 +24,10 @@ HiddenDtype = Literal["float32", "bfloat16", "float16"]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Hidden:
-    """Hidden states between two stages: `data` holds tokens * hidden_size elements, row-major, little-endian."""
+    """Hidden states between two stages: `data` holds tokens * hidden_size elements, row-major, little-endian.
+
+    Where a draft head reads features of layers before the stage that is given them, each row is the token's hidden state and,
+    behind it, those features, ascending: `hidden_size` is then a multiple of the model's."""
 
     dtype: HiddenDtype
     tokens: int
@@ -86,7 +89,10 @@ class Segment:
 
     The last `drafts` of the tokens are guesses. `sample` then asks for a token after the position before the first guess,
     and after each guess that was right (equal to the token before it in the answer). The next segment's offset tells how
-    much of it stays: it may be smaller than what the cache holds, by at most `drafts`, and a stage drops what is beyond."""
+    much of it stays: it may be smaller than what the cache holds, by at most `drafts`, and a stage drops what is beyond.
+
+    `mask` is for the first token that is asked for; `draft_masks`, where there are any, for the one after each guess.
+    `propose` asks the last stage's draft head for as many guesses of what follows the token that is sampled last."""
 
     seq_id: int
     offset: int
@@ -95,6 +101,13 @@ class Segment:
     mask: bytes | None = None
     drafts: int = 0
     pictures: tuple[PictureSpan, ...] = ()
+    draft_masks: tuple[bytes | None, ...] = ()
+    propose: int = 0
+
+    @property
+    def masks(self) -> tuple[bytes | None, ...]:
+        """What may be chosen, for each token that is asked for."""
+        return (self.mask, *(self.draft_masks or (None,) * self.drafts))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -176,13 +189,33 @@ class Sampled:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Proposal:
+    """What the last stage's draft head says of one sequence.
+
+    Args:
+        seq_id: of a segment with `sample`.
+        token_ids: guesses of what follows its newest token; may be fewer than were asked for.
+        judged: tokens that it would have guessed first but was not asked for, looked at since it last told.
+        right: of those, how many it would have guessed right.
+        lost: it cannot follow this sequence any more, for it does not hold all of it.
+    """
+
+    seq_id: int
+    token_ids: tuple[int, ...] = ()
+    judged: int = 0
+    right: int = 0
+    lost: bool = False
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class StepResult:
     """What the last stage answers for a step: for each segment with `sample`, in order, one Sampled, and one more for each
     draft that was right; `restored` as in the step, (sequence, tokens that all stages hold); `failed` as in the step, of which
-    nothing is sampled."""
+    nothing is sampled; `proposals` of the draft head, where it has something to say."""
 
     epoch: int
     step_id: int
     sampled: tuple[Sampled, ...]
     restored: tuple[tuple[int, int], ...] = ()
     failed: tuple[FailedSequence, ...] = ()
+    proposals: tuple[Proposal, ...] = ()

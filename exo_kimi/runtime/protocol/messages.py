@@ -30,7 +30,7 @@ from msgspec import Meta, Struct
 from exo_kimi.experts.policies import DEFAULT_POLICY
 from exo_kimi.runtime.requests import StageState
 
-PROTOCOL_VERSION: Literal[7] = 7
+PROTOCOL_VERSION: Literal[8] = 8
 
 Count = Annotated[int, Meta(ge=0, le=2**63 - 1)]
 Positive = Annotated[int, Meta(ge=1, le=2**63 - 1)]
@@ -53,7 +53,7 @@ FreeScope = Literal["host", "process"]
 class Header(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, tag_field="kind"):
     """The first part of a frame. `version` is checked before anything else is read (see `frames.decode`)."""
 
-    version: Literal[7] = PROTOCOL_VERSION
+    version: Literal[8] = PROTOCOL_VERSION
 
 
 class Hello(Header, frozen=True, kw_only=True, tag="hello"):
@@ -125,6 +125,9 @@ class Load(Header, frozen=True, kw_only=True, tag="load"):
         vision_directory: where the tower's tensors are, if not beside the layers.
         expert_cache_bytes: what the stage may hold of its routed experts; the others stay on its disk. None holds all.
         expert_policy: which expert gives way (see `experts.policies`).
+        feature_layers: whose features a draft head reads, ascending; empty without one.
+        draft_directory: the leader's directory of the head, which this stage, the last, holds too; None for all others.
+        draft_fingerprint: of the head's tensors.
     """
 
     stage: Count
@@ -139,6 +142,9 @@ class Load(Header, frozen=True, kw_only=True, tag="load"):
     vision_directory: DirectoryPath | None = None
     expert_cache_bytes: Count | None = None
     expert_policy: Name = DEFAULT_POLICY
+    feature_layers: tuple[Count, ...] = ()
+    draft_directory: DirectoryPath | None = None
+    draft_fingerprint: Name | None = None
 
 
 class ExpertTotals(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):

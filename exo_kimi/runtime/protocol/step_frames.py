@@ -30,6 +30,7 @@ from exo_kimi.runtime.steps import (
     Hidden,
     HiddenDtype,
     PictureSpan,
+    Proposal,
     Sampled,
     Segment,
     SequenceStart,
@@ -61,7 +62,7 @@ class SamplingHeader(Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     top_logprobs: Count
 
 
-SegmentRow = tuple[Count, Count, Positive, bool, bool, Count]
+SegmentRow = tuple[Count, Count, Positive, bool, bool, Count, Count, tuple[bool, ...]]
 SourceRow = tuple[Count | None, Tokens31, bool, tuple[Count, ...]]
 BeginRow = tuple[Count, Count, Count, SamplingHeader, SourceRow | None, Name]
 BlocksRow = tuple[Count, Count, BlockTokens, tuple[Key, ...]]
@@ -73,11 +74,12 @@ SpanRow = tuple[Count, Count, Positive, Count, Count]
 PicturesRow = tuple[tuple[PictureRow, ...], tuple[SpanRow, ...]]
 FailedRow = tuple[Count, Count, str, str | None, str | None, str | None, str | None]
 SampledRow = tuple[Count, Count, bool, tuple[Count, ...]]
+ProposalRow = tuple[Count, tuple[Count, ...], Count, Count, bool]
 
 _BLOCKS_COLUMNS = ("seq_id", "offset", "block_tokens", "keys")
 _RESTORED_COLUMNS = ("seq_id", "tokens")
 COLUMNS = {
-    "segments[]": ("seq_id", "offset", "length", "sample", "mask", "drafts"),
+    "segments[]": ("seq_id", "offset", "length", "sample", "mask", "drafts", "propose", "draft_masks"),
     "begin[]": ("seq_id", "prompt_tokens", "history", "sampling", "source", "request_id"),
     "begin[].source": ("source", "restore", "move", "seen"),
     "prefix": ("restore", "store", "drop", "restored"),
@@ -90,14 +92,16 @@ COLUMNS = {
     "pictures.spans[]": ("segment", "start", "tokens", "picture", "first"),
     "sampled[]": ("seq_id", "token_id", "logprob", "top_logprobs"),
     "restored[]": _RESTORED_COLUMNS,
+    "proposals[]": ("seq_id", "token_ids", "judged", "right", "lost"),
     "failed[]": ("seq_id", "stage", "what", "expected", "found", "where", "fix"),
 }
 """What the values of each row are called in an error."""
 
 
 class StepHeader(Header, frozen=True, kw_only=True, tag="step"):
-    """A Step without its arrays. `mask` of a segment and `history` of a start say whether and how much of a buffer is theirs;
-    `prefix` is None without orders about blocks, `pictures` without pictures and `failed` without failures, as in most steps."""
+    """A Step without its arrays. `mask` and `draft_masks` of a segment and `history` of a start say whether and how much of a
+    buffer is theirs; `prefix` is None without orders about blocks, `pictures` without pictures and `failed` without failures, as
+    in most steps."""
 
     epoch: Count
     step_id: Count
@@ -118,6 +122,7 @@ class ResultHeader(Header, frozen=True, kw_only=True, tag="step_result"):
     sampled: tuple[SampledRow, ...]
     restored: tuple[RestoredRow, ...]
     failed: tuple[FailedRow, ...] | None = None
+    proposals: tuple[ProposalRow, ...] | None = None
 
 
 def encode_step(step: Step) -> tuple[StepHeader, list[Part]]:
@@ -130,7 +135,7 @@ def encode_step(step: Step) -> tuple[StepHeader, list[Part]]:
     header = StepHeader(
         epoch=step.epoch,
         step_id=step.step_id,
-        segments=tuple([(s.seq_id, s.offset, s.length, s.sample, s.mask is not None, s.drafts) for s in step.segments]),
+        segments=tuple([_segment_row(segment) for segment in step.segments]),
         begin=tuple([_begin_row(start) for start in step.begin]),
         free=step.free,
         prefix=_orders_row(step),
@@ -140,7 +145,8 @@ def encode_step(step: Step) -> tuple[StepHeader, list[Part]]:
     )
     history = np.asarray([token for start in step.begin for token in start.history], "<i4")
     buffers: list[Part] = [np.ascontiguousarray(step.tokens, "<i4").tobytes(), history.tobytes()]
-    buffers += [segment.mask for segment in step.segments if segment.mask is not None]
+    masks = [mask for segment in step.segments for mask in (segment.mask, *segment.draft_masks)]
+    buffers += [mask for mask in masks if mask is not None]
     buffers += [picture.pixels for picture in step.pictures]
     if hidden is not None:
         buffers.append(hidden.data)
@@ -153,7 +159,7 @@ def decode_step(header: StepHeader, buffers: Sequence[Part]) -> Step:
     Raises:
         ProtocolError: they do not fit each other.
     """
-    masked = sum([row[4] for row in header.segments])
+    masked = sum([row[4] + sum(row[7]) for row in header.segments])
     picture_rows, span_rows = header.pictures or ((), ())
     wanted = 2 + masked + len(picture_rows) + (header.hidden is not None)
     if len(buffers) != wanted:
@@ -171,8 +177,12 @@ def decode_step(header: StepHeader, buffers: Sequence[Part]) -> Step:
                 mask=bytes(next(masks)) if mask else None,
                 drafts=drafts,
                 pictures=spans.get(index, ()),
+                draft_masks=tuple([bytes(next(masks)) if one else None for one in draft_masks]),
+                propose=propose,
             )
-            for index, (seq_id, offset, length, sample, mask, drafts) in enumerate(header.segments)
+            for index, (seq_id, offset, length, sample, mask, drafts, propose, draft_masks) in enumerate(
+                header.segments
+            )
         ]
     )
     tokens = _int32_array(buffers[0], "tokens")
@@ -219,6 +229,7 @@ def encode_result(result: StepResult) -> tuple[ResultHeader, list[Part]]:
         ),
         restored=result.restored,
         failed=_failed_rows(result.failed),
+        proposals=tuple([(p.seq_id, p.token_ids, p.judged, p.right, p.lost) for p in result.proposals]) or None,
     )
     return header, [np.asarray(logprobs, "<f8").tobytes()]
 
@@ -251,6 +262,12 @@ def decode_result(header: ResultHeader, buffers: Sequence[Part]) -> StepResult:
         ),
         restored=header.restored,
         failed=_decode_failed(header.failed),
+        proposals=tuple(
+            [
+                Proposal(seq_id=seq_id, token_ids=token_ids, judged=judged, right=right, lost=lost)
+                for seq_id, token_ids, judged, right, lost in header.proposals or ()
+            ]
+        ),
     )
 
 
@@ -263,6 +280,20 @@ def check_finite(values: Iterable[object], name: str) -> None:
     for value in values:
         if isinstance(value, float) and not math.isfinite(value):
             raise malformed(f"{name}: a number that JSON cannot hold", expected="finite numbers", found=value)
+
+
+def _segment_row(segment: Segment) -> SegmentRow:
+    masked = tuple([mask is not None for mask in segment.draft_masks])
+    return (
+        segment.seq_id,
+        segment.offset,
+        segment.length,
+        segment.sample,
+        segment.mask is not None,
+        segment.drafts,
+        segment.propose,
+        masked,
+    )
 
 
 def _begin_row(start: SequenceStart) -> BeginRow:

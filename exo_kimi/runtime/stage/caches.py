@@ -1,6 +1,7 @@
 """Caches of a sequence as arrays that can be cut, copied and put together again.
 
-A cache's `keys` and `values` are arrays (1, 1, capacity, width), or tuples of such (a quantized cache: data, scales, biases).
+A cache's `keys` and `values` are arrays (1, heads, capacity, width), of one head for latents, or tuples of such (a quantized
+cache: data, scales, biases).
 """
 
 from __future__ import annotations
@@ -64,7 +65,7 @@ def append(caches: Sequence[Any], blocks: Mapping[str, mx.array], *, capacity: i
             end = start + block.shape[2]
             leaf = leaves.get(name)
             if leaf is None:
-                leaf = mx.zeros((1, 1, max(end, capacity), block.shape[-1]), block.dtype)
+                leaf = mx.zeros((*block.shape[:2], max(end, capacity), block.shape[-1]), block.dtype)
             elif leaf.shape[2] < end:
                 leaf = _resized(leaf, start, max(end, capacity))
             leaf[..., start:end, :] = block

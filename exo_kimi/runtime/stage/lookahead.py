@@ -11,7 +11,7 @@ enqueueing a step takes about as long as computing it, and every token would be 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import mlx.core as mx
@@ -19,7 +19,7 @@ import numpy as np
 
 from exo_kimi.runtime.stage.caches import room, trim
 from exo_kimi.runtime.stage.sequence_state import SequenceState
-from exo_kimi.runtime.stage.stage_model import StageModel
+from exo_kimi.runtime.stage.stage_model import StageModel, forward_tapped
 from exo_kimi.runtime.steps import Segment, Step, StepResult
 
 MOST_SEQUENCES = 64
@@ -30,10 +30,12 @@ LONGEST_PAUSE = 64
 
 @dataclass(frozen=True, slots=True)
 class PreparedStep:
-    """What was computed ahead for some segments of a step: `rows` of `logits` (n, vocab) by sequence."""
+    """What was computed ahead for some segments of a step: `rows` of `logits` (n, vocab) by sequence, and of `features`, where a
+    draft head reads them."""
 
     logits: mx.array
     rows: Mapping[int, int]
+    features: mx.array | None = None
 
     def rest(self, step: Step) -> Step:
         """The step without those segments."""
@@ -61,6 +63,20 @@ class PreparedStep:
                 taken += count
         return mx.concatenate(parts)
 
+    def joined_features(self, step: Step, others: mx.array | None) -> mx.array | None:
+        """The features of all tokens of a step, in its order; `others` are those of the rest of it."""
+        if self.features is None:
+            return None
+        parts, taken = list[mx.array](), 0
+        for segment in step.segments:
+            row = self.rows.get(segment.seq_id)
+            if row is not None:
+                parts.append(self.features[row : row + 1])
+            elif others is not None:
+                parts.append(others[taken : taken + segment.length])
+                taken += segment.length
+        return mx.concatenate(parts)
+
 
 class Ahead:
     """What one stage has enqueued.
@@ -68,13 +84,15 @@ class Ahead:
     Args:
         model: of the stage; one that is not the whole model never runs ahead.
         enabled: False is the oracle: every step is computed when it is asked for.
+        feature_layers: whose features a draft head reads.
     """
 
-    def __init__(self, model: StageModel, *, enabled: bool = True) -> None:
+    def __init__(self, model: StageModel, *, enabled: bool = True, feature_layers: Sequence[int] = ()) -> None:
         self._model = model
+        self._feature_layers = tuple(feature_layers)
         self._enabled = enabled and model.is_first and model.is_last
-        self._enqueued: tuple[Mapping[int, tuple[int, int]], mx.array] | None = None
-        """By sequence its row of the logits and the token fed; the logits."""
+        self._enqueued: tuple[Mapping[int, tuple[int, int]], mx.array, mx.array | None] | None = None
+        """By sequence its row of the logits and the token fed; the logits; the features."""
         self._misses = self._pause = 0
         self.used = self.dropped = 0
 
@@ -91,7 +109,7 @@ class Ahead:
         """
         if self._enqueued is None:
             return None
-        (rows, logits), self._enqueued = self._enqueued, None
+        (rows, logits, features), self._enqueued = self._enqueued, None
         tokens = step.tokens.tolist()
         fresh = {*step.free, *(start.seq_id for start in step.begin)}
         found: dict[int, int] = {}
@@ -114,7 +132,7 @@ class Ahead:
         self.dropped += len(rows) - len(found)
         self._misses = self._misses + 1 if missed else 0
         self._pause = min(2 ** min(self._misses, 6), LONGEST_PAUSE) if missed else 0
-        return PreparedStep(logits, found) if found else None
+        return PreparedStep(logits, found, features) if found else None
 
     def enqueue(self, step: Step, result: StepResult, sequences: Mapping[int, SequenceState]) -> None:
         """Begin with what will follow a step that was answered.
@@ -136,12 +154,15 @@ class Ahead:
             return
         tokens = [sampled.token_id for sampled in result.sampled]
         segments = [(1, entry.caches) for entry in entries]
-        logits = self._model.logits(self._model.forward_ragged(mx.array(tokens, mx.int32), segments)).astype(mx.float32)
-        mx.async_eval(logits)  # type: ignore[no-untyped-call]
+        hidden, features = forward_tapped(
+            self._model, mx.array(tokens, mx.int32), segments, feature_layers=self._feature_layers
+        )
+        logits = self._model.logits(hidden).astype(mx.float32)
+        mx.async_eval(logits, [] if features is None else features)  # type: ignore[no-untyped-call]
         rows = {segment.seq_id: (row, tokens[row]) for row, segment in enumerate(step.segments)}
-        self._enqueued = rows, logits
+        self._enqueued = rows, logits, features
 
 
 def _goes_on(segment: Segment, sequence: SequenceState) -> bool:
-    """It has one new token, which its caches have room for."""
-    return segment.sample and not segment.drafts and room(sequence.caches) > 0
+    """It has one new token, which its caches have room for, and no guesses follow it."""
+    return segment.sample and not segment.drafts and not segment.propose and room(sequence.caches) > 0

@@ -23,7 +23,6 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from queue import Empty, Full, Queue
-from typing import Any
 
 import mlx.core as mx
 import numpy as np
@@ -31,6 +30,8 @@ import numpy as np
 from exo_kimi.checkpoint.safetensors_io import StoredTensor, read_header, write_file
 from exo_kimi.runtime.prefix_key import is_key
 from exo_kimi.runtime.stage.caches import Leaves, append, capacity_for, cut
+from exo_kimi.runtime.stage.drafting import BLOCK_PREFIX, DraftRunner
+from exo_kimi.runtime.stage.sequence_state import SequenceState
 from exo_kimi.runtime.steps import Blocks
 
 logger = logging.getLogger(__name__)
@@ -220,37 +221,57 @@ class PrefixDisk:
             self._queue.task_done()
 
 
-def read_blocks(disk: PrefixDisk | None, caches: Sequence[Any], order: Blocks, *, total: int) -> int:
+def read_blocks(disk: PrefixDisk | None, sequence: SequenceState, order: Blocks, *, drafts: DraftRunner | None) -> int:
     """Append blocks from disk to the caches of a sequence, as far as they are good.
 
     Args:
         disk: of this stage.
-        caches: hold `order.offset` tokens.
+        sequence: its caches hold `order.offset` tokens; memory for all that it is to hold in the end is taken at once.
         order: the blocks.
-        total: tokens that the caches are to hold in the end, for which memory is taken at once.
+        drafts: the stage's draft head, whose part of each block is restored too.
 
     Returns:
         Tokens that the caches hold now.
     """
     found: list[Leaves] = []
+    draft = sequence.draft if drafts is not None else None
     for key in order.keys:
         block = disk.read(key) if disk is not None else None
-        if block is None or not _fits(block, layers=len(caches), tokens=order.block_tokens):
+        stored = {} if block is None else {name: each for name, each in block.items() if not _is_draft(name)}
+        if block is None or not _fits(stored, layers=len(sequence.caches), tokens=order.block_tokens):
             break
-        found.append({name: _to_mlx(stored) for name, stored in block.items()})
+        found.append({name: _to_mlx(each) for name, each in block.items() if not _is_draft(name) or draft is not None})
     if found:
-        joined = {name: mx.concatenate([block[name] for block in found], axis=3) for name in found[0]}
-        append(caches, joined, capacity=capacity_for(total, caches))
+        joined = {
+            name: mx.concatenate([block[name] for block in found], axis=3)
+            for name in found[0]
+            if all(name in block for block in found)
+        }
+        own = {name: leaf for name, leaf in joined.items() if not _is_draft(name)}
+        append(sequence.caches, own, capacity=capacity_for(sequence.total, sequence.caches))
+        if drafts is not None and draft is not None:
+            theirs = {name.removeprefix(BLOCK_PREFIX): leaf for name, leaf in joined.items() if _is_draft(name)}
+            drafts.restore(draft, theirs, start=order.offset, total=sequence.total)
     return order.offset + len(found) * order.block_tokens
 
 
-def write_blocks(disk: PrefixDisk | None, caches: Sequence[Any], order: Blocks) -> None:
-    """Put blocks of a sequence's caches on their way to the disk: one copy here, so that the caches may grow meanwhile."""
+def write_blocks(
+    disk: PrefixDisk | None, sequence: SequenceState, order: Blocks, *, drafts: DraftRunner | None
+) -> None:
+    """Put blocks of a sequence's caches, and what a draft head holds of it, on their way to the disk: one copy here, so that the
+    caches may grow meanwhile."""
     for index, key in enumerate(order.keys):
         start = order.offset + index * order.block_tokens
+        end = start + order.block_tokens
         if disk is not None:
-            leaves = cut(caches, start, start + order.block_tokens)
+            leaves = cut(sequence.caches, start, end)
+            if drafts is not None:
+                leaves |= drafts.blocks(sequence.draft, start, end)
             disk.write(key, {name: _to_numpy(leaf) for name, leaf in leaves.items()})
+
+
+def _is_draft(name: str) -> bool:
+    return name.startswith(BLOCK_PREFIX)
 
 
 class DamagedBlockError(Exception):

@@ -63,6 +63,13 @@ class SequenceSampler:
         self.seen: set[int] = {*start.history, *start.seen}
         self.run: list[tuple[int, bool]] = []  # accepted since the last `begin_run`, and whether that was seen before
 
+    @property
+    def is_plain(self) -> bool:
+        """Whether the choice is the largest raw logit, whichever that is."""
+        p = self.params
+        penalised = p.presence_penalty != 0 or p.frequency_penalty != 0 or p.repetition_penalty != 1
+        return p.temperature == 0 and not penalised and not len(self.bias_ids)
+
     def keeps_largest(self, token_id: int) -> bool:
         """Whether the choice is the largest raw logit, which is this token's: biases only bar others."""
         p = self.params
@@ -84,14 +91,19 @@ class SequenceSampler:
 
     def begin_run(self, *, keep: int) -> None:
         """A new segment came: of the tokens accepted for the one before, the leader kept the first `keep`."""
-        for token_id, seen_before in reversed(self.run[keep:]):
+        self.forget(len(self.run) - min(keep, len(self.run)))
+        self.run.clear()
+
+    def forget(self, count: int) -> None:
+        """Take back the last tokens that were accepted since `begin_run`."""
+        for _ in range(count):
+            token_id, seen_before = self.run.pop()
             self.counts[token_id] -= 1
             if not self.counts[token_id]:
                 del self.counts[token_id]
             if not seen_before:
                 self.seen.discard(token_id)
             self.generated_tokens -= 1
-        self.run.clear()
 
 
 def sample(
@@ -129,7 +141,7 @@ def sample(
 def sample_runs(
     logits: npt.NDArray[np.float32],
     samplers: Sequence[SequenceSampler],
-    masks: Sequence[bytes | None],
+    masks: Sequence[Sequence[bytes | None]],
     drafts: Sequence[npt.NDArray[np.int32]],
 ) -> tuple[Sampled, ...]:
     """Choose the next tokens of n sequences and note them in their samplers.
@@ -138,7 +150,7 @@ def sample_runs(
         logits: float32 [sum of 1 + len(drafts), vocab_size], raw; for each sequence a row after its last known token, and
             one after each guess.
         samplers: n samplers.
-        masks: n masks of allowed tokens.
+        masks: for each sequence the mask of allowed tokens of each of its rows.
         drafts: n arrays of guesses.
 
     Returns:
@@ -148,17 +160,37 @@ def sample_runs(
         StageError: a row that is looked at holds NaN or infinity, or nothing is allowed.
     """
     if not any(map(len, drafts)):
-        return sample(logits, samplers, masks)
+        return sample(logits, samplers, [mask for mask, *_ in masks])
     firsts = np.cumsum([0, *(1 + len(guess) for guess in drafts)])
     runs: list[list[Sampled]] = [[] for _ in samplers]
     asked = list(range(len(samplers)))
     while asked:
         rows = [firsts[i] + len(runs[i]) for i in asked]
-        found = sample(logits[rows], [samplers[i] for i in asked], [masks[i] for i in asked])
+        found = sample(logits[rows], [samplers[i] for i in asked], [masks[i][len(runs[i])] for i in asked])
         for i, sampled in zip(asked, found, strict=True):
             runs[i].append(sampled)
         asked = [i for i in asked if len(runs[i]) <= len(drafts[i]) and _right(runs[i], drafts[i])]
     return tuple(sampled for run in runs for sampled in run)
+
+
+def guess_token(logits: npt.NDArray[np.float32], sampler: SequenceSampler) -> int | None:
+    """Guess a sequence's next token as the model would choose it, from a draft head's logits, and note it in the sampler.
+
+    The same penalties, biases and cuts, and the same number of the seed's stream: where head and model agree, so do their tokens.
+    Whoever guesses takes the tokens back with `SequenceSampler.forget`.
+
+    Args:
+        logits: float32 [vocab_size], -inf for what the head cannot guess.
+        sampler: of the sequence.
+
+    Returns:
+        None where nothing can be guessed.
+    """
+    if not np.isfinite(logits.max()):
+        return None
+    token_id = _choose(logits, sampler, None)
+    sampler.accept(token_id)
+    return token_id
 
 
 def _right(run: list[Sampled], guess: npt.NDArray[np.int32]) -> bool:

@@ -10,6 +10,7 @@ import mlx.core as mx
 
 from exo_kimi.errors import ProtocolError, StageError
 from exo_kimi.runtime.stage.caches import trim
+from exo_kimi.runtime.stage.drafting import DraftState
 from exo_kimi.runtime.stage.sampling import SequenceSampler
 from exo_kimi.runtime.steps import Step
 
@@ -28,6 +29,7 @@ class SequenceState:
         sampler: on the last stage of the runtime.
         total: tokens that were known when it began.
         restoring: True until its first segment, which may start before the end of what came from disk.
+        draft: as the stage's draft head follows it; None where there is none, or where it does not hold all of it.
     """
 
     caches: list[Any]
@@ -36,6 +38,7 @@ class SequenceState:
     sampler: SequenceSampler | None = None
     total: int = 0
     restoring: bool = True
+    draft: DraftState | None = None
 
     def settle(self, offset: int) -> None:
         """Drop what is beyond `offset`: guesses that were wrong, or that the leader has no use for."""
@@ -45,6 +48,8 @@ class SequenceState:
                 raise StageError(f"a {type(cache).__name__} cannot give back {excess} tokens")
         if self.sampler is not None:
             self.sampler.begin_run(keep=1 + self.drafts - excess)
+        if self.draft is not None:
+            self.draft.keep(offset)
         self.length, self.drafts = offset, 0
 
     def begin_at(self, offset: int) -> None:
@@ -53,6 +58,11 @@ class SequenceState:
             trim(self.caches, offset)
             self.length = offset
         self.restoring = False
+
+    @property
+    def draft_nbytes(self) -> int:
+        """Bytes that the draft head holds of it."""
+        return 0 if self.draft is None else self.draft.nbytes
 
 
 class SequenceTable(dict[Key, State]):
@@ -110,10 +120,19 @@ def check_step(step: Step, sequences: Mapping[int, SequenceState], *, vocab_size
                 else f"offset {entry.length}{f' or up to {entry.drafts} less' * bool(entry.drafts)}, length at least 1",
                 found=f"offset {segment.offset}, length {segment.length}",
             )
-        if segment.drafts and (segment.drafts >= segment.length or not segment.sample or segment.mask is not None):
+        masks = len(segment.draft_masks)
+        unmasked = segment.mask is not None and masks != segment.drafts
+        if segment.drafts and (segment.drafts >= segment.length or not segment.sample or unmasked):
             raise ProtocolError(
                 f"drafts of sequence {segment.seq_id} that cannot be checked",
                 stage=stage,
-                expected="a token before them, `sample`, and no mask",
-                found=f"length {segment.length}, {segment.drafts} drafts",
+                expected="a token before them, `sample`, and with a mask one more for each of them",
+                found=f"length {segment.length}, {segment.drafts} drafts, {masks} masks for them",
+            )
+        if masks not in (0, segment.drafts) or (segment.propose and not segment.sample):
+            raise ProtocolError(
+                f"a segment of sequence {segment.seq_id} that contradicts itself",
+                stage=stage,
+                expected=f"no masks for drafts or {segment.drafts}, and guesses only of what follows a sample",
+                found=f"{masks} masks, {segment.propose} guesses asked for",
             )

@@ -10,6 +10,7 @@ import numpy as np
 
 from exo_kimi.errors import ProtocolError
 from exo_kimi.models.expert_bank import StreamedExperts
+from exo_kimi.models.features import FeatureTap, features_before
 from exo_kimi.runtime.requests import ExpertHealth
 from exo_kimi.runtime.steps import Hidden, HiddenDtype
 
@@ -55,12 +56,55 @@ class StageModel(Protocol):
     def embed(self, tokens: mx.array) -> mx.array: ...
 
     def forward_ragged(
-        self, x: mx.array, segments: Sequence[tuple[int, list[Any]]], *, asked: Sequence[int] | None = None
+        self,
+        x: mx.array,
+        segments: Sequence[tuple[int, list[Any]]],
+        *,
+        asked: Sequence[int] | None = None,
+        tap: FeatureTap | None = None,
     ) -> mx.array: ...
 
     def logits(self, hidden: mx.array) -> mx.array: ...
 
     def cache_nbytes(self, caches: list[Any]) -> int: ...
+
+
+def width_of(model: StageModel, feature_layers: Sequence[int]) -> int:
+    """Elements of a row that a stage is given: a hidden state, and the features of layers before it."""
+    return model.args.hidden_size * (1 + features_before(feature_layers, model.start_layer))
+
+
+def forward_tapped(
+    model: StageModel,
+    x: mx.array,
+    segments: Sequence[tuple[int, list[Any]]],
+    *,
+    feature_layers: Sequence[int],
+    asked: Sequence[int] | None = None,
+) -> tuple[mx.array, mx.array | None]:
+    """One pass of a stage, with the features that a draft head reads.
+
+    Args:
+        model: the stage's layers.
+        x: token ids, or rows as `width_of` says.
+        segments, asked: see `Model.forward_ragged`.
+        feature_layers: ascending; empty for no features.
+
+    Returns:
+        Hidden states (N, D), and the features of all layers so far side by side (N, n D), None for none.
+    """
+    if not feature_layers:
+        return model.forward_ragged(x, segments, asked=asked), None
+    size, given = model.args.hidden_size, features_before(feature_layers, model.start_layer)
+    tap = FeatureTap(each for each in feature_layers if each >= model.start_layer)
+    columns = [x[:, size:]] if given and x.ndim == 2 else []
+    x = x[:, :size] if columns else x
+    asked = None if model.is_last and model.end_layer in feature_layers else asked
+    hidden = model.forward_ragged(x, segments, asked=asked, tap=tap)
+    columns += tap.columns()
+    if not columns:
+        return hidden, None
+    return hidden, columns[0] if len(columns) == 1 else mx.concatenate(columns, axis=1)
 
 
 def pack(array: mx.array) -> Hidden:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Container, Mapping
+from collections.abc import Container, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -19,14 +19,15 @@ from exo_kimi.errors import (
     machine_error,
 )
 from exo_kimi.runtime.stage.caches import capacity_for, copy_prefix, trim
+from exo_kimi.runtime.stage.drafting import DraftRunner, DraftState
 from exo_kimi.runtime.stage.lookahead import Ahead, PreparedStep
 from exo_kimi.runtime.stage.memory import is_out_of_memory
 from exo_kimi.runtime.stage.pictures import PictureTower, without_pictures
 from exo_kimi.runtime.stage.prefix_disk import PrefixDisk, read_blocks, write_blocks
 from exo_kimi.runtime.stage.sampling import SequenceSampler, sample_runs
 from exo_kimi.runtime.stage.sequence_state import SequenceState, SequenceTable, check_step
-from exo_kimi.runtime.stage.stage_model import StageModel, pack, unpack
-from exo_kimi.runtime.steps import Blocks, FailedSequence, Sampled, Segment, SequenceStart, Step, StepResult
+from exo_kimi.runtime.stage.stage_model import StageModel, forward_tapped, pack, unpack, width_of
+from exo_kimi.runtime.steps import Blocks, FailedSequence, Proposal, Sampled, Segment, SequenceStart, Step, StepResult
 
 logger = logging.getLogger(__name__)
 
@@ -41,6 +42,8 @@ class StageWorker:
         disk: where it keeps prefixes; may be set later.
         tower: for pictures, on the first stage; None takes none.
         ahead: whether `run_ahead` does anything on a stage that is the whole model.
+        feature_layers: whose features a draft head on the last stage reads, ascending; empty without one.
+        drafts: that head, on the last stage.
     """
 
     def __init__(
@@ -52,13 +55,17 @@ class StageWorker:
         disk: PrefixDisk | None = None,
         tower: PictureTower | None = None,
         ahead: bool = True,
+        feature_layers: Sequence[int] = (),
+        drafts: DraftRunner | None = None,
     ) -> None:
         self.model = model
+        self.feature_layers = tuple(feature_layers)
+        self.drafts = drafts
         self.epoch = epoch
         self.stage = stage
         self.disk = disk
         self.tower = tower
-        self.ahead = Ahead(model, enabled=ahead)
+        self.ahead = Ahead(model, enabled=ahead, feature_layers=feature_layers)
         self._sequences: SequenceTable[int, SequenceState] = SequenceTable()
         self._failed: dict[int, FailedSequence] = {}
         self._answered: tuple[Step, StepResult] | None = None
@@ -71,7 +78,9 @@ class StageWorker:
     @property
     def kv_nbytes(self) -> int:
         """Bytes that the caches hold."""
-        return sum(self.model.cache_nbytes(sequence.caches) for sequence in self._sequences.values())
+        return sum(
+            self.model.cache_nbytes(sequence.caches) + sequence.draft_nbytes for sequence in self._sequences.values()
+        )
 
     def reset(self, epoch: int) -> None:
         """Drop every sequence and go on in `epoch`."""
@@ -139,7 +148,7 @@ class StageWorker:
 
     def _store(self, blocks: Blocks) -> None:
         if blocks.seq_id not in self._failed:
-            write_blocks(self.disk, self._known(blocks.seq_id).caches, blocks)
+            write_blocks(self.disk, self._known(blocks.seq_id), blocks, drafts=self.drafts)
         elif self.disk is not None:
             self.disk.refuse(blocks.keys)
 
@@ -168,7 +177,7 @@ class StageWorker:
             sequence = self._known(blocks.seq_id)
             # An order that does not follow what the cache holds follows one that failed.
             if sequence.restoring and sequence.length == blocks.offset:
-                sequence.length = read_blocks(self.disk, sequence.caches, blocks, total=sequence.total)
+                sequence.length = read_blocks(self.disk, sequence, blocks, drafts=self.drafts)
             reached[blocks.seq_id] = min(sequence.length, reached.get(blocks.seq_id, sequence.length))
         return replace(step, restored=tuple(reached.items())) if reached else step
 
@@ -176,20 +185,26 @@ class StageWorker:
         if start.seq_id in self._sequences:
             raise ProtocolError(f"sequence {start.seq_id} began twice", stage=self.stage)
         sampler = SequenceSampler(start) if self.model.is_last else None
-        caches = self.model.make_cache() if start.source is None else self._prefix(start, start.source)
+        draft = self.drafts.begin(prompt_tokens=start.prompt_tokens) if self.drafts is not None else None
+        if start.source is None:
+            caches = self.model.make_cache()
+        else:
+            caches, draft = self._prefix(start, start.source)
         total = start.prompt_tokens + len(start.history)
         if start.request_id:  # a warm-up has none
             logger.info("%s begins: %d tokens, %d of them held", start.request_id, total, start.restore)
-        self._sequences[start.seq_id] = SequenceState(caches, length=start.restore, sampler=sampler, total=total)
+        self._sequences[start.seq_id] = SequenceState(
+            caches, length=start.restore, sampler=sampler, total=total, draft=draft
+        )
 
-    def _prefix(self, start: SequenceStart, source: int) -> list[Any]:
-        """Caches that begin as those of another sequence."""
+    def _prefix(self, start: SequenceStart, source: int) -> tuple[list[Any], DraftState | None]:
+        """Caches that begin as those of another sequence, and what the draft head holds of it."""
         sequence = self._known(source)
         if source in self._failed:
             self._failed[start.seq_id] = replace(self._failed[source], seq_id=start.seq_id)
             if start.move:
                 del self._sequences[source], self._failed[source]
-            return self.model.make_cache()
+            return self.model.make_cache(), None
         if sequence.length < start.restore:
             raise ProtocolError(
                 f"sequence {start.seq_id} begins with more than sequence {source} has",
@@ -200,11 +215,17 @@ class StageWorker:
         if start.move:
             del self._sequences[source]
             trim(sequence.caches, start.restore)
-            return sequence.caches
+            if (draft := sequence.draft) is not None:
+                draft.keep(start.restore)
+                draft.prompt_tokens = start.prompt_tokens
+            return sequence.caches, draft
         caches = self.model.make_cache()
-        capacity = capacity_for(start.prompt_tokens + len(start.history), caches)
-        copy_prefix(sequence.caches, caches, length=start.restore, capacity=capacity)
-        return caches
+        total = start.prompt_tokens + len(start.history)
+        copy_prefix(sequence.caches, caches, length=start.restore, capacity=capacity_for(total, caches))
+        if self.drafts is None or sequence.draft is None:
+            return caches, None
+        draft = self.drafts.copy(sequence.draft, length=start.restore, total=total, prompt_tokens=start.prompt_tokens)
+        return caches, draft
 
     def _run(self, step: Step, prepared: PreparedStep | None) -> Step | StepResult:
         sequences = [self._sequences[segment.seq_id] for segment in step.segments]
@@ -213,37 +234,42 @@ class StageWorker:
         result: Step | StepResult
         if self.model.is_last:
             rest = step if prepared is None else prepared.rest(step)
-            out = None
+            out = features = None
             if rest.segments:
-                rest, out = self._forward_each(rest)
+                rest, out, features = self._forward_each(rest)
             if prepared is None and rest is not step:
                 step = rest
                 sequences = [self._sequences[segment.seq_id] for segment in step.segments]
             self._observe(step, sequences)
             logits = self._logits(rest, out) if out is not None else None
-            result = self._answer(
-                step, self._sample(step, sequences, logits if prepared is None else prepared.joined(step, logits))
-            )
+            if prepared is not None:
+                logits = prepared.joined(step, logits)
+                features = prepared.joined_features(step, features)
+            sampled = self._sample(step, sequences, logits)
+            result = self._answer(step, sampled, self._draft(step, sequences, features, sampled))
         else:  # only a stage that is the whole model prepares steps
-            step, out = self._forward_each(step)
+            step, out, features = self._forward_each(step)
             sequences = [self._sequences[segment.seq_id] for segment in step.segments]
+            if out is not None and features is not None:
+                out = mx.concatenate([out, features], axis=1)
             result = replace(without_pictures(step), hidden=None if out is None else pack(out))
         for segment, entry in zip(step.segments, sequences, strict=True):
             entry.length += segment.length
             entry.drafts = segment.drafts
         return result
 
-    def _forward_each(self, step: Step) -> tuple[Step, mx.array | None]:
-        """The hidden states of a step, and the step; without the sequences whose experts cannot be read, where there are any."""
+    def _forward_each(self, step: Step) -> tuple[Step, mx.array | None, mx.array | None]:
+        """The hidden states and features of a step, and the step; without the sequences whose experts cannot be read, where there
+        are any."""
         try:
-            return step, self._forward(step)
+            return step, *self._forward(step)
         except ExpertReadError as error:
             self._roll_back(step)
             if len(step.segments) == 1:
-                return self._fail(step, {step.segments[0].seq_id: error}), None
+                return self._fail(step, {step.segments[0].seq_id: error}), None, None
         # Somebody else's tokens asked for it: each by itself tells whose.
         failed: dict[int, ExpertReadError] = {}
-        outs: list[mx.array] = []
+        outs: list[tuple[mx.array, mx.array | None]] = []
         for segment in step.segments:
             alone = _rest_of(step, {each.seq_id for each in step.segments} - {segment.seq_id})
             try:
@@ -251,7 +277,13 @@ class StageWorker:
             except ExpertReadError as error:
                 self._roll_back(alone)
                 failed[segment.seq_id] = error
-        return self._fail(step, failed), mx.concatenate(outs) if outs else None
+        hidden = [out for out, _ in outs]
+        features = [each for _, each in outs if each is not None]
+        return (
+            self._fail(step, failed),
+            mx.concatenate(hidden) if hidden else None,
+            mx.concatenate(features) if features else None,
+        )
 
     def _roll_back(self, step: Step) -> None:
         for segment in step.segments:
@@ -264,17 +296,18 @@ class StageWorker:
             self._failed[seq_id] = FailedSequence.of(seq_id, error)
         return self._without_failed(step)
 
-    def _forward(self, step: Step) -> mx.array:
+    def _forward(self, step: Step) -> tuple[mx.array, mx.array | None]:
         model = self.model
         if model.is_first:
             x = mx.array(step.tokens) if not step.pictures else self._embed(step)
         elif step.hidden is None:
             raise ProtocolError("a step without hidden states reached a stage that is not the first", stage=self.stage)
         else:
-            x = unpack(step.hidden, tokens=len(step.tokens), hidden_size=model.args.hidden_size)
+            width = width_of(model, self.feature_layers)
+            x = unpack(step.hidden, tokens=len(step.tokens), hidden_size=width)
         asked = [_asked(segment) for segment in step.segments] if model.is_last else None
         segments = [(segment.length, self._sequences[segment.seq_id].caches) for segment in step.segments]
-        return model.forward_ragged(x, segments, asked=asked)
+        return forward_tapped(model, x, segments, feature_layers=self.feature_layers, asked=asked)
 
     def _embed(self, step: Step) -> mx.array:
         if self.tower is None:
@@ -304,11 +337,31 @@ class StageWorker:
         ends = _ends(step)
         drafts = [step.tokens[ends[row] - step.segments[row].drafts : ends[row]] for row in rows]
         samplers = [sampler for row in rows if (sampler := sequences[row].sampler) is not None]
-        return sample_runs(np.asarray(logits), samplers, [step.segments[row].mask for row in rows], drafts)
+        return sample_runs(np.asarray(logits), samplers, [step.segments[row].masks for row in rows], drafts)
 
-    def _answer(self, step: Step, sampled: tuple[Sampled, ...]) -> StepResult:
+    def _draft(
+        self,
+        step: Step,
+        sequences: list[SequenceState],
+        features: mx.array | None,
+        sampled: tuple[Sampled, ...],
+    ) -> tuple[Proposal, ...]:
+        """Let the draft head follow the step, and guess."""
+        if self.drafts is None or features is None:
+            return ()
+        for segment, entry in zip(step.segments, sequences, strict=True):
+            if entry.draft is not None and entry.draft.length != segment.offset:
+                entry.draft = None  # such as of a block that a disk had without it
+        return self.drafts.follow(step, [(entry.draft, entry.sampler) for entry in sequences], features, sampled)
+
+    def _answer(self, step: Step, sampled: tuple[Sampled, ...], proposals: tuple[Proposal, ...] = ()) -> StepResult:
         return StepResult(
-            epoch=step.epoch, step_id=step.step_id, sampled=sampled, restored=step.restored, failed=step.failed
+            epoch=step.epoch,
+            step_id=step.step_id,
+            sampled=sampled,
+            restored=step.restored,
+            failed=step.failed,
+            proposals=proposals,
         )
 
 

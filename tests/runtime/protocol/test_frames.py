@@ -27,6 +27,7 @@ from exo_kimi.runtime.steps import (
     FailedSequence,
     Hidden,
     PictureSpan,
+    Proposal,
     Sampled,
     Segment,
     SequenceStart,
@@ -58,6 +59,16 @@ failures = st.builds(
 )
 
 
+proposals = st.builds(
+    Proposal,
+    seq_id=counts,
+    token_ids=st.lists(token_ids, max_size=3).map(tuple),
+    judged=counts,
+    right=counts,
+    lost=st.booleans(),
+)
+
+
 @st.composite
 def steps(draw: st.DrawFn) -> Step:
     lengths = draw(st.lists(st.integers(1, 5), max_size=4))
@@ -73,6 +84,8 @@ def steps(draw: st.DrawFn) -> Step:
             sample=draw(st.booleans()),
             mask=draw(masks),
             drafts=n // 2,
+            draft_masks=tuple(draw(masks) for _ in range(n // 2)) if draw(st.booleans()) else (),
+            propose=draw(st.integers(0, 6)),
             pictures=tuple(
                 PictureSpan(draw(counts), draw(st.integers(1, 9)), draw(st.sampled_from(pictures)).digest, draw(counts))
                 for _ in range(draw(st.integers(0, 2)) if pictures else 0)
@@ -143,6 +156,7 @@ def results(draw: st.DrawFn) -> StepResult:
         sampled=tuple(draw(st.lists(sampled, max_size=3))),
         restored=restored,
         failed=tuple(draw(st.lists(failures, max_size=2))),
+        proposals=tuple(draw(st.lists(proposals, max_size=2))),
     )
 
 
@@ -152,7 +166,7 @@ def controls() -> st.SearchStrategy[Any]:
 
 def _holdable(message: Any) -> bool:
     """`builds` draws any int and float for a field; a frame holds the natural and the finite ones."""
-    values = structs.astuple(message)
+    values = [part for value in structs.astuple(message) for part in (value if isinstance(value, tuple) else (value,))]
     return all(
         not (isinstance(value, messages.ExpertTotals) and not _holdable(value))
         and not (type(value) is int and not 0 <= value < 2**63)
@@ -281,8 +295,8 @@ def test_hidden_states_are_not_copied_on_arrival() -> None:
 @pytest.mark.parametrize(
     ("change", "name", "expected", "found"),
     [
-        ({"segments": [[1, -5, 1, True, False, 0]]}, "segments[0].offset", ">= 0", "-5"),
-        ({"segments": [[1, 0]]}, "segments[0]", "length 6", "[1, 0]"),
+        ({"segments": [[1, -5, 1, True, False, 0, 0, []]]}, "segments[0].offset", ">= 0", "-5"),
+        ({"segments": [[1, 0]]}, "segments[0]", "length 8", "[1, 0]"),
         ({"epoch": "x"}, "epoch", "`int`", "'x'"),
         ({"step_id": 2**63}, "step_id", "<= 9223372036854775807", str(2**63)),
         ({"extra": 1}, "an unknown member", "no extra", "'extra'"),
