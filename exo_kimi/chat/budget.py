@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import copy
+from typing import Self
+
 from exo_kimi.chat.constraint import GrammarConstraint, StrictToolsConstraint, pack_mask
 from exo_kimi.chat.family import THINK_CLOSE, THINK_OPEN
 from exo_kimi.chat.template import ReasoningMode
@@ -57,3 +60,9 @@ class ReasoningBudget:
             self._reasons, self._may_open = token_id == self._open_id, False
         if self._then is not None:
             self._then.accept(token_id)
+
+    def fork(self) -> Self:
+        """One that stands where this one does; neither moves the other."""
+        made = copy.copy(self)
+        made._then = None if self._then is None else self._then.fork()
+        return made

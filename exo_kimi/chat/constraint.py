@@ -7,12 +7,13 @@ free: only control tokens other than `</think>` are barred from it, so that it c
 
 from __future__ import annotations
 
+import copy
 import json
 import threading
 import weakref
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 from llguidance import LLMatcher, LLTokenizer
@@ -216,6 +217,12 @@ class GrammarConstraint:
             self._phase = "none"
             _consume(self._matcher, token_id, self._stop_ids)
 
+    def fork(self) -> Self:
+        """One that stands where this one does; neither moves the other."""
+        made = copy.copy(self)
+        made._matcher = self._matcher.deep_copy()
+        return made
+
 
 class StrictToolsConstraint:
     """Constraint of tool calls alone: once the model begins one, it is a call to a declared tool with valid arguments.
@@ -257,6 +264,12 @@ class StrictToolsConstraint:
                 self._matcher = None
         elif token_id == self._begin_id:
             self._matcher = self._fresh.deep_copy()
+
+    def fork(self) -> Self:
+        """One that stands where this one does; neither moves the other."""
+        made = copy.copy(self)
+        made._matcher = None if self._matcher is None else self._matcher.deep_copy()
+        return made
 
 
 def json_object(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import AsyncGenerator
 from dataclasses import dataclass, field
-from typing import Literal, Protocol
+from typing import Literal, Protocol, Self, runtime_checkable
 
 from exo_kimi.pictures.picture import Picture
 
@@ -21,6 +21,15 @@ class TokenConstraint(Protocol):
 
     def accept(self, token_id: int) -> None:
         """Advance by a sampled token."""
+        ...
+
+
+@runtime_checkable
+class ForkableConstraint(TokenConstraint, Protocol):
+    """A grammar that can be followed along tokens that may never come, so that a draft head may guess under it."""
+
+    def fork(self) -> Self:
+        """One that stands where this one does; neither moves the other."""
         ...
 
 
@@ -85,7 +94,7 @@ class GenerationRequest:
 class TokenEvent:
     """One generated token. `logprob` and `top_logprobs` (id, logprob; best first) come from the raw logits, before
     temperature, penalties and masks, and only when asked for. The last event of a request carries `finish_reason`. `queue_s` is
-    how long the request waited for its first step."""
+    how long the request waited for its first step. `accepted_drafts` and `rejected_drafts` count the guesses for it so far."""
 
     token_id: int
     logprob: float | None = None
@@ -93,6 +102,8 @@ class TokenEvent:
     finish_reason: FinishReason | None = None
     cached_tokens: int = 0
     queue_s: float = 0.0
+    accepted_drafts: int = 0
+    rejected_drafts: int = 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -187,6 +198,12 @@ class EngineSnapshot:
     restarts_total: int = 0
     draft_tokens_total: int = 0
     draft_tokens_accepted_total: int = 0
+    head_drafts_by_position: tuple[tuple[int, int], ...] = ()
+    """Guesses of a draft head that were verified and those that were right, by position of its chain, those before being right."""
+    head_proposals_total: int = 0
+    head_judged_total: int = 0
+    head_judged_right_total: int = 0
+    head_undrafted_total: int = 0
     decode_bytes_total: float = 0.0
     decode_bytes_without_drafts_total: float = 0.0
     events: tuple[str, ...] = ()

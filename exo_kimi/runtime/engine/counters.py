@@ -67,6 +67,7 @@ class Counters:
         current, counts = scheduler.current, scheduler.counts
         kept_tokens = current.prefixes.kept_tokens if current is not None else 0
         drafts = scheduler.drafter.counts if scheduler.drafter is not None else DraftCounts()
+        head = scheduler.drafter.head.counts if scheduler.drafter is not None and scheduler.drafter.head else None
         return EngineSnapshot(
             ready=current is not None and not closed,
             stages=stages,
@@ -90,6 +91,11 @@ class Counters:
             restarts_total=max(0, self.epochs - 1),
             draft_tokens_total=drafts.drafted,
             draft_tokens_accepted_total=drafts.accepted,
+            head_drafts_by_position=tuple(zip(head.tries, head.hits, strict=True)) if head is not None else (),
+            head_proposals_total=head.proposed if head is not None else 0,
+            head_judged_total=head.judged if head is not None else 0,
+            head_judged_right_total=head.right if head is not None else 0,
+            head_undrafted_total=head.undrafted if head is not None else 0,
             decode_bytes_total=drafts.read_bytes,
             decode_bytes_without_drafts_total=drafts.plain_bytes,
             events=tuple(self.events),

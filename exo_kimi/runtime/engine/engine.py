@@ -10,7 +10,7 @@ import asyncio
 import copy
 import logging
 import secrets
-from collections.abc import AsyncGenerator, Coroutine
+from collections.abc import AsyncGenerator, Coroutine, Iterable
 from dataclasses import replace
 from typing import Any, Self
 
@@ -24,7 +24,13 @@ from exo_kimi.runtime.engine.sequence import Sequence, StepOutcome
 from exo_kimi.runtime.engine.speculation import Drafter, disk_cost_of
 from exo_kimi.runtime.engine.survival import Survival
 from exo_kimi.runtime.pipeline import DiskBlocks, Failed, Pipeline, Ready
-from exo_kimi.runtime.requests import EngineSnapshot, GenerationRequest, TokenConstraint, TokenEvent
+from exo_kimi.runtime.requests import (
+    EngineSnapshot,
+    ForkableConstraint,
+    GenerationRequest,
+    TokenConstraint,
+    TokenEvent,
+)
 from exo_kimi.runtime.steps import Step, StepResult
 from exo_kimi.runtime.token_mask import allowed
 
@@ -287,6 +293,9 @@ class Engine:
         for outcome in self._scheduler.complete(result):
             self._counters.generated += 1
             self._deliver(outcome)
+        for sequence in self._scheduler.running if result.proposals else ():
+            if sequence.proposed and sequence.request.constraint is not None:
+                self._mask_proposal(sequence, sequence.request.constraint)
         for sequence, error in self._scheduler.failures(result):
             self._counters.failed += 1
             self._counters.note(f"{type(error).__name__}: {error.what}")
@@ -312,6 +321,8 @@ class Engine:
             finish_reason=reason,
             cached_tokens=sequence.cached_tokens or 0,
             queue_s=sequence.queue_s or 0.0,
+            accepted_drafts=sequence.accepted_drafts,
+            rejected_drafts=sequence.rejected_drafts,
         )
         self._streams[sequence].put_nowait(event)
 
@@ -319,6 +330,14 @@ class Engine:
         if sequence.request.constraint is not None:
             vocab_size = self._limits.vocab_size if self._limits else None
             sequence.mask = _next_mask(sequence.request.constraint, accept=accept, vocab_size=vocab_size)
+
+    def _mask_proposal(self, sequence: Sequence, constraint: TokenConstraint) -> None:
+        """Cut guesses to what a grammar allows, and note what it allows after each of them."""
+        vocab_size = self._limits.vocab_size if self._limits else None
+        masks = _masks_along(constraint, sequence.mask, sequence.proposed, vocab_size=vocab_size)
+        sequence.proposed = sequence.proposed[: len(masks)]
+        masked = sequence.mask is not None or any(mask is not None for mask in masks)
+        sequence.proposed_masks = tuple(masks) if masked else ()
 
     def _fail(self, fault: RuntimeFault) -> None:
         """The stages lost their sequences: those that had touched them wait to be fed again, or end."""
@@ -413,3 +432,29 @@ def _next_mask(constraint: TokenConstraint, *, accept: int | None, vocab_size: i
     if mask is not None and not allowed(mask, len(mask) * 8 if vocab_size is None else vocab_size).any():
         raise StageError("the request's grammar allows no token")
     return mask
+
+
+def _masks_along(
+    constraint: TokenConstraint, mask: bytes | None, guesses: Iterable[int], *, vocab_size: int | None
+) -> list[bytes | None]:
+    """What a request's grammar allows after each guess, as far as it allows the guesses themselves.
+
+    Args:
+        constraint: the request's own, which is left where it is.
+        mask: what it allows now.
+        guesses: of what follows.
+        vocab_size: see `_next_mask`.
+    """
+    found: list[bytes | None] = []
+    if not isinstance(constraint, ForkableConstraint):
+        return found
+    try:
+        fork = constraint.fork()
+        for token_id in guesses:
+            if mask is not None and not allowed(mask, len(mask) * 8)[token_id]:
+                break
+            mask = _next_mask(fork, accept=token_id, vocab_size=vocab_size)
+            found.append(mask)
+    except ExoKimiError as error:  # told when the tokens come to it
+        logger.debug("guesses under a grammar end: %s", error)
+    return found

@@ -26,7 +26,7 @@ from exo_kimi.runtime.engine.prefix_cache import PrefixCache, PrefixCounts, Pref
 from exo_kimi.runtime.engine.sequence import ScheduledChunk, Sequence, StepInFlight, StepOutcome
 from exo_kimi.runtime.engine.speculation import Drafter
 from exo_kimi.runtime.pipeline import DiskBlocks, Ready
-from exo_kimi.runtime.steps import Blocks, Sampled, Step, StepResult
+from exo_kimi.runtime.steps import Blocks, Proposal, Sampled, Step, StepResult
 
 _by_arrival = attrgetter("order")
 
@@ -224,6 +224,9 @@ class EpochScheduler:
         token_budget = choose_budget(self.running)
         self._draft(decodes, token_budget)
         scheduled = [(s, 1) for s in decodes] + self._take_chunks(decodes, token_budget)
+        if self._drafter is not None:
+            sampling = [s for s, length in scheduled if length == s.num_new_tokens]
+            self._drafter.propose(sampling, others=sum(length for _, length in scheduled) - len(sampling))
         restores = self.prefixes.restore_orders(self.running)
         if not scheduled and not self._frees and not restores and not self.prefixes.has_orders:
             return None
@@ -265,7 +268,7 @@ class EpochScheduler:
                 self._counts.prompt_tokens += chunk.sequence.reached(chunk.end)
         if self._drafter is not None and asked and not failed:
             self._drafter.count(step, kept=len(result.sampled))
-        return self._outcomes(asked, runs)
+        return self._outcomes(asked, runs, {proposal.seq_id: proposal for proposal in result.proposals})
 
     def sequences_in_flight(self) -> set[Sequence]:
         """Those with tokens in a step that was not answered, or that read from disk in it."""
@@ -281,17 +284,30 @@ class EpochScheduler:
         self.prefixes.drop_damaged(errors)
         return [(sequence, errors[sequence.seq_id]) for sequence in found]
 
-    def _outcomes(self, asked: list[ScheduledChunk], runs: list[list[Sampled]]) -> Iterator[StepOutcome]:
+    def _outcomes(
+        self, asked: list[ScheduledChunk], runs: list[list[Sampled]], proposals: dict[int, Proposal]
+    ) -> Iterator[StepOutcome]:
         for chunk, run in zip(asked, runs, strict=True):
             sequence = chunk.sequence
             sequence.awaiting_token = False
             if sequence.state == "ended":
                 continue
+            sequence.accepted_drafts += len(run) - 1
+            sequence.rejected_drafts += chunk.drafts - (len(run) - 1)
+            head = self._drafter.head if self._drafter is not None else None
+            if head is not None and chunk.of_head:
+                head.on_verified(sequence.head, drafts=chunk.drafts, accepted=len(run) - 1)
             # A sequence that was preempted meanwhile keeps the tokens: they are the same that it would draw again.
-            for sampled in sequence.accept(run):
+            known = len(sequence.tokens) + len(run)
+            for sampled in sequence.accept(run, masked=chunk.masked):
                 yield StepOutcome(sequence=sequence, sampled=sampled)
             if sequence.state == "running":
                 self._decode_turns.append(sequence)
+                proposal = proposals.get(chunk.seq_id)
+                if head is not None and proposal is not None and sequence.seq_id == chunk.seq_id:
+                    head.on_proposal(sequence.head, proposal)
+                    if len(sequence.tokens) == known:  # or it is about tokens that were dropped
+                        sequence.take_proposal(proposal.token_ids)
 
     def _take_decodes(self) -> list[Sequence]:
         """The next group: an equal share of all that decode, those that waited longest first, each with its memory."""
@@ -325,7 +341,7 @@ class EpochScheduler:
             while sequence.drafts and not self.ledger.reserve(
                 sequence.seq_id, sequence.num_computed_tokens + 1 + len(sequence.drafts)
             ):
-                sequence.drafts = sequence.drafts[:-1]
+                sequence.drafts, sequence.draft_masks = sequence.drafts[:-1], sequence.draft_masks[:-1]
 
     def preempt(self, sequence: Sequence) -> None:
         """Take a running sequence's memory; it waits for another turn, and keeps its tokens."""

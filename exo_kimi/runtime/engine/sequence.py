@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
+from itertools import takewhile
 from typing import Literal
 
 from exo_kimi.errors import RuntimeFault
 from exo_kimi.pictures.picture import Picture
+from exo_kimi.runtime.engine.draft_policy import HeadState
 from exo_kimi.runtime.engine.prefix_index import CachedPrefix, Tokens, as_tokens
 from exo_kimi.runtime.engine.speculation import PromptLookup
 from exo_kimi.runtime.prefix_key import mark_pictures
@@ -91,6 +93,19 @@ class Sequence:
     """All that was known when it was admitted has been sent; from now on it is fed one token at a time, and drafts."""
     drafts: tuple[int, ...] = field(default=(), init=False)
     """Guesses of what follows its newest token, to be sent after it."""
+    draft_masks: tuple[bytes | None, ...] = field(default=(), init=False)
+    """What may follow each draft; empty where nothing is barred."""
+    drafts_of_head: bool = field(default=False, init=False)
+    """Whether its drafts are a draft head's."""
+    propose: int = field(default=0, init=False)
+    """Guesses that the head is asked for with the next token."""
+    proposed: tuple[int, ...] = field(default=(), init=False)
+    """What the head guessed to follow the newest token."""
+    proposed_masks: tuple[bytes | None, ...] = field(default=(), init=False)
+    """What may follow each of these; empty where nothing is barred."""
+    head: HeadState = field(default_factory=HeadState, init=False)
+    accepted_drafts: int = field(default=0, init=False)
+    rejected_drafts: int = field(default=0, init=False)
     lookup: PromptLookup | None = field(default=None, init=False)
     """Where its drafts come from, made with the first ones."""
     takes_over: tuple[CachedPrefix, int] | None = field(default=None, init=False)
@@ -179,6 +194,8 @@ class Sequence:
         self.decoding = self.decoding or sample
         mask = self.mask if sample else None
         drafts, self.drafts = len(self.drafts) if sample else 0, ()
+        draft_masks, self.draft_masks = self.draft_masks if drafts else (), ()
+        self.proposed, self.proposed_masks = (), ()
         segment = Segment(
             seq_id=self.seq_id,
             offset=offset,
@@ -187,8 +204,19 @@ class Sequence:
             mask=mask,
             drafts=drafts,
             pictures=tuple(self._spans(offset, end)),
+            draft_masks=draft_masks,
+            propose=self.propose if sample else 0,
         )
-        return segment, ScheduledChunk(sequence=self, seq_id=self.seq_id, end=end, sample=sample, drafts=drafts)
+        chunk = ScheduledChunk(
+            sequence=self,
+            seq_id=self.seq_id,
+            end=end,
+            sample=sample,
+            drafts=drafts,
+            of_head=self.drafts_of_head,
+            masked=bool(draft_masks),
+        )
+        return segment, chunk
 
     def _spans(self, offset: int, end: int) -> Iterator[PictureSpan]:
         """The parts of its pictures that lie in the positions from `offset` to `end`."""
@@ -202,16 +230,22 @@ class Sequence:
         needed = {span.digest for span in segment.pictures}
         return (shown.picture for shown in self.request.pictures if shown.picture.digest in needed)
 
-    def accept(self, run: Iterable[Sampled]) -> Iterator[Sampled]:
+    def accept(self, run: Iterable[Sampled], *, masked: bool = False) -> Iterator[Sampled]:
         """Append the tokens of one answer, giving each to the caller, who may end the sequence or set its mask: what comes
-        after is then dropped, for it was drawn without them."""
+        after is then dropped, for it was drawn without them (unless `masked`: each was drawn with its own)."""
         for sampled in run:
             self.tokens.append(sampled.token_id)
             yield sampled
-            if self.state == "ended" or self.mask is not None:
+            if self.state == "ended" or (self.mask is not None and not masked):
                 break
         if self.registered and self.decoding:  # the caches hold all of it but the newest
             self.num_computed_tokens = len(self.tokens) - 1
+
+    def take_proposal(self, token_ids: Iterable[int]) -> None:
+        """Guesses of what follows the newest token; none from a stop on, for what samples after the one before it gives that."""
+        stops = self.request.stop_ids
+        self.proposed = tuple(takewhile(lambda token_id: token_id not in stops, token_ids))
+        self.proposed_masks = ()
 
     def reached(self, end: int) -> int:
         """The last stage's cache holds `end` tokens. Returns how many prompt tokens that are new to it ever."""
@@ -223,7 +257,8 @@ class Sequence:
     def forget(self) -> None:
         """It holds nothing on the stages any more; a token on its way is still its next one."""
         self.num_computed_tokens = self.num_confirmed_tokens = 0
-        self.drafts = ()
+        self.drafts = self.draft_masks = self.proposed = self.proposed_masks = ()
+        self.head.lost = False
         self.registered = self.decoding = False
         self.takes_over = self.source = self.restoring = None
         self.seq_id = -1
@@ -250,13 +285,16 @@ class Sequence:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ScheduledChunk:
     """The tokens of one sequence in a step in flight, a prefill chunk or one token to decode (and drafts). `end` is the position
-    after them, drafts apart. `seq_id` tells whether the sequence was preempted since."""
+    after them, drafts apart; `of_head` tells whose drafts these are, and `masked` that each has a mask of its own. `seq_id` tells
+    whether the sequence was preempted since."""
 
     sequence: Sequence
     seq_id: int
     end: int
     sample: bool
     drafts: int = 0
+    of_head: bool = False
+    masked: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

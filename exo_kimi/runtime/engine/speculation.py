@@ -1,8 +1,9 @@
-"""Speculation without a draft model: draft tokens from each sequence's own past, as many as pay for the bytes they read.
+"""Speculation: draft tokens from each sequence's own past and from a draft head, as many as pay for the bytes they read.
 
-The last stage verifies them (`stage.sampling`), so they change no token. Three parts, from the top down: the Drafter puts draft
-tokens on the sequences of a step and counts what came of them; `choose_drafts` weighs chances against bytes; PromptLookup finds
-what may follow.
+What the past says goes first where it is at least as likely; a head's guesses come with the answer before (`steps.Proposal`), so
+neither takes a way of its own. The last stage verifies them (`stage.sampling`), so they change no token. Three parts, from the top
+down: the Drafter puts draft tokens on the sequences of a step and counts what came of them; `choose_drafts` weighs chances against
+bytes; PromptLookup finds what may follow.
 
 Decoding is bound by the bytes that a step reads. What all tokens share is read once, but a mixture of experts reads more
 experts for every further token, so a guess costs bytes whether it is right or not.
@@ -14,11 +15,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from collections.abc import Sequence as Ordered
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Literal
 
 from exo_kimi.planner.search.laws import attention_flops
 from exo_kimi.planner.weights.bytes import ModelBytes
+from exo_kimi.runtime.engine.draft_policy import MOST_HEAD_DRAFTS, HeadPolicy
 from exo_kimi.runtime.requests import StageHealth
 
 if TYPE_CHECKING:
@@ -30,6 +32,8 @@ BYTES_PER_FLOP = 819e9 / 2.08e13
 `planner/profiles/m3-ultra.toml`."""
 MEMORY_BYTES_PER_S = 819e9
 """Of an M3 Ultra. Source: as of BYTES_PER_FLOP."""
+OVERHEAD_S_PER_LAYER = 3.17e-4
+"""Launches and synchronisation of a layer's step on an M3 Ultra. Source: as of BYTES_PER_FLOP."""
 MAX_DRAFTS = 8
 """Guesses of one sequence in a step, by default."""
 MAX_STEP_DRAFTS = 64
@@ -40,6 +44,8 @@ PRIOR = 0.25
 """Chance of a guess while nothing is known, worth one observation: low enough that nothing is sent on hope."""
 KEEP = 0.97
 """Weight of an observation after each newer one: the last thirty or so count."""
+COPYING = 4
+"""Tokens that the past said right in a row, from which on a head is not asked beside it."""
 _CLASSES = 4  # by tokens guessed right in a row: 0, 1-2, 3-6, more
 _BITS = 20
 _MASK = (1 << _BITS * NGRAM) - 1
@@ -65,22 +71,29 @@ class Drafter:
         limit: guesses of one sequence in a step at most.
         always: send what there is to guess, whatever the bytes say.
         disk_cost: what a byte of a routed expert costs on top where experts are read from disk, see `disk_cost_of`.
+        lookups: whether to guess from the past.
+        head: of a draft head on the last stage; None without one.
     """
 
     step_bytes: StepBytes
     limit: int = MAX_DRAFTS
     always: bool = False
     disk_cost: float = 0.0
+    lookups: bool = True
+    head: HeadPolicy | None = None
     counts: DraftCounts = field(default_factory=DraftCounts)
 
     @classmethod
-    def of(cls, speculate: Speculate, model: ModelBytes) -> Drafter | None:
+    def of(cls, speculate: Speculate, model: ModelBytes, *, head: HeadPolicy | None = None) -> Drafter | None:
         """What an option asks for: `off`, `auto` where bytes say so, or a number of guesses whatever they say."""
+        step_bytes = step_bytes_of(model)
+        if head is not None:
+            step_bytes = replace(step_bytes, overhead_bytes=model.layers * OVERHEAD_S_PER_LAYER * MEMORY_BYTES_PER_S)
         if speculate in ("off", 0):
-            return None
+            return None if head is None else cls(step_bytes=step_bytes, lookups=False, head=head)
         if isinstance(speculate, int):
-            return cls(step_bytes=step_bytes_of(model), limit=speculate, always=True)
-        return cls(step_bytes=step_bytes_of(model))
+            return cls(step_bytes=step_bytes, limit=speculate, always=True, head=head)
+        return cls(step_bytes=step_bytes, head=head)
 
     def draft(self, sequences: Ordered[Sequence], *, others: int, room: int) -> None:
         """Set `drafts` of each sequence.
@@ -92,24 +105,55 @@ class Drafter:
         """
         guesses = [self._guess(sequence) for sequence in sequences]
         room = min(room, MAX_STEP_DRAFTS)
+        for sequence in sequences:
+            sequence.drafts, sequence.draft_masks = (), ()
         if room <= 0 or not any(guess for guess, _ in guesses):
             return
         cached = sum(sequence.num_computed_tokens + 1 for sequence in sequences)
-        chances = [[1.0] * len(guess) if self.always else chance for guess, chance in guesses]
+        chances = [chance for _, chance in guesses]
         counts = choose_drafts(
             chances,
-            lambda tokens: (
-                1.0
-                if self.always
-                else self.step_bytes.cost(
-                    tokens, sequences=len(sequences), cached_tokens=cached, disk_cost=self.disk_cost
-                )
+            lambda tokens: self.step_bytes.cost(
+                tokens, sequences=len(sequences), cached_tokens=cached, disk_cost=self.disk_cost
             ),
             others=others,
             room=room,
         )
         for sequence, (guess, _), count in zip(sequences, guesses, counts, strict=True):
             sequence.drafts = tuple(guess[:count])
+            if sequence.proposed_masks and sequence.proposed[:count] == sequence.drafts:
+                sequence.draft_masks = sequence.proposed_masks[:count]
+
+    def propose(self, sequences: Ordered[Sequence], *, others: int) -> None:
+        """Set how many guesses the head is asked for of each sequence that gets a token with the next step.
+
+        Args:
+            sequences: with their drafts for that step.
+            others: tokens of other sequences in the step.
+        """
+        head = self.head
+        if head is None:
+            return
+        # The step after this one is taken to be like it: as many sequences, and as many guesses as are asked for now.
+        cached = sum(sequence.num_computed_tokens + 1 for sequence in sequences)
+        asked = sum(sequence.head.wanted for sequence in sequences)
+        expected = {id(s): sum(head.chances(s.head, s.head.wanted), 1.0) for s in sequences}
+        total = sum(expected.values())
+        for sequence in sequences:
+            tokens = len(sequences) + others + asked - sequence.head.wanted
+            costs = [
+                self.step_bytes.cost(
+                    tokens + count, sequences=len(sequences), cached_tokens=cached, disk_cost=self.disk_cost
+                )
+                for count in range(MOST_HEAD_DRAFTS + 1)
+            ]
+            most = sequence.max_new_tokens - sequence.generated_tokens - 2
+            count = head.choose(sequence.head, most=most, costs=costs, others=total - expected[id(sequence)])
+            sequence.propose = 0 if self._is_copying(sequence) else count
+
+    def _is_copying(self, sequence: Sequence) -> bool:
+        """The past says what follows, and has been right for long: the head has nothing to add."""
+        return sequence.lookup is not None and sequence.lookup.run >= COPYING and bool(sequence.drafts)
 
     def count(self, step: StepInFlight, *, kept: int) -> None:
         """A step was answered with `kept` tokens; the first token of an answer is prefill's."""
@@ -127,6 +171,20 @@ class Drafter:
         self.counts.plain_bytes += plain * kept / len(decoding)
 
     def _guess(self, sequence: Sequence) -> tuple[list[int], list[float]]:
+        """Guesses of what follows in a sequence, and their chances: of the past where it is at least as sure as the head."""
+        guess, chances = self._look_up(sequence) if self.lookups else ([], [])
+        chances = [1.0] * len(guess) if self.always else chances
+        sequence.drafts_of_head = False
+        if self.head is None or not sequence.proposed:
+            return guess, chances
+        proposed = [*sequence.proposed[: max(0, sequence.max_new_tokens - sequence.generated_tokens - 1)]]
+        theirs = self.head.chances(sequence.head, len(proposed))
+        if guess and chances[0] >= theirs[0]:
+            return guess, chances
+        sequence.drafts_of_head = True
+        return proposed, [1.0] * len(proposed) if self.head.fixed is not None else theirs
+
+    def _look_up(self, sequence: Sequence) -> tuple[list[int], list[float]]:
         lookup = sequence.lookup
         if lookup is None:
             lookup = sequence.lookup = PromptLookup(sequence.tokens, sequence.prompt_tokens)
@@ -166,6 +224,7 @@ class StepBytes:
         experts_per_token: of them that a token goes through.
         kv_token_bytes: cache of one token, all layers.
         attention_bytes: what is read in the time in which one token is attended to by one other, all layers.
+        overhead_bytes: what is read in the time of a step's launches; 0 leaves them out.
     """
 
     shared_bytes: int
@@ -174,13 +233,15 @@ class StepBytes:
     experts_per_token: int
     kv_token_bytes: int
     attention_bytes: float = 0.0
+    overhead_bytes: float = 0.0
 
     def cost(self, tokens: float, *, sequences: int, cached_tokens: int, disk_cost: float = 0.0) -> float:
         """What a step of `tokens` tokens costs, as bytes: those that it reads, and attention of each token over its sequence's
         context, which is arithmetic. At long contexts a guess costs more of that than of experts; where those come from a disk,
         `disk_cost` times their bytes on top."""
         attention = self.attention_bytes * cached_tokens * tokens / max(sequences, 1)
-        return self.read(tokens, cached_tokens=cached_tokens) + attention + disk_cost * self._experts(tokens)
+        read = self.read(tokens, cached_tokens=cached_tokens)
+        return self.overhead_bytes + read + attention + disk_cost * self._experts(tokens)
 
     def read(self, tokens: float, *, cached_tokens: int = 0) -> float:
         """Bytes that a step of `tokens` tokens reads, whose sequences hold `cached_tokens` in all.
@@ -266,6 +327,11 @@ class PromptLookup:
         self._run = 0  # tokens that were guessed right in a row
         self._hits = [0.0] * _CLASSES
         self._tries = [0.0] * _CLASSES
+
+    @property
+    def run(self) -> int:
+        """Tokens that were guessed right in a row."""
+        return self._run
 
     def catch_up(self) -> None:
         """Take in the tokens that came since the last call."""
