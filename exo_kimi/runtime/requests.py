@@ -199,7 +199,7 @@ class EngineSnapshot:
     draft_tokens_total: int = 0
     draft_tokens_accepted_total: int = 0
     head_drafts_by_position: tuple[tuple[int, int], ...] = ()
-    """Guesses of a draft head that were verified and those that were right, by position of its chain, those before being right."""
+    """Guesses of a draft head that were verified and those that were right, by position of its chain, those before right."""
     head_proposals_total: int = 0
     head_judged_total: int = 0
     head_judged_right_total: int = 0

@@ -1,9 +1,9 @@
 """Speculation: draft tokens from each sequence's own past and from a draft head, as many as pay for the bytes they read.
 
 What the past says goes first where it is at least as likely; a head's guesses come with the answer before (`steps.Proposal`), so
-neither takes a way of its own. The last stage verifies them (`stage.sampling`), so they change no token. Three parts, from the top
-down: the Drafter puts draft tokens on the sequences of a step and counts what came of them; `choose_drafts` weighs chances against
-bytes; PromptLookup finds what may follow.
+neither takes a way of its own. The last stage verifies them (`stage.sampling`), so they change no token. Three parts, from the
+top down: the Drafter puts draft tokens on the sequences of a step and counts what came of them; `choose_drafts` weighs chances
+against bytes; PromptLookup finds what may follow.
 
 Decoding is bound by the bytes that a step reads. What all tokens share is read once, but a mixture of experts reads more
 experts for every further token, so a guess costs bytes whether it is right or not.

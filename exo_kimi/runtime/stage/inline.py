@@ -15,6 +15,7 @@ from queue import SimpleQueue
 from exo_kimi.errors import EngineStoppedError, StageError
 from exo_kimi.runtime.pipeline import DiskBlocks, Failed, PipelineEvent, PipelineInfo, Ready
 from exo_kimi.runtime.requests import ExpertHealth, StageHealth, StageState
+from exo_kimi.runtime.stage.drafting import DraftRunner
 from exo_kimi.runtime.stage.pictures import PictureTower
 from exo_kimi.runtime.stage.prefix_disk import Changed, PrefixDisk
 from exo_kimi.runtime.stage.stage_model import StageModel, expert_health
@@ -39,6 +40,8 @@ class InlinePipeline:
         open_disk: called in the thread for each stage; None keeps nothing on disk.
         load_tower: makes the tower of the first stage, in the thread; None takes no pictures.
         ahead: see `StageWorker`.
+        feature_layers: see `StageWorker`.
+        load_drafts: makes the draft head of the last stage, in the thread, from that stage's model; None has none.
     """
 
     def __init__(
@@ -52,8 +55,12 @@ class InlinePipeline:
         open_disk: OpenDisk | None = None,
         load_tower: Callable[[], PictureTower] | None = None,
         ahead: bool = True,
+        feature_layers: Sequence[int] = (),
+        load_drafts: Callable[[StageModel], DraftRunner] | None = None,
     ) -> None:
         self._load = load
+        self._feature_layers = tuple(feature_layers)
+        self._load_drafts = load_drafts
         self._stages = stages
         self._context = context
         self._kv_capacity_tokens = kv_capacity_tokens
@@ -114,11 +121,15 @@ class InlinePipeline:
         workers: list[StageWorker] = []
         try:
             workers = [
-                StageWorker(model, epoch=self._epoch, stage=stage, ahead=self._ahead)
+                StageWorker(
+                    model, epoch=self._epoch, stage=stage, ahead=self._ahead, feature_layers=self._feature_layers
+                )
                 for stage, model in enumerate(self._load())
             ]
             if self._load_tower is not None and workers:
                 workers[0].tower = self._load_tower()
+            if self._load_drafts is not None and workers:
+                workers[-1].drafts = self._load_drafts(workers[-1].model)
             if len(workers) != self._stages:
                 raise StageError("the loader made another number of stages", expected=self._stages, found=len(workers))
         except Exception as error:

@@ -19,7 +19,7 @@ from exo_kimi.runtime.requests import SamplingParams
 from exo_kimi.runtime.stage.caches import append, cut
 from exo_kimi.runtime.stage.pictures import PictureTower
 from exo_kimi.runtime.stage.resident import give_back_memory
-from exo_kimi.runtime.stage.stage_model import pack
+from exo_kimi.runtime.stage.stage_model import pack, width_of
 from exo_kimi.runtime.stage.worker import StageWorker
 from exo_kimi.runtime.steps import NO_EPOCH, PictureSpan, Segment, SequenceStart, Step
 
@@ -102,10 +102,10 @@ def _past(model: Model, length: int) -> int:
     return next((past for past in pasts if attention.prefers_absorbed(length, past + length) != alone), MANY)
 
 
-def _noise(model: Model, tokens: int) -> mx.array:
-    """(tokens, hidden_size) in the dtype of activations."""
+def _noise(model: Model, tokens: int, feature_layers: Sequence[int] = ()) -> mx.array:
+    """(tokens, hidden_size) in the dtype of activations, or rows with features as `width_of` says."""
     dtype = model.layers[0].input_layernorm.weight.dtype
-    return (mx.random.normal((tokens, model.args.hidden_size)) * 0.1).astype(dtype)
+    return (mx.random.normal((tokens, width_of(model, feature_layers))) * 0.1).astype(dtype)
 
 
 class _Steps:
@@ -151,13 +151,18 @@ class _Steps:
         self._freed += old
 
     def guesses(self) -> Iterator[None]:
-        """Tokens with guesses after them, of one sequence and of several; the step after drops what was wrong."""
+        """Tokens with guesses after them, of one sequence and of several; the step after drops what was wrong. A draft head guesses
+        as many after each."""
+        proposed = 3 if self.worker.drafts is not None else 0
         ids = [self._begin() for _ in range(3)]
         yield from self._run([Segment(seq_id=seq_id, offset=0, length=FEW, sample=True) for seq_id in ids])
         offsets = dict.fromkeys(ids, FEW)
         for asked in (ids, ids[:1], ids):
             yield from self._run(
-                [Segment(seq_id=seq_id, offset=offsets[seq_id], length=4, sample=True, drafts=3) for seq_id in asked]
+                [
+                    Segment(seq_id=seq_id, offset=offsets[seq_id], length=4, sample=True, drafts=3, propose=proposed)
+                    for seq_id in asked
+                ]
             )
             for seq_id in asked:
                 offsets[seq_id] += 1
@@ -218,7 +223,7 @@ class _Steps:
             tokens=tokens,
             begin=tuple(self._begun),
             free=tuple(self._freed),
-            hidden=None if model.is_first else pack(_noise(model, total)),
+            hidden=None if model.is_first else pack(_noise(model, total, self.worker.feature_layers)),
             pictures=pictures,
         )
         self._begun, self._freed = [], []
