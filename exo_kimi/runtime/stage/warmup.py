@@ -151,7 +151,7 @@ class _Steps:
         self._freed += old
 
     def guesses(self) -> Iterator[None]:
-        """Tokens with guesses after them, of one sequence and of several; the step after drops what was wrong. A draft head guesses
+        """Tokens with guesses after them, of one sequence and of several; the step after drops what was wrong. A head guesses
         as many after each."""
         proposed = 3 if self.worker.drafts is not None else 0
         ids = [self._begin() for _ in range(3)]
