@@ -26,8 +26,9 @@ from pathlib import Path
 import httpx
 
 from exo_kimi.bench.frame import Result, Row, finish
-from exo_kimi.bench.soak.clients import ANSWER_S, Clients, Seen, SoakPrompt, ask, questions
+from exo_kimi.bench.soak.clients import ANSWER_S, Clients, Seen, SoakPrompt, Wrong, ask, questions
 from exo_kimi.bench.soak.server import END_S, Held, SoakServer, held_by, soak_server
+from exo_kimi.bench.soak.ties import TieJudge
 from exo_kimi.bench.soak.troubles import SMALL_DISK_BYTES, Trouble, Troubles, small_disk
 from exo_kimi.checkpoint.tiny.make import make_tiny
 from exo_kimi.errors import UsageError
@@ -111,8 +112,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         alive = server.alive
         last_words = server.log_lines()
         ended_s, left = server.end() if alive else (0.0, [])
+        ties = _ties(checkpoint, clients.seen.wrong)
         rows = [
-            *_answer_rows(clients.seen, survive=parse_seconds(options.survive) > 0),
+            *_answer_rows(clients.seen, ties=ties, survive=parse_seconds(options.survive) > 0),
             *_life_rows(course, alive=alive, ended_s=ended_s, left=len(left)),
             _log_row(server, clients.seen, course),
         ]
@@ -198,8 +200,17 @@ def _sample(server: SoakServer, course: Course, stopped: threading.Event) -> Non
         course.most_rss_bytes = max(course.most_rss_bytes, held_by(server.process.pid).rss_bytes or 0)
 
 
-def _answer_rows(seen: Seen, *, survive: bool) -> list[Row]:
-    counts = seen.counts
+def _ties(checkpoint: Path, wrong: Sequence[Wrong]) -> int:
+    """How many of these answers differ by a tie of floating-point numbers alone."""
+    if not wrong:
+        return 0
+    judge = TieJudge(checkpoint)
+    return sum(judge.is_tie(each.question, each.expected, each.found) for each in wrong)
+
+
+def _answer_rows(seen: Seen, *, ties: int, survive: bool) -> list[Row]:
+    counts = Counter(seen.counts)
+    counts["wrong"] -= ties
     told = "told what happened"
     return [
         Row(name="right answers", ours=counts["right"], unit="requests", ratio=counts["right"], bar=1),
@@ -207,6 +218,9 @@ def _answer_rows(seen: Seen, *, survive: bool) -> list[Row]:
         if survive
         else Row(name=told, ours=counts["told"], unit="requests", ratio=counts["told"]),
         Row(name="left by their clients", ours=counts["left"], unit="requests", ratio=counts["left"]),
+        _at_most(
+            "ties", ties, "requests", max(1, counts["right"] // 100), note="proven: a draw on the border of two tokens"
+        ),
         *(_at_most(f"{kind} answers", counts[kind], "requests", 0) for kind in ("wrong", "hung", "unclear")),
     ]
 

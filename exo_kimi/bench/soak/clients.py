@@ -1,7 +1,8 @@
 """Clients of a soak: they ask, read, leave in the middle or do not read at all, and judge every answer.
 
 An answer is right (the words that the same question had before any trouble), told (an error that says what happened), or one of
-the three that may not be: wrong, hung, and unclear (the connection broke although nobody had touched the server).
+the three that may not be: wrong (unless `ties` proves that a tie went the other way), hung, and unclear (the connection broke although
+nobody had touched the server).
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ import httpx
 
 CHAT = "/v1/chat/completions"
 ANSWER_S = 60.0
+SEED = 1  # of every draw
 TEMPERATURES = (0.0, 0.7, 1.3)
 Kind = Literal["whole", "stream", "leave"]
 _WORDS = ("river", "seven", "lamp", "north", "apple", "quiet", "engine", "letter", "moon", "stone", "paper", "glass")
@@ -39,7 +41,7 @@ class SoakPrompt:
             "messages": [{"role": "user", "content": self.text}],
             "max_tokens": self.max_tokens,
             "temperature": self.temperature,
-            "seed": 1,
+            "seed": SEED,
             "stream": stream,
         }
 
@@ -56,11 +58,21 @@ def questions(count: int, generator: random.Random, *, longest_tokens: int = 48)
 
 
 @dataclass(frozen=True, slots=True)
+class Wrong:
+    """Another answer than the one before any trouble."""
+
+    question: SoakPrompt
+    expected: str
+    found: str
+
+
+@dataclass(frozen=True, slots=True)
 class SoakVerdict:
     """What an answer was, and what was seen when it may not be."""
 
     kind: Literal["right", "told", "left", "wrong", "hung", "unclear"]
     detail: str = ""
+    wrong: Wrong | None = None
 
 
 def ask(client: httpx.Client, question: SoakPrompt, expected: str | None, *, kind: Kind) -> SoakVerdict:
@@ -92,7 +104,8 @@ def ask(client: httpx.Client, question: SoakPrompt, expected: str | None, *, kin
     if broken is not None:
         return SoakVerdict("told", broken) if broken else SoakVerdict("unclear", f"the stream broke off: {found!r}")
     if expected is not None and found != expected:
-        return SoakVerdict("wrong", f"{question.text[:40]!r}: {found!r} and not {expected!r}")
+        detail = f"{question.text[:40]!r}: {found!r} and not {expected!r}"
+        return SoakVerdict("wrong", detail, Wrong(question, expected, found))
     return SoakVerdict("right", found)
 
 
@@ -134,6 +147,7 @@ class Seen:
     counts: Counter[str] = field(default_factory=Counter)
     told: Counter[str] = field(default_factory=Counter)
     bad: list[str] = field(default_factory=list)
+    wrong: list[Wrong] = field(default_factory=list)
     last_right_s: float = 0.0
     lock: threading.Lock = field(default_factory=threading.Lock)
 
@@ -141,6 +155,8 @@ class Seen:
         """Counts it."""
         with self.lock:
             self.counts[verdict.kind] += 1
+            if verdict.wrong is not None:
+                self.wrong.append(verdict.wrong)
             if verdict.kind == "told":
                 self.told[verdict.detail] += 1
             elif verdict.kind == "right":

@@ -70,7 +70,10 @@ def test_questions_are_the_same_for_the_same_seed_and_all_different() -> None:
 
 
 def verdict(seen: Seen, course: Course, *, ended_s: float = 0.5, alive: bool = True, left: int = 0) -> int:
-    rows = [*soak._answer_rows(seen, survive=False), *soak._life_rows(course, alive=alive, ended_s=ended_s, left=left)]
+    rows = [
+        *soak._answer_rows(seen, ties=0, survive=False),
+        *soak._life_rows(course, alive=alive, ended_s=ended_s, left=left),
+    ]
     return finish(Result(bench="soak", rows=rows))
 
 
