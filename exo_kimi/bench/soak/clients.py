@@ -1,8 +1,8 @@
 """Clients of a soak: they ask, read, leave in the middle or do not read at all, and judge every answer.
 
 An answer is right (the words that the same question had before any trouble), told (an error that says what happened), or one of
-the three that may not be: wrong (unless `ties` proves that a tie went the other way), hung, and unclear (the connection broke although
-nobody had touched the server).
+the three that may not be: wrong (unless `ties` proves that a tie went the other way), hung, and unclear (the connection broke
+although nobody had touched the server).
 """
 
 from __future__ import annotations

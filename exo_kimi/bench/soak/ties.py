@@ -1,8 +1,9 @@
 """Whether two answers to one question differ by a tie of floating-point numbers and by nothing else.
 
-A request that outlived its stage is prefilled again, in other chunks than at first, beside other sequences: its logits then differ
-in the last digits, and a draw that lies within those digits of the border between two tokens goes either way. After 200 tokens at
-temperature 0.7 that is one answer in some hundreds. It is proven for each, by the model itself in one piece, or the answer is wrong.
+A request that outlived its stage is prefilled again, in other chunks than at first, beside other sequences: its logits then
+differ in the last digits, and a draw that lies within those digits of the border between two tokens goes either way. After 200
+tokens at temperature 0.7 that is one answer in some hundreds. It is proven for each, by the model itself in one piece, or the
+answer is wrong.
 """
 
 from __future__ import annotations
@@ -20,8 +21,8 @@ from exo_kimi.runtime.loading.loader import load_stage
 from exo_kimi.runtime.stage.sampling import uniform
 
 TIE = 1e-5
-"""Of the whole weight, for a draw, or of a logit's deviation, between the two best. Logits of one token, in chunks of 1 to 128, differed
-by 1.6e-5, and borders by 1.7e-6 of the weight (fp32, the soak's model, Linux)."""
+"""Of the whole weight, for a draw, or of a logit's deviation, between the two best. Logits of one token, in chunks of 1 to 128,
+differed by 1.6e-5, and borders by 1.7e-6 of the weight (fp32, the soak's model, Linux)."""
 
 
 class TieJudge:
