@@ -7,11 +7,42 @@ own blocks smaller when a budget is small; what it cannot make smaller is one he
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Protocol
 
 from exo_kimi.arch.config import KimiConfig
+from exo_kimi.arch.rope import RopeScaling
 
 CHUNK_FLOOR = 16
 """A step is not cut into less: below it, every expert that a step touches is read for too few tokens."""
+
+
+class LatentAttentionConfig(Protocol):
+    """What latent attention asks a config: a model's, or a draft head's."""
+
+    @property
+    def hidden_size(self) -> int: ...
+    @property
+    def num_attention_heads(self) -> int: ...
+    @property
+    def q_lora_rank(self) -> int | None: ...
+    @property
+    def kv_lora_rank(self) -> int: ...
+    @property
+    def qk_nope_head_dim(self) -> int: ...
+    @property
+    def qk_rope_head_dim(self) -> int: ...
+    @property
+    def qk_head_dim(self) -> int: ...
+    @property
+    def v_head_dim(self) -> int: ...
+    @property
+    def rope_theta(self) -> float: ...
+    @property
+    def rope_scaling(self) -> RopeScaling | None: ...
+    @property
+    def attention_bias(self) -> bool: ...
+    @property
+    def attention_scale(self) -> float: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,7 +56,7 @@ class AttentionShape:
     rank: int
 
     @classmethod
-    def of(cls, config: KimiConfig) -> AttentionShape:
+    def of(cls, config: LatentAttentionConfig) -> AttentionShape:
         """The widths that a config states."""
         return cls(
             config.num_attention_heads,
@@ -86,7 +117,7 @@ def feed_forward_elements(config: KimiConfig) -> int:
     return max(routed + shared, 3 * config.intermediate_size)
 
 
-def attention_bytes(config: KimiConfig, queries: int, keys: int, *, element_bytes: int = 2) -> int:
+def attention_bytes(config: LatentAttentionConfig, queries: int, keys: int, *, element_bytes: int = 2) -> int:
     """Bytes that L new tokens over T cached ones (themselves included) take in attention, apart from its blocks.
 
     Four hidden states stand for the residual, its norm, and what comes in and goes out. A cache that grows is copied whole.

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
 from exo_kimi.arch.config import KimiConfig
+from exo_kimi.arch.draft_config import DraftConfig
 from exo_kimi.arch.modules import ModuleSpec
 from exo_kimi.checkpoint.gathering import COPY_FIX, gather
 from exo_kimi.checkpoint.hints import QuantHints
@@ -38,7 +39,7 @@ class Fitting:
     After `fit`: `problems`, and `corrections`: what is wrong with a hint in config.json, in words, to the paths it is wrong for.
     """
 
-    config: KimiConfig
+    config: KimiConfig | DraftConfig
     hints: QuantHints
     optional: frozenset[str] = frozenset()
     problems: list[CheckpointError] = field(default_factory=list)

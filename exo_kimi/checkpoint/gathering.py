@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Collection, Mapping
 
 from exo_kimi.arch.config import KimiConfig
+from exo_kimi.arch.draft_config import DraftConfig
 from exo_kimi.arch.modules import ModuleSpec
 from exo_kimi.checkpoint.safetensors_io import TensorEntry
 from exo_kimi.checkpoint.sources import Parts, layout_of, required_parts, tensor_name
@@ -16,7 +17,7 @@ Gathered = dict[str, tuple[TensorEntry, ...]]
 
 
 def gather(
-    config: KimiConfig, spec: ModuleSpec, parts: Parts, *, optional: Collection[str] = ()
+    config: KimiConfig | DraftConfig, spec: ModuleSpec, parts: Parts, *, optional: Collection[str] = ()
 ) -> tuple[Gathered, list[CheckpointError]]:
     """Gather a module's tensors: part -> one tensor, or one per expert in the order of the experts; and every problem met.
 
@@ -51,7 +52,7 @@ def gather(
     return gathered, problems
 
 
-def missing_module(config: KimiConfig, spec: ModuleSpec) -> MissingTensorError:
+def missing_module(config: KimiConfig | DraftConfig, spec: ModuleSpec) -> MissingTensorError:
     """The error for a module that has no tensor at all."""
     return MissingTensorError(
         f"{tensor_name(config, spec, 'weight')} is missing",

@@ -38,7 +38,15 @@ WHOLE_SHA256 = "exo_kimi_whole_sha256"
 _LENGTH_BYTES = 8
 _MAX_DIMS, _MAX_COUNT = 64, 2**63  # beyond them a number is too long to print
 _HEADER_RULE = f"a header of 2 to {MAX_HEADER_BYTES:,} bytes"
-_NUMPY_DTYPES = {"F32": np.float32, "F16": np.float16, "U32": np.uint32, "I32": np.int32, "U8": np.uint8}
+_NUMPY_DTYPES: dict[str, type[np.generic]] = {
+    "F32": np.float32,
+    "F16": np.float16,
+    "U32": np.uint32,
+    "I32": np.int32,
+    "I64": np.int64,
+    "U8": np.uint8,
+    "BOOL": np.bool_,
+}
 _BIT_PATTERNS = {"BF16": ml_dtypes.bfloat16, "F8_E4M3": ml_dtypes.float8_e4m3fn}
 
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from exo_kimi.arch.config import KimiConfig
+from exo_kimi.arch.draft_config import DraftConfig
 from exo_kimi.arch.modules import ModuleSpec
 from exo_kimi.checkpoint.quantization import QuantSpec
 from exo_kimi.checkpoint.safetensors_io import TensorEntry
@@ -20,6 +21,11 @@ _REQUIRED: dict[Layout, tuple[str, ...]] = {
     "mlx": ("weight", "scales"),
     "int4": ("weight_packed", "weight_scale", "weight_shape"),
     "fp8": ("weight", "weight_scale_inv"),
+}
+
+_DRAFT_IN = {
+    "fc": "features * target_hidden_size",
+    **dict.fromkeys(("q_proj", "k_proj", "v_proj", "q_a_proj", "kv_a_proj_with_mqa"), "2 * hidden_size"),
 }
 
 
@@ -92,21 +98,24 @@ def required_parts(spec: ModuleSpec, layout: Layout, parts: Parts) -> tuple[str,
     return (*required, "bias") if spec.has_bias else required
 
 
-def tensor_name(config: KimiConfig, spec: ModuleSpec, part: str, expert: int | None = None) -> str:
+def tensor_name(config: KimiConfig | DraftConfig, spec: ModuleSpec, part: str, expert: int | None = None) -> str:
     """The name that a tensor would have in the files."""
     path = spec.path if expert is None else spec.path.replace(".switch_mlp.", f".experts.{expert}.")
     return f"{config.key_prefix}{path}.{part}"
 
 
-def in_name(config: KimiConfig, spec: ModuleSpec) -> str:
+def in_name(config: KimiConfig | DraftConfig, spec: ModuleSpec) -> str:
     """The config keys behind the last dimension of a module, for messages."""
     name = spec.path.rpartition(".")[2]
-    if name == "down_proj":
+    if isinstance(config, DraftConfig) and name in _DRAFT_IN:
+        return _DRAFT_IN[name]
+    if name == "down_proj" and isinstance(config, KimiConfig):
         shared = " * n_shared_experts" if "shared_experts" in spec.path and config.n_shared_experts > 1 else ""
         moe = spec.kind == "experts" or "shared_experts" in spec.path
         return f"moe_intermediate_size{shared}" if moe else "intermediate_size"
     return {
         "o_proj": "num_attention_heads * v_head_dim",
+        "down_proj": "intermediate_size",
         "q_b_proj": "q_lora_rank",
         "kv_b_proj": "kv_lora_rank",
         "embed_q": "qk_nope_head_dim",

@@ -12,8 +12,7 @@ from typing import Any, ClassVar
 import mlx.core as mx
 import mlx.nn as nn
 
-from exo_kimi.arch.config import KimiConfig
-from exo_kimi.arch.scratch import AttentionShape, attention_bytes
+from exo_kimi.arch.scratch import AttentionShape, LatentAttentionConfig, attention_bytes
 from exo_kimi.models import ops
 from exo_kimi.models.adapters import Adaptable
 from exo_kimi.models.blocks import Span, Work, finish, head_groups, joined, query_blocks
@@ -34,7 +33,8 @@ class Attention(Adaptable):
     """softmax(scale * (q_nope k_nope^T + q_pe k_pe^T)) v, with k_nope and v expanded from a cached latent.
 
     `kv_b_proj` holds the rows of k_nope and v of each head as published. Newer MLX checkpoints hold its two halves as
-    `embed_q` and `unembed_out`: see `use_absorbed_modules`.
+    `embed_q` and `unembed_out`: see `use_absorbed_modules`. `inputs` is the width of what it reads: hidden_size, but in a draft
+    head twice that.
 
     Source: "DeepSeek-V2", section 2.1; DeepseekV3Attention in transformers.
     """
@@ -42,7 +42,7 @@ class Attention(Adaptable):
     together: ClassVar = ("q_a_proj", "kv_a_proj_with_mqa")
     projections: ClassVar = (*together, "q_proj", "q_b_proj", "kv_b_proj", "embed_q", "unembed_out", "o_proj")
 
-    def __init__(self, config: KimiConfig, rope: Rope) -> None:
+    def __init__(self, config: LatentAttentionConfig, rope: Rope, *, inputs: int | None = None) -> None:
         super().__init__()
         self._halves = Derived(partial(_halves, config.num_attention_heads, config.qk_nope_head_dim))
         self.config, self.shape = config, AttentionShape.of(config)
@@ -53,13 +53,14 @@ class Attention(Adaptable):
         self.scratch_bytes = ops.SCRATCH_BYTES
         self.rope = rope
         hidden, bias = config.hidden_size, config.attention_bias
+        inputs = hidden if inputs is None else inputs
         if config.q_lora_rank is None:
-            self.q_proj = nn.Linear(hidden, self.heads * config.qk_head_dim, bias=False)
+            self.q_proj = nn.Linear(inputs, self.heads * config.qk_head_dim, bias=False)
         else:
-            self.q_a_proj = nn.Linear(hidden, config.q_lora_rank, bias=bias)
+            self.q_a_proj = nn.Linear(inputs, config.q_lora_rank, bias=bias)
             self.q_a_layernorm = RMSNorm(config.q_lora_rank, eps=LATENT_NORM_EPS)
             self.q_b_proj = nn.Linear(config.q_lora_rank, self.heads * config.qk_head_dim, bias=False)
-        self.kv_a_proj_with_mqa = nn.Linear(hidden, self.rank + self.pe, bias=bias)
+        self.kv_a_proj_with_mqa = nn.Linear(inputs, self.rank + self.pe, bias=bias)
         self.kv_a_layernorm = RMSNorm(self.rank, eps=LATENT_NORM_EPS)
         self.kv_b_proj = nn.Linear(self.rank, self.heads * (self.nope + self.v), bias=False)
         self.o_proj = nn.Linear(self.heads * self.v, hidden, bias=bias)

@@ -9,13 +9,14 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
-from exo_kimi.arch.config import KimiConfig
+from exo_kimi.arch.draft_config import DraftHeads
 from exo_kimi.arch.rope import yarn_mscale
+from exo_kimi.arch.scratch import LatentAttentionConfig
 
 
 @dataclass(frozen=True, slots=True)
 class Rope:
-    """Rotary positions of one model, plain or yarn, on interleaved pairs.
+    """Rotary positions of one model, plain or yarn, on interleaved pairs, or on halves as in Llama.
 
     Source: DeepseekV3YarnRotaryEmbedding of Kimi K2's modelling code; "YaRN", Peng et al. 2023, eq. 23.
     """
@@ -23,9 +24,10 @@ class Rope:
     dims: int
     wavelengths: mx.array
     amplitude: float
+    interleaved: bool = True
 
     @classmethod
-    def of(cls, config: KimiConfig) -> Rope:
+    def of(cls, config: LatentAttentionConfig) -> Rope:
         """The rotary embedding that a config asks for."""
         dims, theta, yarn = config.qk_rope_head_dim, config.rope_theta, config.rope_scaling
         plain = [theta ** (pair / dims) for pair in range(0, dims, 2)]
@@ -46,6 +48,12 @@ class Rope:
         amplitude = yarn_mscale(yarn.factor, yarn.mscale) / yarn_mscale(yarn.factor, yarn.mscale_all_dim)
         return cls(dims, mx.array(stretched, dtype=mx.float32), amplitude)
 
+    @classmethod
+    def of_heads(cls, config: DraftHeads) -> Rope:
+        """That of a Llama-like draft head."""
+        wavelengths = mx.array(config.rope.wavelengths(config.head_dim), dtype=mx.float32)
+        return cls(config.head_dim, wavelengths, config.rope.amplitude, interleaved=False)
+
     def __call__(self, x: mx.array, positions: mx.array) -> mx.array:
         """Rotate x (N, heads, dims) by positions (N,) int32: the tokens go on the batch axis, where offsets may differ."""
         return self.turn(x[:, :, None, :], positions)[:, :, 0, :]
@@ -55,7 +63,7 @@ class Rope:
         if self.amplitude != 1.0:
             x = x * self.amplitude
         return mx.fast.rope(
-            x, self.dims, traditional=True, base=None, scale=1.0, offset=positions, freqs=self.wavelengths
+            x, self.dims, traditional=self.interleaved, base=None, scale=1.0, offset=positions, freqs=self.wavelengths
         )
 
     def matrices(self, positions: np.ndarray[Any, Any]) -> np.ndarray[Any, np.dtype[np.float32]]:

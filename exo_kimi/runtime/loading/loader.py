@@ -6,7 +6,7 @@ that MLX owns, in file order, and only the stage's own byte ranges are read.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -96,7 +96,7 @@ def load_stage(
     model = Model(manifest.config, manifest.start_layer, manifest.end_layer, layers_only=layers_only)
     for layer, each in slotted.items():
         mixture_at(model, layer).use_slots(each.slots)
-    _shape_modules(model, sources)
+    shape_modules(model, sources)
     jobs: list[Job] = []
     targets: dict[str, Target | DerivedParameter] = {}
     for each in slotted.values():
@@ -111,7 +111,7 @@ def load_stage(
             raise UnexpectedTensorError("a parameter has two sources", found=min(twice), where=manifest.directory)
         jobs += source_jobs
         targets |= source_targets
-    _check_targets(model, targets, where=manifest.directory)
+    check_targets(model, targets, where=manifest.directory)
     groups = _fused_groups(model, targets) if fuse else []
     shared = [members for group in groups for members in group.filled()]
     grouped = {target for members in shared for target in members}
@@ -144,7 +144,7 @@ def load_stage(
             del targets[path]
     for path, target in targets.items():
         module_path, _, leaf = path.rpartition(".")
-        _module_at(model, module_path)[leaf] = memory.take(target)
+        module_at(model, module_path)[leaf] = memory.take(target)
     mx.eval(model.parameters())
     if slotted and expert_cache is not None:
         attach_banks(model, slotted, views, directory=manifest.directory, policy=expert_cache.policy)
@@ -165,11 +165,11 @@ def check_dtype(dtype: str | None) -> None:
         raise UsageError("unknown dtype", expected=", ".join(DTYPES), found=repr(dtype))
 
 
-def _shape_modules(model: Model, sources: list[ModuleSource]) -> None:
+def shape_modules(model: nn.Module, sources: Sequence[ModuleSource]) -> None:
     """Give each module the form that its source has: quantized as packed, attention as on disk. Nothing is computed yet."""
     for source in sources:
         if source.spec.path.endswith(".embed_q"):
-            _module_at(model, source.spec.path.rpartition(".")[0]).use_absorbed_modules()
+            module_at(model, source.spec.path.rpartition(".")[0]).use_absorbed_modules()
     quants = {source.spec.path: source.quant for source in sources if source.quant is not None}
 
     def packing(path: str, module: nn.Module) -> dict[str, Any] | bool:
@@ -179,8 +179,12 @@ def _shape_modules(model: Model, sources: list[ModuleSource]) -> None:
     nn.quantize(model, class_predicate=packing)
 
 
-def _check_targets(model: Model, targets: dict[str, Target | DerivedParameter], *, where: Path) -> None:
-    """Every parameter is filled exactly once and by something of its shape."""
+def check_targets(model: nn.Module, targets: dict[str, Target | DerivedParameter], *, where: Path) -> None:
+    """See that every parameter is filled exactly once and by something of its shape.
+
+    Raises:
+        MissingTensorError, UnexpectedTensorError, ShapeMismatchError: with the names.
+    """
     expected = {path: tuple(value.shape) for path, value in tree_flatten(model.parameters())}
     missing, extra = sorted(expected.keys() - targets), sorted(targets.keys() - expected)
     if missing:
@@ -225,7 +229,8 @@ def _fused_groups(model: Model, targets: dict[str, Target | DerivedParameter]) -
     return groups
 
 
-def _module_at(model: nn.Module, path: str) -> Any:
+def module_at(model: nn.Module, path: str) -> Any:
+    """The module that a path names, numbers being places in lists."""
     module: Any = model
     for name in path.split("."):
         module = module[int(name)] if isinstance(module, list) else module[name]
