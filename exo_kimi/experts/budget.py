@@ -4,10 +4,27 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Literal, get_args
 
 from exo_kimi.errors import UsageError
 from exo_kimi.experts.policies import DEFAULT_POLICY
 from exo_kimi.units import format_bytes
+
+Prefetch = Literal["auto", "on", "off"]
+"""Whether experts are read that the next layer may ask for: `auto` where that is measured to win."""
+
+PREFETCHES: tuple[Prefetch, ...] = get_args(Prefetch)
+DEFAULT_PREFETCH: Prefetch = "auto"
+
+
+def check_prefetch(name: str) -> None:
+    """Refuse what is no way of reading ahead.
+
+    Raises:
+        UsageError: with those that there are.
+    """
+    if name not in PREFETCHES:
+        raise UsageError("no such way of reading ahead", expected=", ".join(PREFETCHES), found=repr(name))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -17,15 +34,17 @@ class ExpertCache:
     Args:
         budget_bytes: in memory, for all layers together; a layer whose experts all fit is held as ever.
         policy: which expert a layer gives up, by name (see `policies`).
+        prefetch: whether experts are read that the next layer may ask for (see `prefetch`).
     """
 
     budget_bytes: int
     policy: str = DEFAULT_POLICY
+    prefetch: str = DEFAULT_PREFETCH
 
     @classmethod
-    def of(cls, budget_bytes: int | None, policy: str) -> ExpertCache | None:
+    def of(cls, budget_bytes: int | None, policy: str, prefetch: str = DEFAULT_PREFETCH) -> ExpertCache | None:
         """None where no budget is set, and all experts are held."""
-        return None if budget_bytes is None else cls(budget_bytes=budget_bytes, policy=policy)
+        return None if budget_bytes is None else cls(budget_bytes=budget_bytes, policy=policy, prefetch=prefetch)
 
 
 def slots_for(budget_bytes: int, slot_bytes: Mapping[int, int], experts: int) -> dict[int, int]:

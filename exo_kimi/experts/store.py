@@ -8,6 +8,7 @@ deleted meanwhile is still read.
 from __future__ import annotations
 
 import os
+import threading
 import time
 import weakref
 from collections.abc import Callable, Iterator, Sequence
@@ -43,10 +44,13 @@ class ReadCounters:
     Args:
         read_bytes: from files; of a read that failed, what came.
         reads: calls of the system.
-        experts: that were read whole.
+        experts: that were put into slots whole.
         read_s: in which at least one read was under way.
         stall_s: in which somebody waited for one.
         failed: waits that ended with an error.
+        prefetched_bytes: of `read_bytes`, what was read before anybody asked for it.
+        prefetch_used_bytes: of these, what was asked for then.
+        prefetch_wasted_bytes: of these, what was not.
     """
 
     read_bytes: int = 0
@@ -55,15 +59,26 @@ class ReadCounters:
     read_s: float = 0.0
     stall_s: float = 0.0
     failed: int = 0
+    prefetched_bytes: int = 0
+    prefetch_used_bytes: int = 0
+    prefetch_wasted_bytes: int = 0
 
 
 @dataclass(frozen=True, slots=True)
 class SlotOrder:
-    """One expert of a layer, and the slot that it goes to."""
+    """One expert of a layer, and the slot that it goes to.
+
+    Args:
+        layout: of the layer.
+        expert: its number.
+        views: writable bytes of the slot.
+        prefetched: a read of it into other memory that began before; its bytes are copied.
+    """
 
     layout: LayerLayout
     expert: int
     views: SlotViews
+    prefetched: PrefetchedExpert | None = None
 
 
 class ExpertStore:
@@ -84,6 +99,8 @@ class ExpertStore:
         self._readers = readers
         self._files = TensorFiles(directory)
         self._pool = ThreadPoolExecutor(readers, thread_name_prefix="expert")
+        self._lock = threading.Lock()
+        self._under_way, self._counted_s = 0, 0.0
         # Whoever lets go of the model lets go of its files; the threads end by themselves.
         weakref.finalize(self, self._files.close)
 
@@ -99,29 +116,56 @@ class ExpertStore:
 
     def begin(self, orders: Sequence[SlotOrder]) -> PendingRead:
         """Put reads on their way; few bytes are read when `wait` is called."""
-        tasks = [
-            _Task(order.expert, projection, views)
-            for order in orders
-            for projection, views in zip(order.layout.projections, order.views, strict=True)
-        ]
-        total = sum(order.layout.disk_bytes for order in orders)
-        pending = PendingRead(self, len(orders), time.perf_counter())
-        if total <= INLINE_BYTES:
+        pending = PendingRead(self, len(orders), [order for order in orders if order.prefetched is not None])
+        wanted = [order for order in orders if order.prefetched is None]
+        tasks = [task for order in wanted for task in _tasks(order)]
+        if sum(order.layout.disk_bytes for order in wanted) <= INLINE_BYTES:
             pending.inline = tasks
         else:
             pending.futures = [self._pool.submit(self._run, share) for share in _dealt(tasks, self._readers)]
         return pending
 
+    def prefetch(self, order: SlotOrder, free: Callable[[], None]) -> PrefetchedExpert:
+        """Read an expert that nobody has asked for, after whatever is under way.
+
+        Args:
+            order: it, and memory that is no slot.
+            free: called once that memory is used no longer, in any thread.
+        """
+        return PrefetchedExpert(self, order.views, self._pool.submit(self._run, _tasks(order)), free)
+
+    def count_prefetched(self, count: int, *, used: bool) -> None:
+        """Take note of so many bytes that were read before anybody asked for them, and whether somebody did."""
+        with self._lock:
+            self.counters.prefetched_bytes += count
+            if used:
+                self.counters.prefetch_used_bytes += count
+            else:
+                self.counters.prefetch_wasted_bytes += count
+
     def _run(self, tasks: Sequence[_Task]) -> _Outcome:
         """Carry out tasks one after another; the first failure ends them and is returned."""
         outcome = _Outcome()
+        self._count_time(1)
         try:
             for task in tasks:
                 self._fill(task, outcome)
         except ExpertReadError as error:
             outcome.error = error
-        outcome.ended_s = time.perf_counter()
+        finally:
+            self._count_time(-1)
+            with self._lock:
+                self.counters.read_bytes += outcome.read_bytes
+                self.counters.reads += outcome.reads
         return outcome
+
+    def _count_time(self, more: int) -> None:
+        """Reads begin or end: what passed since the last time counts if one was under way."""
+        with self._lock:
+            now_s = time.perf_counter()
+            if self._under_way:
+                self.counters.read_s += now_s - self._counted_s
+            self._under_way, self._counted_s = self._under_way + more, now_s
 
     def _fill(self, task: _Task, outcome: _Outcome) -> None:
         views = task.views
@@ -179,19 +223,17 @@ class PendingRead:
 
     store: ExpertStore
     experts: int
-    began_s: float
+    prefetched: list[SlotOrder]
     futures: list[Future[_Outcome]] = field(default_factory=list)
     inline: list[_Task] = field(default_factory=list)
-
-    @property
-    def done(self) -> bool:
-        """Whether `wait` would return at once."""
-        return not self.inline and all(future.done() for future in self.futures)
 
     def cancel(self) -> None:
         """Until nothing writes into a slot any more, whatever came of it."""
         for future in self.futures:
             future.cancel()
+        for order in self.prefetched:
+            if order.prefetched is not None:
+                order.prefetched.drop()
         wait(self.futures)
 
     def wait(self) -> None:
@@ -201,18 +243,58 @@ class PendingRead:
             ExpertReadError: a read failed; what its experts' slots hold means nothing.
         """
         counters, began_s = self.store.counters, time.perf_counter()
-        outcomes = [self.store._run(self.inline)] if self.inline else [each.result() for each in self.futures]
-        ended_s = time.perf_counter()
-        counters.stall_s += ended_s - began_s
-        first_s = began_s if self.inline else self.began_s
-        counters.read_s += max((each.ended_s for each in outcomes), default=first_s) - first_s
-        counters.read_bytes += sum(each.read_bytes for each in outcomes)
-        counters.reads += sum(each.reads for each in outcomes)
+        late = [
+            task
+            for order in self.prefetched
+            if order.prefetched is not None and not order.prefetched.copy_to(order.views)
+            for task in _tasks(order)
+        ]
+        self.prefetched = []
+        outcomes = [self.store._run(tasks) for tasks in (self.inline, late) if tasks]
+        outcomes += [each.result() for each in self.futures]
+        counters.stall_s += time.perf_counter() - began_s
         error = next((each.error for each in outcomes if each.error is not None), None)
         if error is not None:
             counters.failed += 1
             raise error
         counters.experts += self.experts
+
+
+@dataclass(slots=True)
+class PrefetchedExpert:
+    """An expert on its way into memory that is no slot; what is called first, `copy_to` or `drop`, settles it."""
+
+    store: ExpertStore
+    views: SlotViews
+    future: Future[_Outcome]
+    free: Callable[[], None]
+    settled: bool = False
+
+    def copy_to(self, slot: SlotViews) -> bool:
+        """Wait for the read and copy its bytes; False where it failed, and the expert is to be read as any other."""
+        self.settled = True
+        try:
+            outcome = self.future.result()
+            if outcome.error is None:
+                for here, there in zip(self.views, slot, strict=True):
+                    for name, view in there.items():
+                        np.copyto(np.frombuffer(view, np.uint8), np.frombuffer(here[name], np.uint8))
+        finally:
+            self.free()
+        self.store.count_prefetched(outcome.read_bytes, used=outcome.error is None)
+        return outcome.error is None
+
+    def drop(self) -> None:
+        """Nobody wants it: a read that has not begun never does, and another counts as wasted when it ends."""
+        if not self.settled:
+            self.settled = True
+            self.future.cancel()
+            self.future.add_done_callback(self._dropped)
+
+    def _dropped(self, future: Future[_Outcome]) -> None:
+        self.free()
+        if not future.cancelled() and future.exception() is None:
+            self.store.count_prefetched(future.result().read_bytes, used=False)
 
 
 @dataclass(frozen=True, slots=True)
@@ -228,8 +310,12 @@ class _Task:
 class _Outcome:
     read_bytes: int = 0
     reads: int = 0
-    ended_s: float = 0.0
     error: ExpertReadError | None = None
+
+
+def _tasks(order: SlotOrder) -> list[_Task]:
+    pairs = zip(order.layout.projections, order.views, strict=True)
+    return [_Task(order.expert, projection, views) for projection, views in pairs]
 
 
 def _dealt(tasks: Sequence[_Task], hands: int) -> Iterator[Sequence[_Task]]:

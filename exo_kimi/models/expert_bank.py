@@ -9,7 +9,7 @@ Axes: N tokens, K experts of each, P = N * K pairs of both; S slots.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -17,9 +17,10 @@ import mlx.core as mx
 import numpy as np
 from numpy.typing import NDArray
 
-from exo_kimi.experts.asked import asked
+from exo_kimi.experts.asked import FEW_PAIRS, asked
 from exo_kimi.experts.layer_cache import HitCounters, LayerCache, Round
 from exo_kimi.experts.layout import LayerLayout
+from exo_kimi.experts.prefetch import Prefetcher
 from exo_kimi.experts.store import ExpertStore, PendingRead, SlotOrder, SlotViews
 
 KEPT_BYTES = 1024**2
@@ -58,6 +59,11 @@ class LastOutput:
 class Experts(Protocol):
     """What computes experts whose rows are slots."""
 
+    @property
+    def x(self) -> mx.array:
+        """(N, D): the layer's tokens, which its router chose for."""
+        ...
+
     def whole(self, slots: mx.array) -> mx.array:
         """All pairs at once: (..., K, D) of slots in the shape of the choices."""
         ...
@@ -65,6 +71,19 @@ class Experts(Protocol):
     def some(self, pairs: Ids, slots: Ids, count: int) -> mx.array:
         """(p, D) of some of the `count` pairs, by number, and the slots that their experts lie in."""
         ...
+
+
+@dataclass(frozen=True, slots=True)
+class NextLayer:
+    """What a layer knows of the next one, to have experts read ahead for it.
+
+    Args:
+        bank: its slots.
+        guess: (N, C) experts that it may choose, the most probable first, of what this layer's router chose for, (N, D).
+    """
+
+    bank: ExpertBank
+    guess: Callable[[mx.array], mx.array]
 
 
 class ExpertBank:
@@ -76,6 +95,10 @@ class ExpertBank:
         store: reads them.
         views: writable bytes of each slot; the layer's parameters are the same memory.
         last: shared by all banks of a model.
+        prefetcher: of the stage; None reads nothing ahead.
+
+    Attributes:
+        next_layer: None where the next layer is another stage's, or holds all its experts.
     """
 
     def __init__(
@@ -85,12 +108,15 @@ class ExpertBank:
         store: ExpertStore,
         views: Sequence[SlotViews],
         last: LastOutput,
+        prefetcher: Prefetcher | None = None,
     ) -> None:
         self.layout = layout
         self.cache = cache
         self.store = store
         self._views = views
         self._last = last
+        self._prefetcher = prefetcher
+        self.next_layer: NextLayer | None = None
 
     def run(self, indices: mx.array, experts: Experts, beside: Sequence[mx.array] = ()) -> mx.array:
         """What `experts` makes of every pair once its expert is in a slot; each expert is read at most once.
@@ -106,18 +132,27 @@ class ExpertBank:
         Raises:
             ExpertReadError: a read failed; the slots are in order for the next pass.
         """
-        mx.async_eval(indices)  # type: ignore[no-untyped-call]
+        guess = self._guess(experts, indices.size)
+        mx.async_eval(indices, *([] if guess is None else [guess]))  # type: ignore[no-untyped-call]
         if beside:
             mx.async_eval(*beside)  # type: ignore[no-untyped-call]
         self._last.settle()
         chosen = np.array(indices).reshape(-1)
-        rounds = self.cache.request(asked(chosen))
+        wanted = asked(chosen)
+        rounds = self.cache.request(wanted)
+        if self._prefetcher is not None:
+            self._prefetcher.settle(self.layout.layer, frozenset(wanted))
+            if len(rounds) == 1:
+                self._prefetcher.asked(len(rounds[0].read))
         if len(rounds) == 1 and not rounds[0].read:
+            self._read_ahead(guess)
             place = dict(rounds[0].held)
             slots = mx.array([place[expert] for expert in chosen.tolist()], mx.uint32)
             return self._last.keep(experts.whole(slots.reshape(indices.shape)))
         reads: dict[int, PendingRead] = {}
         try:
+            reads[0] = self._begin(rounds[0])
+            self._read_ahead(guess)
             return self._last.keep(self._rounds(rounds, reads, chosen, experts))
         except BaseException:
             for read in reads.values():
@@ -125,10 +160,27 @@ class ExpertBank:
             self.cache.abandon()
             raise
 
+    def _guess(self, experts: Experts, pairs: int) -> mx.array | None:
+        """What the next layer's router may choose, if somebody wants to know; not evaluated."""
+        if self._prefetcher is None:
+            return None
+        self._prefetcher.arrive(self.layout)
+        if self.next_layer is None or pairs > FEW_PAIRS or not self._prefetcher.policy.is_asking:
+            return None
+        return self.next_layer.guess(experts.x)
+
+    def _read_ahead(self, guess: mx.array | None) -> None:
+        """Begin to read what the next layer may ask for, behind what this one waits for."""
+        if guess is not None and self._prefetcher is not None and self.next_layer is not None:
+            # Every token's first choices, then every token's second.
+            ranked: list[int] = np.array(guess).T.reshape(-1).tolist()
+            bank = self.next_layer.bank
+            self._prefetcher.begin(bank.layout, bank.cache, list(dict.fromkeys(ranked)))
+
     def _rounds(
         self, rounds: Sequence[Round], reads: dict[int, PendingRead], chosen: NDArray[np.uint32], experts: Experts
     ) -> mx.array:
-        """`reads` has those that are under way."""
+        """`reads` has those that are under way, from the first round on."""
         parts: list[Ids] = []
         outputs: list[mx.array] = []
         ends = [0]
@@ -144,7 +196,7 @@ class ExpertBank:
                 outputs.append(experts.some(pairs, found[pairs], len(chosen)))
                 mx.async_eval(outputs[-1])  # type: ignore[no-untyped-call]
 
-        begun = 0
+        begun = len(reads)
         for number, each in enumerate(rounds):
             while begun <= number or (
                 begun < len(rounds) and begun < number + READS_AHEAD and rounds[begun].after <= max(0, number - 1)
@@ -165,7 +217,11 @@ class ExpertBank:
     def _begin(self, each: Round) -> PendingRead:
         for _, slot in each.read:
             self.cache.writing(slot)
-        return self.store.begin([SlotOrder(self.layout, expert, self._views[slot]) for expert, slot in each.read])
+        return self.store.begin([self._order(expert, slot) for expert, slot in each.read])
+
+    def _order(self, expert: int, slot: int) -> SlotOrder:
+        read = None if self._prefetcher is None else self._prefetcher.take(self.layout.layer, expert)
+        return SlotOrder(self.layout, expert, self._views[slot], read)
 
 
 @dataclass(frozen=True, slots=True)
@@ -175,10 +231,14 @@ class StreamedExperts:
     Args:
         store: reads for all of them.
         banks: by layer.
+        prefetcher: reads ahead for all of them; None where there is no memory for it, or nobody wants it.
+        prefetch_memory_bytes: what it reads into, beside the slots.
     """
 
     store: ExpertStore
     banks: Mapping[int, ExpertBank]
+    prefetcher: Prefetcher | None = None
+    prefetch_memory_bytes: int = 0
 
     @property
     def counters(self) -> HitCounters:

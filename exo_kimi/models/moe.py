@@ -65,8 +65,7 @@ class ExpertChoice:
         """Scores (..., E) and experts (..., K); `learning` where somebody may take gradients, which costs a primitive."""
         scores, ranking = ops.scores_and_ranking(logits, bias)
         ranking = mx.stop_gradient(ranking) if learning else ranking
-        if self.kept_groups < self.groups:
-            ranking = self._within_best_groups(ranking)
+        ranking = self.eligible(ranking)
         others = ranking.shape[-1] - self.chosen
         indices = (
             mx.argpartition(ranking, kth=others, axis=-1)[..., others:] if others else mx.argsort(ranking, axis=-1)
@@ -79,6 +78,10 @@ class ExpertChoice:
         if self.normalised:
             weights = ops.shares(weights, weights.sum(axis=-1, keepdims=True))
         return indices, weights
+
+    def eligible(self, ranking: mx.array) -> mx.array:
+        """The same, with every expert last that cannot be chosen."""
+        return self._within_best_groups(ranking) if self.kept_groups < self.groups else ranking
 
     def _within_best_groups(self, ranking: mx.array) -> mx.array:
         """Rank every expert outside the best groups last; a group is as good as its two best experts together."""
@@ -147,6 +150,12 @@ class Router(nn.Module):
         # A matrix of two axes would make MLX flatten a single token and unflatten the product.
         logits = x.astype(mx.float32) @ (row if step.tokens == 1 else matrix)
         return self._choose(logits, bias)
+
+    def best(self, x: mx.array, count: int) -> mx.array:
+        """(N, count) experts of tokens (N, D), the one that ranks highest first."""
+        matrix, _, bias = self._operands(self["weight"], self["e_score_correction_bias"])
+        _, ranking = ops.scores_and_ranking(x.astype(mx.float32) @ matrix, bias.reshape(-1))
+        return mx.argsort(-self.choose.eligible(ranking), axis=-1)[..., :count]
 
 
 def _in_float32(weight: mx.array, bias: mx.array) -> tuple[mx.array, mx.array, mx.array]:

@@ -119,6 +119,9 @@ class ExpertHealth:
         read_s: in which something was being read.
         stall_s: in which a pass waited for it.
         failed_reads: that ended a request.
+        prefetched_bytes: of `read_bytes`, what was read before anybody asked for it.
+        prefetch_used_bytes, prefetch_wasted_bytes: of these, what was asked for then, and what was not.
+        prefetch_experts: how many a layer reads ahead now.
     """
 
     slots: int
@@ -130,6 +133,10 @@ class ExpertHealth:
     read_s: float
     stall_s: float
     failed_reads: int
+    prefetched_bytes: int = 0
+    prefetch_used_bytes: int = 0
+    prefetch_wasted_bytes: int = 0
+    prefetch_experts: int = 0
 
     @property
     def read_bytes_per_s(self) -> float:

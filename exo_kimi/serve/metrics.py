@@ -185,6 +185,9 @@ def _expert_metrics(stages: tuple[StageHealth, ...]) -> Iterator[Metric]:
         ("read_seconds", "read_s", "Time in which experts were being read"),
         ("stall_seconds", "stall_s", "Time in which a pass waited for an expert"),
         ("failed_reads", "failed_reads", "Reads that ended a request"),
+        ("prefetched_bytes", "prefetched_bytes", "Bytes read before a pass asked for them"),
+        ("prefetch_used_bytes", "prefetch_used_bytes", "Of these, bytes that a pass asked for then"),
+        ("prefetch_wasted_bytes", "prefetch_wasted_bytes", "Of these, bytes that none asked for"),
     ):
         family = CounterMetricFamily(f"exo_kimi_expert_{name}", text, labels=["stage"])
         for stage, experts in each:
@@ -193,6 +196,7 @@ def _expert_metrics(stages: tuple[StageHealth, ...]) -> Iterator[Metric]:
     for name, field, text in (
         ("slots", "slots", "Experts that are held, all layers together"),
         ("slot_bytes", "slot_bytes", "Bytes of memory for experts"),
+        ("prefetch_experts", "prefetch_experts", "Experts that a layer reads ahead now"),
         ("read_bytes_per_second", "read_bytes_per_s", "Mean speed of reading experts"),
     ):
         gauge = GaugeMetricFamily(f"exo_kimi_expert_{name}", text, labels=["stage"])

@@ -92,7 +92,8 @@ def load_stage(
     check_dtype(dtype)
     manifest.check_here()
     sources = [source for source in manifest.sources if source.spec.layer is not None or not layers_only]
-    slotted = slotted_layers(sources, expert_cache, dtype=dtype)
+    stage = slotted_layers(sources, expert_cache, dtype=dtype, chosen=manifest.config.num_experts_per_tok)
+    slotted = stage.layers
     model = Model(manifest.config, manifest.start_layer, manifest.end_layer, layers_only=layers_only)
     for layer, each in slotted.items():
         mixture_at(model, layer).use_slots(each.slots)
@@ -147,7 +148,7 @@ def load_stage(
         module_at(model, module_path)[leaf] = memory.take(target)
     mx.eval(model.parameters())
     if slotted and expert_cache is not None:
-        attach_banks(model, slotted, views, directory=manifest.directory, policy=expert_cache.policy)
+        attach_banks(model, stage, views, directory=manifest.directory, cache=expert_cache)
     if fuse:
         model.fuse_projections()
     model.eval()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,12 +11,13 @@ import mlx.core as mx
 import numpy as np
 
 from exo_kimi.checkpoint.manifest import ModuleSource
-from exo_kimi.experts.budget import ExpertCache, slots_for
+from exo_kimi.experts.budget import ExpertCache, check_prefetch, slots_for
 from exo_kimi.experts.layer_cache import LayerCache
 from exo_kimi.experts.layout import FLOAT_NAMES, LayerLayout, Leaf, layouts_of
 from exo_kimi.experts.policies import make_policy
+from exo_kimi.experts.prefetch import Prefetcher, PrefetchPolicy, places_for
 from exo_kimi.experts.store import ExpertStore, Preadv
-from exo_kimi.models.expert_bank import ExpertBank, LastOutput, StreamedExperts
+from exo_kimi.models.expert_bank import ExpertBank, LastOutput, NextLayer, StreamedExperts
 from exo_kimi.models.kimi_k2 import Model
 from exo_kimi.models.moe import MoE
 from exo_kimi.runtime.loading.parameter_memory import ParameterMemory, Target
@@ -40,27 +41,50 @@ class SlottedLayer:
         }
 
 
+@dataclass(frozen=True, slots=True)
+class SlottedStage:
+    """The layers of a stage whose experts do not all fit.
+
+    Args:
+        layers: by number.
+        places: experts for which there is memory beside the slots, to read ahead into.
+    """
+
+    layers: Mapping[int, SlottedLayer]
+    places: int = 0
+
+    @property
+    def place_bytes(self) -> int:
+        """Of one of `places`: any layer's expert fits."""
+        return max((each.layout.slot_bytes for each in self.layers.values()), default=0)
+
+
 def slotted_layers(
-    sources: Sequence[ModuleSource], cache: ExpertCache | None, *, dtype: str | None
-) -> dict[int, SlottedLayer]:
-    """The layers whose experts do not all fit, by number.
+    sources: Sequence[ModuleSource], cache: ExpertCache | None, *, dtype: str | None, chosen: int
+) -> SlottedStage:
+    """The layers whose experts do not all fit.
 
     Args:
         sources: of a stage.
         cache: what it may hold; None holds all.
         dtype: of floating parameters, see `loader.load`.
+        chosen: experts of a token.
 
     Raises:
-        UsageError: the budget is too small.
+        UsageError: the budget is too small, or there is no such way of reading ahead.
     """
-    if cache is None:
-        return {}
-    layouts = layouts_of(sources, floats=FLOAT_NAMES[dtype] if dtype else None)
-    if not layouts:
-        return {}
+    layouts = {} if cache is None else layouts_of(sources, floats=FLOAT_NAMES[dtype] if dtype else None)
+    if cache is None or not layouts:
+        return SlottedStage({})
     experts = next(iter(layouts.values())).experts
-    slots = slots_for(cache.budget_bytes, {layer: layout.slot_bytes for layer, layout in layouts.items()}, experts)
-    return {layer: SlottedLayer(layouts[layer], count) for layer, count in slots.items() if count < experts}
+    slot_bytes = {layer: layout.slot_bytes for layer, layout in layouts.items()}
+    slots, places = slots_for(cache.budget_bytes, slot_bytes, experts), 0
+    if any(count < experts for count in slots.values()):
+        check_prefetch(cache.prefetch)
+        places = places_for(cache.prefetch, cache.budget_bytes, slot_bytes.values(), chosen)
+        slots = slots_for(cache.budget_bytes - places * max(slot_bytes.values()), slot_bytes, experts)
+    layers = {layer: SlottedLayer(layouts[layer], count) for layer, count in slots.items() if count < experts}
+    return SlottedStage(layers, places)
 
 
 def slot_memory(
@@ -92,20 +116,20 @@ def slot_memory(
 
 def attach_banks(
     model: Model,
-    layers: Mapping[int, SlottedLayer],
+    stage: SlottedStage,
     views: Mapping[int, list[list[dict[str, memoryview]]]],
     *,
     directory: Path,
-    policy: str,
+    cache: ExpertCache,
     preadv: Preadv = os.preadv,
 ) -> None:
     """Have layers read the experts that they are asked for; their files are open from now on.
 
     Args:
         model: of the layers.
-        layers, views: see `slot_memory`.
+        stage, views: see `slot_memory`.
         directory: the checkpoint.
-        policy: by name.
+        cache: how slots are used.
         preadv: reads.
 
     Raises:
@@ -113,14 +137,32 @@ def attach_banks(
         UsageError: no such policy.
     """
     store = ExpertStore(directory, preadv=preadv)
+    prefetcher: Prefetcher | None = None
+    if stage.places:
+        memory = memoryview(np.zeros(stage.places * stage.place_bytes, np.uint8)).cast("B")
+        places = [memory[start : start + stage.place_bytes] for start in range(0, len(memory), stage.place_bytes)]
+        prefetcher = Prefetcher(store, PrefetchPolicy(cache.prefetch, max(1, stage.places // 2)), places)
     banks: dict[int, ExpertBank] = {}
     last = LastOutput()
-    for layer, slotted in layers.items():
+    for layer, slotted in stage.layers.items():
         store.open(slotted.layout)
-        cache = LayerCache(slotted.slots, make_policy(policy, slots=slotted.slots))
-        banks[layer] = ExpertBank(slotted.layout, cache, store, views[layer], last)
+        slots = LayerCache(slotted.slots, make_policy(cache.policy, slots=slotted.slots))
+        banks[layer] = ExpertBank(slotted.layout, slots, store, views[layer], last, prefetcher)
         mixture_at(model, layer).switch_mlp.bank = banks[layer]
-    model.streamed = StreamedExperts(store, banks)
+        if prefetcher is not None and layer - 1 in banks:
+            banks[layer - 1].next_layer = NextLayer(banks[layer], _guess(model, layer))
+    model.streamed = StreamedExperts(store, banks, prefetcher, stage.places * stage.place_bytes)
+
+
+def _guess(model: Model, layer: int) -> Callable[[mx.array], mx.array]:
+    """What a layer's router makes of the input of the router before it: h / rms(h) times the norm's weights, which differ."""
+    before, after = (model.layers[number - model.start_layer].post_attention_layernorm for number in (layer - 1, layer))
+    old, new = (norm.weight.astype(mx.float32) for norm in (before, after))
+    scale = mx.where(old == 0, 0.0, new / mx.where(old == 0, 1.0, old))
+    mx.eval(scale)
+    router = mixture_at(model, layer).gate
+    count = router.chosen + router.chosen // 2
+    return lambda x: router.best(x.astype(mx.float32) * scale, count)
 
 
 def mixture_at(model: Model, layer: int) -> MoE:

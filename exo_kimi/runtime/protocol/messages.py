@@ -159,6 +159,10 @@ class ExpertTotals(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
     read_s: float
     stall_s: float
     failed_reads: Count
+    prefetched_bytes: Count = 0
+    prefetch_used_bytes: Count = 0
+    prefetch_wasted_bytes: Count = 0
+    prefetch_experts: Count = 0
 
 
 class Progress(Header, frozen=True, kw_only=True, tag="progress"):

@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import os
 import socket
+import threading
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -187,6 +188,7 @@ class StageCompute:
         self._broken_epoch = -1
         self._looked_s = 0.0
         self._unseen = False
+        self._busy_lock = threading.Lock()
         backend.tell_progress(self._on_progress)
 
     def run(self, orders: SimpleQueue[Order]) -> None:
@@ -207,12 +209,15 @@ class StageCompute:
                 # Looking takes time that the answer's way out and the next step would wait for.
                 if not isinstance(order, Step) or time.monotonic() - self._looked_s > LOOK_EVERY_S:
                     self._look()
-                self._status.busy_since_s = None
+                with self._busy_lock:
+                    self._status.busy_since_s = None
 
     def _on_progress(self) -> None:
-        """A step is as alive as the disk that it reads from, however slow that is."""
-        if self._status.busy_since_s is not None:
-            self._status.busy_since_s = time.monotonic()
+        """A step is as alive as the disk that it reads from, however slow that is. A read that nobody waits for may end after
+        its step, and makes no idle stage busy."""
+        with self._busy_lock:
+            if self._status.busy_since_s is not None:
+                self._status.busy_since_s = time.monotonic()
 
     def _next(self, orders: SimpleQueue[Order]) -> Order:
         """The next order. While none comes, the memory is looked at."""

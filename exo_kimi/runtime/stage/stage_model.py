@@ -156,4 +156,8 @@ def expert_health(streamed: StreamedExperts) -> ExpertHealth:
         read_s=reads.read_s,
         stall_s=reads.stall_s,
         failed_reads=reads.failed,
+        prefetched_bytes=reads.prefetched_bytes,
+        prefetch_used_bytes=reads.prefetch_used_bytes,
+        prefetch_wasted_bytes=reads.prefetch_wasted_bytes,
+        prefetch_experts=0 if streamed.prefetcher is None else streamed.prefetcher.policy.count,
     )
