@@ -12,11 +12,18 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
+from exo_kimi.cli.expert_options import (
+    STREAM,
+    CacheOption,
+    PolicyOption,
+    PrefetchOption,
+    ProfileOption,
+    ReadsOption,
+)
 from exo_kimi.cli.output import write_text
 from exo_kimi.cli.values import (
     DEFAULT_PORT,
     Dtype,
-    ExpertPolicy,
     KvBits,
     Objective,
     argument,
@@ -39,7 +46,6 @@ from exo_kimi.cli.values import (
     whole,
 )
 from exo_kimi.errors import UsageError
-from exo_kimi.experts.budget import ExpertCache
 from exo_kimi.logs import log_to
 
 Layout = Literal["mlx", "int4", "fp8", "bf16"]
@@ -71,15 +77,9 @@ Bench = Literal[  # modules of exo_kimi.bench, with - for _
 BENCHES: tuple[str, ...] = tuple(name for name in get_args(Bench) if name != "link_speed")
 
 Directory = Annotated[Path, argument("DIR", "a checkpoint, or a model of the hub as ORG/NAME")]
-EXPERT_CACHE = (
-    "memory of this machine for routed experts; the others are read from disk when a token asks for them "
-    "(default: all are held)"
-)
-EXPERT_POLICY = "which expert gives way to another (default lru)"
 LOG_JSON = "log lines as JSON objects, each with the id of its request"
 SPLIT, MEMORY, PREFIXES, PICTURES = "Model and split", "Memory", "Prefix cache", "Pictures"
 NETWORK, SPEED, WORKLOAD, OUTPUT = "Network and keys", "Speculation", "Workload", "Output"
-STREAM = "Experts from disk"
 
 
 def demo(
@@ -236,25 +236,11 @@ def serve(
             "--kv-bits", metavar=one_of(KvBits), help="bits of the KV cache (default: those of the dtype)", panel=MEMORY
         ),
     ] = None,
-    expert_cache: Annotated[
-        int | None,
-        option(
-            "--expert-cache",
-            parser=byte_count,
-            metavar="SIZE",
-            help=EXPERT_CACHE,
-            panel=MEMORY,
-        ),
-    ] = None,
-    expert_policy: Annotated[
-        ExpertPolicy,
-        option(
-            "--expert-policy",
-            metavar=one_of(ExpertPolicy),
-            help=EXPERT_POLICY,
-            panel=MEMORY,
-        ),
-    ] = "lru",
+    expert_cache: CacheOption = None,
+    expert_policy: PolicyOption = "lru",
+    expert_profile: ProfileOption = None,
+    expert_prefetch: PrefetchOption = "auto",
+    expert_reads: ReadsOption = "auto",
     prefill_chunk: Annotated[
         int | None,
         option("--prefill-chunk", parser=positive, metavar="N", help="prompt tokens of one step at most", panel=MEMORY),
@@ -451,33 +437,29 @@ def stage(
         Path | None,
         option("--key-file", metavar="FILE", help="cluster key; made when there is none (or EXO_KIMI_KEY)"),
     ] = None,
-    expert_cache: Annotated[
-        int | None,
-        option(
-            "--expert-cache",
-            parser=byte_count,
-            metavar="SIZE",
-            help=EXPERT_CACHE,
-        ),
-    ] = None,
-    expert_policy: Annotated[
-        ExpertPolicy,
-        option(
-            "--expert-policy",
-            metavar=one_of(ExpertPolicy),
-            help=EXPERT_POLICY,
-        ),
-    ] = "lru",
+    expert_cache: CacheOption = None,
+    expert_policy: PolicyOption = "lru",
+    expert_profile: ProfileOption = None,
+    expert_prefetch: PrefetchOption = "auto",
+    expert_reads: ReadsOption = "auto",
     log_json: Annotated[bool, flag("--log-json", help=LOG_JSON)] = False,
 ) -> None:
     """A stage on this machine, for `serve --stage ADDR` on another."""
+    from exo_kimi.experts.options import ExpertOptions
     from exo_kimi.pairing.command import announced_stage, stage_place
 
+    experts = ExpertOptions(
+        budget_bytes=expert_cache,
+        policy=expert_policy,
+        prefetch=expert_prefetch,
+        reads=expert_reads,
+        profile=expert_profile,
+    )
     directory = _weights(model)
     place = stage_place(listen, pair=pair, key_file=key_file)
     log_to(as_json=log_json)
     with announced_stage(place.listen):
-        _serve_stage(place, directory, ExpertCache.of(expert_cache, expert_policy))
+        _serve_stage(place, directory, experts)
 
 
 def chat(
@@ -754,7 +736,7 @@ def _find_stages_and_weights(options: dict[str, Any]) -> None:
     options["directory"] = served_directory(options["directory"], ServedPart.of(options))
 
 
-def _serve_stage(place: Any, model: str | None, expert_cache: ExpertCache | None) -> None:
+def _serve_stage(place: Any, model: str | None, experts: Any) -> None:
     from exo_kimi.models.mlx_lm_package import skip_mlx_lm_init
     from exo_kimi.runtime.descriptors import raise_descriptor_limit
 
@@ -768,7 +750,7 @@ def _serve_stage(place: Any, model: str | None, expert_cache: ExpertCache | None
         key_file=place.key_file,
         environment_key=os.environ.get("EXO_KIMI_KEY"),
         show_key=sys.stdout.isatty(),
-        expert_cache=expert_cache,
+        expert_cache=experts.cache().sized(experts.budget_bytes),
     )
 
 

@@ -19,7 +19,9 @@ DEFAULT_PORT = 52415
 Objective = Literal["request", "latency", "throughput", "ttft"]
 Dtype = Literal["float32", "bfloat16", "float16"]
 KvBits = Literal[8]
-ExpertPolicy = Literal["lru", "slru", "lfu", "s3fifo"]
+ExpertPolicy = Literal["lru", "slru", "lfu", "s3fifo", "pinned"]
+ExpertPrefetch = Literal["auto", "on", "off"]
+ExpertReads = Literal["auto", "cached", "direct"]
 
 Value = TypeVar("Value")
 

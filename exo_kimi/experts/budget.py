@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal, get_args
 
 from exo_kimi.errors import UsageError
-from exo_kimi.experts.policies import DEFAULT_POLICY
+from exo_kimi.experts.policies import DEFAULT_POLICY, Policy, make_policy
 from exo_kimi.units import format_bytes
 
 Prefetch = Literal["auto", "on", "off"]
@@ -28,23 +28,43 @@ def check_prefetch(name: str) -> None:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class LayerProfile:
+    """Experts of one layer, the one that was used most first."""
+
+    layer: int
+    experts: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class ExpertCache:
-    """What a stage may hold of its routed experts.
+    """What a stage may hold of its routed experts, and how it reads the others.
 
     Args:
         budget_bytes: in memory, for all layers together; a layer whose experts all fit is held as ever.
         policy: which expert a layer gives up, by name (see `policies`).
         prefetch: whether experts are read that the next layer may ask for (see `prefetch`).
+        reads: through the page cache or past it (see `direct`).
+        profile: what `pinned` keeps, of each layer.
     """
 
     budget_bytes: int
     policy: str = DEFAULT_POLICY
     prefetch: str = DEFAULT_PREFETCH
+    reads: str = "auto"
+    profile: tuple[LayerProfile, ...] = ()
 
-    @classmethod
-    def of(cls, budget_bytes: int | None, policy: str, prefetch: str = DEFAULT_PREFETCH) -> ExpertCache | None:
-        """None where no budget is set, and all experts are held."""
-        return None if budget_bytes is None else cls(budget_bytes=budget_bytes, policy=policy, prefetch=prefetch)
+    def sized(self, budget_bytes: int | None) -> ExpertCache | None:
+        """The same with another budget; None where none is set, and all experts are held."""
+        return None if budget_bytes is None else replace(self, budget_bytes=budget_bytes)
+
+    def policy_of(self, layer: int, slots: int) -> Policy:
+        """A new policy of one layer.
+
+        Raises:
+            UsageError: no such policy, or `pinned` without a profile of this layer.
+        """
+        profile = next((each.experts for each in self.profile if each.layer == layer), ())
+        return make_policy(self.policy, slots=slots, profile=profile)
 
 
 def slots_for(budget_bytes: int, slot_bytes: Mapping[int, int], experts: int) -> dict[int, int]:

@@ -226,7 +226,8 @@ def places_for(mode: str, budget_bytes: int, slot_bytes: Collection[int], chosen
 
 
 def _cut(place: memoryview, layout: LayerLayout) -> SlotViews:
-    views, start = [], 0
+    views: list[dict[str, memoryview]] = []
+    start = 0
     for projection in layout.projections:
         views.append({})
         for leaf in projection.leaves:

@@ -21,6 +21,7 @@ import numpy as np
 from exo_kimi.checkpoint.tensor_files import TensorFiles
 from exo_kimi.errors import ExpertReadError
 from exo_kimi.experts.convert import to_float32, unpack_fp8, words, write_biases, write_floats
+from exo_kimi.experts.direct import DirectReader
 from exo_kimi.experts.layout import ByteRange, LayerLayout, Leaf, ProjectionLayout, StoredPart
 
 READERS = 8
@@ -88,9 +89,12 @@ class ExpertStore:
         directory: the checkpoint.
         preadv: reads; tests put faults here.
         readers: reads at a time.
+        direct: read past the page cache, where the system can.
     """
 
-    def __init__(self, directory: Path, *, preadv: Preadv = os.preadv, readers: int = READERS) -> None:
+    def __init__(
+        self, directory: Path, *, preadv: Preadv = os.preadv, readers: int = READERS, direct: bool = False
+    ) -> None:
         self.directory = directory
         self.counters = ReadCounters()
         self.on_progress: Callable[[], None] | None = None
@@ -98,11 +102,19 @@ class ExpertStore:
         self._preadv = preadv
         self._readers = readers
         self._files = TensorFiles(directory)
+        self._direct = DirectReader(directory) if direct else None
         self._pool = ThreadPoolExecutor(readers, thread_name_prefix="expert")
         self._lock = threading.Lock()
         self._under_way, self._counted_s = 0, 0.0
         # Whoever lets go of the model lets go of its files; the threads end by themselves.
         weakref.finalize(self, self._files.close)
+        if self._direct is not None:
+            weakref.finalize(self, self._direct.close)
+
+    @property
+    def is_direct(self) -> bool:
+        """Whether reads go past the page cache."""
+        return self._direct is not None and self._direct.works
 
     def open(self, layout: LayerLayout) -> None:
         """Open the files that a layer's experts lie in.
@@ -113,6 +125,8 @@ class ExpertStore:
         for expert in range(layout.experts):
             for part in layout.expert_bytes(expert):
                 self._files.descriptor(part.entry)
+                if self._direct is not None:
+                    self._direct.open(part.entry.file)
 
     def begin(self, orders: Sequence[SlotOrder]) -> PendingRead:
         """Put reads on their way; few bytes are read when `wait` is called."""
@@ -191,7 +205,7 @@ class ExpertStore:
             while waiting:
                 step = _first_bytes(waiting, READ_BYTES)
                 try:
-                    count = self._preadv(descriptor, step, position)
+                    count = self._read_some(run[0][0].entry.file, descriptor, step, position)
                 except OSError as failure:
                     raise self._failed(run, position, found=failure.strerror or str(failure)) from failure
                 if count <= 0:
@@ -205,6 +219,13 @@ class ExpertStore:
                     waiting[0] = waiting[0][count:]
                 if self.on_progress is not None:
                     self.on_progress()
+
+    def _read_some(self, file: str, descriptor: int, views: Sequence[memoryview], position: int) -> int:
+        if self._direct is not None:
+            count = self._direct.read(self._preadv, file, views, position)
+            if count is not None:
+                return count
+        return self._preadv(descriptor, views, position)
 
     def _failed(self, run: Sequence[tuple[ByteRange, memoryview]], position: int, *, found: str) -> ExpertReadError:
         part = next(part for part, _ in run if position < part.end)

@@ -16,7 +16,9 @@ from exo_kimi.checkpoint.vision import NoVision, VisionManifest, chosen_tower
 from exo_kimi.dialogue.pictures import PicturePrompts
 from exo_kimi.dialogue.speaker import Speaker
 from exo_kimi.errors import CheckpointProblems, UsageError
-from exo_kimi.experts.budget import ExpertCache
+from exo_kimi.experts.budget import DEFAULT_PREFETCH, ExpertCache
+from exo_kimi.experts.direct import DEFAULT_READS
+from exo_kimi.experts.options import ExpertOptions
 from exo_kimi.experts.policies import DEFAULT_POLICY
 from exo_kimi.pictures.fetching import fetch_picture
 from exo_kimi.pictures.picture import PixelRules
@@ -68,6 +70,9 @@ class ServeOptions:
     kv_bits: int | None = None
     expert_cache: int | None = None
     expert_policy: str = DEFAULT_POLICY
+    expert_prefetch: str = DEFAULT_PREFETCH
+    expert_reads: str = DEFAULT_READS
+    expert_profile: Path | None = None
     prefill_chunk: int | None = None
     queue_limit: int | None = None
     stall_deadline: float = 30.0
@@ -102,14 +107,14 @@ def serve(options: ServeOptions, *, announce: Callable[[str], None] | None = Non
     checkpoint, scratch_bytes = Checkpoint(options.directory), None
     planned_kv_bytes: tuple[int, ...] = ()
     planned_caches: tuple[ExpertCache | None, ...] = ()
+    caching = _experts(options).cache(checkpoint.config)
     planned = read_plan(options.plan) if options.plan is not None else None
     if planned is not None:
         options = _following(planned, options, checkpoint)
         scratch_bytes = min(stage.scratch_bytes for stage in planned.stages)
         planned_kv_bytes = tuple(stage.kv_bytes for stage in planned.stages)
         planned_caches = tuple(
-            ExpertCache.of(None if stage.expert_slots is None else stage.expert_cache_bytes, options.expert_policy)
-            for stage in planned.stages
+            caching.sized(None if stage.expert_slots is None else stage.expert_cache_bytes) for stage in planned.stages
         )
     tower = _tower(options, checkpoint)
     if planned is not None:
@@ -124,7 +129,7 @@ def serve(options: ServeOptions, *, announce: Callable[[str], None] | None = Non
         scratch_bytes=scratch_bytes,
         kv_bits=options.kv_bits,
         vision=tower if isinstance(tower, VisionManifest) else None,
-        expert_cache=ExpertCache.of(options.expert_cache, options.expert_policy),
+        expert_cache=caching.sized(options.expert_cache),
         planned_caches=planned_caches,
     )
     speaker = Speaker.from_directory(options.directory, raw_config=checkpoint.raw_config)
@@ -184,6 +189,16 @@ def serve(options: ServeOptions, *, announce: Callable[[str], None] | None = Non
         )
 
     run(factory, host=options.host, port=options.port, announce=announce or _announce)
+
+
+def _experts(options: ServeOptions) -> ExpertOptions:
+    return ExpertOptions(
+        budget_bytes=options.expert_cache,
+        policy=options.expert_policy,
+        prefetch=options.expert_prefetch,
+        reads=options.expert_reads,
+        profile=options.expert_profile,
+    )
 
 
 def _tower(options: ServeOptions, checkpoint: Checkpoint) -> VisionManifest | NoVision:

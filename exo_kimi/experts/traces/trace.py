@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 
 from exo_kimi.errors import UsageError
 from exo_kimi.experts.asked import asked
+from exo_kimi.experts.budget import LayerProfile
 from exo_kimi.units import format_bytes
 
 VERSION = 1
@@ -117,6 +118,14 @@ class ExpertTrace:
         """(M, E): in which share of the tokens each expert is chosen."""
         counts = [np.bincount(layer.ravel(), minlength=self.experts) for layer in self.ids]
         return np.stack(counts) / max(1, self.tokens)
+
+    def profile(self) -> tuple[LayerProfile, ...]:
+        """The experts of each layer that were chosen at all, the one that was chosen most first."""
+        ranked = [np.argsort(-shares, kind="stable")[: int((shares > 0).sum())] for shares in self.popularity()]
+        return tuple(
+            LayerProfile(layer=layer, experts=tuple(experts.tolist()))
+            for layer, experts in zip(self.layers, ranked, strict=True)
+        )
 
     def save(self, path: str | Path) -> None:
         """Write the file; the same trace gives the same bytes."""

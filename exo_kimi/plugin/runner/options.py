@@ -5,13 +5,18 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 
 from exo_kimi.errors import UsageError
-from exo_kimi.experts.budget import ExpertCache
-from exo_kimi.experts.policies import DEFAULT_POLICY, make_policy
+from exo_kimi.experts.budget import DEFAULT_PREFETCH, ExpertCache
+from exo_kimi.experts.direct import DEFAULT_READS
+from exo_kimi.experts.options import ExpertOptions
+from exo_kimi.experts.policies import DEFAULT_POLICY
 from exo_kimi.units import parse_bytes
 
 EXPERT_CACHE, EXPERT_POLICY = "EXO_KIMI_EXPERT_CACHE", "EXO_KIMI_EXPERT_POLICY"
+EXPERT_PREFETCH, EXPERT_READS = "EXO_KIMI_EXPERT_PREFETCH", "EXO_KIMI_EXPERT_READS"
+EXPERT_PROFILE = "EXO_KIMI_EXPERT_PROFILE"
 CONTEXT, KV_BYTES, PREFIX_BYTES = "EXO_KIMI_CONTEXT", "EXO_KIMI_KV_BYTES", "EXO_KIMI_PREFIX_CACHE_BYTES"
 
 
@@ -58,15 +63,21 @@ def expert_cache_of(environment: Mapping[str, str] | None = None) -> ExpertCache
     """What this node may hold of the routed experts of its layers, each node for itself; None where nothing is said.
 
     Raises:
-        UsageError: a variable does not hold a size, or names no policy.
+        UsageError: a variable does not hold a size, or names nothing that there is.
     """
     given = os.environ if environment is None else environment
     budget_bytes = _size(given, EXPERT_CACHE)
     if budget_bytes is None:
         return None
-    policy = given.get(EXPERT_POLICY, DEFAULT_POLICY)
-    make_policy(policy, slots=1)
-    return ExpertCache(budget_bytes=budget_bytes, policy=policy)
+    profile = given.get(EXPERT_PROFILE)
+    options = ExpertOptions(
+        budget_bytes=budget_bytes,
+        policy=given.get(EXPERT_POLICY, DEFAULT_POLICY),
+        prefetch=given.get(EXPERT_PREFETCH, DEFAULT_PREFETCH),
+        reads=given.get(EXPERT_READS, DEFAULT_READS),
+        profile=None if profile is None else Path(profile).expanduser(),
+    )
+    return options.cache()
 
 
 def _size(given: Mapping[str, str], name: str) -> int | None:

@@ -16,10 +16,9 @@ from exo_kimi.checkpoint.vision import VisionManifest
 from exo_kimi.errors import UsageError
 from exo_kimi.experts.budget import ExpertCache, shares_of, slots_for
 from exo_kimi.experts.layout import FLOAT_NAMES, layouts_of
-from exo_kimi.experts.policies import DEFAULT_POLICY
 from exo_kimi.planner.split import balanced_split, parse_split
 from exo_kimi.planner.weights.bytes import bytes_of_manifest
-from exo_kimi.runtime.protocol.messages import Load, encode_path
+from exo_kimi.runtime.protocol.messages import Load, PinnedExperts, encode_path
 from exo_kimi.runtime.transport.address import Address, parse_address
 from exo_kimi.runtime.transport.keys import ClusterKey, require_key
 
@@ -115,7 +114,7 @@ def make_plan(
     for stage, planned in enumerate(planned_caches):
         if planned is not None and shares[stage] is None:
             shares[stage] = planned.budget_bytes
-    policies = {cache.policy for cache in (expert_cache, *planned_caches) if cache is not None}
+    used = next((cache for cache in (expert_cache, *planned_caches) if cache is not None), ExpertCache(budget_bytes=0))
     plans = []
     for stage, ((start, end), remote) in enumerate(zip(ranges, placed, strict=True)):
         manifest = manifests[stage]
@@ -134,7 +133,14 @@ def make_plan(
             vision=tower is not None,
             vision_directory=_apart(tower, checkpoint.directory),
             expert_cache_bytes=shares[stage],
-            expert_policy=next(iter(policies), DEFAULT_POLICY),
+            expert_policy=used.policy,
+            expert_prefetch=used.prefetch,
+            expert_reads=used.reads,
+            expert_profile=tuple(
+                PinnedExperts(layer=each.layer, experts=each.experts)
+                for each in used.profile
+                if start <= each.layer < end
+            ),
         )
         weights_bytes = manifest.resident_bytes + manifest.widened_bytes
         if tower is not None:

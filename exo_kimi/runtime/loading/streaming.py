@@ -12,15 +12,16 @@ import numpy as np
 
 from exo_kimi.checkpoint.manifest import ModuleSource
 from exo_kimi.experts.budget import ExpertCache, check_prefetch, slots_for
+from exo_kimi.experts.direct import is_direct
 from exo_kimi.experts.layer_cache import LayerCache
 from exo_kimi.experts.layout import FLOAT_NAMES, LayerLayout, Leaf, layouts_of
-from exo_kimi.experts.policies import make_policy
 from exo_kimi.experts.prefetch import Prefetcher, PrefetchPolicy, places_for
 from exo_kimi.experts.store import ExpertStore, Preadv
 from exo_kimi.models.expert_bank import ExpertBank, LastOutput, NextLayer, StreamedExperts
 from exo_kimi.models.kimi_k2 import Model
 from exo_kimi.models.moe import MoE
 from exo_kimi.runtime.loading.parameter_memory import ParameterMemory, Target
+from exo_kimi.runtime.reserve import host_free_bytes
 
 _DTYPES = {"BF16": mx.bfloat16, "F16": mx.float16, "F32": mx.float32, "U32": mx.uint32, "U8": mx.uint8}
 
@@ -134,24 +135,34 @@ def attach_banks(
 
     Raises:
         TensorFileError: a file cannot be opened.
-        UsageError: no such policy.
+        UsageError: no such policy or way of reading, or no profile of a layer.
     """
-    store = ExpertStore(directory, preadv=preadv)
+    streamed_bytes = sum((each.layout.experts - each.slots) * each.layout.disk_bytes for each in stage.layers.values())
+    direct = is_direct(cache.reads, streamed_bytes=streamed_bytes, free_bytes=_page_cache_bytes())
+    store = ExpertStore(directory, preadv=preadv, direct=direct)
     prefetcher: Prefetcher | None = None
     if stage.places:
-        memory = memoryview(np.zeros(stage.places * stage.place_bytes, np.uint8)).cast("B")
+        memory = np.zeros(stage.places * stage.place_bytes, np.uint8).data
         places = [memory[start : start + stage.place_bytes] for start in range(0, len(memory), stage.place_bytes)]
         prefetcher = Prefetcher(store, PrefetchPolicy(cache.prefetch, max(1, stage.places // 2)), places)
     banks: dict[int, ExpertBank] = {}
     last = LastOutput()
     for layer, slotted in stage.layers.items():
         store.open(slotted.layout)
-        slots = LayerCache(slotted.slots, make_policy(cache.policy, slots=slotted.slots))
+        slots = LayerCache(slotted.slots, cache.policy_of(layer, slotted.slots))
         banks[layer] = ExpertBank(slotted.layout, slots, store, views[layer], last, prefetcher)
         mixture_at(model, layer).switch_mlp.bank = banks[layer]
         if prefetcher is not None and layer - 1 in banks:
             banks[layer - 1].next_layer = NextLayer(banks[layer], _guess(model, layer))
     model.streamed = StreamedExperts(store, banks, prefetcher, stage.places * stage.place_bytes)
+
+
+def _page_cache_bytes() -> int:
+    """Memory that the system could fill with what is read. A Mac does not say: what MLX and a reserve leave of all there is."""
+    if not mx.metal.is_available():
+        return host_free_bytes()
+    total_bytes = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return max(0, total_bytes - int(mx.get_active_memory()) - total_bytes // 8)
 
 
 def _guess(model: Model, layer: int) -> Callable[[mx.array], mx.array]:

@@ -27,6 +27,7 @@ from urllib.parse import quote, unquote_to_bytes
 
 from msgspec import Meta, Struct
 
+from exo_kimi.experts.budget import DEFAULT_PREFETCH, ExpertCache, LayerProfile
 from exo_kimi.experts.policies import DEFAULT_POLICY
 from exo_kimi.runtime.requests import StageState
 
@@ -110,6 +111,13 @@ class Ping(Header, frozen=True, kw_only=True, tag="ping"):
     """The leader's heartbeat."""
 
 
+class PinnedExperts(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """`budget.LayerProfile` with its bounds."""
+
+    layer: Count
+    experts: Annotated[tuple[Count, ...], Meta(max_length=65_536)]
+
+
 class Load(Header, frozen=True, kw_only=True, tag="load"):
     """Asks the stage to hold the layers `[start_layer, end_layer)`. Loading again what is held costs nothing.
 
@@ -124,7 +132,8 @@ class Load(Header, frozen=True, kw_only=True, tag="load"):
         vision: whether this stage, the first, holds the vision tower too.
         vision_directory: where the tower's tensors are, if not beside the layers.
         expert_cache_bytes: what the stage may hold of its routed experts; the others stay on its disk. None holds all.
-        expert_policy: which expert gives way (see `experts.policies`).
+        expert_policy, expert_prefetch, expert_reads: how it uses that memory (see `experts.budget.ExpertCache`).
+        expert_profile: what the policy `pinned` keeps, of each layer.
         feature_layers: whose features a draft head reads, ascending; empty without one.
         draft_directory: the leader's directory of the head, which this stage, the last, holds too; None for all others.
         draft_fingerprint: of the head's tensors.
@@ -142,9 +151,24 @@ class Load(Header, frozen=True, kw_only=True, tag="load"):
     vision_directory: DirectoryPath | None = None
     expert_cache_bytes: Count | None = None
     expert_policy: Name = DEFAULT_POLICY
+    expert_prefetch: Name = DEFAULT_PREFETCH
+    expert_reads: Name = "auto"
+    expert_profile: tuple[PinnedExperts, ...] = ()
     feature_layers: tuple[Count, ...] = ()
     draft_directory: DirectoryPath | None = None
     draft_fingerprint: Name | None = None
+
+    def expert_cache(self) -> ExpertCache | None:
+        """None where all experts are held."""
+        if self.expert_cache_bytes is None:
+            return None
+        return ExpertCache(
+            budget_bytes=self.expert_cache_bytes,
+            policy=self.expert_policy,
+            prefetch=self.expert_prefetch,
+            reads=self.expert_reads,
+            profile=tuple(LayerProfile(layer=each.layer, experts=each.experts) for each in self.expert_profile),
+        )
 
 
 class ExpertTotals(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):

@@ -102,7 +102,7 @@ class CheckpointLayers:
             fuse=True,
             alone=self._alone,
             vision=_vision(index, order),
-            expert_cache=self._expert_cache or ExpertCache.of(order.expert_cache_bytes, order.expert_policy),
+            expert_cache=self._expert_cache or order.expert_cache(),
         )
 
     def drop(self) -> None:

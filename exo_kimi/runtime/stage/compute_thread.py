@@ -32,7 +32,8 @@ from exo_kimi.runtime.protocol.messages import (
 )
 from exo_kimi.runtime.protocol.versions import Versions
 from exo_kimi.runtime.requests import ExpertHealth, StageState
-from exo_kimi.runtime.stage.memory import FreeMemory, host_free_bytes
+from exo_kimi.runtime.reserve import host_free_bytes
+from exo_kimi.runtime.stage.memory import FreeMemory
 from exo_kimi.runtime.stage.prefix_disk import Changed
 from exo_kimi.runtime.stage.worker import as_fault
 from exo_kimi.runtime.steps import NO_EPOCH, Step, StepResult

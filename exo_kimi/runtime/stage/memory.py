@@ -7,15 +7,13 @@ It counts as if this stage had the machine to itself: the leader divides it amon
 from __future__ import annotations
 
 import errno
-import os
 from dataclasses import dataclass
-from pathlib import Path
 
 import mlx.core as mx
 
 from exo_kimi.runtime.protocol.messages import FreeScope
+from exo_kimi.runtime.reserve import host_free_bytes
 
-_CGROUP = Path("/sys/fs/cgroup")
 MLX_OUT_OF_MEMORY = (
     "[malloc] Unable to allocate ",
     "[metal::malloc] Attempting to allocate ",
@@ -44,20 +42,6 @@ def free_memory() -> FreeMemory:
         limit_bytes = int(mx.device_info()["max_recommended_working_set_size"])
         return FreeMemory(free_bytes=max(0, limit_bytes - mx.get_active_memory()), scope="process")
     return FreeMemory(free_bytes=host_free_bytes(), scope="host")
-
-
-def host_free_bytes() -> int:
-    """MemAvailable of Linux, or less where the container has a limit; elsewhere half of the memory there is. Any thread may
-    call it."""
-    meminfo = Path("/proc/meminfo")
-    if not meminfo.exists():
-        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
-    lines = dict(line.split(":", 1) for line in meminfo.read_text().splitlines())
-    free_bytes = int(lines["MemAvailable"].split()[0]) * 1024
-    limit, used = _CGROUP / "memory.max", _CGROUP / "memory.current"
-    if limit.exists() and used.exists() and (text := limit.read_text().strip()) != "max":
-        free_bytes = min(free_bytes, max(0, int(text) - int(used.read_text())))
-    return free_bytes
 
 
 def is_out_of_memory(error: BaseException) -> bool:

@@ -40,6 +40,11 @@ def test_a_node_says_for_itself_how_many_experts_it_holds() -> None:
     assert expert_cache_of({"EXO_KIMI_EXPERT_CACHE": "60GB"}) == ExpertCache(budget_bytes=60 * 10**9)
     given = {"EXO_KIMI_EXPERT_CACHE": "60GB", "EXO_KIMI_EXPERT_POLICY": "lfu"}
     assert expert_cache_of(given) == ExpertCache(budget_bytes=60 * 10**9, policy="lfu")
+    given = {**given, "EXO_KIMI_EXPERT_PREFETCH": "on", "EXO_KIMI_EXPERT_READS": "direct"}
+    assert expert_cache_of(given) == ExpertCache(budget_bytes=60 * 10**9, policy="lfu", prefetch="on", reads="direct")
+    for name in ("EXO_KIMI_EXPERT_PREFETCH", "EXO_KIMI_EXPERT_READS"):
+        with pytest.raises(UsageError, match="no such way of reading"):
+            expert_cache_of({**given, name: "sometimes"})
     for name, value in (("EXO_KIMI_EXPERT_CACHE", "lots"), ("EXO_KIMI_EXPERT_POLICY", "mru")):
         with pytest.raises(UsageError) as told:
             expert_cache_of(given | {name: value})

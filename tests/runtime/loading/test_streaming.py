@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import gc
 import os
 from collections.abc import Callable, Sequence
@@ -17,7 +18,8 @@ from exo_kimi.checkpoint.manifest import resolve
 from exo_kimi.checkpoint.tiny.make import make_tiny
 from exo_kimi.errors import ExpertReadError, TensorFileError, UsageError
 from exo_kimi.experts import store
-from exo_kimi.experts.budget import ExpertCache
+from exo_kimi.experts.budget import ExpertCache, LayerProfile
+from exo_kimi.experts.direct import is_direct
 from exo_kimi.experts.layout import layouts_of
 from exo_kimi.experts.policies import POLICY_NAMES
 from exo_kimi.models.expert_bank import StreamedExperts
@@ -68,10 +70,10 @@ def slot_bytes(directory: Path, dtype: str | None = "F32") -> int:
 
 
 def load_streamed(
-    directory: Path, slots: int, *, policy: str = "lru", fuse: bool = True, dtype: str | None = "float32"
+    directory: Path, slots: int, *, fuse: bool = True, dtype: str | None = "float32", **options: Any
 ) -> Model:
     floats = {"float32": "F32", "bfloat16": "BF16", None: None}[dtype]
-    cache = ExpertCache(budget_bytes=slots * slot_bytes(directory, floats), policy=policy)
+    cache = ExpertCache(budget_bytes=slots * slot_bytes(directory, floats), **options)
     return load_stage(resolve(open_index(directory)), dtype=dtype, fuse=fuse, expert_cache=cache)
 
 
@@ -122,11 +124,76 @@ def test_fused_or_not_in_one_sequence_or_four(
         assert same(run(load_streamed(directory, 5, fuse=fuse), lengths), expected)
 
 
-@pytest.mark.parametrize("policy", [name for name in POLICY_NAMES if name != "pinned"])
+@pytest.mark.parametrize("policy", POLICY_NAMES)
 def test_every_policy_gives_the_same_numbers(stored: Callable[..., Path], policy: str) -> None:
     directory = stored()
     expected = run(load(directory, dtype="float32", fuse=True), (3, 3), steps=12)
-    assert same(run(load_streamed(directory, 5, policy=policy), (3, 3), steps=12), expected)
+    profile = tuple(LayerProfile(layer=layer, experts=(6, 0, 7)) for layer in (1, 2)) if policy == "pinned" else ()
+    model = load_streamed(directory, 5, policy=policy, profile=profile)
+    assert same(run(model, (3, 3), steps=12), expected)
+    if policy == "pinned":  # two of five slots, and once they are there they stay while a token has room beside them
+        run(model, (1,), steps=24)
+        assert all({6, 0} <= set(bank.cache.held) for bank in streamed(model).banks.values())
+
+
+@pytest.mark.parametrize("slots", [1, 5])
+@pytest.mark.parametrize(
+    "options", [{}, {"layout": "int4", "shards": 3}, {"layout": "fp8"}], ids=["mlx", "int4", "fp8"]
+)
+def test_past_the_page_cache_the_same_numbers(stored: Callable[..., Path], options: dict[str, Any], slots: int) -> None:
+    directory = stored(**options)
+    model = load_streamed(directory, slots, reads="direct")
+    assert same(run(model), run(load(directory, dtype="float32", fuse=True)))
+    found = streamed(model)
+    assert found.store.counters.read_bytes == sum(
+        bank.cache.counters.misses * bank.layout.disk_bytes for bank in found.banks.values()
+    )
+
+
+def test_what_cannot_be_read_past_the_page_cache_is_read_through_it(stored: Callable[..., Path]) -> None:
+    directory = stored()
+    model = load_streamed(directory, 5, reads="direct")
+    store_of = streamed(model).store
+    if not store_of.is_direct:
+        pytest.skip("the file system has no such reads")
+    plain = load_streamed(directory, 5, reads="cached")
+    assert not streamed(plain).store.is_direct
+    expected, real, refused = run(plain), store_of._preadv, 0
+
+    def refusing(descriptor: int, buffers: Sequence[memoryview], position: int) -> int:
+        nonlocal refused
+        if store_of.is_direct:
+            refused += 1
+            raise OSError(errno.EINVAL, "Invalid argument")
+        return real(descriptor, buffers, position)
+
+    store_of._preadv = refusing
+    assert same(run(model), expected)
+    assert refused >= 1 and not store_of.is_direct and store_of.counters.failed == 0
+
+
+def test_a_failed_read_past_the_page_cache_names_the_tensor(stored: Callable[..., Path]) -> None:
+    model = load_streamed(stored(), 5, reads="direct")
+
+    def broken(descriptor: int, buffers: Sequence[memoryview], position: int) -> int:
+        raise OSError(5, "Input/output error")
+
+    streamed(model).store._preadv = broken
+    with pytest.raises(ExpertReadError, match=r"cannot read model\.layers\.\d\.mlp"):
+        run(model)
+    streamed(model).store._preadv = lambda *_: 0
+    with pytest.raises(ExpertReadError) as caught:
+        run(model)
+    assert "the file ends" in str(caught.value.found)
+
+
+def test_the_page_cache_is_used_where_it_could_hold_half_of_what_is_read() -> None:
+    assert is_direct("auto", streamed_bytes=100, free_bytes=49)
+    assert not is_direct("auto", streamed_bytes=100, free_bytes=50)
+    assert is_direct("direct", streamed_bytes=0, free_bytes=100)
+    assert not is_direct("cached", streamed_bytes=100, free_bytes=0)
+    with pytest.raises(UsageError, match="no such way of reading"):
+        is_direct("mmap", streamed_bytes=1, free_bytes=1)
 
 
 def test_as_stored_the_same_numbers(stored: Callable[..., Path]) -> None:
