@@ -1,7 +1,8 @@
 """Prefill pacing: how many tokens the next step takes, from how long steps took so far.
 
 While others decode, a step carries their tokens too, so a chunk is as long as the wait that it puts between two of their
-tokens allows. A prompt alone is cut into enough chunks that every stage has one to work on most of the time.
+tokens allows. A prompt alone is cut into enough chunks that every stage has one to work on most of the time; but where a stage
+reads experts from disk, each chunk would read nearly all of them, and it is one.
 """
 
 from __future__ import annotations
@@ -35,6 +36,7 @@ class PrefillPacer:
         prefill_chunk: tokens of a step at most.
         gap_s: see GAP_S.
         clock: seconds.
+        streams: whether a stage reads experts from disk; asked when it matters.
     """
 
     def __init__(
@@ -44,11 +46,13 @@ class PrefillPacer:
         prefill_chunk: int,
         gap_s: float = GAP_S,
         clock: Callable[[], float] = time.monotonic,
+        streams: Callable[[], bool] = lambda: False,
     ) -> None:
         self._stages = stages
         self._most = prefill_chunk
         self._gap_s = gap_s
         self._clock = clock
+        self._streams = streams
         self._sent: dict[int, tuple[int, float]] = {}
         self._weight = self._tokens = self._seconds = self._squares = self._products = 0.0
         self.fixed_s = 0.0
@@ -73,7 +77,7 @@ class PrefillPacer:
         pending = sum(each.num_new_tokens for each in running if not each.decoding)
         if pending and any(each.decoding for each in running):
             return self._while_decoding()
-        if self._stages == 1 or not pending:
+        if self._stages == 1 or not pending or self._streams():
             return self._most
         if pending <= SHORT:
             return min(self._most, max(LEAST_OF_SHORT, -(-pending // 2)))

@@ -63,6 +63,15 @@ def test_one_length_only_is_taken_as_all_per_token_and_mends_itself():
     assert tokens % LEAST_WHILE_DECODING == 0
 
 
+@pytest.mark.parametrize("pending", [(20,), (64,), (5000,), (300, 40, 9)])
+def test_where_a_stage_reads_experts_from_disk_a_prompt_alone_is_one_chunk(pending):
+    streams = False
+    pace = PrefillPacer(stages=4, prefill_chunk=2048, streams=lambda: streams)
+    assert pace.chunk(running(*pending)) < sum(pending) or sum(pending) <= 20
+    streams = True
+    assert pace.chunk(running(*pending)) == 2048
+
+
 def test_steps_of_decoding_do_not_count():
     machine = Machine(fixed_s=5.0, per_token_s=0.0)
     pace = PrefillPacer(stages=2, prefill_chunk=512, clock=lambda: machine.now_s)

@@ -192,6 +192,20 @@ async def test_a_disk_that_stays_broken_ends_every_request_and_nothing_hangs(mak
         assert engine.snapshot().restarts_total == 0
 
 
+@pytest.mark.parametrize("chosen", [(2,), (1, 2, 3)], ids=["a lone prompt", "three prompts"])
+async def test_prompts_that_wait_read_each_expert_once_in_every_stage(make: Make, chosen: tuple[int, ...]) -> None:
+    """In two halves, which two stages would work on at once, nearly all of them would be read twice."""
+    expected = await expected_of(make)
+    async with Engine(make(2, stages=3), prefill_chunk=2048) as engine:
+        await engine.wait_ready()
+        found = await asyncio.gather(*(collect(engine, PROMPTS[each], 1) for each in chosen))
+        snapshot = engine.snapshot()
+    assert found == [expected[each][:1] for each in chosen]
+    experts = [stage.experts for stage in snapshot.stages if stage.experts is not None]
+    # The first of four layers is dense, and of the last only what is asked for is computed.
+    assert 2 * 8 < sum(each.hits + each.misses for each in experts) <= 3 * 8
+
+
 async def test_a_cancelled_request_leaves_slots_in_order(make: Make) -> None:
     expected = await expected_of(make)
     async with Engine(make(2, stages=2)) as engine:
