@@ -81,7 +81,7 @@ class Engine:
             prefixes=prefixes,
         )
         self._survival = Survival(survive_s, waiting=lambda: self._scheduler.waiting, on_overdue=self._give_up_on)
-        self._pacer = PrefillPacer(stages=pipeline.stages, prefill_chunk=prefill_chunk, streams=self._streams)
+        self._pacer = PrefillPacer(stages=pipeline.stages, prefill_chunk=prefill_chunk, streams=self._reads_experts)
         self._limits: Limits | None = None
         self._down: RuntimeFault | None = None
         self._closed = False
@@ -226,7 +226,7 @@ class Engine:
                     sequence.queue_s = now_s - sequence.submitted_s
         return step
 
-    def _streams(self) -> bool:
+    def _reads_experts(self) -> bool:
         return any(stage.experts is not None for stage in self.pipeline.health())
 
     async def _receive_loop(self) -> None:
