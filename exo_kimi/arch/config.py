@@ -1,4 +1,4 @@
-"""The configuration of a Kimi K2 text model, checked key by key from a parsed config.json.
+"""The configuration of a Kimi text model of any family, checked key by key from a parsed config.json.
 
 Every key that changes the maths is required or has one value that this project implements. A missing key is an error and
 never a default: a silent `routed_scaling_factor` of 1.0 would answer fluently and wrongly.
@@ -10,20 +10,33 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from exo_kimi.arch.keys import check_layer_kinds, check_other_keys, contradictions, read_q_lora_rank, read_required
+from exo_kimi.arch.keys import (
+    FAMILIES,
+    K2,
+    KeyFamily,
+    check_layer_kinds,
+    check_other_keys,
+    contradictions,
+    read_q_lora_rank,
+    read_required,
+)
+from exo_kimi.arch.linear import LinearAttention, read_linear_attention
 from exo_kimi.arch.rope import RopeScaling, read_rope, yarn_mscale
 from exo_kimi.errors import CheckpointError, CheckpointProblems, ConfigError, UnsupportedModelError
 
-TEXT_MODEL_TYPES = ("kimi_k2", "deepseek_v3")
+TEXT_MODEL_TYPES = K2.model_types
 NESTED_MODEL_TYPES = ("kimi_k25",)
+MODEL_TYPES = tuple(name for family in FAMILIES for name in family.model_types)
+_GIVE = "give the directory of a Kimi K2, K2-Thinking, K2.5-2.7 or Kimi Linear checkpoint"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class KimiConfig:
-    """Configuration of a Kimi K2 text model; the fields are the Hugging Face keys.
+    """Configuration of a Kimi text model; the fields are the Hugging Face keys.
 
-    `key_prefix` is what checkpoint keys carry in front (`language_model.` from K2.5 on). `rope_scaling` None means plain
-    rope. Layer and head counts are numbers of things, `*_dim`, `*_rank` and `*_size` are widths.
+    `key_prefix` is what checkpoint keys carry in front (`language_model.` from K2.5 on). `rope_theta` None means no rotary
+    positions at all, `rope_scaling` None plain ones. `linear_attention` None means that every layer attends to the whole
+    context. Layer and head counts are numbers of things, `*_dim`, `*_rank` and `*_size` are widths.
     """
 
     model_type: str
@@ -49,10 +62,11 @@ class KimiConfig:
     moe_layer_freq: int
     max_position_embeddings: int
     rms_norm_eps: float
-    rope_theta: float
+    rope_theta: float | None
     rope_scaling: RopeScaling | None
     attention_bias: bool
     key_prefix: str
+    linear_attention: LinearAttention | None = None
     ignored_keys: tuple[str, ...] = ()
 
     @property
@@ -75,6 +89,10 @@ class KimiConfig:
         """Whether a layer has experts; the first `first_k_dense_replace` are dense."""
         return layer >= self.first_k_dense_replace and layer % self.moe_layer_freq == 0
 
+    def is_linear(self, layer: int) -> bool:
+        """Whether a layer has Kimi Delta Attention, and so a state of one size in place of latents of every token."""
+        return self.linear_attention is not None and layer in self.linear_attention.layers
+
     @classmethod
     def from_dict(cls, raw: Mapping[str, Any], *, where: object = "config.json") -> KimiConfig:
         """Read a parsed config.json: check every key and keep what the maths needs.
@@ -88,46 +106,60 @@ class KimiConfig:
             ConfigError: one finding.
             CheckpointProblems: several findings at once.
         """
-        outer = raw.get("model_type")
-        if outer in NESTED_MODEL_TYPES:
-            text, prefix = raw.get("text_config"), "language_model."
-            if not isinstance(text, Mapping):
-                raise ConfigError(
-                    "text_config is missing", expected="an object with the text model's keys", where=where
-                )
-            inner = text.get("model_type", TEXT_MODEL_TYPES[0])
-            if inner not in TEXT_MODEL_TYPES:
-                raise UnsupportedModelError(
-                    "the text model is not a Kimi K2",
-                    expected=f"text_config.model_type one of {', '.join(TEXT_MODEL_TYPES)}",
-                    found=f"model_type {inner!r}",
-                    where=where,
-                    fix="give the directory of a Kimi K2, K2-Thinking or K2.5-2.7 checkpoint",
-                )
-        elif outer in TEXT_MODEL_TYPES:
-            text, prefix = raw, ""
-        else:
-            raise UnsupportedModelError(
-                "this is not a Kimi K2 checkpoint",
-                expected=f"model_type one of {', '.join((*TEXT_MODEL_TYPES, *NESTED_MODEL_TYPES))}",
-                found=f"model_type {outer!r}",
-                where=where,
-                fix="give the directory of a Kimi K2, K2-Thinking or K2.5-2.7 checkpoint",
-            )
+        text, family, prefix = _text_model(raw, where)
         problems: list[CheckpointError] = []
-        values = read_required(text, where, problems)
+        text = family.fields(text, where, problems)
+        values = read_required(text, family, where, problems)
         values["q_lora_rank"] = read_q_lora_rank(text, where, problems)
         values["moe_layer_freq"] = text.get("moe_layer_freq", 1)
         values["attention_bias"] = bool(text.get("attention_bias", False))
-        values["rope_theta"], values["rope_scaling"] = read_rope(text, where, problems)
-        ignored = check_other_keys(text, where, problems)
+        values["rope_theta"], values["rope_scaling"] = (
+            read_rope(text, where, problems) if family.rotates else (None, None)
+        )
+        ignored = check_other_keys(text, family, where, problems)
         if not problems:
             problems += contradictions(values, where)
+        if not problems and family.linear:
+            values["linear_attention"] = read_linear_attention(text, values["num_hidden_layers"], where, problems)
         if not problems:
-            problems += check_layer_kinds(text, values, where)
+            problems += check_layer_kinds(text, values, family, where)
         if len(problems) == 1:
             raise problems[0]
         if problems:
             raise CheckpointProblems(problems, where=where)
-        model_type = text.get("model_type", TEXT_MODEL_TYPES[0])
+        model_type = text.get("model_type", family.model_types[0])
         return cls(model_type=str(model_type), key_prefix=prefix, ignored_keys=ignored, **values)
+
+
+def _text_model(raw: Mapping[str, Any], where: object) -> tuple[Mapping[str, Any], KeyFamily, str]:
+    """The text model's keys, their family, and what tensor names have in front.
+
+    Raises:
+        UnsupportedModelError: model_type is not one of Kimi's.
+        ConfigError: the text model is missing.
+    """
+    outer = raw.get("model_type")
+    families = {name: family for family in FAMILIES for name in family.model_types}
+    if outer in NESTED_MODEL_TYPES:
+        text = raw.get("text_config")
+        if not isinstance(text, Mapping):
+            raise ConfigError("text_config is missing", expected="an object with the text model's keys", where=where)
+        inner = text.get("model_type", TEXT_MODEL_TYPES[0])
+        if inner not in TEXT_MODEL_TYPES:
+            raise UnsupportedModelError(
+                "the text model is not a Kimi K2",
+                expected=f"text_config.model_type one of {', '.join(TEXT_MODEL_TYPES)}",
+                found=f"model_type {inner!r}",
+                where=where,
+                fix=_GIVE,
+            )
+        return text, families[inner], "language_model."
+    if not isinstance(outer, str) or outer not in families:
+        raise UnsupportedModelError(
+            "this is not a Kimi checkpoint",
+            expected=f"model_type one of {', '.join((*MODEL_TYPES, *NESTED_MODEL_TYPES))}",
+            found=f"model_type {outer!r}",
+            where=where,
+            fix=_GIVE,
+        )
+    return raw, families[outer], ""

@@ -39,7 +39,8 @@ def kv_elements_per_token(config: KimiConfig) -> int:
 def kv_bytes_per_token(
     config: KimiConfig, start_layer: int, end_layer: int, *, bytes_per_element: int = 2, kv_bits: int | None = None
 ) -> int:
-    """Cache bytes of one token over a half-open layer range (70,272 for all 61 layers of K2 in bf16).
+    """Cache bytes of one token over a half-open layer range (70,272 for all 61 layers of K2 in bf16, 8,064 for the 7 of Kimi
+    Linear that attend to every token; its others hold a state, see `state_bytes_per_sequence`).
 
     With 8 `kv_bits` (37,332): a byte each, and a scale and a bias per group.
 
@@ -52,7 +53,23 @@ def kv_bytes_per_token(
     if kv_bits is not None:
         widths = config.kv_lora_rank, config.qk_rope_head_dim
         layer_bytes = sum(width + 2 * width // kv_group(width) * bytes_per_element for width in widths)
-    return (end_layer - start_layer) * layer_bytes
+    return sum(not config.is_linear(layer) for layer in range(start_layer, end_layer)) * layer_bytes
+
+
+def state_bytes_per_sequence(
+    config: KimiConfig, start_layer: int, end_layer: int, *, bytes_per_element: int = 2
+) -> int:
+    """Bytes that a sequence of any length takes over a half-open layer range beside its cached tokens: 43,417,600 for the 20
+    layers of Kimi Linear with Kimi Delta Attention, 0 for K2.
+
+    Raises:
+        SplitError: the range is empty or outside the model.
+    """
+    check_range(config, start_layer, end_layer)
+    if config.linear_attention is None:
+        return 0
+    layers = sum(map(config.is_linear, range(start_layer, end_layer)))
+    return layers * config.linear_attention.state_bytes(bytes_per_element=bytes_per_element)
 
 
 def kv_group(width: int) -> int:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 from exo_kimi.arch.numbers import is_number
@@ -32,25 +33,92 @@ _REQUIRED: dict[str, type] = {
     "max_position_embeddings": int,
     "rms_norm_eps": float,
 }
-# What the modelling code assumes where Hugging Face's class has no such key (transformers 5 drops these on saving).
-_ONLY_VALUE: dict[str, object] = {
-    "hidden_act": "silu",
-    "scoring_func": "sigmoid",
-    "topk_method": "noaux_tc",
-    "tie_word_embeddings": False,
-    "rope_interleave": True,
-}
-_OPTIONAL = (
-    "model_type",
-    "mlp_layer_types",
-    "layer_types",
-    "q_lora_rank",
-    "moe_layer_freq",
-    "attention_bias",
-    "rope_theta",
-    "rope_scaling",
-    "rope_parameters",
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class KeyFamily:
+    """How the config.json of one family spells what a `KimiConfig` holds.
+
+    Args:
+        name: of the family.
+        model_types: its text models.
+        only_value: keys with one value that this project implements: what the modelling code assumes where Hugging Face's class
+            has no such key (transformers 5 drops these on saving).
+        optional: further keys that bear on the maths.
+        harmless: keys that have no meaning in this family.
+        spelled: field -> its published key, where the two differ; either is read.
+        rotates: whether attention has rotary positions.
+        linear: whether some layers have Kimi Delta Attention.
+    """
+
+    name: str
+    model_types: tuple[str, ...]
+    only_value: Mapping[str, object]
+    optional: tuple[str, ...]
+    harmless: frozenset[str] = frozenset()
+    spelled: Mapping[str, str] = field(default_factory=dict)
+    rotates: bool = True
+    linear: bool = False
+
+    def key(self, name: str) -> str:
+        """The published key of a field."""
+        return self.spelled.get(name, name)
+
+    def fields(self, text: Mapping[str, Any], where: object, problems: list[CheckpointError]) -> dict[str, Any]:
+        """The keys under the names of fields; a field in two spellings that differ is a problem."""
+        published = {key: name for name, keys in self._spellings().items() for key in keys}
+        renamed: dict[str, Any] = {}
+        for key, value in text.items():
+            name = published.get(key, key)
+            if name in renamed and renamed[name] != value:
+                problems.append(
+                    ConfigError(
+                        f"{key} contradicts another spelling of it",
+                        expected=repr(renamed[name])[:80],
+                        found=repr(value)[:80],
+                        where=where,
+                        fix="copy config.json from the source",
+                    )
+                )
+            renamed[name] = value
+        return renamed
+
+    def _spellings(self) -> dict[str, tuple[str, ...]]:
+        # transformers 5 saves a number of experts under a name of its own.
+        again = {"n_routed_experts": ("num_local_experts",)}
+        return {name: (key, *again.get(name, ())) for name, key in self.spelled.items()}
+
+
+_OPTIONAL = ("model_type", "mlp_layer_types", "layer_types", "q_lora_rank", "moe_layer_freq", "attention_bias")
+_ROPE = ("rope_theta", "rope_scaling", "rope_parameters")
+_LINEAR = ("linear_attn_config", "linear_num_heads", "linear_head_dim", "linear_conv_kernel_dim")
+_ALWAYS: dict[str, object] = {"hidden_act": "silu", "scoring_func": "sigmoid", "tie_word_embeddings": False}
+K2 = KeyFamily(
+    name="Kimi K2",
+    model_types=("kimi_k2", "deepseek_v3"),
+    only_value={**_ALWAYS, "topk_method": "noaux_tc", "rope_interleave": True},
+    optional=(*_OPTIONAL, *_ROPE),
 )
+KIMI_LINEAR = KeyFamily(
+    name="Kimi Linear",
+    model_types=("kimi_linear",),
+    only_value={**_ALWAYS, "mla_use_nope": True},
+    optional=(*_OPTIONAL, *_LINEAR),
+    # Rotary positions are written and, with mla_use_nope, not used; its class has grouped choice always.
+    harmless=frozenset((*_ROPE, "use_grouped_topk")),
+    spelled={
+        "n_routed_experts": "num_experts",
+        "n_shared_experts": "num_shared_experts",
+        "num_experts_per_tok": "num_experts_per_token",
+        "norm_topk_prob": "moe_renormalize",
+        "n_group": "num_expert_group",
+        "max_position_embeddings": "model_max_length",
+        "scoring_func": "moe_router_activation_func",
+    },
+    rotates=False,
+    linear=True,
+)
+FAMILIES = (K2, KIMI_LINEAR)
 # Hugging Face's classes take null for "no groups".
 _NULL_IS_ONE = ("n_group", "topk_group")
 # What transformers 5 calls the layers of a model that attends everywhere.
@@ -74,7 +142,10 @@ _CHANGES_MATHS = re.compile(
 )
 
 
-def read_required(text: Mapping[str, Any], where: object, problems: list[CheckpointError]) -> dict[str, Any]:
+def read_required(
+    text: Mapping[str, Any], family: KeyFamily, where: object, problems: list[CheckpointError]
+) -> dict[str, Any]:
+    """The required fields that can be read, of keys under the names of fields."""
     values: dict[str, Any] = {}
     for key, kind in _REQUIRED.items():
         found = text.get(key)
@@ -85,12 +156,17 @@ def read_required(text: Mapping[str, Any], where: object, problems: list[Checkpo
         if found is None:
             problems.append(
                 ConfigError(
-                    f"{key} is missing", expected=kind.__name__, where=where, fix="copy config.json from the source"
+                    f"{family.key(key)} is missing",
+                    expected=kind.__name__,
+                    where=where,
+                    fix="copy config.json from the source",
                 )
             )
         elif not is_number(found, kind):
             problems.append(
-                ConfigError(f"{key} has the wrong type", expected=kind.__name__, found=repr(found), where=where)
+                ConfigError(
+                    f"{family.key(key)} has the wrong type", expected=kind.__name__, found=repr(found), where=where
+                )
             )
         else:
             values[key] = kind(found)
@@ -104,7 +180,9 @@ def _dense_layers(kinds: object) -> int | None:
     return kinds.index("sparse") if "sparse" in kinds else len(kinds)
 
 
-def check_layer_kinds(text: Mapping[str, Any], values: Mapping[str, Any], where: object) -> list[CheckpointError]:
+def check_layer_kinds(
+    text: Mapping[str, Any], values: Mapping[str, Any], family: KeyFamily, where: object
+) -> list[CheckpointError]:
     """Errors where lists of a kind for each layer say another model than the other keys."""
     layers, dense, every = (values[key] for key in ("num_hidden_layers", "first_k_dense_replace", "moe_layer_freq"))
     sparse = ["sparse" if layer >= dense and layer % every == 0 else "dense" for layer in range(layers)]
@@ -121,8 +199,10 @@ def check_layer_kinds(text: Mapping[str, Any], values: Mapping[str, Any], where:
             )
         )
     kinds = text.get("layer_types")
-    if kinds is not None and not (
-        isinstance(kinds, list) and len(kinds) == layers and all(kind in _FULL_ATTENTION for kind in kinds)
+    if (
+        kinds is not None
+        and not family.linear
+        and not (isinstance(kinds, list) and len(kinds) == layers and all(kind in _FULL_ATTENTION for kind in kinds))
     ):
         problems.append(
             ConfigError(
@@ -156,14 +236,18 @@ def read_q_lora_rank(text: Mapping[str, Any], where: object, problems: list[Chec
     return None if rank is None else int(rank)
 
 
-def check_other_keys(text: Mapping[str, Any], where: object, problems: list[CheckpointError]) -> tuple[str, ...]:
+def check_other_keys(
+    text: Mapping[str, Any], family: KeyFamily, where: object, problems: list[CheckpointError]
+) -> tuple[str, ...]:
     """Refuse values that this project does not implement; return the unknown keys that cannot matter."""
-    for key, value in _ONLY_VALUE.items():
+    for key, value in family.only_value.items():
         if key in text and text[key] != value:
             problems.append(
-                ConfigError(f"{key} is not implemented", expected=repr(value), found=repr(text[key]), where=where)
+                ConfigError(
+                    f"{family.key(key)} is not implemented", expected=repr(value), found=repr(text[key]), where=where
+                )
             )
-    known = {*_REQUIRED, *_ONLY_VALUE, *_OPTIONAL, *_HARMLESS}
+    known = {*_REQUIRED, *family.only_value, *family.optional, *family.harmless, *_HARMLESS}
     unknown = [key for key, value in text.items() if key not in known and not key.startswith("_") and value]
     problems += [
         ConfigError(

@@ -1,4 +1,4 @@
-"""The modules of a Kimi K2 in checkpoint order, with the logical shape of each weight.
+"""The modules of a Kimi in checkpoint order, with the logical shape of each weight.
 
 Paths are the checkpoint keys of the stacked (MLX) layout without prefix. Shapes are unpacked: what a bf16 tensor would have.
 """
@@ -9,9 +9,13 @@ from dataclasses import dataclass
 from typing import Literal
 
 from exo_kimi.arch.config import KimiConfig
+from exo_kimi.arch.linear import LinearAttention
 from exo_kimi.errors import SplitError
 
-ModuleKind = Literal["embedding", "linear", "heads", "experts", "router", "norm"]
+ModuleKind = Literal["embedding", "linear", "heads", "experts", "router", "norm", "conv", "decay"]
+
+FLOAT32_PARAMETERS = ("e_score_correction_bias", "A_log", "dt_bias")
+"""Names of parameters that are float32 in every checkpoint and stay so, whatever activations are."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -22,9 +26,11 @@ class ModuleSpec:
         path: its checkpoint key without prefix and without `.weight`.
         kind: what it is; the shape follows from it.
         shape: embedding (vocab, hidden), linear (out, in), experts (E, out, in), heads (H, out, in), router (E, hidden),
-            norm (dim,).
+            norm (dim,), conv (channels, taps, 1), decay (H, Dk): A_log of each head and dt_bias of each channel, in the module
+            that the path names.
         layer: None outside the decoder layers.
         has_bias: whether a linear has a bias vector.
+        packs: whether a checkpoint may have a router packed, as Kimi Linear's MLX conversions do.
     """
 
     path: str
@@ -32,11 +38,13 @@ class ModuleSpec:
     shape: tuple[int, ...]
     layer: int | None = None
     has_bias: bool = False
+    packs: bool = False
 
     @property
     def quantizable(self) -> bool:
-        """Whether checkpoints may pack it: norms and the router, which picks the experts, stay plain in every published one."""
-        return self.kind not in ("norm", "router")
+        """Whether checkpoints may pack it: norms, convolutions and decays stay plain in every published one, and K2's routers,
+        which pick the experts."""
+        return self.packs if self.kind == "router" else self.kind not in ("norm", "conv", "decay")
 
     @property
     def parameters(self) -> int:
@@ -44,7 +52,7 @@ class ModuleSpec:
         count = 1
         for size in self.shape:
             count *= size
-        extra = self.shape[0] if self.kind == "router" or self.has_bias else 0
+        extra = self.shape[0] if self.kind in ("router", "decay") or self.has_bias else 0
         return count + extra
 
 
@@ -91,13 +99,15 @@ def layer_modules(config: KimiConfig, layer: int) -> tuple[ModuleSpec, ...]:
     hidden = config.hidden_size
     specs = [
         ModuleSpec(path=f"{prefix}.input_layernorm", kind="norm", shape=(hidden,), layer=layer),
-        *_attention(config, layer),
+        *attention_modules(config, layer),
         ModuleSpec(path=f"{prefix}.post_attention_layernorm", kind="norm", shape=(hidden,), layer=layer),
     ]
     if not config.is_moe(layer):
         return (*specs, *_mlp(f"{prefix}.mlp", layer, hidden, config.intermediate_size))
     experts, width = config.n_routed_experts, config.moe_intermediate_size
-    specs.append(ModuleSpec(path=f"{prefix}.mlp.gate", kind="router", shape=(experts, hidden), layer=layer))
+    packs = config.linear_attention is not None
+    gate = ModuleSpec(path=f"{prefix}.mlp.gate", kind="router", shape=(experts, hidden), layer=layer, packs=packs)
+    specs.append(gate)
     for name, shape in (("gate_proj", (width, hidden)), ("up_proj", (width, hidden)), ("down_proj", (hidden, width))):
         specs.append(
             ModuleSpec(path=f"{prefix}.mlp.switch_mlp.{name}", kind="experts", shape=(experts, *shape), layer=layer)
@@ -117,7 +127,33 @@ def absorbed_modules(config: KimiConfig, layer: int) -> tuple[ModuleSpec, Module
     )
 
 
-def _attention(config: KimiConfig, layer: int) -> list[ModuleSpec]:
+def attention_modules(config: KimiConfig, layer: int) -> list[ModuleSpec]:
+    """Modules of a layer's attention, of the kind that it has."""
+    linear = config.linear_attention
+    if linear is None or not config.is_linear(layer):
+        return _latent_attention(config, layer)
+    return _delta_attention(config, linear, layer)
+
+
+def _delta_attention(config: KimiConfig, linear: LinearAttention, layer: int) -> list[ModuleSpec]:
+    prefix, hidden, width = f"model.layers.{layer}.self_attn", config.hidden_size, linear.width
+    shapes: list[tuple[str, ModuleKind, tuple[int, ...]]] = [
+        *((f"{name}_proj", "linear", (width, hidden)) for name in ("q", "k", "v")),
+        *((f"{name}_conv.conv", "conv", (width, linear.short_conv_kernel_size, 1)) for name in ("q", "k", "v")),
+        ("f_a_proj", "linear", (linear.head_dim, hidden)),
+        ("f_b_proj", "linear", (width, linear.head_dim)),
+        ("b_proj", "linear", (linear.num_heads, hidden)),
+        ("g_a_proj", "linear", (linear.head_dim, hidden)),
+        ("g_b_proj", "linear", (width, linear.head_dim)),
+        ("o_norm", "norm", (linear.head_dim,)),
+        ("o_proj", "linear", (hidden, width)),
+    ]
+    specs = [ModuleSpec(path=f"{prefix}.{name}", kind=kind, shape=shape, layer=layer) for name, kind, shape in shapes]
+    decay = ModuleSpec(path=prefix, kind="decay", shape=(linear.num_heads, linear.head_dim), layer=layer)
+    return [*specs, decay]
+
+
+def _latent_attention(config: KimiConfig, layer: int) -> list[ModuleSpec]:
     prefix = f"model.layers.{layer}.self_attn"
     hidden, heads, rank = config.hidden_size, config.num_attention_heads, config.kv_lora_rank
     bias = config.attention_bias

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+import math
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from exo_kimi.arch.config import KimiConfig
@@ -69,6 +70,14 @@ class Fitting:
         self, spec: ModuleSpec, layout: Layout, shape: tuple[int, ...], parts: Mapping[str, TensorEntry]
     ) -> QuantSpec | None:
         """Check the first tensor of each part; those of the other experts are alike."""
+        if spec.kind == "decay":
+            self._fit_any(parts["A_log"], _spellings_of_decay(spec))
+            self._fit_any(parts["dt_bias"], ((math.prod(spec.shape),), spec.shape))
+            return None
+        if spec.kind == "conv":
+            channels, taps, _ = spec.shape
+            self._fit_any(parts["weight"], (spec.shape, (channels, 1, taps), (channels, taps)))
+            return None
         for part in ("bias", "e_score_correction_bias"):
             if part in parts:
                 self._fits(parts[part], spec.shape[:1], FLOATS)
@@ -142,6 +151,13 @@ class Fitting:
     def _correct(self, spec: ModuleSpec, words: str) -> None:
         self.corrections.setdefault(words, []).append(spec.path)
 
+    def _fit_any(self, entry: TensorEntry, shapes: Sequence[tuple[int, ...]]) -> None:
+        """Shapes of one order in memory."""
+        if entry.shape not in shapes:
+            self._mismatch(entry, f"{' or '.join(map(str, shapes))} {' or '.join(FLOATS)}")
+        else:
+            self._has_dtype(entry, FLOATS)
+
     def _fits(self, entry: TensorEntry, shape: tuple[int, ...], dtypes: tuple[str, ...]) -> bool:
         if entry.shape != shape:
             self._mismatch(entry, f"{shape} {' or '.join(dtypes)}")
@@ -172,6 +188,11 @@ class Fitting:
                 fix="config.json and the weights must come from one checkpoint: copy both again",
             )
         )
+
+
+def _spellings_of_decay(spec: ModuleSpec) -> tuple[tuple[int, ...], ...]:
+    heads = spec.shape[0]
+    return (1, 1, heads, 1), (heads,), (1, heads), (heads, 1)
 
 
 def mixed_floats(modules: Iterable[Parts]) -> list[DtypeError]:

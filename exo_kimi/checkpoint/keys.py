@@ -26,6 +26,8 @@ _TEXT = re.compile(
         model\.embed_tokens | model\.norm | lm_head
       | model\.layers\.(?P<layer>\d+)\.(?:
             input_layernorm | post_attention_layernorm
+          | self_attn\.(?:[kvb]_proj | [fg]_[ab]_proj | [qkv]_conv\.conv | o_norm)
+          | self_attn(?=\.(?:A_log|dt_bias)$)
           | self_attn\.(?:q_proj | q_a_proj | q_a_layernorm | q_b_proj | kv_a_proj_with_mqa | kv_a_layernorm | kv_b_proj
                         | embed_q | unembed_out | o_proj)
           | mlp\.gate
@@ -34,7 +36,7 @@ _TEXT = re.compile(
         )
     )
     \.(?P<part>
-        weight | bias | e_score_correction_bias
+        weight | bias | e_score_correction_bias | A_log | dt_bias
       | scales | biases
       | weight_packed | weight_scale | weight_shape | weight_zero_point
       | weight_scale_inv
@@ -42,7 +44,15 @@ _TEXT = re.compile(
     """,
     re.VERBOSE,
 )
-_BIAS_OF_MLP = ".mlp.e_score_correction_bias"
+# Published names of the same modules. Source: mlx-lm's `sanitize` of kimi_linear.
+_SPELLINGS = (
+    (re.compile(r"\.block_sparse_moe\."), ".mlp."),
+    (re.compile(r"(\.experts\.\d+\.)w1\."), r"\1gate_proj."),
+    (re.compile(r"(\.experts\.\d+\.)w2\."), r"\1down_proj."),
+    (re.compile(r"(\.experts\.\d+\.)w3\."), r"\1up_proj."),
+    (re.compile(r"(\.self_attn\.[qkv]_conv)1d\."), r"\1.conv."),
+    (re.compile(r"\.mlp\.e_score_correction_bias$"), ".mlp.gate.e_score_correction_bias"),
+)
 _FUSED = re.compile(
     r"""
     (?P<mlp>model\.layers\.(?P<layer>\d+)\.mlp)\.
@@ -80,9 +90,7 @@ class SkippedKey:
 
 def parse_key(name: str) -> TensorKey | SkippedKey | None:
     """Parse a tensor name; None for a name of no known layout."""
-    name = _without_prefix(name)
-    if name.endswith(_BIAS_OF_MLP):  # as some conversions spell it
-        name = name.replace(_BIAS_OF_MLP, ".mlp.gate.e_score_correction_bias")
+    name = spelled_as_mlx(_without_prefix(name))
     match = _TEXT.fullmatch(name)
     if match is None:
         for pattern, reason in _NOT_TEXT:
@@ -93,6 +101,31 @@ def parse_key(name: str) -> TensorKey | SkippedKey | None:
     if expert is not None:
         path = path.replace(f".experts.{expert}.", ".switch_mlp.")
     return TensorKey(path, part, None if layer is None else int(layer), None if expert is None else int(expert))
+
+
+def spelled_as_mlx(name: str) -> str:
+    """A name without prefix, as mlx-lm's stacked layout spells its module."""
+    for pattern, replacement in _SPELLINGS:
+        name = pattern.sub(replacement, name)
+    return name
+
+
+_PUBLISHED_EXPERT = {"gate_proj": "w1", "down_proj": "w2", "up_proj": "w3"}
+
+
+def as_published(path: str, *, layer_is_moe: bool) -> str:
+    """The path of a Kimi Linear module, as its weights are published; the way back of `spelled_as_mlx`.
+
+    Args:
+        path: as in arch.modules, with `experts.E` in place of `switch_mlp` for one of several.
+        layer_is_moe: its layer has experts.
+    """
+    if layer_is_moe:
+        path = path.replace(".mlp.", ".block_sparse_moe.")
+    head, expert, name = path.rpartition(".")
+    if ".experts." in head:
+        return f"{head}{expert}{_PUBLISHED_EXPERT[name]}"
+    return path.replace("_conv.conv", "_conv1d")
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,7 +156,8 @@ def parse_fused(name: str) -> FusedExperts | None:
 
 def canonical_path(name: str) -> str:
     """A module path as a config writes it, with or without prefix and `.weight`, in the form of arch.modules."""
-    return re.sub(r"\.experts(?:\.\d+)?\.", ".switch_mlp.", _without_prefix(name.removesuffix(".weight")))
+    spelled = spelled_as_mlx(f"{_without_prefix(name.removesuffix('.weight'))}.").removesuffix(".")
+    return re.sub(r"\.experts(?:\.\d+)?\.", ".switch_mlp.", spelled)
 
 
 def has_prefix(name: str) -> bool:

@@ -40,7 +40,7 @@ class ModuleSource:
             bits): weight_packed, weight_scale, and mostly weight_shape; MLX reads it as affine with biases -2^(bits - 1) *
             scales. `fp8`: weight, weight_scale_inv.
         parts: part -> one tensor; or one tensor per expert, in the order of the experts. A linear may have `bias` too,
-            a router has `e_score_correction_bias`.
+            a router has `e_score_correction_bias`, a decay has `A_log` and `dt_bias` alone.
     """
 
     spec: ModuleSpec
@@ -68,7 +68,8 @@ class ModuleSource:
         """Bytes that a serving stage needs on top: a router becomes float32 (5.5 MB a layer of K2)."""
         if self.spec.kind != "router":
             return 0
-        return sum(4 * math.prod(entry.shape) - entry.nbytes for entry in self.parts["weight"])
+        held = sum(self._bytes(part) for part in ("weight", "scales", "biases"))
+        return 4 * math.prod(self.spec.shape) - held
 
     def _bytes(self, part: str) -> int:
         return sum(entry.nbytes for entry in self.parts.get(part, ()))
@@ -88,6 +89,8 @@ def layout_of(parts: Parts) -> Layout:
 
 def required_parts(spec: ModuleSpec, layout: Layout, parts: Parts) -> tuple[str, ...]:
     """The parts that a module must have, and all that it may have."""
+    if spec.kind == "decay":
+        return ("A_log", "dt_bias")
     required = _REQUIRED[layout]
     # MLX's float modes (scales of uint8) have no biases.
     affine = any(entry.dtype in FLOATS for entry in parts.get("scales", {}).values())
@@ -116,6 +119,8 @@ def in_name(config: KimiConfig | DraftConfig, spec: ModuleSpec) -> str:
     return {
         "o_proj": "num_attention_heads * v_head_dim",
         "down_proj": "intermediate_size",
+        "f_b_proj": "head_dim of linear_attn_config",
+        "g_b_proj": "head_dim of linear_attn_config",
         "q_b_proj": "q_lora_rank",
         "kv_b_proj": "kv_lora_rank",
         "embed_q": "qk_nope_head_dim",

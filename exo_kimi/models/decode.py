@@ -26,7 +26,7 @@ class DecodeStep:
     """What all layers of a step share.
 
     Args:
-        rope: the model's.
+        rope: the model's; None where it has no rotary positions.
         offsets: each sequence's tokens before this one.
         dtype: of the activations.
         chosen: K.
@@ -39,19 +39,23 @@ class DecodeStep:
             on a CPU.
     """
 
-    def __init__(self, rope: Rope, offsets: list[int], dtype: mx.Dtype, *, chosen: int) -> None:
+    def __init__(self, rope: Rope | None, offsets: list[int], dtype: mx.Dtype, *, chosen: int) -> None:
         tokens = self.tokens = len(offsets)
         self.rows = mx.array(np.repeat(np.arange(tokens, dtype=np.uint32), chosen).reshape(tokens, 1, 1, chosen))
         self.choices = mx.array(np.arange(tokens * chosen, dtype=np.uint32).reshape(tokens, 1, 1, chosen))
         self.by_products = ops.on_cpu() and dtype == mx.float32
         self._rope = rope
         self.positions = mx.array(offsets, dtype=mx.int32)
-        self._matrix = mx.array(rope.matrices(np.array(offsets))[:, None]) if self.by_products else None
+        self._matrix = None
+        if rope is not None and self.by_products:
+            self._matrix = mx.array(rope.matrices(np.array(offsets))[:, None])
 
     def turned(self, x: mx.array) -> mx.array:
         """(N, 1, heads, rope) at the positions of its tokens."""
         if self._matrix is not None:
             return x @ self._matrix
+        if self._rope is None:
+            return x
         tokens, _, heads, dims = x.shape
         return self._rope.turn(x.reshape(tokens, heads, 1, dims), self.positions).reshape(tokens, 1, heads, dims)
 

@@ -7,18 +7,19 @@ are the checkpoint keys, and layers keep their number in a stage. On top: `forwa
 from __future__ import annotations
 
 import copy
-import re
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
+from mlx.utils import tree_flatten, tree_unflatten
 
 from exo_kimi.arch.config import KimiConfig
 from exo_kimi.arch.geometry import check_quantizable
-from exo_kimi.arch.modules import check_range
+from exo_kimi.arch.modules import FLOAT32_PARAMETERS, check_range
 from exo_kimi.arch.scratch import fitting_chunk
+from exo_kimi.checkpoint.keys import layer_of
 from exo_kimi.errors import UsageError
 from exo_kimi.models import ops, projection
 from exo_kimi.models.blocks import pieces_of
@@ -40,8 +41,6 @@ PIECE_LAYERS = 2
 """How many layers' graph is handed over at a time when decoding. Measured with the least of whole steps on 61 thin layers (CPU):
 1 to 4 all take off what building the graph takes; on Metal each piece is a command buffer at least."""
 
-_LAYER = re.compile(r"model\.layers\.(\d+)\.")
-
 
 def _is_floating(dtype: mx.Dtype) -> bool:
     return bool(mx.issubdtype(dtype, mx.floating))
@@ -50,12 +49,17 @@ def _is_floating(dtype: mx.Dtype) -> bool:
 class DecoderLayer(nn.Module):
     """h + mlp(norm(h)) with h = x + attention(norm(x))."""
 
-    def __init__(self, config: KimiConfig, layer: int, rope: Rope) -> None:
+    def __init__(self, config: KimiConfig, layer: int, rope: Rope | None) -> None:
         super().__init__()
-        self.self_attn = Attention(config, rope)
+        self.self_attn = self.attention(config, layer, rope)
         self.mlp = MoE(config) if config.is_moe(layer) else MLP(config.hidden_size, config.intermediate_size)
         self.input_layernorm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+
+    @staticmethod
+    def attention(config: KimiConfig, layer: int, rope: Rope | None) -> Any:
+        """The attention of a layer by its number."""
+        return Attention(config, rope)
 
     def __call__(self, x: mx.array, positions: mx.array, spans: Sequence[Span], caches: Sequence[Any]) -> mx.array:
         """(N, D) to (N, D); arguments as in `Attention`."""
@@ -71,13 +75,15 @@ class DecoderLayer(nn.Module):
 class KimiK2Model(nn.Module):
     """The decoder without its head. Layers outside the range are None, so that those inside keep their number."""
 
+    layer_type: ClassVar = DecoderLayer
+
     def __init__(self, config: KimiConfig, start_layer: int, end_layer: int, *, embeds: bool, norms: bool) -> None:
         super().__init__()
         if embeds:
             self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
-        rope = Rope.of(config)
-        owned = [DecoderLayer(config, layer, rope) for layer in range(start_layer, end_layer)]
-        self.layers = [None] * start_layer + owned
+        rope = None if config.rope_theta is None else Rope.of(config)
+        owned = [self.layer_type(config, layer, rope) for layer in range(start_layer, end_layer)]
+        self.rope, self.layers = rope, [None] * start_layer + owned
         if norms:
             self.norm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
 
@@ -101,6 +107,8 @@ class Model(nn.Module):
         SplitError: the range is empty or outside the model.
     """
 
+    decoder_type: ClassVar = KimiK2Model
+
     def __init__(
         self, args: KimiConfig, start_layer: int = 0, end_layer: int | None = None, *, layers_only: bool = False
     ) -> None:
@@ -112,7 +120,7 @@ class Model(nn.Module):
         self.start_layer, self.end_layer = start_layer, end_layer
         self.is_first = start_layer == 0 and not layers_only
         self.is_last = end_layer == args.num_hidden_layers and not layers_only
-        self.model = KimiK2Model(args, start_layer, end_layer, embeds=self.is_first, norms=self.is_last)
+        self.model = self.decoder_type(args, start_layer, end_layer, embeds=self.is_first, norms=self.is_last)
         if self.is_last:
             self.lm_head = nn.Linear(args.hidden_size, args.vocab_size, bias=False)
         self.decodes, self.piece_layers = False, PIECE_LAYERS
@@ -146,8 +154,8 @@ class Model(nn.Module):
         self.kv_bits = kv_bits
 
     def make_cache(self) -> list[Any]:
-        """Empty caches of one sequence, one per owned layer: mlx-lm's KVCache, or `LatentCache8`."""
-        return [KVCache() if self.kv_bits is None else LatentCache8() for _ in self.layers]
+        """Empty caches of one sequence, one per owned layer, as its attention has them."""
+        return [layer.self_attn.make_cache(self.kv_bits) for layer in self.layers]
 
     @staticmethod
     def cache_nbytes(caches: Sequence[Any]) -> int:
@@ -232,9 +240,8 @@ class Model(nn.Module):
 
     def takes_decode(self, segments: Sequence[tuple[int, Sequence[Any]]]) -> bool:
         """Whether `forward_ragged` goes through `decode`: every sequence has one new token and a cache of ours."""
-        return self.decodes and all(
-            length == 1 and type(caches[0]) in (KVCache, LatentCache8) for length, caches in segments
-        )
+        takes = self.layers[0].self_attn.takes
+        return self.decodes and all(length == 1 and takes(caches[0]) for length, caches in segments)
 
     def decode(self, x: mx.array, caches: Sequence[Sequence[Any]], *, tap: FeatureTap | None = None) -> mx.array:
         """One new token of each of N sequences, in as few MLX primitives as possible; the layers' calls are its oracle.
@@ -253,7 +260,7 @@ class Model(nn.Module):
         h = self.embed(x) if x.ndim == 1 else x
         layers, tokens = self.layers, h.shape[0]
         offsets = [own[0].offset for own in caches]
-        step = DecodeStep(layers[0].self_attn.rope, offsets, h.dtype, chosen=self.args.num_experts_per_tok)
+        step = DecodeStep(self.model.rope, offsets, h.dtype, chosen=self.args.num_experts_per_tok)
         h = h.reshape(tokens, 1, 1, -1)
         wanted = tap.layers if tap is not None else ()
         for number, (layer, own) in enumerate(zip(layers, zip(*caches, strict=True), strict=True), start=1):
@@ -305,7 +312,7 @@ class Model(nn.Module):
             parts = [module[name] for name in names if name in module]
             if getattr(module, "bank", None) is not None:
                 continue  # slots are written in place: they stay the memory that they are
-            if names and len(parts) == len(names) and projection.agree(parts) and not _are_one(module, parts):
+            if names and len(parts) == len(names) and projection.agree(parts) and not projection.are_one(module, parts):
                 yield path, module, names
 
     def fuse_projections(self) -> None:
@@ -317,23 +324,21 @@ class Model(nn.Module):
         """
         for module in self.modules():
             parts = [module[name] for name in getattr(module, "together", ()) if name in module]
-            if parts and not _are_one(module, parts):
+            if parts and not projection.are_one(module, parts):
                 module.fused = None
         for _, module, names in list(self.groups()):
             module.fused = projection.fuse([module[name] for name in names])
         for layer in self.layers:
             if isinstance(layer.mlp, MoE):
-                layer.mlp.gate.weight = layer.mlp.gate.weight.astype(mx.float32)
-                mx.eval(layer.mlp.gate.weight)
+                layer.mlp.gate.widen()
         self.decodes = True
 
     def set_dtype(self, dtype: mx.Dtype, predicate: Callable[[mx.Dtype], bool] | None = _is_floating) -> None:
-        """As of every MLX module, but the routers' correction biases stay float32: bf16 sends tokens to other experts."""
-        routers = [layer.mlp.gate for layer in self.layers if isinstance(layer.mlp, MoE)]
-        biases = [router.e_score_correction_bias for router in routers]
+        """As of every MLX module, but what `cast_predicate` names stays float32: a correction bias in bf16 sends tokens to other
+        experts."""
+        kept = [(path, value) for path, value in tree_flatten(self.parameters()) if not self.cast_predicate(path)]
         super().set_dtype(dtype, predicate)
-        for router, bias in zip(routers, biases, strict=True):
-            router.e_score_correction_bias = bias
+        self.update(tree_unflatten(kept))
         if self.decodes:
             self.fuse_projections()
 
@@ -349,9 +354,9 @@ class Model(nn.Module):
         return named
 
     def _owns(self, name: str) -> bool:
-        layer = _LAYER.match(name)
-        if layer:
-            return self.start_layer <= int(layer[1]) < self.end_layer and not name.endswith("rotary_emb.inv_freq")
+        layer = layer_of(name)
+        if layer is not None:
+            return self.start_layer <= layer < self.end_layer and not name.endswith("rotary_emb.inv_freq")
         if name.startswith("model.embed_tokens."):
             return self.is_first
         return self.is_last and name.startswith(("model.norm.", "lm_head."))
@@ -359,12 +364,7 @@ class Model(nn.Module):
     @property
     def cast_predicate(self) -> Any:
         """mlx-lm's question which parameters follow a change of dtype."""
-        return lambda path: "e_score_correction_bias" not in path
-
-
-def _are_one(module: Any, parts: Sequence[nn.Module]) -> bool:
-    """Whether projections lie in the array that their module has for them."""
-    return module.fused is not None and module.fused.is_shared_by(parts)
+        return lambda path: path.rpartition(".")[2] not in FLOAT32_PARAMETERS
 
 
 def _span(length: int) -> Span:

@@ -17,7 +17,8 @@ from exo_kimi.models import ops
 from exo_kimi.models.adapters import Adaptable
 from exo_kimi.models.blocks import Span, Work, finish, head_groups, joined, query_blocks
 from exo_kimi.models.decode import DecodeStep, Derived, RMSNorm
-from exo_kimi.models.latent_cache import Latents, PlainLatents, extend
+from exo_kimi.models.latent_cache import LatentCache8, Latents, PlainLatents, extend
+from exo_kimi.models.ops import KVCache
 from exo_kimi.models.projection import Projection
 from exo_kimi.models.rope import Rope
 
@@ -32,6 +33,8 @@ LATENT_NORM_EPS = 1e-6
 class Attention(Adaptable):
     """softmax(scale * (q_nope k_nope^T + q_pe k_pe^T)) v, with k_nope and v expanded from a cached latent.
 
+    Without rotary positions (`rope` None) q_pe and k_pe stay as projected: the heads share k_pe still.
+
     `kv_b_proj` holds the rows of k_nope and v of each head as published. Newer MLX checkpoints hold its two halves as
     `embed_q` and `unembed_out`: see `use_absorbed_modules`. `inputs` is the width of what it reads: hidden_size, but in a draft
     head twice that.
@@ -42,7 +45,7 @@ class Attention(Adaptable):
     together: ClassVar = ("q_a_proj", "kv_a_proj_with_mqa")
     projections: ClassVar = (*together, "q_proj", "q_b_proj", "kv_b_proj", "embed_q", "unembed_out", "o_proj")
 
-    def __init__(self, config: LatentAttentionConfig, rope: Rope, *, inputs: int | None = None) -> None:
+    def __init__(self, config: LatentAttentionConfig, rope: Rope | None, *, inputs: int | None = None) -> None:
         super().__init__()
         self._halves = Derived(partial(_halves, config.num_attention_heads, config.qk_nope_head_dim))
         self.config, self.shape = config, AttentionShape.of(config)
@@ -64,6 +67,14 @@ class Attention(Adaptable):
         self.kv_a_layernorm = RMSNorm(self.rank, eps=LATENT_NORM_EPS)
         self.kv_b_proj = nn.Linear(self.rank, self.heads * (self.nope + self.v), bias=False)
         self.o_proj = nn.Linear(self.heads * self.v, hidden, bias=bias)
+
+    def make_cache(self, kv_bits: int | None) -> Any:
+        """An empty cache: mlx-lm's KVCache, or `LatentCache8` for 8 bits."""
+        return KVCache() if kv_bits is None else LatentCache8()
+
+    def takes(self, cache: Any) -> bool:
+        """Whether `decode` can go on from a cache."""
+        return type(cache) in (KVCache, LatentCache8)
 
     def use_absorbed_modules(self) -> None:
         """Hold `embed_q` (H, R, nope) and `unembed_out` (H, v, R) in place of `kv_b_proj`."""
@@ -163,8 +174,9 @@ class Attention(Adaptable):
         q = self.q_proj(x) if "q_proj" in self else self.q_b_proj(self.q_a_layernorm(self.q_a_proj(x)))
         q_nope, q_pe = mx.split(q.reshape(-1, self.heads, self.nope + self.pe), [self.nope], axis=-1)
         latent, k_pe = mx.split(self.kv_a_proj_with_mqa(x), [self.rank], axis=-1)
-        k_pe = self.rope(k_pe[:, None], positions)[:, 0]
-        return q_nope, self.rope(q_pe, positions), self.kv_a_layernorm(latent), k_pe
+        if self.rope is not None:
+            q_pe, k_pe = self.rope(q_pe, positions), self.rope(k_pe[:, None], positions)[:, 0]
+        return q_nope, q_pe, self.kv_a_layernorm(latent), k_pe
 
     def prefers_absorbed(self, queries: int, keys: int) -> bool:
         """Whether attending in latent space is the cheaper way, see `arch.scratch`."""

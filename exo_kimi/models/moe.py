@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -137,16 +137,42 @@ class Router(nn.Module):
         self.weight = mx.zeros((config.n_routed_experts, config.hidden_size))
         self.e_score_correction_bias = mx.zeros((config.n_routed_experts,))
         self._operands, self._choose = Derived(_in_float32), CompiledChoice(self.choose)
+        self.packing: dict[str, Any] = {}
+
+    def use_packing(self, **packing: Any) -> None:
+        """Hold weights as MLX packs them, `packing` being bits, group_size and mode; they are yet to come. float32 is made of
+        them at every use until `widen`: packed products would round their inputs."""
+        self.packing = packing
+        self.weight, self.scales, *biases = mx.quantize(self.weight, **packing)
+        if biases:
+            self.biases = biases[0]
+
+    def widen(self) -> None:
+        """Hold float32 weights, whatever they were stored in."""
+        self.weight = self._whole()
+        for leaf in ("scales", "biases"):
+            self.pop(leaf, None)
+        mx.eval(self.weight)
+
+    def _whole(self) -> mx.array:
+        """(E, D) float32."""
+        if "scales" not in self:
+            return self["weight"].astype(mx.float32)
+        if "biases" not in self:  # float modes, whose scales are exponents
+            return mx.dequantize(self["weight"], self["scales"], **self.packing).astype(mx.float32)
+        scales, biases = (self[leaf].astype(mx.float32) for leaf in ("scales", "biases"))
+        return mx.dequantize(self["weight"], scales, biases, **self.packing)
 
     def __call__(self, x: mx.array) -> tuple[mx.array, mx.array]:
         """Experts (N, K) uint32 and weights (N, K) float32 of tokens (N, D)."""
-        logits = x.astype(mx.float32) @ self.weight.astype(mx.float32).T
+        logits = x.astype(mx.float32) @ self._whole().T
         indices, weights = self.choose(logits, self.e_score_correction_bias.astype(mx.float32))
         return indices, weights * self.factor
 
     def decode(self, x: mx.array, step: DecodeStep) -> tuple[mx.array, mx.array]:
         """Experts (N, 1, 1, K) and their weights, not yet times the factor, of single tokens (N, 1, 1, D)."""
-        matrix, row, bias = self._operands(self["weight"], self["e_score_correction_bias"])
+        weight = self["weight"] if "scales" not in self else self._whole()
+        matrix, row, bias = self._operands(weight, self["e_score_correction_bias"])
         # A matrix of two axes would make MLX flatten a single token and unflatten the product.
         logits = x.astype(mx.float32) @ (row if step.tokens == 1 else matrix)
         return self._choose(logits, bias)

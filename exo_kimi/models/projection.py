@@ -130,6 +130,11 @@ def agree(modules: Sequence[nn.Module]) -> bool:
     return plain and len({form(module) for module in modules}) == 1
 
 
+def are_one(module: Any, parts: Sequence[nn.Module]) -> bool:
+    """Whether projections lie in the array that their module has for them."""
+    return module.fused is not None and module.fused.is_shared_by(parts)
+
+
 def fuse(modules: Sequence[nn.Module]) -> Projection:
     """Put projections that agree into one array. Their parameters become views of it, so that what they held is freed;
     meanwhile both are held, for these projections only."""

@@ -12,6 +12,7 @@ import numpy as np
 from exo_kimi.arch.draft_config import DraftHeads
 from exo_kimi.arch.rope import yarn_mscale
 from exo_kimi.arch.scratch import LatentAttentionConfig
+from exo_kimi.errors import UsageError
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,8 +29,14 @@ class Rope:
 
     @classmethod
     def of(cls, config: LatentAttentionConfig) -> Rope:
-        """The rotary embedding that a config asks for."""
+        """The rotary embedding that a config asks for.
+
+        Raises:
+            UsageError: it has no rotary positions.
+        """
         dims, theta, yarn = config.qk_rope_head_dim, config.rope_theta, config.rope_scaling
+        if theta is None:
+            raise UsageError("this model has no rotary positions", found="no rope_theta in its config")
         plain = [theta ** (pair / dims) for pair in range(0, dims, 2)]
         if yarn is None:
             return cls(dims, mx.array(plain, dtype=mx.float32), 1.0)

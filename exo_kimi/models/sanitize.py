@@ -11,6 +11,9 @@ from collections.abc import Callable, Mapping
 import mlx.core as mx
 import numpy as np
 
+from exo_kimi.arch.modules import FLOAT32_PARAMETERS
+from exo_kimi.checkpoint.keys import spelled_as_mlx
+
 FP8_BLOCK = 128
 """Side of the square blocks that share one scale. Source: quantization_config.weight_block_size of Kimi K2."""
 
@@ -58,16 +61,18 @@ def sanitize(weights: Mapping[str, mx.array], *, prefix: str, owns: Callable[[st
         prefix: what its names have before the model's; tensors without are dropped.
         owns: whether a tensor of this name, without prefix, is wanted.
     """
-    named = {name[len(prefix) :]: value for name, value in weights.items() if name.startswith(prefix)}
+    named = {spelled_as_mlx(name[len(prefix) :]): value for name, value in weights.items() if name.startswith(prefix)}
     named = {each: part for name, value in named.items() for each, part in _spelled(name, value)}
     named = {name: value for name, value in named.items() if owns(name)}
     return _stack_experts({name: value for path in _modules(named) for name, value in _unpack(path, named)})
 
 
 def _spelled(name: str, value: mx.array) -> list[tuple[str, mx.array]]:
-    """Tensors under the names that this module knows: a correction bias beside the router, fused and stacked experts apart."""
-    if name.endswith(".mlp.e_score_correction_bias"):
-        return [(name.replace(".mlp.e_score", ".mlp.gate.e_score"), value)]
+    """Tensors in the form that this module knows: fused and stacked experts apart, a convolution's taps in the middle."""
+    if name.endswith("_conv.conv.weight"):
+        return [(name, value.reshape(value.shape[0], -1, 1))]
+    if name.endswith(".A_log"):
+        return [(name, value.reshape(1, 1, -1, 1))]
     fused = _FUSED.fullmatch(name)
     if fused is None:
         return [(name, value)]
@@ -84,7 +89,7 @@ def _modules(named: dict[str, mx.array]) -> list[str]:
 
 def _unpack(path: str, named: dict[str, mx.array]) -> list[tuple[str, mx.array]]:
     """The tensors of one module as MLX holds them."""
-    leaves = ("weight", "scales", "biases", "bias", "e_score_correction_bias")
+    leaves = ("weight", "scales", "biases", "bias", *FLOAT32_PARAMETERS)
     tensors = [(f"{path}.{leaf}", named[f"{path}.{leaf}"]) for leaf in leaves if f"{path}.{leaf}" in named]
     scales = named.get(f"{path}.weight_scale")
     if f"{path}.weight_packed" in named and scales is not None:

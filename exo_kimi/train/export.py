@@ -44,6 +44,10 @@ class StoredWeights:
         """The router's correction bias."""
         return self._parameters[f"{spec.path}.{BIAS}"]
 
+    def decay(self, spec: ModuleSpec) -> tuple[Floats, Floats]:
+        """A_log and dt_bias of Kimi Delta Attention."""
+        return self._parameters[f"{spec.path}.A_log"], self._parameters[f"{spec.path}.dt_bias"]
+
     def bias(self, spec: ModuleSpec) -> Floats:
         """The bias vector of a linear."""
         return self._parameters[f"{spec.path}.bias"]

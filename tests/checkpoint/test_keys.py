@@ -62,7 +62,7 @@ def test_what_a_text_model_does_not_need_is_skipped_with_a_reason(name: str) -> 
     [
         "",
         "weight",
-        f"{LAYER}.self_attn.k_proj.weight",
+        f"{LAYER}.self_attn.k_up_proj.weight",
         f"{LAYER}.mlp.experts.x.up_proj.weight",
         "model.norm",
         f"{LAYER}.weight",

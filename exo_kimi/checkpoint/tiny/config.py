@@ -80,6 +80,54 @@ VISION_CONFIG: dict[str, Any] = {
     "vt_num_attention_heads": 2,
     "vt_num_hidden_layers": 2,
 }
+_LINEAR_DEFAULTS: dict[str, Any] = {
+    "architectures": ["KimiLinearForCausalLM"],
+    "first_k_dense_replace": 1,
+    "head_dim": 24,
+    "hidden_act": "silu",
+    "hidden_size": 256,
+    "initializer_range": 0.02,
+    "intermediate_size": 512,
+    "kv_lora_rank": 128,
+    # Counted from 1, as published; the last layer follows no rule there either.
+    "linear_attn_config": {
+        "full_attn_layers": [4, 7],
+        "head_dim": 64,
+        "kda_layers": [1, 2, 3, 5, 6],
+        "num_heads": 4,
+        "short_conv_kernel_size": 4,
+    },
+    "mla_use_nope": True,
+    "model_max_length": 1048576,
+    "model_type": "kimi_linear",
+    "moe_intermediate_size": 128,
+    "moe_layer_freq": 1,
+    "moe_renormalize": True,
+    "moe_router_activation_func": "sigmoid",
+    "num_attention_heads": 4,
+    "num_expert_group": 1,
+    "num_experts": 16,
+    "num_experts_per_token": 4,
+    "num_hidden_layers": 7,
+    "num_key_value_heads": 4,
+    "num_nextn_predict_layers": 0,
+    "num_shared_experts": 1,
+    "q_lora_rank": None,
+    "qk_nope_head_dim": 64,
+    "qk_rope_head_dim": 32,
+    "rms_norm_eps": 1e-05,
+    "rope_scaling": None,
+    "rope_theta": 10000.0,
+    "routed_scaling_factor": 2.446,
+    "tie_word_embeddings": False,
+    "topk_group": 1,
+    "torch_dtype": "bfloat16",
+    "transformers_version": "4.56.2",
+    "use_cache": True,
+    "use_grouped_topk": True,
+    "v_head_dim": 64,
+    "vocab_size": 1024,
+}
 _TORCH_DTYPES = {"BF16": "bfloat16", "F16": "float16", "F32": "float32"}
 FP8_CONFIG = {
     "activation_scheme": "dynamic",
@@ -124,10 +172,12 @@ def text_config(overrides: Mapping[str, Any], *, dtype: str) -> dict[str, Any]:
     """The text model's keys.
 
     Args:
-        overrides: replaces or adds top-level keys. `rope_parameters` (transformers 5) drops rope_theta and rope_scaling.
+        overrides: replaces or adds top-level keys; `model_type` kimi_linear is a family with keys of its own.
+            `rope_parameters` (transformers 5) drops rope_theta and rope_scaling.
         dtype: `BF16`, `F16` or `F32`, told as torch_dtype.
     """
-    config = {**_DEFAULTS, "torch_dtype": _TORCH_DTYPES[dtype], **overrides}
+    defaults = _LINEAR_DEFAULTS if overrides.get("model_type") == "kimi_linear" else _DEFAULTS
+    config = {**defaults, "torch_dtype": _TORCH_DTYPES[dtype], **overrides}
     if "rope_parameters" in overrides:
         del config["rope_theta"], config["rope_scaling"]
     config["num_key_value_heads"] = overrides.get("num_key_value_heads", config["num_attention_heads"])

@@ -10,6 +10,7 @@ import numpy as np
 
 from exo_kimi.arch.modules import ModuleSpec
 from exo_kimi.checkpoint import packing
+from exo_kimi.checkpoint.keys import as_published
 from exo_kimi.checkpoint.packing import Floats
 from exo_kimi.checkpoint.safetensors_io import StoredTensor
 
@@ -24,6 +25,9 @@ class Weights(Protocol):
 
     def correction_bias(self, spec: ModuleSpec) -> Floats:
         """The router's e_score_correction_bias, (E,)."""
+
+    def decay(self, spec: ModuleSpec) -> tuple[Floats, Floats]:
+        """A_log (1, 1, H, 1) and dt_bias (H * Dk,) of Kimi Delta Attention."""
 
     def bias(self, spec: ModuleSpec) -> Floats:
         """The bias vector of a linear that has one."""
@@ -40,6 +44,7 @@ class LayoutWriter:
         dtype: the dtype of plain weights.
         scales_dtype: the dtype of scales and biases (mlx, int4).
         prefix: what every name begins with.
+        moe_layers: layers with experts, where names are published as Kimi Linear's are; None for those of K2.
         symmetric: (int4) codes -7 to 7, as quantization-aware training rounds them.
 
     After `add`: `tensors` by name, in the order of the model; `quantization` by prefixed path.
@@ -51,6 +56,7 @@ class LayoutWriter:
     dtype: str
     scales_dtype: str
     prefix: str
+    moe_layers: frozenset[int] | None = None
     symmetric: bool = False
     tensors: dict[str, StoredTensor] = field(default_factory=dict)
     quantization: dict[str, tuple[int, int] | None] = field(default_factory=dict)
@@ -58,23 +64,34 @@ class LayoutWriter:
     def add(self, specs: Iterable[ModuleSpec]) -> None:
         """Write every module."""
         for spec in specs:
+            if spec.kind == "decay":
+                for part, values in zip(("A_log", "dt_bias"), self.weights.decay(spec), strict=True):
+                    self._put(spec, spec.path, part, packing.store(values, "F32"))
+                continue
             weight = self.weights.weight(spec)
+            if spec.kind == "conv" and self.layout != "mlx":
+                weight = weight.reshape(len(weight), 1, -1)
             if spec.kind == "experts" and self.layout != "mlx":
                 base, _, projection = spec.path.rpartition(".switch_mlp.")
                 paths = [f"{base}.experts.{expert}.{projection}" for expert in range(spec.shape[0])]
                 for part, tensor in self._parts(spec, weight).items():
                     for path, data in zip(paths, tensor.data, strict=True):
-                        self._put(path, part, StoredTensor(tensor.dtype, data))
+                        self._put(spec, path, part, StoredTensor(tensor.dtype, data))
             else:
                 for part, tensor in self._parts(spec, weight).items():
-                    self._put(spec.path, part, tensor)
+                    self._put(spec, spec.path, part, tensor)
             if spec.kind == "router":
                 bias = packing.store(self.weights.correction_bias(spec), "F32")
-                self._put(spec.path, "e_score_correction_bias", bias)
+                self._put(spec, spec.path, "e_score_correction_bias", bias)
             if spec.has_bias:
-                self._put(spec.path, "bias", packing.store(self.weights.bias(spec), self.dtype))
+                self._put(spec, spec.path, "bias", packing.store(self.weights.bias(spec), self.dtype))
 
-    def _put(self, path: str, part: str, tensor: StoredTensor) -> None:
+    def _put(self, spec: ModuleSpec, path: str, part: str, tensor: StoredTensor) -> None:
+        if self.moe_layers is not None:
+            if self.layout != "mlx":
+                path = as_published(path, layer_is_moe=spec.layer in self.moe_layers)
+            elif part == "e_score_correction_bias":
+                path = path.removesuffix(".gate")
         self.tensors[f"{self.prefix}{path}.{part}"] = tensor
 
     def _parts(self, spec: ModuleSpec, weight: Floats) -> dict[str, StoredTensor]:

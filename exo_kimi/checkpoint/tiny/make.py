@@ -70,8 +70,9 @@ def make_tiny(
         dtype: the dtype of plain weights. The router's correction bias is always F32.
         scales_dtype: the dtype of scales and biases; `dtype` by default.
         group_size: (mlx) columns that share a scale, unless the recipe says otherwise.
-        config: overrides of config.json keys of the text model. `quantization` or `quantization_config` here replaces what
-            would be written of both, right or wrong; `quantization: {}` says nothing.
+        config: overrides of config.json keys of the text model; `model_type` kimi_linear is another family.
+            `quantization` or `quantization_config` here replaces what would be written of both, right or wrong;
+            `quantization: {}` says nothing.
         extra_tensors: more tensors, by full name.
         template: `instruct`, `thinking`, `k25`, the text of a template, or None for no file.
 
@@ -113,6 +114,9 @@ def make_tiny(
         dtype=dtype,
         scales_dtype=scales_dtype or dtype,
         prefix=_PREFIX if prefix else "",
+        moe_layers=None
+        if kimi.linear_attention is None
+        else frozenset(filter(kimi.is_moe, range(kimi.num_hidden_layers))),
     )
     writer.add(with_absorbed(kimi, specs) if absorbed else specs)
     tensors = writer.tensors

@@ -23,6 +23,8 @@ Bits = int | tuple[int, int] | None  # bits; or bits and group size; or None for
 RECIPES = ("mixed346", "uniform2", "uniform3", "uniform4", "uniform5", "uniform6", "uniform8", "dq3", "int4", "plain")
 # The planner's names of the same recipes, which are the ones that users know.
 _PLANNERS = {"q34+q6": "mixed346", "dq3_k_m-q8": "dq3", "bf16": "plain"}
+ROUTER_BITS = 8, 64
+"""Of a router that may be packed. Source: quant_predicate of mlx-lm's kimi_linear."""
 _HEAD_GAIN = 3.0
 _EXPERT = re.compile(r"model\.layers\.(\d+)\.mlp\.switch_mlp\.(\w+)_proj")
 
@@ -68,6 +70,8 @@ class TinyWeights:
             return 1 + np.float32(0.1) * noise
         if spec.kind == "embedding":
             return noise
+        if spec.kind == "conv":
+            return noise * np.float32(spec.shape[1] ** -0.5)
         noise *= np.float32(spec.shape[-1] ** -0.5)
         if spec.path == "lm_head":
             noise *= self._head_gains()[:, None]
@@ -76,6 +80,14 @@ class TinyWeights:
     def correction_bias(self, spec: ModuleSpec) -> Floats:
         """The router's e_score_correction_bias: wide enough to change which experts are chosen."""
         return np.float32(0.1) * self._normal(f"{spec.path}.e_score_correction_bias", spec.shape[:1])
+
+    def decay(self, spec: ModuleSpec) -> tuple[Floats, Floats]:
+        """A_log (1, 1, H, 1) and dt_bias (H * Dk,), as flash-linear-attention draws them: decays from 0.99 down to 0.2."""
+        generator = np.random.default_rng([self.seed, zlib.crc32(f"{spec.path}.A_log".encode())])
+        heads, dims = spec.shape
+        a_log = np.log(generator.uniform(1, 16, (1, 1, heads, 1)))
+        dt = np.exp(generator.uniform(np.log(1e-3), np.log(1e-1), heads * dims))
+        return a_log.astype(np.float32), (dt + np.log(-np.expm1(-dt))).astype(np.float32)
 
     def bias(self, spec: ModuleSpec) -> Floats:
         """The bias vector of a linear that has one."""
@@ -147,6 +159,8 @@ def resolve_recipe(recipe: Recipe, group_size: int) -> Callable[[ModuleSpec], tu
 
     def bits_and_group(spec: ModuleSpec) -> tuple[int, int] | None:
         bits = choose(spec) if spec.quantizable else None
+        if spec.kind == "router" and bits is not None:
+            bits = ROUTER_BITS
         pair = (bits, group_size) if isinstance(bits, int) else bits
         if pair is not None and (pair[0] not in AFFINE_BITS or pair[1] not in AFFINE_GROUPS):
             raise UsageError("no such packing", expected=f"bits {AFFINE_BITS}, group {AFFINE_GROUPS}", found=pair)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
 import mlx.core as mx
 import numpy as np
 
+from exo_kimi.arch.modules import FLOAT32_PARAMETERS
 from exo_kimi.checkpoint.index import TensorEntry
 from exo_kimi.checkpoint.manifest import ModuleSource
 from exo_kimi.errors import DtypeError, QuantizationError
@@ -51,8 +53,8 @@ def jobs_of(source: ModuleSource, dtype: mx.Dtype | None) -> tuple[list[Job], di
         jobs = shape_checks(source)
         rest = {"weight": parts["weight_packed"], "scales": parts["weight_scale"]}
     for leaf, entries in rest.items():
-        wanted = mx.float32 if leaf == "e_score_correction_bias" else dtype
-        leaf_jobs, target = _as_stored(entries, wanted, stacked=source.spec.kind == "experts")
+        wanted = mx.float32 if leaf in FLOAT32_PARAMETERS else dtype
+        leaf_jobs, target = _as_stored(entries, wanted, shape=_shape(source, leaf, entries))
         jobs += leaf_jobs
         targets[f"{path}.{leaf}"] = target
         if source.layout == "int4" and source.quant is not None and leaf == "scales":
@@ -66,20 +68,28 @@ def shape_checks(source: ModuleSource) -> list[Job]:
     return [_shape_check(source, entry) for entry in source.parts.get("weight_shape", ())]
 
 
-def _as_stored(entries: tuple[TensorEntry, ...], dtype: mx.Dtype | None, *, stacked: bool) -> tuple[list[Job], Target]:
+def _as_stored(
+    entries: tuple[TensorEntry, ...], dtype: mx.Dtype | None, *, shape: tuple[int, ...]
+) -> tuple[list[Job], Target]:
     first = entries[0]
     is_float = first.dtype in FLOATS
     if not is_float and first.dtype not in CODES:
         raise DtypeError(first.name, expected=", ".join([*FLOATS, *CODES]), found=first.dtype, where=first.file)
     final = (dtype or FLOATS[first.dtype]) if is_float else CODES[first.dtype]
-    target = Target(_shape(entries, stacked), final, parts=len(entries))
+    target = Target(shape, final, parts=len(entries))
     jobs = [_copy_or_convert(entry, target, part) for part, entry in enumerate(entries)]
     return jobs, target
 
 
-def _shape(entries: tuple[TensorEntry, ...], stacked: bool) -> tuple[int, ...]:
-    """Experts that lie one by one get an axis in front; a stack on disk has it already."""
-    shape = entries[0].shape
+def _shape(source: ModuleSource, leaf: str, entries: tuple[TensorEntry, ...]) -> tuple[int, ...]:
+    """Experts that lie one by one get an axis in front; a stack on disk has it already. Convolutions and decays have axes of one
+    in various places."""
+    spec, shape = source.spec, entries[0].shape
+    if spec.kind == "conv":
+        return spec.shape
+    if spec.kind == "decay":
+        return (1, 1, spec.shape[0], 1) if leaf == "A_log" else (math.prod(spec.shape),)
+    stacked = spec.kind == "experts"
     return (len(entries), *shape) if stacked and (len(entries) > 1 or len(shape) < 3) else shape
 
 
@@ -110,7 +120,7 @@ def _fp8(source: ModuleSource, dtype: mx.Dtype) -> tuple[list[Job], Target]:
     codes, factors = source.parts["weight"], source.parts["weight_scale_inv"]
     stacked = source.spec.kind == "experts"
     matrices = source.spec.shape[0] if stacked else 1
-    target = Target(_shape(codes, stacked), dtype, parts=matrices)
+    target = Target(_shape(source, "weight", codes), dtype, parts=matrices)
     per_entry = matrices // len(codes)
 
     def unpack(part: int, entry: TensorEntry, factor: TensorEntry) -> Job:

@@ -7,7 +7,7 @@ that MLX owns, in file order, and only the stage's own byte ranges are read.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ from exo_kimi.checkpoint.index import open_index
 from exo_kimi.checkpoint.manifest import ModuleSource, StageManifest, resolve
 from exo_kimi.errors import MissingTensorError, ShapeMismatchError, UnexpectedTensorError, UsageError
 from exo_kimi.experts.budget import ExpertCache
+from exo_kimi.models.families import build
 from exo_kimi.models.kimi_k2 import Model
 from exo_kimi.models.projection import LEAVES, adopt
 from exo_kimi.runtime.loading.filling import Job, jobs_of, shape_checks
@@ -38,14 +39,14 @@ def load(
     *,
     fuse: bool = False,
 ) -> Model:
-    """Load a Kimi K2 checkpoint, or the stage of it that owns a half-open range of layers, strictly.
+    """Load a checkpoint, or the stage of it that owns a half-open range of layers, strictly.
 
     Args:
         path: a checkpoint directory in any published layout.
         start_layer: the stage that starts at 0 owns the embedding.
         end_layer: None for all further layers; the stage that ends last owns the final norm and the head.
         dtype: "float32", "bfloat16" or "float16" for every floating parameter (and so for activations); None keeps what
-            is stored. Packed weights stay packed, the router's correction bias stays float32.
+            is stored. Packed weights stay packed, what is float32 in every checkpoint stays so.
         fuse: see `load_stage`.
 
     Returns:
@@ -94,7 +95,7 @@ def load_stage(
     sources = [source for source in manifest.sources if source.spec.layer is not None or not layers_only]
     stage = slotted_layers(sources, expert_cache, dtype=dtype, chosen=manifest.config.num_experts_per_tok)
     slotted = stage.layers
-    model = Model(manifest.config, manifest.start_layer, manifest.end_layer, layers_only=layers_only)
+    model = build(manifest.config, manifest.start_layer, manifest.end_layer, layers_only=layers_only)
     for layer, each in slotted.items():
         mixture_at(model, layer).use_slots(each.slots)
     shape_modules(model, sources)
@@ -168,10 +169,14 @@ def check_dtype(dtype: str | None) -> None:
 
 def shape_modules(model: nn.Module, sources: Sequence[ModuleSource]) -> None:
     """Give each module the form that its source has: quantized as packed, attention as on disk. Nothing is computed yet."""
+    quants = {}
     for source in sources:
         if source.spec.path.endswith(".embed_q"):
             module_at(model, source.spec.path.rpartition(".")[0]).use_absorbed_modules()
-    quants = {source.spec.path: source.quant for source in sources if source.quant is not None}
+        if source.quant is not None and source.spec.kind == "router":
+            module_at(model, source.spec.path).use_packing(**asdict(source.quant))
+        elif source.quant is not None:
+            quants[source.spec.path] = source.quant
 
     def packing(path: str, module: nn.Module) -> dict[str, Any] | bool:
         quant = quants.get(path)

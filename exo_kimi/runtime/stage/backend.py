@@ -18,7 +18,7 @@ from exo_kimi.checkpoint.fingerprint import stage_fingerprint
 from exo_kimi.checkpoint.index import CheckpointIndex, open_index
 from exo_kimi.checkpoint.manifest import resolve
 from exo_kimi.checkpoint.vision import NoVision, VisionManifest, find_vision
-from exo_kimi.errors import CheckpointError, StageError
+from exo_kimi.errors import CheckpointError, StageError, UnsupportedModelError
 from exo_kimi.experts.budget import ExpertCache
 from exo_kimi.models import ops
 from exo_kimi.models.kimi_k2 import CACHE_STEP
@@ -166,6 +166,12 @@ class MlxBackend:
         self._let_go()
         resident = self._layers.take(order, progress)
         model = resident.model
+        if resident.manifest.config.linear_attention is not None:
+            raise UnsupportedModelError(
+                "this model has layers with recurrent states, which stages do not serve yet",
+                found=f"model_type {model.model_type}",
+                fix="inspect, plan and `exo-kimi layer` know it; mlx-lm serves it on one machine",
+            )
         scratch_bytes = order.scratch_bytes or default_scratch_bytes(self.free().free_bytes)
         # Metal runs a graph while the next is built: what one has let go, the other may still hold.
         model.set_scratch_bytes(scratch_bytes // 2 if mx.metal.is_available() else scratch_bytes)
