@@ -14,7 +14,7 @@ from typing import Any, ClassVar
 
 from exo_kimi.arch.config import KimiConfig
 from exo_kimi.models import kimi_k2
-from exo_kimi.models.kda import DeltaAttention
+from exo_kimi.models.kda.attention import DeltaAttention
 from exo_kimi.models.mla import Attention
 from exo_kimi.models.rope import Rope
 

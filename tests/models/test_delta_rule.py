@@ -6,7 +6,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from exo_kimi.models.delta_rule import CHUNK, DeltaInputs, chunked, delta_rule, recurrent
+from exo_kimi.models.kda.delta_rule import CHUNK, DeltaInputs, chunked, delta_rule, recurrent
 
 HEADS, KEYS, VALUES = 3, 32, 16
 

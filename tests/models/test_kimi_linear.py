@@ -15,8 +15,8 @@ from exo_kimi.arch.config import KimiConfig
 from exo_kimi.checkpoint.tiny.make import make_tiny
 from exo_kimi.errors import UsageError
 from exo_kimi.models import kimi_linear
+from exo_kimi.models.kda.recurrent_cache import RecurrentCache
 from exo_kimi.models.kimi_k2 import Model
-from exo_kimi.models.recurrent_cache import RecurrentCache
 from exo_kimi.runtime.loading.loader import load
 
 Floats = npt.NDArray[np.float64]

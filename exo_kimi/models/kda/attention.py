@@ -17,8 +17,8 @@ from exo_kimi.models import ops
 from exo_kimi.models.adapters import Adaptable
 from exo_kimi.models.blocks import Span, joined
 from exo_kimi.models.decode import DecodeStep, Derived
-from exo_kimi.models.delta_rule import DeltaInputs, delta_rule
-from exo_kimi.models.recurrent_cache import RecurrentCache
+from exo_kimi.models.kda.delta_rule import DeltaInputs, delta_rule
+from exo_kimi.models.kda.recurrent_cache import RecurrentCache
 
 __all__ = ["DeltaAttention"]
 
