@@ -14,5 +14,5 @@ def build(
     Raises:
         SplitError: the range is empty or outside the model.
     """
-    family = kimi_k2.Model if config.linear_attention is None else kimi_linear.Model
+    family = kimi_k2.Model if config.linear_attention is None else kimi_linear.KimiLinear
     return family(config, start_layer, end_layer, layers_only=layers_only)

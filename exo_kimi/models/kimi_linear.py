@@ -18,7 +18,7 @@ from exo_kimi.models.kda.attention import DeltaAttention
 from exo_kimi.models.mla import Attention
 from exo_kimi.models.rope import Rope
 
-__all__ = ["Model", "ModelArgs"]
+__all__ = ["KimiLinear", "Model", "ModelArgs"]
 
 ModelArgs = KimiConfig
 
@@ -40,7 +40,11 @@ class KimiLinearModel(kimi_k2.KimiK2Model):
     layer_type: ClassVar = LinearDecoderLayer
 
 
-class Model(kimi_k2.Model):
+class KimiLinear(kimi_k2.Model):
     """A Kimi Linear, or the stage of it that owns the layers `start_layer` to `end_layer`; see `kimi_k2.Model`."""
 
     decoder_type: ClassVar = KimiLinearModel
+
+
+Model = KimiLinear
+"""As mlx-lm calls it."""
