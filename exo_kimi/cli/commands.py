@@ -19,6 +19,7 @@ from exo_kimi.cli.expert_options import (
     PrefetchOption,
     ProfileOption,
     ReadsOption,
+    TraceOption,
 )
 from exo_kimi.cli.output import write_text
 from exo_kimi.cli.values import (
@@ -241,6 +242,7 @@ def serve(
     expert_profile: ProfileOption = None,
     expert_prefetch: PrefetchOption = "auto",
     expert_reads: ReadsOption = "auto",
+    trace_experts: TraceOption = None,
     prefill_chunk: Annotated[
         int | None,
         option("--prefill-chunk", parser=positive, metavar="N", help="prompt tokens of one step at most", panel=MEMORY),
@@ -442,6 +444,7 @@ def stage(
     expert_profile: ProfileOption = None,
     expert_prefetch: PrefetchOption = "auto",
     expert_reads: ReadsOption = "auto",
+    trace_experts: TraceOption = None,
     log_json: Annotated[bool, flag("--log-json", help=LOG_JSON)] = False,
 ) -> None:
     """A stage on this machine, for `serve --stage ADDR` on another."""
@@ -459,7 +462,7 @@ def stage(
     place = stage_place(listen, pair=pair, key_file=key_file)
     log_to(as_json=log_json)
     with announced_stage(place.listen):
-        _serve_stage(place, directory, experts)
+        _serve_stage(place, directory, experts, trace_experts)
 
 
 def chat(
@@ -736,7 +739,7 @@ def _find_stages_and_weights(options: dict[str, Any]) -> None:
     options["directory"] = served_directory(options["directory"], ServedPart.of(options))
 
 
-def _serve_stage(place: Any, model: str | None, experts: Any) -> None:
+def _serve_stage(place: Any, model: str | None, experts: Any, expert_trace: Path | None) -> None:
     from exo_kimi.models.mlx_lm_package import skip_mlx_lm_init
     from exo_kimi.runtime.descriptors import raise_descriptor_limit
 
@@ -751,6 +754,7 @@ def _serve_stage(place: Any, model: str | None, experts: Any) -> None:
         environment_key=os.environ.get("EXO_KIMI_KEY"),
         show_key=sys.stdout.isatty(),
         expert_cache=experts.cache().sized(experts.budget_bytes),
+        expert_trace=expert_trace,
     )
 
 

@@ -38,6 +38,15 @@ ProfileOption = Annotated[
         panel=STREAM,
     ),
 ]
+TraceOption = Annotated[
+    Path | None,
+    option(
+        "--trace-experts",
+        metavar="FILE",
+        help="write down which experts are asked for, for `trace replay`; of several stages each has a file (default: none)",
+        panel=STREAM,
+    ),
+]
 PrefetchOption = Annotated[
     ExpertPrefetch,
     option(

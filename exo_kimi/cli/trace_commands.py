@@ -34,7 +34,10 @@ def record(
 
 
 def replay(
-    trace: Annotated[Path, argument("TRACE.npz", "of `trace record` or `trace make`")],
+    traces: Annotated[
+        list[Path],
+        argument("TRACE", "of `trace record`, `trace make`, or `serve --trace-experts`: a file for each stage"),
+    ],
     slots: Annotated[
         Sequence[int],
         option(
@@ -61,11 +64,11 @@ def replay(
 ) -> None:
     """What slots and policies make of a trace: a table of hit rates, then one JSON line."""
     from exo_kimi.experts.traces.report import EVERY_POLICY, ReplayTable
-    from exo_kimi.experts.traces.trace import read_trace
+    from exo_kimi.experts.traces.trace import read_trace, read_traces
 
     chosen = tuple(policies) or EVERY_POLICY
     other = None if learnt is None else read_trace(learnt)
-    table = ReplayTable.of(read_trace(trace), slots=slots, policies=chosen, learnt=other)
+    table = ReplayTable.of(read_traces(traces), slots=slots, policies=chosen, learnt=other)
     print(f"{table.to_text()}\n{table.to_json()}")
     if output:
         write_text(output, table.curve(chosen[0]), option="-o")

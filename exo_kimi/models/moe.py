@@ -124,6 +124,9 @@ class Router(nn.Module):
     groups; weights are the unbiased scores, normalised, times `routed_scaling_factor`. In bf16, 2.8-3.9 % of tokens per
     layer would go to other experts.
 
+    Attributes:
+        on_choice: told the experts of each pass, not evaluated; for recording them.
+
     Source: "DeepSeek-V3", section 2.1.2; DeepseekV3TopkRouter in transformers.
     """
 
@@ -134,6 +137,7 @@ class Router(nn.Module):
             config.n_group, config.topk_group, self.chosen, normalised=config.norm_topk_prob and self.chosen > 1
         )
         self.factor = config.routed_scaling_factor
+        self.on_choice: Callable[[mx.array], None] | None = None
         self.weight = mx.zeros((config.n_routed_experts, config.hidden_size))
         self.e_score_correction_bias = mx.zeros((config.n_routed_experts,))
         self._operands, self._choose = Derived(_in_float32), CompiledChoice(self.choose)
@@ -167,6 +171,8 @@ class Router(nn.Module):
         """Experts (N, K) uint32 and weights (N, K) float32 of tokens (N, D)."""
         logits = x.astype(mx.float32) @ self._whole().T
         indices, weights = self.choose(logits, self.e_score_correction_bias.astype(mx.float32))
+        if self.on_choice is not None:
+            self.on_choice(indices)
         return indices, weights * self.factor
 
     def decode(self, x: mx.array, step: DecodeStep) -> tuple[mx.array, mx.array]:
@@ -175,7 +181,10 @@ class Router(nn.Module):
         matrix, row, bias = self._operands(weight, self["e_score_correction_bias"])
         # A matrix of two axes would make MLX flatten a single token and unflatten the product.
         logits = x.astype(mx.float32) @ (row if step.tokens == 1 else matrix)
-        return self._choose(logits, bias)
+        indices, weights = self._choose(logits, bias)
+        if self.on_choice is not None:
+            self.on_choice(indices)
+        return indices, weights
 
     def best(self, x: mx.array, count: int) -> mx.array:
         """(N, count) experts of tokens (N, D), the one that ranks highest first."""

@@ -26,7 +26,7 @@ from exo_kimi.pictures.reader import PictureReader
 from exo_kimi.planner.matching import check_matches, check_tower_planned
 from exo_kimi.planner.plan import Plan, check_headroom, read_plan
 from exo_kimi.planner.weights.bytes import bytes_of_manifest
-from exo_kimi.runtime.cluster.cluster_plan import make_plan
+from exo_kimi.runtime.cluster.cluster_plan import make_plan, trace_file
 from exo_kimi.runtime.cluster.supervisor import ClusterOptions, StageCluster
 from exo_kimi.runtime.descriptors import raise_descriptor_limit
 from exo_kimi.runtime.engine.engine import Engine
@@ -73,6 +73,7 @@ class ServeOptions:
     expert_prefetch: str = DEFAULT_PREFETCH
     expert_reads: str = DEFAULT_READS
     expert_profile: Path | None = None
+    trace_experts: Path | None = None
     prefill_chunk: int | None = None
     queue_limit: int | None = None
     stall_deadline: float = 30.0
@@ -131,7 +132,9 @@ def serve(options: ServeOptions, *, announce: Callable[[str], None] | None = Non
         vision=tower if isinstance(tower, VisionManifest) else None,
         expert_cache=caching.sized(options.expert_cache),
         planned_caches=planned_caches,
+        expert_trace=options.trace_experts,
     )
+    _begin_traces(options.trace_experts, stages=len(plan.stages), local=len(plan.stages) - len(options.stage))
     speaker = Speaker.from_directory(options.directory, raw_config=checkpoint.raw_config)
     speaker = replace(speaker, pictures=_pictures(options, tower))
     _check_texts(checkpoint)
@@ -199,6 +202,18 @@ def _experts(options: ServeOptions) -> ExpertOptions:
         reads=options.expert_reads,
         profile=options.expert_profile,
     )
+
+
+def _begin_traces(path: Path | None, *, stages: int, local: int) -> None:
+    """Make the files that stages of this machine will write into, which go on with what they find when they start again."""
+    files = [] if path is None else [trace_file(path, stage, stages) for stage in range(local)]
+    for file in files:
+        try:
+            file.write_bytes(b"")
+        except OSError as error:
+            raise UsageError(
+                "the trace cannot be written", found=error.strerror, where=f"--trace-experts {file}"
+            ) from None
 
 
 def _tower(options: ServeOptions, checkpoint: Checkpoint) -> VisionManifest | NoVision:

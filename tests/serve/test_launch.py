@@ -113,6 +113,7 @@ FOLLOWED: dict[str, Any] = {
     "expert_prefetch": "off",
     "expert_reads": "direct",
     "expert_profile": None,
+    "trace_experts": None,
     "prefill_chunk": 4096,
     "queue_limit": 1000,
     "survive": 1.0,

@@ -9,7 +9,7 @@ from __future__ import annotations
 import struct
 import zipfile
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 from exo_kimi.errors import UsageError
 from exo_kimi.experts.asked import asked
 from exo_kimi.experts.budget import LayerProfile
+from exo_kimi.experts.traces.growing import MAGIC, read_growing
 from exo_kimi.units import format_bytes
 
 VERSION = 1
@@ -148,6 +149,9 @@ def read_trace(path: str | Path) -> ExpertTrace:
         UsageError: it cannot be read, or is no trace, or of another version.
     """
     try:
+        with Path(path).open("rb") as file:
+            if file.read(len(MAGIC)) == MAGIC:
+                return _read_growing(Path(path))
         with zipfile.ZipFile(path) as archive:
             size_bytes = sum(entry.file_size for entry in archive.infolist())
         if size_bytes > LARGEST_BYTES:
@@ -173,7 +177,6 @@ def read_trace(path: str | Path) -> ExpertTrace:
         raise UsageError(
             "a file that is no trace", expected=f"whole numbers of {', '.join(ARRAYS)}", found=found, where=path
         )
-    trace = object.__new__(ExpertTrace)
     values = {
         "ids": parts["ids"],
         "experts": int(parts["experts"]),
@@ -181,9 +184,51 @@ def read_trace(path: str | Path) -> ExpertTrace:
         "calls": parts["calls"].astype(np.int32),
         "source": parts["source"].astype(np.uint8).tobytes().decode(errors="replace"),
     }
+    return _trace_of(values, where=path)
+
+
+def read_traces(paths: Sequence[str | Path]) -> ExpertTrace:
+    """One trace of the files of several stages, each of which recorded its own layers.
+
+    Raises:
+        UsageError: see `read_trace`; or they are not of the same passes, or of the same layers.
+    """
+    traces = [read_trace(path) for path in paths]
+    first = traces[0]
+    for path, each in zip(paths[1:], traces[1:], strict=True):
+        if each.experts != first.experts or not np.array_equal(each.calls, first.calls):
+            raise UsageError(
+                "traces of different passes cannot be one",
+                expected=f"{first.tokens} tokens in {len(first.calls)} passes, as of {paths[0]}",
+                found=f"{each.tokens} in {len(each.calls)}",
+                where=path,
+                fix="give the files of all stages of one server, copied after it stopped",
+            )
+    if len(traces) == 1:
+        return first
+    values = {
+        "ids": np.concatenate([each.ids for each in traces]),
+        "experts": first.experts,
+        "layers": tuple(layer for each in traces for layer in each.layers),
+        "calls": first.calls,
+        "source": f"{len(traces)} stages: {first.source}",
+    }
+    return _trace_of(values, where=paths[0])
+
+
+def _read_growing(path: Path) -> ExpertTrace:
+    if path.stat().st_size > LARGEST_BYTES:
+        found = format_bytes(path.stat().st_size)
+        raise UsageError("a trace too large to replay", expected=format_bytes(LARGEST_BYTES), found=found, where=path)
+    return _trace_of(read_growing(path), where=path)
+
+
+def _trace_of(values: Mapping[str, Any], *, where: object) -> ExpertTrace:
+    """With what is wrong told of the file that it came from."""
+    trace = object.__new__(ExpertTrace)
     for name, value in values.items():
         object.__setattr__(trace, name, value)
-    _check(trace, where=path)
+    _check(trace, where=where)
     return trace
 
 

@@ -16,7 +16,7 @@ from exo_kimi.units import parse_bytes
 
 EXPERT_CACHE, EXPERT_POLICY = "EXO_KIMI_EXPERT_CACHE", "EXO_KIMI_EXPERT_POLICY"
 EXPERT_PREFETCH, EXPERT_READS = "EXO_KIMI_EXPERT_PREFETCH", "EXO_KIMI_EXPERT_READS"
-EXPERT_PROFILE = "EXO_KIMI_EXPERT_PROFILE"
+EXPERT_PROFILE, EXPERT_TRACE = "EXO_KIMI_EXPERT_PROFILE", "EXO_KIMI_TRACE_EXPERTS"
 CONTEXT, KV_BYTES, PREFIX_BYTES = "EXO_KIMI_CONTEXT", "EXO_KIMI_KV_BYTES", "EXO_KIMI_PREFIX_CACHE_BYTES"
 
 
@@ -78,6 +78,13 @@ def expert_cache_of(environment: Mapping[str, str] | None = None) -> ExpertCache
         profile=None if profile is None else Path(profile).expanduser(),
     )
     return options.cache()
+
+
+def expert_trace_of(environment: Mapping[str, str] | None = None) -> Path | None:
+    """This node's file for which experts are asked for; None where nothing is said."""
+    given = os.environ if environment is None else environment
+    text = given.get(EXPERT_TRACE)
+    return None if not text else Path(text).expanduser()
 
 
 def _size(given: Mapping[str, str], name: str) -> int | None:

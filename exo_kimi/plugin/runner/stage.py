@@ -18,7 +18,7 @@ from queue import SimpleQueue
 from exo_kimi.checkpoint.manifest import StageManifest
 from exo_kimi.checkpoint.vision import VisionManifest
 from exo_kimi.errors import AddressError, CheckpointError, ExoKimiError, StageError
-from exo_kimi.plugin.runner.options import expert_cache_of
+from exo_kimi.plugin.runner.options import expert_cache_of, expert_trace_of
 from exo_kimi.runtime.protocol.messages import Load
 from exo_kimi.runtime.protocol.versions import Versions
 from exo_kimi.runtime.stage.backend import MlxBackend
@@ -172,7 +172,7 @@ class StageHost:
                 vision=wanted.tower,
                 expert_cache=expert_cache_of(),
             )
-            backend = MlxBackend(PreloadedLayers(resident, wanted.config_hash))
+            backend = MlxBackend(PreloadedLayers(resident, wanted.config_hash), expert_trace=expert_trace_of())
             del resident  # from here on the backend's to drop
             status.active_bytes, status.peak_bytes = backend.memory()
             status.free = backend.free()

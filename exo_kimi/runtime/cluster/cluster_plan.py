@@ -78,6 +78,7 @@ def make_plan(
     vision: VisionManifest | None = None,
     expert_cache: ExpertCache | None = None,
     planned_caches: Sequence[ExpertCache | None] = (),
+    expert_trace: Path | None = None,
 ) -> ClusterPlan:
     """Place every layer of a checkpoint.
 
@@ -95,6 +96,8 @@ def make_plan(
         expert_cache: what this machine may hold of the routed experts of its stages, which share it by their bytes; None holds
             all.
         planned_caches: the same of each stage, as a plan has it, which counts where `expert_cache` says nothing.
+        expert_trace: where the stages of this machine write which experts are asked for, each into a file of its own if there
+            are several (see `trace_file`).
 
     Raises:
         CheckpointError: the directory cannot be served.
@@ -133,6 +136,7 @@ def make_plan(
             vision=tower is not None,
             vision_directory=_apart(tower, checkpoint.directory),
             expert_cache_bytes=shares[stage],
+            expert_trace=_trace_path(expert_trace, stage, len(ranges)) if remote is None else None,
             expert_policy=used.policy,
             expert_prefetch=used.prefetch,
             expert_reads=used.reads,
@@ -148,6 +152,15 @@ def make_plan(
         expert_bytes = sum(each.resident_bytes for each in manifest.sources if each.spec.kind == "experts")
         plans.append(StagePlan(load=load, remote=remote, resident_bytes=weights_bytes, expert_bytes=expert_bytes))
     return ClusterPlan(directory=checkpoint.directory, config=config, stages=tuple(plans), key=key)
+
+
+def trace_file(path: Path, stage: int, stages: int) -> Path:
+    """Where a stage writes its part of a trace: `chat.trace` becomes `chat.stage-0.trace`, and so on."""
+    return path if stages == 1 else path.with_name(f"{path.stem}.stage-{stage}{path.suffix}")
+
+
+def _trace_path(path: Path | None, stage: int, stages: int) -> str | None:
+    return None if path is None else encode_path(trace_file(path, stage, stages).absolute())
 
 
 def _shares(cache: ExpertCache | None, manifests: Sequence[StageManifest], dtype: str | None) -> list[int | None]:

@@ -134,6 +134,7 @@ class Load(Header, frozen=True, kw_only=True, tag="load"):
         expert_cache_bytes: what the stage may hold of its routed experts; the others stay on its disk. None holds all.
         expert_policy, expert_prefetch, expert_reads: how it uses that memory (see `experts.budget.ExpertCache`).
         expert_profile: what the policy `pinned` keeps, of each layer.
+        expert_trace: the file into which the stage writes which experts are asked for; None writes none.
         feature_layers: whose features a draft head reads, ascending; empty without one.
         draft_directory: the leader's directory of the head, which this stage, the last, holds too; None for all others.
         draft_fingerprint: of the head's tensors.
@@ -154,6 +155,7 @@ class Load(Header, frozen=True, kw_only=True, tag="load"):
     expert_prefetch: Name = DEFAULT_PREFETCH
     expert_reads: Name = "auto"
     expert_profile: tuple[PinnedExperts, ...] = ()
+    expert_trace: DirectoryPath | None = None
     feature_layers: tuple[Count, ...] = ()
     draft_directory: DirectoryPath | None = None
     draft_fingerprint: Name | None = None

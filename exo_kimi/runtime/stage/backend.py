@@ -35,6 +35,7 @@ from exo_kimi.runtime.stage.prefix_disk import (
     make_blocks_private,
 )
 from exo_kimi.runtime.stage.resident import ResidentStage, give_back_memory
+from exo_kimi.runtime.stage.route_recorder import RouteRecorder
 from exo_kimi.runtime.stage.stage_model import expert_health
 from exo_kimi.runtime.stage.warmup import warm_up
 from exo_kimi.runtime.stage.worker import StageWorker
@@ -133,6 +134,7 @@ class _LoadedStage:
     worker: StageWorker
     disk_settings: tuple[int, int, str | None] | None = None
     is_warm: bool = False
+    recorder: RouteRecorder | None = None
 
     def close_disk(self) -> None:
         self.disk_settings = None
@@ -147,10 +149,12 @@ class MlxBackend:
     Args:
         layers: where they come from.
         warms: whether `warm_up` runs anything; None: where kernels are compiled when they are first asked for, on GPUs.
+        expert_trace: this machine's file for which experts are asked for; None takes what the leader's order says.
     """
 
-    def __init__(self, layers: LayerSource, *, warms: bool | None = None) -> None:
+    def __init__(self, layers: LayerSource, *, warms: bool | None = None, expert_trace: Path | None = None) -> None:
         self._layers = layers
+        self._expert_trace = expert_trace
         self._warms = not ops.on_cpu() if warms is None else warms
         self._loaded: _LoadedStage | None = None
         self._progress: Callable[[], None] | None = None
@@ -195,8 +199,11 @@ class MlxBackend:
         )
         if model.streamed is not None:
             model.streamed.store.on_progress = self._progress
-        # Running ahead would keep the stage from the next order for as long as reading takes.
-        worker = StageWorker(model, epoch=0, stage=order.stage, tower=tower, ahead=model.streamed is None)
+        path = self._trace_of(order)
+        # Running ahead would keep the stage from the next order for as long as reading takes, and trace what nobody asked for.
+        worker = StageWorker(
+            model, epoch=0, stage=order.stage, tower=tower, ahead=model.streamed is None and path is None
+        )
         self._loaded = _LoadedStage(order, answer, resident, worker)
         return answer
 
@@ -221,10 +228,20 @@ class MlxBackend:
     def _let_go(self) -> None:
         if self._loaded is not None:
             self._loaded.close_disk()
+            if self._loaded.recorder is not None:
+                self._loaded.recorder.close()
             self._loaded = None
 
     def reset(self, epoch: int) -> None:
-        self._require().worker.reset(epoch)
+        loaded = self._require()
+        loaded.worker.reset(epoch)
+        path = self._trace_of(loaded.order)
+        if path is not None and loaded.recorder is None:  # what warmed the stage up is no trace of anybody's texts
+            loaded.recorder = RouteRecorder(loaded.resident.model, path)
+            loaded.worker.asks_all = loaded.recorder.is_recording
+
+    def _trace_of(self, order: Load) -> Path | None:
+        return self._expert_trace or (None if order.expert_trace is None else decode_path(order.expert_trace))
 
     def open_disk(self, order: Join, changed: Changed) -> tuple[int, tuple[str, ...]]:
         """What the disk does not allow is a warning: without it everything works, only restarts are slower."""
@@ -245,7 +262,12 @@ class MlxBackend:
         return (worker.disk.capacity_blocks, worker.disk.keys()) if worker.disk is not None else (0, ())
 
     def execute(self, step: Step) -> Step | StepResult:
-        return self._require().worker.execute(step)
+        loaded = self._require()
+        try:
+            return loaded.worker.execute(step)
+        finally:
+            if loaded.recorder is not None:
+                loaded.recorder.write()
 
     def run_ahead(self) -> None:
         self._require().worker.run_ahead()

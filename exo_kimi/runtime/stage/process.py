@@ -49,6 +49,7 @@ def serve_stage(
     say: Callable[[str], None] = _say,
     show_key: bool = True,
     expert_cache: ExpertCache | None = None,
+    expert_trace: Path | None = None,
 ) -> None:
     """Serve leaders one after another until Ctrl-C: the body of `exo-kimi stage`.
 
@@ -60,6 +61,7 @@ def serve_stage(
         say: takes lines for the user.
         show_key: say a key that was made now. Not where the lines go into a log that others may read.
         expert_cache: what this machine may hold of the routed experts; None leaves it to the leader, who holds all.
+        expert_trace: the file for which experts are asked for; None writes none.
 
     Raises:
         CheckpointError: `model` is no checkpoint.
@@ -85,7 +87,9 @@ def serve_stage(
     with EndSignals(signal.default_int_handler):
         _serve(
             address,
-            lambda: MlxBackend(CheckpointLayers(directory, alone=True, expert_cache=expert_cache)),
+            lambda: MlxBackend(
+                CheckpointLayers(directory, alone=True, expert_cache=expert_cache), expert_trace=expert_trace
+            ),
             announce=announce,
             key=key,
             next_key=key,

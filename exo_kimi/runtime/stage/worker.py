@@ -44,6 +44,9 @@ class StageWorker:
         ahead: whether `run_ahead` does anything on a stage that is the whole model.
         feature_layers: whose features a draft head on the last stage reads, ascending; empty without one.
         drafts: that head, on the last stage.
+
+    Attributes:
+        asks_all: take all tokens of a prompt through the whole last layer, for somebody who looks at what it does with them.
     """
 
     def __init__(
@@ -66,6 +69,7 @@ class StageWorker:
         self.disk = disk
         self.tower = tower
         self.ahead = Ahead(model, enabled=ahead, feature_layers=feature_layers)
+        self.asks_all = False
         self._sequences: SequenceTable[int, SequenceState] = SequenceTable()
         self._failed: dict[int, FailedSequence] = {}
         self._answered: tuple[Step, StepResult] | None = None
@@ -305,7 +309,7 @@ class StageWorker:
         else:
             width = width_of(model, self.feature_layers)
             x = unpack(step.hidden, tokens=len(step.tokens), hidden_size=width)
-        asked = [_asked(segment) for segment in step.segments] if model.is_last else None
+        asked = [_asked(segment) for segment in step.segments] if model.is_last and not self.asks_all else None
         segments = [(segment.length, self._sequences[segment.seq_id].caches) for segment in step.segments]
         return forward_tapped(model, x, segments, feature_layers=self.feature_layers, asked=asked)
 
