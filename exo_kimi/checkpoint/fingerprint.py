@@ -10,12 +10,17 @@ import hashlib
 import os
 from pathlib import Path
 
+import numpy as np
+
 from exo_kimi.checkpoint.index import TensorEntry
 from exo_kimi.checkpoint.manifest import StageManifest, not_here
+from exo_kimi.checkpoint.packing import restore, store
+from exo_kimi.checkpoint.safetensors_io import StoredTensor
 from exo_kimi.checkpoint.text_files import open_regular
 from exo_kimi.checkpoint.vision import VisionManifest
 from exo_kimi.errors import TensorFileError
 
+_WORDS = {"BF16": np.uint16, "F16": np.float16, "F32": np.float32}
 _HEAD_BYTES = 4_096
 """Of each tensor of a tower: norms and biases whole or nearly, and a few rows of what is larger; 1.3 MB of K2.5's."""
 
@@ -35,6 +40,24 @@ def stage_fingerprint(manifest: StageManifest) -> str:
             if source.spec.kind == "norm":
                 for entry in entries:
                     digest.update(_read(manifest.directory, entry, entry.nbytes))
+    return digest.hexdigest()
+
+
+def norms_fingerprint(manifest: StageManifest) -> str:
+    """Hash of the norms' values in bfloat16: one for a model in whatever layout and bits, as norms are never quantized, and
+    another for another training of the same architecture.
+
+    Raises:
+        TensorFileError: a file cannot be read.
+        MissingTensorError: the directory is a share without the norms.
+    """
+    digest = hashlib.sha256()
+    for source in manifest.sources:
+        if source.spec.kind == "norm":
+            (entry,) = source.parts["weight"]
+            raw = np.frombuffer(_read(manifest.directory, entry, entry.nbytes), _WORDS[entry.dtype])
+            values = restore(StoredTensor(entry.dtype, raw))
+            digest.update(source.spec.path.encode() + store(values, "BF16").data.astype("<u2").tobytes())
     return digest.hexdigest()
 
 

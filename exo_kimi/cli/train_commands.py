@@ -42,6 +42,23 @@ def tiny(
     print(train_tiny(directory, TrainingRecipe(seed=seed, **given)).to_text())
 
 
+def draft(
+    directory: Annotated[Path, argument("DIR", "a small Kimi, as the tiny one")],
+    output: Annotated[Path, argument("OUT", "new, or of an interrupted training")],
+    steps: Annotated[
+        int | None,
+        option("--steps", parser=positive, metavar="N", help="updates (default: those of the shipped head)"),
+    ] = None,
+    seed: Annotated[int, option("--seed", parser=whole, metavar="N", help="of weights and texts (default 0)")] = 0,
+) -> None:
+    """A draft head for a small Kimi, in the published format; run it again to go on."""
+    from exo_kimi.train.draft.command import train_draft
+    from exo_kimi.train.draft.recipe import DraftRecipe
+
+    given = {} if steps is None else {"steps": steps}
+    print(train_draft(directory, output, DraftRecipe(seed=seed, **given)).to_text())
+
+
 def compare(
     steps: Annotated[
         int, option("--steps", parser=positive, metavar="N", help="updates of each run (default 200)")

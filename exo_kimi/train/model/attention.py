@@ -5,16 +5,19 @@ Axes: N tokens laid end to end, B sequences of one span, L its tokens, H heads, 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
 
 from exo_kimi.arch.config import KimiConfig
+from exo_kimi.arch.scratch import LatentAttentionConfig
 from exo_kimi.train.model.layers import Backward, Floats, Parameters, linear, rms_norm
 
 Span = tuple[int, int]
 """(sequences, tokens of each): rows of the flat token list that attend within their sequence, causally."""
+
+QKV = tuple[Floats, Floats, Floats]
 
 _LATENT_NORM_EPS = 1e-6
 
@@ -35,6 +38,44 @@ def attention(
         spans: their sequences times tokens sum to N.
 
     Source: "DeepSeek-V2", section 2.1; `models.mla.Attention`, expanded form.
+    """
+    heads, v_dim, count = config.num_attention_heads, config.v_head_dim, len(x)
+    (q, k, v), projections_back = projections(x, turns, parameters, gradients, path, config)
+    attended = np.empty((count, heads, v_dim), np.float32)
+    scale = np.float32(config.attention_scale)
+    tape = [
+        (rows, span, _attend(q[rows], k[rows], v[rows], span, scale, attended[rows])) for rows, span in span_rows(spans)
+    ]
+    y, o_back = linear(attended.reshape(count, heads * v_dim), parameters, gradients, f"{path}.o_proj")
+
+    def backward(dy: Floats) -> Floats:
+        d_attended = o_back(dy).reshape(count, heads, v_dim)
+        dq, dk, dv = np.empty_like(q), np.empty_like(k), np.empty_like(v)
+        for rows, span, weights in tape:
+            _attend_back(
+                weights,
+                (q[rows], k[rows], v[rows], attended[rows], d_attended[rows]),
+                span,
+                scale,
+                (dq[rows], dk[rows], dv[rows]),
+            )
+        return projections_back((dq, dk, dv))
+
+    return y, backward
+
+
+def projections(
+    x: Floats,
+    turns: NDArray[np.complex64],
+    parameters: Parameters,
+    gradients: Parameters,
+    path: str,
+    config: LatentAttentionConfig,
+) -> tuple[QKV, Callable[[QKV], Floats]]:
+    """Queries and keys (N, H, nope + rope) and values (N, H, v) of (N, inputs), and the way back to the inputs' gradient.
+
+    Args:
+        turns: (N, rope / 2) rotations of each token's position, see `rotations`.
     """
     heads, nope, pe, v_dim = (
         config.num_attention_heads,
@@ -61,26 +102,11 @@ def attention(
     _turn(k_pe, turns)
     k[..., nope:] = k_pe[:, None]
     v = np.ascontiguousarray(kv[..., nope:])
-    attended = np.empty((count, heads, v_dim), np.float32)
-    scale = np.float32(config.attention_scale)
-    tape = [
-        (rows, span, _attend(q[rows], k[rows], v[rows], span, scale, attended[rows])) for rows, span in _rows(spans)
-    ]
-    y, o_back = linear(attended.reshape(count, heads * v_dim), parameters, gradients, f"{path}.o_proj")
 
-    def backward(dy: Floats) -> Floats:
-        d_attended = o_back(dy).reshape(count, heads, v_dim)
-        dq, dk = np.empty_like(q), np.empty_like(k)
-        d_kv = np.empty_like(kv)
-        for rows, span, weights in tape:
-            _attend_back(
-                weights,
-                (q[rows], k[rows], v[rows], attended[rows], d_attended[rows]),
-                span,
-                scale,
-                (dq[rows], dk[rows], d_kv[rows][..., nope:]),
-            )
-        d_kv[..., :nope] = dk[..., :nope]
+    def backward(given: QKV) -> Floats:
+        dq, dk, dv = given
+        d_kv = np.concatenate([dk[..., :nope], dv], axis=-1)
+        dq = dq.copy()
         _turn(dq[..., nope:], turns[:, None].conj())
         d_compressed = np.empty_like(compressed)
         d_compressed[:, :rank] = latent_back(kv_b_back(d_kv.reshape(count, -1)))
@@ -91,7 +117,7 @@ def attention(
         dx += q_back(dq.reshape(count, -1))
         return dx
 
-    return y, backward
+    return (q, k, v), backward
 
 
 def rotations(wavelengths: Floats, spans: Sequence[Span]) -> NDArray[np.complex64]:
@@ -118,26 +144,27 @@ def _turn(x: Floats, turns: NDArray[np.complex64]) -> None:
     x[..., 0::2], x[..., 1::2] = turned.real, turned.imag
 
 
-def _rows(spans: Sequence[Span]) -> list[tuple[slice, Span]]:
+def span_rows(spans: Sequence[Span]) -> list[tuple[slice, Span]]:
+    """The rows of each span in the flat token list."""
     stops = np.cumsum([count * length for count, length in spans])
     return [(slice(int(stop) - span[0] * span[1], int(stop)), span) for stop, span in zip(stops, spans, strict=True)]
 
 
-def _by_head(x: Floats, span: Span) -> Floats:
+def by_head(x: Floats, span: Span) -> Floats:
     """(B, H, L, width) view of (B * L, H, width)."""
     return x.reshape(*span, *x.shape[1:]).swapaxes(1, 2)
 
 
 def _attend(q: Floats, k: Floats, v: Floats, span: Span, scale: np.float32, out: Floats) -> Floats:
     """Write the attended values to `out` and return the weights (B, H, L, L)."""
-    scores: Floats = np.matmul(_by_head(q, span), _by_head(k, span).swapaxes(-1, -2))
+    scores: Floats = np.matmul(by_head(q, span), by_head(k, span).swapaxes(-1, -2))
     scores *= scale
     hidden = np.triu(np.full((span[1], span[1]), -np.inf, np.float32), 1)
     scores += hidden
     scores -= scores.max(-1, keepdims=True)
     np.exp(scores, out=scores)
     scores /= scores.sum(-1, keepdims=True)
-    _by_head(out, span)[...] = np.matmul(scores, _by_head(v, span))
+    by_head(out, span)[...] = np.matmul(scores, by_head(v, span))
     return scores
 
 
@@ -148,8 +175,8 @@ def _attend_back(
     scale: np.float32,
     outputs: tuple[Floats, Floats, Floats],
 ) -> None:
-    q, k, v, attended, d_attended = (_by_head(part, span) for part in inputs)
-    dq, dk, dv = (_by_head(part, span) for part in outputs)
+    q, k, v, attended, d_attended = (by_head(part, span) for part in inputs)
+    dq, dk, dv = (by_head(part, span) for part in outputs)
     dv[...] = np.matmul(weights.swapaxes(-1, -2), d_attended)
     d_scores = np.matmul(d_attended, v.swapaxes(-1, -2))
     d_scores -= np.einsum("bhlv,bhlv->bhl", d_attended, attended)[..., None]

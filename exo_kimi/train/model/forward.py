@@ -79,16 +79,37 @@ def next_logits(parameters: Parameters, config: KimiConfig, wavelengths: Floats,
     return logits
 
 
+def features_and_logits(
+    parameters: Parameters, config: KimiConfig, wavelengths: Floats, batch: Batch, layers: Sequence[int]
+) -> tuple[Floats, Floats]:
+    """(N, features * D) what enters each of some layers, laid end to end, and (M, vocab) the logits at each of `batch.rows`.
+
+    Args:
+        layers: ascending; the number of layers stands for what leaves the last.
+    """
+    entering: list[Floats] = []
+    logits, _, _ = _forward(parameters, {}, config, wavelengths, batch, entering)
+    return np.concatenate([entering[layer] for layer in layers], axis=-1), logits
+
+
 def _forward(
-    parameters: Parameters, gradients: Parameters, config: KimiConfig, wavelengths: Floats, batch: Batch
+    parameters: Parameters,
+    gradients: Parameters,
+    config: KimiConfig,
+    wavelengths: Floats,
+    batch: Batch,
+    entering: list[Floats] | None = None,
 ) -> tuple[Floats, Callable[[Floats], None], dict[int, NDArray[np.int64]]]:
-    """(M, vocab) logits of `batch.rows`, the function from their gradient to all others, and the experts' loads."""
+    """(M, vocab) logits of `batch.rows`, the function from their gradient to all others, and the experts' loads; what enters
+    each layer, and what leaves the last, is added to `entering`."""
     loads: dict[int, NDArray[np.int64]] = {}
     turns = rotations(wavelengths, batch.spans)
     h = parameters["model.embed_tokens.weight"][batch.inputs]
     tape: list[tuple[Backward, Backward]] = []
     for layer in range(config.num_hidden_layers):
         path = f"model.layers.{layer}"
+        if entering is not None:
+            entering.append(h)
         normed, norm_back = rms_norm(h, parameters, gradients, f"{path}.input_layernorm", config.rms_norm_eps)
         out, back = attention(normed, turns, batch.spans, parameters, gradients, f"{path}.self_attn", config)
         h = h + out
@@ -100,6 +121,8 @@ def _forward(
             out, back = mlp(normed, parameters, gradients, f"{path}.mlp")
         h = h + out
         tape.append((norm_back, back))
+    if entering is not None:
+        entering.append(h)
     normed, last_back = rms_norm(h[batch.rows], parameters, gradients, "model.norm", config.rms_norm_eps)
     logits, head_back = linear(normed, parameters, gradients, "lm_head")
 
