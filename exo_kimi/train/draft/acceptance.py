@@ -38,8 +38,8 @@ TOOL_CALLS = "tool calls"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Acceptance:
-    """Of one kind of text.
+class KindAcceptance:
+    """Acceptance of one kind of text.
 
     Args:
         kind: a task of the tiny Kimi, or tool calls.
@@ -69,10 +69,10 @@ class AcceptanceReport:
 
     directory: str
     draft: str
-    kinds: tuple[Acceptance, ...]
+    kinds: tuple[KindAcceptance, ...]
 
     @property
-    def total(self) -> Acceptance:
+    def total(self) -> KindAcceptance:
         """All texts together."""
         return _summed("all", self.kinds)
 
@@ -173,7 +173,7 @@ def accepted(
     target: TargetModel,
     texts: dict[str, list[Encoded]],
     target_ids: NDArray[np.int64],
-) -> tuple[Acceptance, ...]:
+) -> tuple[KindAcceptance, ...]:
     """Count along replies.
 
     Args:
@@ -216,7 +216,7 @@ def _right(
     return right
 
 
-def _walk(text: Encoded, right: NDArray[np.bool_]) -> Acceptance:
+def _walk(text: Encoded, right: NDArray[np.bool_]) -> KindAcceptance:
     """Go along one reply as drafting does."""
     first, last = int(np.argmax(text.counted)), len(text.ids) - 1
     place, steps = first, 0
@@ -231,17 +231,17 @@ def _walk(text: Encoded, right: NDArray[np.bool_]) -> Acceptance:
             hits[kept] += 1
             kept += 1
         place, steps = place + kept + 1, steps + 1
-    return Acceptance(
+    return KindAcceptance(
         kind=text.domain, texts=1, tokens=last - first, steps=steps, tried=tuple(tried), right=tuple(hits)
     )
 
 
-def _summed(kind: str, parts: Sequence[Acceptance]) -> Acceptance:
+def _summed(kind: str, parts: Sequence[KindAcceptance]) -> KindAcceptance:
     tried, right = (
         tuple(sum(getattr(part, name)[guess] for part in parts) for guess in range(STEPS))
         for name in ("tried", "right")
     )
-    return Acceptance(
+    return KindAcceptance(
         kind=kind,
         texts=sum(part.texts for part in parts),
         tokens=sum(part.tokens for part in parts),
