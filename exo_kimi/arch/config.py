@@ -7,7 +7,7 @@ never a default: a silent `routed_scaling_factor` of 1.0 would answer fluently a
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from exo_kimi.arch.keys import (
@@ -66,7 +66,8 @@ class KimiConfig:
     rope_scaling: RopeScaling | None
     attention_bias: bool
     key_prefix: str
-    linear_attention: LinearAttention | None = None
+    # Names and shapes of tensors say it too: in the repr, which fingerprints are made of, it would change those of every K2.
+    linear_attention: LinearAttention | None = field(default=None, repr=False)
     ignored_keys: tuple[str, ...] = ()
 
     @property

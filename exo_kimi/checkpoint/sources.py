@@ -54,6 +54,11 @@ class ModuleSource:
         return sum(entry.nbytes for entries in self.parts.values() for entry in entries)
 
     @property
+    def dtype(self) -> str:
+        """In which its first tensor is stored."""
+        return next(iter(self.parts.values()))[0].dtype
+
+    @property
     def resident_bytes(self) -> int:
         """Bytes that MLX holds after loading as stored: int4 gains biases and drops its shapes, fp8 becomes bf16."""
         total = self.disk_bytes

@@ -50,6 +50,7 @@ from exo_kimi.errors import UsageError
 from exo_kimi.logs import log_to
 
 Layout = Literal["mlx", "int4", "fp8", "bf16"]
+Family = Literal["k2", "linear"]
 Link = Literal["zmq", "ring", "jaccl"]
 Bench = Literal[  # modules of exo_kimi.bench, with - for _
     "all",
@@ -110,12 +111,15 @@ def tiny(
     vision: Annotated[
         bool, flag("--vision", help="with a vision tower and K2.5's chat template (writes --prefix's keys too)")
     ] = False,
+    family: Annotated[
+        Family, option("--family", metavar=one_of(Family), help="which Kimi: k2 or linear (default k2)")
+    ] = "k2",
     shards: Annotated[
         int,
         option("--shards", parser=positive, metavar="N", help="safetensors files (default 2; 1 writes no index)"),
     ] = 2,
 ) -> None:
-    """Write a small random Kimi K2 in a published on-disk format."""
+    """Write a small random Kimi in a published on-disk format."""
     options: dict[str, Any] = locals()
     from exo_kimi.checkpoint.tiny.make import make_tiny
 
@@ -124,7 +128,7 @@ def tiny(
 
         options["recipe"] = load_recipe(recipe)
     path = make_tiny(**options, template="k25" if vision else "instruct")
-    print(f"a tiny Kimi K2 ({layout}) is in {path}")
+    print(f"a tiny Kimi {'K2' if family == 'k2' else 'Linear'} ({layout}) is in {path}")
 
 
 def inspect(

@@ -104,7 +104,9 @@ class Question:
             expert_slots=slots,
             expert_cache_bytes=0 if slots is None else slots * self.model.slot_bytes(start_layer, end_layer),
             weight_bytes=weight_bytes,
-            kv_bytes=(end_layer - start_layer) * self.workload.kv_tokens * self.model.kv_layer_bytes,
+            kv_bytes=self.model.cache_bytes(
+                start_layer, end_layer, tokens=self.workload.kv_tokens, sequences=self.workload.concurrency
+            ),
             scratch_bytes=self.scratch_bytes,
             reserve_bytes=self.workload.reserve_bytes,
             server_bytes=self.workload.server_bytes if start_layer == 0 else 0,

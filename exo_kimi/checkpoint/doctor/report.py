@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from exo_kimi.arch.config import KimiConfig
-from exo_kimi.arch.geometry import active_parameters, kv_bytes_per_token, total_parameters
+from exo_kimi.arch.geometry import (
+    active_parameters,
+    kv_bytes_per_token,
+    state_bytes_per_sequence,
+    total_parameters,
+)
 from exo_kimi.arch.modules import ModuleSpec
 from exo_kimi.checkpoint.checkpoint import Checkpoint
 from exo_kimi.checkpoint.manifest import StageManifest, examine
@@ -190,15 +195,24 @@ def _describe(source: ModuleSource) -> str:
         return source.quant.describe() + (" (compressed-tensors)" if source.layout == "int4" else "")
     if source.layout == "fp8":
         return "fp8 e4m3, blocks of 128 x 128"
-    return source.parts["weight"][0].dtype.lower()
+    return source.dtype.lower()
+
+
+_FAMILIES = {
+    "norm": "norms",
+    "router": "router",
+    "embedding": "embedding",
+    "conv": "short convolutions",
+    "decay": "decays",
+}
 
 
 def _family(spec: ModuleSpec) -> str:
     name = spec.path.rpartition(".")[2]
     if spec.kind == "experts":
         return f"experts {name}"
-    if spec.kind in ("norm", "router", "embedding"):
-        return {"norm": "norms", "router": "router", "embedding": "embedding"}[spec.kind]
+    if spec.kind in _FAMILIES:
+        return _FAMILIES[spec.kind]
     if ".self_attn." in spec.path:
         return "attention"
     if ".shared_experts." in spec.path:
@@ -252,6 +266,7 @@ def architecture_facts(config: KimiConfig) -> dict[str, Any]:
         "parameters": total_parameters(config),
         "active_parameters": active_parameters(config),
         "kv_bytes_per_token": kv_bytes_per_token(config, 0, layers),
+        "state_bytes_per_sequence": state_bytes_per_sequence(config, 0, layers),
     }
 
 
@@ -276,6 +291,17 @@ def _architecture(config: KimiConfig) -> list[str]:
         f"experts  {config.n_routed_experts}, {config.num_experts_per_tok} a token, {config.n_shared_experts} shared",
         f"size     {_count(facts['parameters'])} parameters, {_count(facts['active_parameters'])} active;"
         f" {facts['kv_bytes_per_token']:,} cache bytes a token (16-bit)",
+        *_states(config, facts),
+    ]
+
+
+def _states(config: KimiConfig, facts: Mapping[str, Any]) -> list[str]:
+    if config.linear_attention is None:
+        return []
+    return [
+        f"states   {format_bytes(facts['state_bytes_per_sequence'])} a sequence of any length in"
+        f" {len(config.linear_attention.layers)} layers with Kimi Delta Attention"
+        f" ({spans(config.linear_attention.layers)})"
     ]
 
 

@@ -28,6 +28,7 @@ from exo_kimi.checkpoint.tiny.weights import RECIPES, Recipe, TinyWeights, own_r
 from exo_kimi.errors import UsageError
 
 Layout = Literal["mlx", "int4", "fp8", "bf16"]
+Family = Literal["k2", "linear"]
 LAYOUTS: tuple[Layout, ...] = ("mlx", "int4", "fp8", "bf16")
 TEMPLATES = ("instruct", "thinking", "k25")
 _MARK = "_exo_kimi_tiny"  # in config.json: what carries it may be replaced, a real checkpoint never
@@ -51,6 +52,7 @@ def make_tiny(
     scales_dtype: Literal["BF16", "F16", "F32"] | None = None,
     group_size: int = 64,
     config: Mapping[str, Any] | None = None,
+    family: Family = "k2",
     extra_tensors: Mapping[str, StoredTensor] | None = None,
     template: str | None = "instruct",
 ) -> Path:
@@ -70,9 +72,9 @@ def make_tiny(
         dtype: the dtype of plain weights. The router's correction bias is always F32.
         scales_dtype: the dtype of scales and biases; `dtype` by default.
         group_size: (mlx) columns that share a scale, unless the recipe says otherwise.
-        config: overrides of config.json keys of the text model; `model_type` kimi_linear is another family.
-            `quantization` or `quantization_config` here replaces what would be written of both, right or wrong;
-            `quantization: {}` says nothing.
+        config: overrides of config.json keys of the text model. `quantization` or `quantization_config` here replaces what
+            would be written of both, right or wrong; `quantization: {}` says nothing.
+        family: `k2`, or `linear` for a Kimi Linear, as `model_type` kimi_linear in `config` is one too.
         extra_tensors: more tensors, by full name.
         template: `instruct`, `thinking`, `k25`, the text of a template, or None for no file.
 
@@ -95,8 +97,10 @@ def make_tiny(
     recipe = own_recipe(recipe) if recipe is not None else None
     with _writing(root):
         _clear(root)
-    overrides = dict(config or {})
+    overrides = {**({"model_type": "kimi_linear"} if family == "linear" else {}), **(config or {})}
     prefix = prefix or vision or overrides.get("model_type") == "kimi_k25"
+    if prefix and overrides.get("model_type") == "kimi_linear":
+        raise UsageError("a Kimi Linear is not nested and takes no pictures", fix="leave out --prefix and --vision")
     hints: dict[str, Any] = {
         key: overrides.pop(key) for key in ("quantization", "quantization_config") if key in overrides
     }

@@ -89,4 +89,4 @@ def _error(ours: SourceRows, theirs: SourceRows, pairs: Sequence[tuple[int, int]
 def _stored(source: ModuleSource) -> str:
     if source.quant is not None:
         return source.quant.describe()
-    return "FP8" if source.layout == "fp8" else source.parts["weight"][0].dtype
+    return "FP8" if source.layout == "fp8" else source.dtype

@@ -54,6 +54,8 @@ def chunk_flops(config: KimiConfig, layer: int, *, tokens: float, keys: float) -
             rows += spec.parameters / experts * (chosen * tokens + EXPERT_TILE_ROWS * touched)
         elif not spec.path.endswith("kv_b_proj"):
             rows += spec.parameters * tokens
+    if config.is_linear(layer):
+        return LayerFlops(weights=2.0 * rows, attention=tokens * attention_flops(config, layer, keys))
     products = min(AttentionShape.of(config).products(max(1, round(tokens)), max(1, round(keys))))
     return LayerFlops(weights=2.0 * rows, attention=2.0 * products * config.num_attention_heads)
 
@@ -75,23 +77,30 @@ def prefill_layer_s(model: ModelBytes, machine: Machine, layer: int, *, tokens: 
     return max(compute_s, memory_s) + machine.overhead.number
 
 
-def attention_flops(config: KimiConfig) -> int:
-    """Floating-point operations of one new token for each cached one in one layer, in latent space: 2 H (2 R + rope).
+def attention_flops(config: KimiConfig, layer: int, cached_tokens: float) -> float:
+    """Floating-point operations of one new token in the attention of one layer, products with weights apart.
 
-    139,264 for K2, whose 64 heads each multiply a query with a latent and its rope key, and weigh the latent.
-    Source: DeepSeek-V2, section 2.1, absorbed; `Attention.decode` here and mlx-lm's `deepseek_v3` since its #839.
+    In latent space 2 H (2 R + rope) for each cached token: 139,264 for K2, whose 64 heads each multiply a query with a latent and
+    its rope key, and weigh the latent. With Kimi Delta Attention 7 H D^2 at any length: a state decays, is multiplied with the
+    key and the query, and takes an outer product in.
+    Source: DeepSeek-V2, section 2.1, absorbed; `Attention.decode` here and mlx-lm's `deepseek_v3` since its #839; "Kimi Linear",
+    arXiv 2510.26692, section 3.
     """
-    return 2 * config.num_attention_heads * (2 * config.kv_lora_rank + config.qk_rope_head_dim)
+    if config.linear_attention is not None and config.is_linear(layer):
+        return 7.0 * config.linear_attention.recurrent_elements
+    return cached_tokens * 2 * config.num_attention_heads * (2 * config.kv_lora_rank + config.qk_rope_head_dim)
 
 
-def attention_s(model: ModelBytes, machine: Machine, cached_tokens: float) -> float:
-    """What a context adds to the step of one token in one layer: its bytes are read, and its arithmetic is done.
+def attention_s(model: ModelBytes, machine: Machine, layer: int, cached_tokens: float) -> float:
+    """What a context adds to the step of one token in one layer: its bytes are read, and its arithmetic is done. A state is read
+    and written.
 
     On an M3 Ultra and for K2's 61 layers that is 0.5 ms for 1,000 cached tokens: 0.09 ms of bytes, 0.41 ms of arithmetic.
     Source: mlx-lm#839, DeepSeek-V3 with twice the heads: 0.91 ms measured, 0.90 by this law.
     """
-    read_s = model.kv_layer_bytes / machine.bandwidth.number
-    return cached_tokens * (read_s + attention_flops(model.config) / machine.attention_speed.number)
+    moved_bytes = cached_tokens * model.kv_layer_bytes(layer) + 2 * model.state_layer_bytes(layer)
+    flops = attention_flops(model.config, layer, cached_tokens)
+    return moved_bytes / machine.bandwidth.number + flops / machine.attention_speed.number
 
 
 def decode_layer_s(model: ModelBytes, machine: Machine, layer: int, *, batch: int, cached_tokens: float) -> float:
@@ -100,7 +109,7 @@ def decode_layer_s(model: ModelBytes, machine: Machine, layer: int, *, batch: in
     The overhead is what the fitted point leaves over beside bytes and attention. Source: `planner/published/`.
     """
     read_s = model.active_layer_bytes(layer, batch) / machine.bandwidth.number
-    return read_s + batch * attention_s(model, machine, cached_tokens) + machine.overhead.number
+    return read_s + batch * attention_s(model, machine, layer, cached_tokens) + machine.overhead.number
 
 
 def missed_bytes(model: ModelBytes, layer: int, *, tokens: float, hit_rate: Numbers) -> Numbers:

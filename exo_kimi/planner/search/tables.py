@@ -32,7 +32,11 @@ SLOWEST_TICKS = 60 * TICKS_PER_S  # of one layer or hop, so that no sum of them 
 def need_table(question: Question) -> Int64s:
     """(L+1, L+1): bytes that a machine must hold for layers [start, end), as `Question.need` adds them up."""
     model, workload = question.model, question.workload
-    each = np.array(model.layer_bytes, np.int64) + workload.kv_tokens * model.kv_layer_bytes
+    cached = [
+        model.cache_bytes(layer, layer + 1, tokens=workload.kv_tokens, sequences=workload.concurrency)
+        for layer in range(model.layers)
+    ]
+    each = np.array(model.layer_bytes, np.int64) + np.array(cached, np.int64)
     if not workload.ends_everywhere:  # exo's own engine holds routers as they are stored
         each += np.array(model.widened_bytes, np.int64)
     table = _ranges(each)

@@ -42,8 +42,8 @@ def tensor_decode_s(model: ModelBytes, machines: Sequence[Machine], *, cached_to
         cached_tokens: of the one sequence.
     """
     degree = len(machines)
-    latent_bytes = cached_tokens * model.kv_layer_bytes * model.layers
-    flops = cached_tokens * attention_flops(model.config) * model.layers
+    latent_bytes = cached_tokens * model.kv_token_bytes
+    flops = sum(attention_flops(model.config, layer, cached_tokens) for layer in range(model.layers))
     bandwidth = min(machine.bandwidth.number for machine in machines)
     arithmetic_s = flops / degree / min(machine.attention_speed.number for machine in machines)
     return tensor_tpot_s(model.active_bytes() + degree * latent_bytes, bandwidth, degree) + arithmetic_s
@@ -65,7 +65,7 @@ def _option(question: Question, machines: Sequence[Machine]) -> TensorOption | N
         return None
     limits = [machine.limit_bytes for machine in machines]
     # The latent is one head: every machine holds it.
-    kv_bytes = workload.kv_tokens * model.kv_layer_bytes * model.layers
+    kv_bytes = model.cache_bytes(0, model.layers, tokens=workload.kv_tokens, sequences=workload.concurrency)
     own_bytes = -(-model.total_bytes // degree) + kv_bytes
     other_bytes = question.scratch_bytes + workload.reserve_bytes + workload.server_bytes
     if max(limits) > MOST_UNEQUAL * min(limits) or own_bytes + other_bytes > min(limits):

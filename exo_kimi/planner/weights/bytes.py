@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from exo_kimi.arch.config import KimiConfig
-from exo_kimi.arch.geometry import kv_bytes_per_token
-from exo_kimi.arch.modules import ModuleSpec, stage_modules
+from exo_kimi.arch.geometry import kv_bytes_per_token, state_bytes_per_sequence
+from exo_kimi.arch.modules import stage_modules
 from exo_kimi.checkpoint.manifest import StageManifest
 from exo_kimi.checkpoint.vision import NoVision, VisionManifest
 from exo_kimi.errors import UsageError
@@ -61,9 +60,23 @@ class ModelBytes:
         return sum(self.layer_bytes) + self.embedding_bytes + self.head_bytes + self.vision_bytes
 
     @property
-    def kv_layer_bytes(self) -> int:
-        """Cache bytes of one token in one layer: the latent and the shared rope key (1,152 for K2, 612 in 8 bits)."""
-        return kv_bytes_per_token(self.config, 0, 1, kv_bits=self.kv_bits)
+    def kv_token_bytes(self) -> int:
+        """Cache bytes of one token in all layers."""
+        return kv_bytes_per_token(self.config, 0, self.layers, kv_bits=self.kv_bits)
+
+    def kv_layer_bytes(self, layer: int) -> int:
+        """Cache bytes of one token in one layer: the latent and the shared rope key (1,152 for K2, 612 in 8 bits); 0 where the
+        layer has a state."""
+        return kv_bytes_per_token(self.config, layer, layer + 1, kv_bits=self.kv_bits)
+
+    def state_layer_bytes(self, layer: int) -> int:
+        """Bytes of the state of a sequence in one layer; 0 where it caches every token."""
+        return state_bytes_per_sequence(self.config, layer, layer + 1)
+
+    def cache_bytes(self, start_layer: int, end_layer: int, *, tokens: int, sequences: int) -> int:
+        """Bytes that a stage keeps of its sequences: what it caches of `tokens` tokens of them all, and a state of each."""
+        layers = range(start_layer, end_layer)
+        return sum(tokens * self.kv_layer_bytes(layer) + sequences * self.state_layer_bytes(layer) for layer in layers)
 
     def weight_bytes(self, start_layer: int, end_layer: int, *, ends_everywhere: bool = False) -> int:
         """Weights of a stage as it holds them to serve: its layers, embeddings and head only where owned.
@@ -154,7 +167,7 @@ def bytes_of_recipe(config: KimiConfig, recipe: Recipe, *, name: str) -> ModelBy
     """
     layers = config.num_hidden_layers
     sizes = [
-        (spec.layer, spec.kind, recipe.weight_bytes(spec), _widened_bytes(spec), recipe.disk_bytes(spec))
+        (spec.layer, spec.kind, recipe.weight_bytes(spec), recipe.widened_bytes(spec), recipe.disk_bytes(spec))
         for spec in recipe.modules(config, 0, layers)
     ]
     shapes = [[spec.path, list(spec.shape)] for spec in stage_modules(config, 0, layers)]
@@ -205,7 +218,3 @@ def _collect(
         head_bytes=head_bytes,
         widened_bytes=tuple(widened_bytes),
     )
-
-
-def _widened_bytes(spec: ModuleSpec) -> int:
-    return 2 * math.prod(spec.shape) if spec.kind == "router" else 0

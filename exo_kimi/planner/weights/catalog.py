@@ -45,7 +45,7 @@ def published_model(name: str) -> PublishedModel:
 def read_model(folder: str, key: str) -> PublishedModel:
     """A model from its file in a data folder of the planner; `key` is the file's stem."""
     table = data.load(folder, key)
-    raw = table["config"]
+    raw = {"q_lora_rank": None, **table["config"]}  # TOML has no null
     if table["nested"]:
         raw = {"model_type": "kimi_k25", "text_config": raw}
     config = KimiConfig.from_dict(raw, where=f"{key}.toml")

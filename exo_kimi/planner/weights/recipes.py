@@ -25,6 +25,8 @@ from exo_kimi.planner import data
 PLAIN_BITS = 16
 BITS = (2, 3, 4, 5, 6, 8, PLAIN_BITS)
 GROUPS = (32, 64, 128)
+ROUTER_PACKING = QuantSpec(8, 64)
+"""Of routers that may be packed, whatever the rest has. Source: quant_predicate of mlx-lm's kimi_linear."""
 KINDS = ("embedding", "linear", "experts")
 _MODES = {mode: pair for pair, mode in FLOAT_MODES.items()}
 _FORMER = {"mixed346": "q34+q6", "dq3": "dq3_k_m-q8", "plain": "bf16"}  # as `exo-kimi tiny` called them until 0.2
@@ -80,6 +82,8 @@ class Recipe:
         if not spec.quantizable:
             return None
         rule = next(rule for rule in self.rules if rule.matches(spec))
+        if spec.kind == "router" and rule.bits != PLAIN_BITS:
+            return ROUTER_PACKING
         return None if rule.bits == PLAIN_BITS else QuantSpec(rule.bits, rule.group_size, rule.mode)
 
     def quant(self, spec: ModuleSpec) -> tuple[int, int] | None:
@@ -102,13 +106,16 @@ class Recipe:
 
         Affine quantization costs `bits` and, per group, a bf16 scale and a bf16 bias: bits + 32 / group_size bits a weight; a
         mode of floats has one byte a group: bits + 8 / group_size.
-        Norms and routers stay bf16, the router's correction bias fp32, a linear's bias bf16. Source: mlx `quantize`.
+        Norms, convolutions and most routers stay bf16, the router's correction bias fp32 and decays too, a linear's bias bf16.
+        Source: mlx `quantize`.
 
         Raises:
             UsageError: the group size does not divide the rows.
         """
         weights = spec.parameters
         extra_bytes = 0
+        if spec.kind == "decay":
+            return weights * 4
         if spec.kind == "router":
             weights -= spec.shape[0]
             extra_bytes = spec.shape[0] * 4
@@ -126,6 +133,12 @@ class Recipe:
             )
         group_bytes = 4 if packing.mode == "affine" else 1
         return weights * packing.bits // 8 + weights // packing.group_size * group_bytes + extra_bytes
+
+    def widened_bytes(self, spec: ModuleSpec) -> int:
+        """Bytes that serving a module takes on top: a router becomes float32."""
+        if spec.kind != "router":
+            return 0
+        return 4 * spec.parameters - self.weight_bytes(spec)
 
     def modules(self, config: KimiConfig, start_layer: int, end_layer: int) -> tuple[ModuleSpec, ...]:
         """The modules of a layer range in the form that is written with these bits: `embed_q` and `unembed_out` in place of

@@ -208,8 +208,8 @@ def step_bytes_of(model: ModelBytes) -> StepBytes:
         expert_bytes=sum(model.expert_bytes),
         experts=model.config.n_routed_experts,
         experts_per_token=model.config.num_experts_per_tok,
-        kv_token_bytes=model.kv_layer_bytes * model.layers,
-        attention_bytes=attention_flops(model.config) * model.layers * BYTES_PER_FLOP,
+        kv_token_bytes=model.kv_token_bytes,
+        attention_bytes=sum(attention_flops(model.config, layer, 1) for layer in range(model.layers)) * BYTES_PER_FLOP,
     )
 
 

@@ -185,7 +185,7 @@ def _line(source: ModuleSource) -> ModuleLine:
     quant = source.quant
     stored = f"{quant.bits}-bit g{quant.group_size}" if quant else source.layout
     if source.layout == "plain":
-        stored = source.parts["weight"][0].dtype.lower()
+        stored = source.dtype.lower()
     return ModuleLine(
         path=source.spec.path, shape=source.spec.shape, stored=stored, resident_bytes=source.resident_bytes
     )

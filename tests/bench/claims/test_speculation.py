@@ -23,7 +23,7 @@ def test_a_script_is_said_with_and_without_guesses_and_bytes_are_those_of_the_la
     guessed = decode(lambda: ReplayPipeline(LOOP, vocab_size=10), request, model, limit=8)
     assert plain.tokens == guessed.tokens == LOOP[14:114]
     assert (plain.steps, plain.drafted) == (100, 0)
-    cached = sum(range(15, 114)) * model.kv_layer_bytes * model.layers
+    cached = sum(range(15, 114)) * model.kv_token_bytes
     assert plain.read_bytes == pytest.approx(99 * model.active_bytes() + cached, rel=1e-3)
     assert guessed.steps < 30
     assert guessed.read_bytes < plain.read_bytes / 1.5

@@ -53,7 +53,7 @@ def test_flops_of_a_long_chunk_are_two_per_active_weight_and_tiles_that_experts_
 def test_a_context_costs_what_was_measured_and_not_only_its_bytes(ask: Ask) -> None:
     """mlx-lm#839: 0.91 ms for 1,000 cached tokens of DeepSeek-V3, whose 128 heads are twice Kimi's."""
     question = ask("q3+q6", "m3-ultra-512")
-    assert attention_flops(question.model.config) == 2 * 64 * (2 * 512 + 64)
+    assert attention_flops(question.model.config, 0, 1) == 2 * 64 * (2 * 512 + 64)
     slope_s = tpot_s(whole(question), cached_tokens=101_000) - tpot_s(whole(question), cached_tokens=100_000)
     bytes_s = 1000 * 70_272 / 819e9
     assert (slope_s - bytes_s) * 2 + bytes_s == pytest.approx(0.91e-3, rel=0.02)
@@ -66,7 +66,7 @@ def test_every_objective_that_decodes_pays_for_its_context(ask: Ask, objective: 
         halves(ask("q3+q6", "2x m3-ultra-512", objective=objective, prompt_tokens=prompt, **work), 31)
         for prompt in (1024, 120_000)
     )
-    slower_s = 119_000 * 61 * attention_flops(short.question.model.config) / 2.08e13
+    slower_s = 119_000 * 61 * attention_flops(short.question.model.config, 0, 1) / 2.08e13
     if objective == "request":
         assert long.prediction.tpot_s - short.prediction.tpot_s > slower_s
     else:

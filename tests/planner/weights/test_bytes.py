@@ -16,6 +16,7 @@ from exo_kimi.checkpoint.manifest import resolve
 from exo_kimi.checkpoint.tiny.make import make_tiny
 from exo_kimi.errors import UsageError
 from exo_kimi.planner.command import plan_answer
+from exo_kimi.planner.search.laws import attention_flops
 from exo_kimi.planner.weights.bytes import ModelBytes, bytes_of_manifest, bytes_of_recipe
 from exo_kimi.planner.weights.catalog import model_names, published_model
 from exo_kimi.planner.weights.recipes import load_recipe, parse_recipe, recipe_names
@@ -64,7 +65,7 @@ def test_official_int4_reads_what_the_speeds_were_fitted_with(model_of: ModelOf)
 
 
 def test_kv_is_1152_bytes_a_token_and_layer(model_of: ModelOf) -> None:
-    assert model_of("int4").kv_layer_bytes == 1152
+    assert model_of("int4").kv_layer_bytes(0) == 1152
 
 
 @pytest.mark.parametrize(
@@ -122,11 +123,31 @@ def test_a_larger_batch_reads_more_but_never_more_than_there_is(model_of: ModelO
 def test_every_published_model_has_a_config_and_a_recipe() -> None:
     for name in model_names():
         model = published_model(name)
-        assert model.config.num_hidden_layers == 61
+        assert model.config.num_hidden_layers == (27 if "linear" in name else 61)
         load_recipe(model.default_recipe)
     assert published_model("moonshotai/Kimi-K2-Thinking").config.max_position_embeddings == 262144
     with pytest.raises(UsageError, match="kimi-k2-instruct"):
         published_model("kimi-k3")
+
+
+def test_kimi_linear_is_planned_to_the_digit() -> None:
+    """Published sizes of weights, and what every stage keeps of sequences at a million tokens."""
+    config = published_model("kimi-linear-48b-a3b-instruct").config
+    plain = bytes_of_recipe(config, load_recipe("bf16"), name="x")
+    assert plain.total_bytes == 98_245_541_888
+    assert [round(plain.layer_bytes[layer] / 1e9, 3) for layer in (0, 1, 3)] == [0.206, 3.718, 3.697]
+    packed = [bytes_of_recipe(config, load_recipe(f"uniform-{bits}"), name="x").total_bytes for bits in (4, 8)]
+    assert [round(each / 1e9, 1) for each in packed] == [27.6, 52.2]
+    tokens = 1 << 20
+    assert plain.cache_bytes(0, 27, tokens=tokens, sequences=1) == 7 * 1152 * tokens + 20 * 2_170_880
+    assert plain.cache_bytes(0, 3, tokens=tokens, sequences=2) == 2 * 3 * 2_170_880
+    assert plain.cache_bytes(3, 4, tokens=tokens, sequences=2) == 1152 * tokens
+
+
+def test_a_state_costs_a_decode_step_the_same_at_any_length() -> None:
+    config = published_model("kimi-linear-48b-a3b-instruct").config
+    assert attention_flops(config, 0, 1) == attention_flops(config, 0, 1_000_000) == 7 * 32 * 128 * 128
+    assert attention_flops(config, 3, 10) == 10 * 2 * 32 * (2 * 512 + 64)
 
 
 def test_recipes_are_found_by_name_and_by_file(tmp_path: Path) -> None:
