@@ -56,12 +56,22 @@ class PrefixCache:
         frees: takes the names of caches to drop.
         ready: tells of the stages' disks, and of the bytes of a token.
         counts: totals of all epochs.
+        held_back: tokens at the end of what is shared that are computed again all the same. A draft head reads the feature of the
+            position before the first new token, which no cache keeps.
     """
 
     def __init__(
-        self, options: PrefixOptions | None, ledger: KvLedger, frees: list[int], ready: Ready, counts: PrefixCounts
+        self,
+        options: PrefixOptions | None,
+        ledger: KvLedger,
+        frees: list[int],
+        ready: Ready,
+        counts: PrefixCounts,
+        *,
+        held_back: int = 0,
     ) -> None:
         self.options = options
+        self._held_back = held_back
         self.counts = counts
         self.index = PrefixIndex()
         self._ledger = ledger
@@ -173,7 +183,8 @@ class PrefixCache:
             if other is sequence or not (other.registered or other.order < sequence.order):
                 continue
             shared = common_tokens(tokens, other.prompt_ids)
-            there = min(shared, other.num_computed_tokens) if other.registered and other.restoring is None else 0
+            held = other.registered and other.restoring is None
+            there = min(shared, other.num_computed_tokens) - self._held_back if held else 0
             if there > (source.tokens if source is not None else 0):
                 source = PrefixSource(seq_id=other.seq_id, tokens=there)
             if not other.decoding:
@@ -230,7 +241,7 @@ class PrefixCache:
         if work.due or (work.ordered < len(work.keys) and not work.failed):
             return
         sequence.restoring = None
-        sequence.num_computed_tokens = min(tokens, len(sequence.tokens) - 1)
+        sequence.num_computed_tokens = max(0, min(tokens - self._held_back, len(sequence.tokens) - 1))
         self._hit(sequence, sequence.num_computed_tokens)
 
     def _plan_restore(self, sequence: Sequence, count: int) -> bool:
@@ -251,7 +262,9 @@ class PrefixCache:
 
     def _best(self, tokens: Tokens) -> tuple[CachedPrefix, int] | None:
         best = self.index.best(tokens)
-        return best if best is not None and self._worthwhile(best[1]) else None
+        if best is None or not self._worthwhile(best[1] - self._held_back):
+            return None
+        return best[0], best[1] - self._held_back
 
     def _held(self, takes: tuple[CachedPrefix, int] | None) -> int:
         return self._ledger.held(takes[0].seq_id) if takes is not None else 0

@@ -285,7 +285,7 @@ class DraftRunner:
                 out, tokens = mx.take(out, picked, axis=0), mx.take(tokens, picked, axis=0)
                 alive = [alive[row] for row in going]
             out = self.model(tokens, self.model.next_hidden(out), [(1, asked[i][1].caches) for i in alive])
-        mx.eval([tokens for _, tokens in chosen])
+        mx.eval([tokens for _, tokens in chosen], [cache.state for _, state, _ in asked for cache in state.caches])
         found: list[list[int]] = [[] for _ in asked]
         for who, tokens in chosen:
             for i, token in zip(who, _ids(tokens), strict=True):
