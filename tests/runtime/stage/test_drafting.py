@@ -153,9 +153,7 @@ def pipeline_of(checkpoint: Path) -> Make:
 
         def open_disk(stage: int, model: StageModel, changed: Any) -> PrefixDisk:
             assert directory is not None
-            return PrefixDisk(
-                directory, f"{stage:032x}", block_bytes=1 << 20, disk_bytes=1 << 30, changed=changed
-            )
+            return PrefixDisk(directory, f"{stage:032x}", block_bytes=1 << 20, disk_bytes=1 << 30, changed=changed)
 
         pipeline = InlinePipeline(
             load,
@@ -279,3 +277,220 @@ async def test_a_head_changes_no_greedy_token(
     assert check_entries(whole, runners, texts) > sum(LENGTHS)
     accepted = sum(one[-1].accepted_drafts for one in events)
     assert accepted == snapshot.draft_tokens_accepted_total >= sum(hits) - len(LENGTHS) * tokens
+
+
+SAMPLINGS = (
+    SamplingParams(temperature=0.8, seed=1),
+    SamplingParams(temperature=1.2, top_p=0.9, seed=2, presence_penalty=0.7, frequency_penalty=0.3),
+    SamplingParams(temperature=1.0, top_k=20, min_p=0.01, seed=3, repetition_penalty=1.3),
+    SamplingParams(temperature=0.0, logit_bias=((5, 3.0), (6, -5.0)), repetition_penalty=1.2),
+    SamplingParams(temperature=0.0, logprobs=True, top_logprobs=3),
+)
+
+
+async def run_twice(
+    pipeline_of: Make, requests: Sequence[GenerationRequest], *, stages: int = 2, tokens: int = 3, **options: Any
+) -> tuple[list[list[TokenEvent]], list[list[TokenEvent]], EngineSnapshot, list[Watched]]:
+    """Without a head, and with one that knows what comes; pipelines by `options["pipeline"]`, the rest to the engine."""
+    made = options.pop("pipeline", {})
+    pipeline, _ = pipeline_of(stages, **made)
+    before, _ = await generate(pipeline, requests, **options)
+    texts = [[request.prompt_ids[-1], *one] for request, one in zip(requests, ids(before), strict=True)]
+    pipeline, runners = pipeline_of(stages, follows=follows_of(texts), **made)
+    after, snapshot = await generate(pipeline, requests, drafter=drafter_of(tokens), **options)
+    return before, after, snapshot, runners
+
+
+async def test_samplings_penalties_biases_and_logprobs_are_those_of_plain_decoding(pipeline_of: Make) -> None:
+    requests = [request_of(i, 9 + i, 30, sampling) for i, sampling in enumerate(SAMPLINGS)]
+    before, after, snapshot, _ = await run_twice(pipeline_of, requests)
+    assert ids(after) == ids(before)
+    assert snapshot.draft_tokens_accepted_total > 10
+    for ours, theirs in zip(after[4], before[4], strict=True):
+        assert ours.logprob == pytest.approx(theirs.logprob, abs=1e-4)
+        assert [token for token, _ in ours.top_logprobs] == [token for token, _ in theirs.top_logprobs]
+
+
+async def test_n_choices_of_one_prompt(whole: Model, pipeline_of: Make) -> None:
+    """Each begins from a copy of what the first one computed, of the model's caches and of the head's."""
+    prompt = prompt_of(2, 60)
+    requests = [
+        replace(request_of(i, 0, 20, SamplingParams(temperature=0.7, seed=i), prompt_ids=prompt)) for i in range(4)
+    ]
+    prefixes = {"prefixes": PrefixOptions()}
+    before, after, snapshot, runners = await run_twice(pipeline_of, requests, pipeline={"cache_step": 16}, **prefixes)
+    assert ids(after) == ids(before)
+    assert snapshot.cached_tokens_total >= 3 * 59 - 3 and snapshot.head_undrafted_total == 0
+    assert check_entries(whole, runners, [[*prompt, *one] for one in ids(after)]) > 4 * 60
+
+
+async def test_8_bit_caches(pipeline_of: Make) -> None:
+    requests = [request_of(i, length, 20) for i, length in enumerate(LENGTHS)]
+    before, after, snapshot, _ = await run_twice(pipeline_of, requests, pipeline={"kv_bits": 8})
+    assert ids(after) == ids(before)
+    assert snapshot.draft_tokens_accepted_total > 10
+
+
+async def test_preempted_sequences_and_a_cancelled_one(whole: Model, pipeline_of: Make) -> None:
+    requests = [request_of(i, 12 + i, 36, SAMPLINGS[i]) for i in range(4)]
+    tight = {"kv_capacity_tokens": 5 * 16, "cache_step": 16}
+    before, after, snapshot, runners = await run_twice(
+        pipeline_of, requests, stages=3, pipeline=tight, prefill_chunk=7, prefixes=PrefixOptions()
+    )
+    assert ids(after) == ids(before)
+    assert snapshot.preemptions_total > 0 and snapshot.head_undrafted_total == 0
+    check_entries(whole, runners, [[*r.prompt_ids, *one] for r, one in zip(requests, ids(after), strict=True)])
+    pipeline, _ = pipeline_of(2, follows=follows_of(ids(after)))
+    async with Engine(pipeline, drafter=drafter_of(3)) as engine:
+        talking = engine.generate(request_of(0, 10, 3000))
+        for _ in range(5):
+            await anext(talking)
+        await talking.aclose()
+        while any(stage.sequences or stage.kv_bytes for stage in engine.snapshot().stages):
+            await asyncio.sleep(0.01)
+
+
+async def test_a_conversation_that_goes_on_and_one_that_begins_alike(whole: Model, pipeline_of: Make) -> None:
+    """Caches taken over and copied, in memory: the head goes on from true entries, and loses nothing."""
+    first = request_of(7, 50, 20)
+    pipeline, _ = pipeline_of(2)
+    (said,), _ = await generate(pipeline, [first])
+    turn = (*first.prompt_ids, *(event.token_id for event in said), *prompt_of(8, 9))
+    requests = [
+        first,
+        request_of(8, 0, 20, prompt_ids=turn),
+        request_of(9, 0, 20, prompt_ids=(*turn[:40], *prompt_of(9, 7))),
+    ]
+    options = {"together": False, "prefixes": PrefixOptions()}
+    before, after, snapshot, runners = await run_twice(pipeline_of, requests, pipeline={"cache_step": 16}, **options)
+    assert ids(after) == ids(before)
+    assert after[1][-1].cached_tokens == before[1][-1].cached_tokens - 1 >= 60, "one token is computed again"
+    assert after[2][-1].cached_tokens == 39
+    assert snapshot.head_undrafted_total == 0
+    texts = [[*r.prompt_ids, *one] for r, one in zip(requests, ids(after), strict=True)]
+    assert check_entries(whole, runners, texts) > 100
+
+
+async def test_prefixes_on_disk_hold_the_head_s_entries(whole: Model, pipeline_of: Make, tmp_path: Path) -> None:
+    first = request_of(3, 70, 8)
+    second = request_of(4, 0, 12, prompt_ids=(*first.prompt_ids, *prompt_of(4, 5)))
+    before, _ = await generate(pipeline_of(2)[0], [first, second], together=False)
+    texts = [[*r.prompt_ids, *one] for r, one in zip([first, second], ids(before), strict=True)]
+    made = {"follows": follows_of(texts), "cache_step": 16, "directory": tmp_path}
+    pipeline, _ = pipeline_of(2, **made)
+    async with Engine(pipeline, drafter=drafter_of(3), prefixes=PrefixOptions()) as engine:
+        assert [event.token_id for event in await collect(engine, first)] == ids(before)[0]
+        while engine.snapshot().disk_blocks < 4:
+            await asyncio.sleep(0.01)
+    pipeline, runners = pipeline_of(2, **made)
+    events, snapshot = await generate(pipeline, [second], drafter=drafter_of(3), prefixes=PrefixOptions())
+    assert ids(events)[0] == ids(before)[1]
+    assert events[0][-1].cached_tokens == 4 * 16 - 1
+    assert snapshot.head_undrafted_total == 0 and snapshot.draft_tokens_accepted_total > 0
+    assert check_entries(whole, runners, texts) >= len(texts[1]) - 4
+
+
+async def test_blocks_of_a_disk_without_the_head_s_part_are_used_and_nothing_is_guessed(
+    pipeline_of: Make, tmp_path: Path
+) -> None:
+    first = request_of(3, 70, 8)
+    second = request_of(4, 0, 12, prompt_ids=(*first.prompt_ids, *prompt_of(4, 5)))
+    pipeline, _ = pipeline_of(2, cache_step=16, directory=tmp_path)
+    async with Engine(pipeline, prefixes=PrefixOptions()) as engine:
+        await collect(engine, first)
+        while engine.snapshot().disk_blocks < 4:
+            await asyncio.sleep(0.01)
+    before, _ = await generate(pipeline_of(2)[0], [second])
+    pipeline, _ = pipeline_of(2, follows=follows_of(ids(before)), cache_step=16, directory=tmp_path)
+    events, snapshot = await generate(pipeline, [second], drafter=drafter_of(3), prefixes=PrefixOptions())
+    assert ids(events) == ids(before)
+    assert snapshot.head_undrafted_total == 1 and snapshot.draft_tokens_total == 0, "and that is counted"
+
+
+async def test_a_stop_within_guesses_and_the_last_token(pipeline_of: Make, plain: list[list[int]]) -> None:
+    follows = follows_of([[*prompt_of(i, n)[-1:], *plain[i]] for i, n in enumerate(LENGTHS)])
+    for place in (1, 5, 9):
+        stop = frozenset({plain[1][place]})
+        wanted = plain[1][: plain[1].index(plain[1][place]) + 1]
+        pipeline, _ = pipeline_of(2, follows=follows)
+        request = request_of(1, LENGTHS[1], stop_ids=stop)
+        events, _ = await generate(pipeline, [request], drafter=drafter_of(6))
+        assert ids(events)[0] == wanted and events[0][-1].finish_reason == "stop"
+    for new in (1, 2, 3, 4):
+        pipeline, _ = pipeline_of(2, follows=follows)
+        events, _ = await generate(pipeline, [request_of(1, LENGTHS[1], new)], drafter=drafter_of(6))
+        assert ids(events)[0] == plain[1][:new] and events[0][-1].finish_reason == "length"
+
+
+class Parity:
+    """A grammar: even and odd tokens take turns; `masked` from the first token on or only after so many."""
+
+    def __init__(self, vocab_size: int, first: int = 0) -> None:
+        self.count, self.first, self.vocab_size = 0, first, vocab_size
+
+    def mask(self) -> bytes | None:
+        if self.count < self.first:
+            return None
+        bits = np.zeros(-(-self.vocab_size // 32) * 32, bool)
+        bits[self.count % 2 : self.vocab_size : 2] = True
+        return np.packbits(bits, bitorder="little").tobytes()
+
+    def accept(self, token_id: int) -> None:
+        assert self.count < self.first or token_id % 2 == self.count % 2, "a token that was not allowed"
+        self.count += 1
+
+    def fork(self) -> Parity:
+        made = Parity(self.vocab_size, self.first)
+        made.count = self.count
+        return made
+
+
+class Unforkable(Parity):
+    fork = None  # type: ignore[assignment]
+
+
+@pytest.mark.parametrize(("kind", "first"), [(Parity, 0), (Parity, 7), (Unforkable, 0)])
+async def test_grammars(pipeline_of: Make, kind: type[Parity], first: int) -> None:
+    async def once(follows: dict[int, int] | None, drafter: Drafter | None) -> Any:
+        requests = [
+            request_of(i, 20, 24, sampling, constraint=kind(1024, first))
+            for i, sampling in enumerate((GREEDY, SamplingParams(temperature=0.9, seed=5)))
+        ]
+        pipeline, _ = pipeline_of(2, follows=follows)
+        return await generate(pipeline, requests, drafter=drafter)
+
+    before, _ = await once(None, None)
+    after, snapshot = await once(follows_of(ids(before)), drafter_of(3))
+    assert ids(after) == ids(before)
+    drafted = snapshot.head_drafts_by_position[0][1]
+    assert drafted > 10 if kind is Parity else drafted == 0
+
+
+async def test_what_the_past_says_goes_before_the_head(pipeline_of: Make) -> None:
+    prompt = prompt_of(1, 12) * 4
+    request = request_of(1, 0, 40, prompt_ids=prompt)
+    before, _ = await generate(pipeline_of(1)[0], [request])
+    follows = follows_of([[prompt[-1], *ids(before)[0]]])
+    pipeline, _ = pipeline_of(1, follows=follows)
+    after, snapshot = await generate(pipeline, [request], drafter=drafter_of(3, lookups=True))
+    assert ids(after) == ids(before)
+    of_head = sum(tries for tries, _ in snapshot.head_drafts_by_position)
+    assert snapshot.draft_tokens_total > of_head
+
+
+async def test_a_stage_that_fails_and_comes_back(pipeline_of: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    request = request_of(1, 30, 30)
+    before, _ = await generate(pipeline_of(2)[0], [request])
+    pipeline, _ = pipeline_of(2, follows=follows_of(ids(before)))
+    forward, calls = Model.forward_ragged, []
+
+    def breaks(self: Model, *given: Any, **options: Any) -> mx.array:
+        calls.append(self)
+        if len(calls) == 15:
+            raise RuntimeError("as if it died")
+        return forward(self, *given, **options)
+
+    monkeypatch.setattr(Model, "forward_ragged", breaks)
+    after, snapshot = await generate(pipeline, [request], drafter=drafter_of(3), survive_s=60.0)
+    assert ids(after) == ids(before)
+    assert snapshot.requests_resumed_total == 1 and snapshot.head_undrafted_total == 0
