@@ -32,6 +32,7 @@ from exo_kimi.cli.values import (
     byte_rate,
     counts,
     deadline,
+    draft_tokens,
     flag,
     guesses,
     host_name,
@@ -412,6 +413,25 @@ def serve(
             panel=SPEED,
         ),
     ] = "auto",
+    draft: Annotated[
+        Path | None,
+        option(
+            "--draft",
+            metavar="HEAD_DIR",
+            help="an EAGLE-3 draft head of this model: it guesses tokens, which the model verifies",
+            panel=SPEED,
+        ),
+    ] = None,
+    draft_tokens: Annotated[
+        Any,
+        option(
+            "--draft-tokens",
+            parser=draft_tokens,
+            metavar="auto|0..6",
+            help="guesses of the head in a step: as many as pay (default), or always so many",
+            panel=SPEED,
+        ),
+    ] = "auto",
     log_json: Annotated[bool, flag("--log-json", help=LOG_JSON, panel=OUTPUT)] = False,
 ) -> None:
     """Serve a checkpoint, split over stages, behind a ChatGPT-compatible API."""
@@ -449,6 +469,10 @@ def stage(
     expert_prefetch: PrefetchOption = "auto",
     expert_reads: ReadsOption = "auto",
     trace_experts: TraceOption = None,
+    draft: Annotated[
+        Path | None,
+        option("--draft", metavar="HEAD_DIR", help="the draft head here (default: the path the server names)"),
+    ] = None,
     log_json: Annotated[bool, flag("--log-json", help=LOG_JSON)] = False,
 ) -> None:
     """A stage on this machine, for `serve --stage ADDR` on another."""
@@ -466,7 +490,7 @@ def stage(
     place = stage_place(listen, pair=pair, key_file=key_file)
     log_to(as_json=log_json)
     with announced_stage(place.listen):
-        _serve_stage(place, directory, experts, trace_experts)
+        _serve_stage(place, directory, experts, trace_experts, draft)
 
 
 def chat(
@@ -743,7 +767,9 @@ def _find_stages_and_weights(options: dict[str, Any]) -> None:
     options["directory"] = served_directory(options["directory"], ServedPart.of(options))
 
 
-def _serve_stage(place: Any, model: str | None, experts: Any, expert_trace: Path | None) -> None:
+def _serve_stage(
+    place: Any, model: str | None, experts: Any, expert_trace: Path | None, draft: Path | None
+) -> None:
     from exo_kimi.models.mlx_lm_package import skip_mlx_lm_init
     from exo_kimi.runtime.descriptors import raise_descriptor_limit
 
@@ -759,6 +785,7 @@ def _serve_stage(place: Any, model: str | None, experts: Any, expert_trace: Path
         show_key=sys.stdout.isatty(),
         expert_cache=experts.cache().sized(experts.budget_bytes),
         expert_trace=expert_trace,
+        draft=draft,
     )
 
 

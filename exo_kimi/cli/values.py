@@ -14,6 +14,7 @@ from exo_kimi.errors import UsageError
 from exo_kimi.units import parse_bytes, parse_seconds
 
 MIN_DEADLINE_S = 2.0
+MOST_HEAD_DRAFTS = 6  # as of runtime/engine/draft_policy.py
 DEFAULT_PORT = 52415
 
 Objective = Literal["request", "latency", "throughput", "ttft"]
@@ -128,6 +129,14 @@ def names(text: str) -> list[str]:
 def guesses(text: str) -> str | int:
     """`off`, `auto`, or a number of tokens to guess."""
     return text if text in ("off", "auto") else positive(text)
+
+
+@_parser
+def draft_tokens(text: str) -> str | int:
+    """`auto`, or a number of guesses of a draft head."""
+    if text == "auto" or (text.isdecimal() and int(text) <= MOST_HEAD_DRAFTS):
+        return text if text == "auto" else int(text)
+    raise typer.BadParameter(f"{text!r} is not auto or a number from 0 to {MOST_HEAD_DRAFTS}")
 
 
 @_parser

@@ -109,6 +109,7 @@ class ReplyDecoder:
         self._clock = clock
         self._waiting: list[TokenEvent] = []
         self._calls = self._completion_tokens = self._reasoning_tokens = self._cached_tokens = 0
+        self._accepted_drafts = self._rejected_drafts = 0
         self._reason: EndReason = "stop"
         self._begun_s = clock()
         self._first_token_s: float | None = None
@@ -124,6 +125,7 @@ class ReplyDecoder:
             self._first_token_s = self._clock()
         self._completion_tokens += 1
         self._cached_tokens = max(self._cached_tokens, token.cached_tokens)
+        self._accepted_drafts, self._rejected_drafts = token.accepted_drafts, token.rejected_drafts
         if token.finish_reason is not None:
             self._reason = token.finish_reason
             if token.finish_reason == "stop" and token.token_id in self._stop_ids:
@@ -167,6 +169,8 @@ class ReplyDecoder:
             completion_tokens=self._completion_tokens,
             reasoning_tokens=self._reasoning_tokens,
             cached_tokens=self._cached_tokens,
+            accepted_drafts=self._accepted_drafts,
+            rejected_drafts=self._rejected_drafts,
             stop_sequence=self._parser.stop_met,
             ttft_s=first_s - self._begun_s,
             decode_s=now_s - first_s,

@@ -53,6 +53,7 @@ class EndEvent:
         completion_tokens: all that were generated, reasoning and end of turn included.
         reasoning_tokens: those of the reasoning.
         cached_tokens: of the prompt, those that a prefix cache held.
+        accepted_drafts, rejected_drafts: guesses that were right, each of which saved a step, and guesses that were not.
         stop_sequence: the stop string that ended it; None where none did.
         ttft_s: seconds from the start to the first token.
         decode_s: seconds from the first token to the end.
@@ -62,6 +63,8 @@ class EndEvent:
     completion_tokens: int
     reasoning_tokens: int = 0
     cached_tokens: int = 0
+    accepted_drafts: int = field(default=0, compare=False)
+    rejected_drafts: int = field(default=0, compare=False)
     stop_sequence: str | None = None
     ttft_s: float = field(default=0.0, compare=False)
     decode_s: float = field(default=0.0, compare=False)
@@ -101,6 +104,8 @@ class Usage:
     completion_tokens: int
     cached_tokens: int
     reasoning_tokens: int
+    accepted_drafts: int = 0
+    rejected_drafts: int = 0
 
     @property
     def total_tokens(self) -> int:

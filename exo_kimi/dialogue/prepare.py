@@ -106,6 +106,8 @@ class PreparedRequest:
             completion_tokens=sum(end.completion_tokens for end in ends),
             cached_tokens=sum(min(end.cached_tokens for end in group) for group in groups),
             reasoning_tokens=sum(end.reasoning_tokens for end in ends),
+            accepted_drafts=sum(end.accepted_drafts for end in ends),
+            rejected_drafts=sum(end.rejected_drafts for end in ends),
         )
 
 

@@ -7,6 +7,8 @@ import os
 from pathlib import Path
 
 _CGROUP = Path("/sys/fs/cgroup")
+MOST_RUNNING = 128
+"""Sequences that hold caches at a time, at most."""
 RESERVE_FRACTION = 0.1
 MIN_SCRATCH_BYTES = 64 * 2**20
 MAX_SCRATCH_BYTES = 2 * 2**30

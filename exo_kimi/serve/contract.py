@@ -53,6 +53,8 @@ class CompletionTokenCounts(BaseModel):
     """`usage.completion_tokens_details`."""
 
     reasoning_tokens: int
+    accepted_prediction_tokens: int
+    rejected_prediction_tokens: int
 
 
 class CompletionUsage(BaseModel):

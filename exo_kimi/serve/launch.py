@@ -11,6 +11,7 @@ from typing import Any
 
 from exo_kimi.checkpoint.checkpoint import Checkpoint
 from exo_kimi.checkpoint.doctor.doctor import text_errors
+from exo_kimi.checkpoint.drafts.manifest import resolve_draft
 from exo_kimi.checkpoint.fingerprint import tower_fingerprint
 from exo_kimi.checkpoint.vision import NoVision, VisionManifest, chosen_tower
 from exo_kimi.dialogue.pictures import PicturePrompts
@@ -29,6 +30,7 @@ from exo_kimi.planner.weights.bytes import bytes_of_manifest
 from exo_kimi.runtime.cluster.cluster_plan import make_plan, trace_file
 from exo_kimi.runtime.cluster.supervisor import ClusterOptions, StageCluster
 from exo_kimi.runtime.descriptors import raise_descriptor_limit
+from exo_kimi.runtime.engine.draft_policy import DraftTokens, HeadPolicy, guess_bytes
 from exo_kimi.runtime.engine.engine import Engine
 from exo_kimi.runtime.engine.prefix_cache import PrefixOptions
 from exo_kimi.runtime.engine.speculation import Drafter, Speculate
@@ -79,6 +81,8 @@ class ServeOptions:
     stall_deadline: float = 30.0
     survive: float = SURVIVE_S
     speculate: Speculate = "auto"
+    draft: Path | None = None
+    draft_tokens: DraftTokens = "auto"
     link: LinkKind | None = None
     key_file: Path | None = None
     prefix_cache_bytes: int | None = None
@@ -118,6 +122,7 @@ def serve(options: ServeOptions, *, announce: Callable[[str], None] | None = Non
             caching.sized(None if stage.expert_slots is None else stage.expert_cache_bytes) for stage in planned.stages
         )
     tower = _tower(options, checkpoint)
+    head = None if options.draft is None or options.draft_tokens == 0 else resolve_draft(options.draft)
     if planned is not None:
         check_tower_planned(planned, checkpoint.manifest(), tower)
     plan = make_plan(
@@ -133,6 +138,7 @@ def serve(options: ServeOptions, *, announce: Callable[[str], None] | None = Non
         expert_cache=caching.sized(options.expert_cache),
         planned_caches=planned_caches,
         expert_trace=options.trace_experts,
+        draft=head,
     )
     _begin_traces(options.trace_experts, stages=len(plan.stages), local=len(plan.stages) - len(options.stage))
     speaker = Speaker.from_directory(options.directory, raw_config=checkpoint.raw_config)
@@ -152,7 +158,10 @@ def serve(options: ServeOptions, *, announce: Callable[[str], None] | None = Non
     hosts = allowed_hosts(options.host, options.allowed_host)
     prefixes = PrefixOptions(memory_bytes=options.prefix_cache_bytes)
     sized = replace(bytes_of_manifest(checkpoint.manifest()), kv_bits=options.kv_bits)
-    drafter = Drafter.of(options.speculate, sized)
+    policy = None
+    if head is not None:
+        policy = HeadPolicy.of(options.draft_tokens, draft_bytes=guess_bytes(head, sized.head_bytes))
+    drafter = Drafter.of(options.speculate, sized, head=policy)
     given: dict[str, Any] = _given(options, "prefill_chunk", "queue_limit")
     if options.expert_cache is not None:
         given.setdefault("prefill_chunk", STREAMING_CHUNK)

@@ -125,6 +125,10 @@ def _counters(snapshot: EngineSnapshot) -> Iterator[Metric]:
         ("steps", "Forward passes", snapshot.steps_total),
         ("draft_tokens", "Tokens that were guessed and sent to be verified", snapshot.draft_tokens_total),
         ("draft_tokens_accepted", "Guesses that were right: steps saved", snapshot.draft_tokens_accepted_total),
+        ("head_proposals", "Tokens that the draft head guessed", snapshot.head_proposals_total),
+        ("head_judged", "Tokens that it did not have to guess, and was measured by", snapshot.head_judged_total),
+        ("head_judged_right", "Of those, tokens that it would have guessed", snapshot.head_judged_right_total),
+        ("head_undrafted", "Sequences that it could not follow to their end", snapshot.head_undrafted_total),
         ("decode_bytes", "Estimated bytes read by steps with decoding", snapshot.decode_bytes_total),
         (
             "decode_bytes_without_drafts",
@@ -134,6 +138,15 @@ def _counters(snapshot: EngineSnapshot) -> Iterator[Metric]:
         ("stage_restarts", "Restarts of stages", snapshot.restarts_total),
     ):
         yield CounterMetricFamily(f"exo_kimi_{name}", text, value=value)
+    for name, text, column in (
+        ("head_drafts", "Guesses of the draft head that were verified, those before them right", 0),
+        ("head_drafts_accepted", "Of those, guesses that were right", 1),
+    ):
+        family = CounterMetricFamily(f"exo_kimi_{name}", text, labels=["position"])
+        for place, counts in enumerate(snapshot.head_drafts_by_position, start=1):
+            family.add_metric([str(place)], counts[column])
+        if snapshot.head_drafts_by_position:
+            yield family
 
 
 def _gauges(snapshot: EngineSnapshot) -> Iterator[Metric]:

@@ -330,7 +330,11 @@ class _Reply:
             "prompt_tokens": usage.prompt_tokens,
             "completion_tokens": usage.completion_tokens,
             "total_tokens": usage.total_tokens,
-            "completion_tokens_details": {"reasoning_tokens": usage.reasoning_tokens},
+            "completion_tokens_details": {
+                "reasoning_tokens": usage.reasoning_tokens,
+                "accepted_prediction_tokens": usage.accepted_drafts,
+                "rejected_prediction_tokens": usage.rejected_drafts,
+            },
         }
 
 

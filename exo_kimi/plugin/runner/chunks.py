@@ -146,7 +146,11 @@ class ChunkWriter:
             completion_tokens=usage.completion_tokens,
             total_tokens=usage.total_tokens,
             prompt_tokens_details=types.PromptTokensDetails(cached_tokens=usage.cached_tokens),
-            completion_tokens_details=types.CompletionTokensDetails(reasoning_tokens=usage.reasoning_tokens),
+            completion_tokens_details=types.CompletionTokensDetails(
+                reasoning_tokens=usage.reasoning_tokens,
+                accepted_prediction_tokens=usage.accepted_drafts,
+                rejected_prediction_tokens=usage.rejected_drafts,
+            ),
         )
 
     def _stats(self, end: EndEvent) -> Any:

@@ -28,6 +28,7 @@ class StageMemory:
         active_bytes: what it holds now.
         weights_bytes: what its weights take, loaded or not.
         kv_bytes_per_token: what a cached token takes.
+        waiting_bytes: what features take at most that wait for a draft head.
     """
 
     stage: int
@@ -37,6 +38,7 @@ class StageMemory:
     active_bytes: int
     weights_bytes: int
     kv_bytes_per_token: int
+    waiting_bytes: int = 0
 
 
 def kv_capacity_tokens(
@@ -56,7 +58,7 @@ def kv_capacity_tokens(
     for neighbours in _by_host(stages):
         if kv_bytes is None:
             free_bytes = _host_free_bytes(neighbours)
-            budget_bytes = free_bytes - reserve_bytes(free_bytes)
+            budget_bytes = free_bytes - reserve_bytes(free_bytes) - sum(stage.waiting_bytes for stage in neighbours)
             per_token_bytes = sum(stage.kv_bytes_per_token for stage in neighbours)
         else:
             budget_bytes = kv_bytes

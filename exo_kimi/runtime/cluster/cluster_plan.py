@@ -10,6 +10,7 @@ from pathlib import Path
 from exo_kimi.arch.config import KimiConfig
 from exo_kimi.arch.geometry import check_quantizable
 from exo_kimi.checkpoint.checkpoint import Checkpoint
+from exo_kimi.checkpoint.drafts.manifest import DraftManifest
 from exo_kimi.checkpoint.fingerprint import stage_fingerprint
 from exo_kimi.checkpoint.manifest import StageManifest
 from exo_kimi.checkpoint.vision import VisionManifest
@@ -79,6 +80,7 @@ def make_plan(
     expert_cache: ExpertCache | None = None,
     planned_caches: Sequence[ExpertCache | None] = (),
     expert_trace: Path | None = None,
+    draft: DraftManifest | None = None,
 ) -> ClusterPlan:
     """Place every layer of a checkpoint.
 
@@ -98,6 +100,7 @@ def make_plan(
         planned_caches: the same of each stage, as a plan has it, which counts where `expert_cache` says nothing.
         expert_trace: where the stages of this machine write which experts are asked for, each into a file of its own if there
             are several (see `trace_file`).
+        draft: the draft head, which the last stage holds; None guesses from the text so far alone.
 
     Raises:
         CheckpointError: the directory cannot be served.
@@ -109,6 +112,10 @@ def make_plan(
     if kv_bits is not None:
         check_quantizable(config)
     checkpoint.manifest()  # what is wrong anywhere in the model is told before what is wrong with an option
+    feature_layers: tuple[int, ...] = ()
+    if draft is not None:
+        draft.config.check_target(config, where=draft.directory)
+        feature_layers = draft.config.feature_layers(config.num_hidden_layers)
     ranges = stage_ranges(checkpoint, split=split, stages=stages, remotes=len(addresses), vision=vision)
     local = len(ranges) - len(addresses)
     placed: list[Address | None] = [*[None] * local, *addresses]
@@ -124,6 +131,7 @@ def make_plan(
         if remote is None:
             manifest.check_here()
         tower = vision if stage == 0 else None
+        head = draft if stage == len(ranges) - 1 else None
         load = Load(
             stage=stage,
             directory=encode_path(checkpoint.directory.resolve()),
@@ -145,10 +153,15 @@ def make_plan(
                 for each in used.profile
                 if start <= each.layer < end
             ),
+            feature_layers=feature_layers,
+            draft_directory=None if head is None else encode_path(head.directory.resolve()),
+            draft_fingerprint=None if head is None else head.fingerprint,
         )
         weights_bytes = manifest.resident_bytes + manifest.widened_bytes
         if tower is not None:
             weights_bytes += tower.resident_bytes + tower.kept_bytes
+        if head is not None:
+            weights_bytes += head.resident_bytes + borrowed_bytes(head, checkpoint, manifest)
         expert_bytes = sum(each.resident_bytes for each in manifest.sources if each.spec.kind == "experts")
         plans.append(StagePlan(load=load, remote=remote, resident_bytes=weights_bytes, expert_bytes=expert_bytes))
     return ClusterPlan(directory=checkpoint.directory, config=config, stages=tuple(plans), key=key)
@@ -161,6 +174,17 @@ def trace_file(path: Path, stage: int, stages: int) -> Path:
 
 def _trace_path(path: Path | None, stage: int, stages: int) -> str | None:
     return None if path is None else encode_path(trace_file(path, stage, stages).absolute())
+
+
+def borrowed_bytes(draft: DraftManifest, checkpoint: Checkpoint, stage: StageManifest) -> int:
+    """What a head takes of its target that the stage beside it does not hold: the embedding, where it has none of its own."""
+    if draft.parts.embeds or stage.start_layer == 0:
+        return 0
+    return sum(
+        source.resident_bytes
+        for source in checkpoint.manifest(0, 1).sources
+        if source.spec.path.rpartition(".")[2] == "embed_tokens"
+    )
 
 
 def _shares(cache: ExpertCache | None, manifests: Sequence[StageManifest], dtype: str | None) -> list[int | None]:

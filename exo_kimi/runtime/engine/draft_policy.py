@@ -12,6 +12,7 @@ from collections.abc import Sequence as Ordered
 from dataclasses import dataclass, field
 from typing import Literal
 
+from exo_kimi.checkpoint.drafts.manifest import DraftManifest
 from exo_kimi.runtime.steps import Proposal
 
 DraftTokens = Literal["auto"] | int
@@ -29,6 +30,17 @@ CHANGE_GAIN = 1.03
 """How much better another number must be than the one of now."""
 START_GAIN = 1.06
 """How much better than none the first number must be."""
+
+
+def guess_bytes(head: DraftManifest, target_head_bytes: int) -> int:
+    """What a head reads for one guess: all of it but the embedding, and the target's output head where it has none.
+
+    Args:
+        head: its files.
+        target_head_bytes: of the target's final norm and output head.
+    """
+    read = sum(source.resident_bytes for source in head.sources if source.spec.kind != "embedding")
+    return read + (0 if head.parts.heads else target_head_bytes)
 
 
 @dataclass(slots=True)

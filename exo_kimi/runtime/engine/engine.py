@@ -31,6 +31,7 @@ from exo_kimi.runtime.requests import (
     TokenConstraint,
     TokenEvent,
 )
+from exo_kimi.runtime.reserve import MOST_RUNNING
 from exo_kimi.runtime.steps import Step, StepResult
 from exo_kimi.runtime.token_mask import allowed
 
@@ -65,7 +66,7 @@ class Engine:
         context: int | None = None,
         prefill_chunk: int = 512,
         queue_limit: int = 256,
-        max_running: int = 128,
+        max_running: int = MOST_RUNNING,
         drafter: Drafter | None = None,
         prefixes: PrefixOptions | None = None,
         survive_s: float = 0.0,

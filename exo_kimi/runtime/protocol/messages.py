@@ -210,13 +210,15 @@ class Progress(Header, frozen=True, kw_only=True, tag="progress"):
 
 
 class Loaded(Header, frozen=True, kw_only=True, tag="loaded"):
-    """The layers of a Load are in memory. `cache_step`: a cache grows by so many tokens at a time."""
+    """The layers of a Load are in memory. `cache_step`: a cache grows by so many tokens at a time. `waiting_bytes`: what features
+    that wait for a draft head take at most, all sequences together."""
 
     start_layer: Count
     end_layer: Count
     weights_bytes: Count
     cache_step: Count
     kv_bytes_per_token: Count
+    waiting_bytes: Count = 0
 
 
 class Join(Header, frozen=True, kw_only=True, tag="join"):

@@ -13,7 +13,9 @@ from typing import Protocol
 
 import mlx.core as mx
 
+from exo_kimi.arch.draft_modules import draft_kv_bytes_per_token
 from exo_kimi.arch.geometry import kv_bytes_per_token
+from exo_kimi.checkpoint.drafts.manifest import DraftManifest, resolve_draft
 from exo_kimi.checkpoint.fingerprint import stage_fingerprint
 from exo_kimi.checkpoint.index import CheckpointIndex, open_index
 from exo_kimi.checkpoint.manifest import resolve
@@ -24,7 +26,8 @@ from exo_kimi.models import ops
 from exo_kimi.models.kimi_k2 import CACHE_STEP
 from exo_kimi.runtime.protocol.messages import Join, Load, Loaded, decode_path
 from exo_kimi.runtime.requests import ExpertHealth
-from exo_kimi.runtime.reserve import default_scratch_bytes
+from exo_kimi.runtime.reserve import MOST_RUNNING, default_scratch_bytes
+from exo_kimi.runtime.stage.drafting import MOST_WAITING, DraftRunner
 from exo_kimi.runtime.stage.memory import FreeMemory, free_memory
 from exo_kimi.runtime.stage.pictures import PictureTower
 from exo_kimi.runtime.stage.prefix_disk import (
@@ -68,10 +71,19 @@ class CheckpointLayers:
         directory: this machine's checkpoint, which may hold this stage's tensors only; None takes the leader's path.
         alone: no other thread of the process uses MLX, see `load_stage`.
         expert_cache: of this machine; None takes what the leader's order says.
+        draft_directory: this machine's draft head; None takes the leader's path.
     """
 
-    def __init__(self, directory: Path | None, *, alone: bool = False, expert_cache: ExpertCache | None = None) -> None:
+    def __init__(
+        self,
+        directory: Path | None,
+        *,
+        alone: bool = False,
+        expert_cache: ExpertCache | None = None,
+        draft_directory: Path | None = None,
+    ) -> None:
         self._directory = directory
+        self._draft_directory = draft_directory
         self._alone = alone
         self._expert_cache = expert_cache
 
@@ -104,6 +116,7 @@ class CheckpointLayers:
             alone=self._alone,
             vision=_vision(index, order),
             expert_cache=self._expert_cache or order.expert_cache(),
+            draft=_draft(order, self._draft_directory),
         )
 
     def drop(self) -> None:
@@ -120,6 +133,21 @@ def _vision(index: CheckpointIndex, order: Load) -> VisionManifest | None:
             found=found.reason,
             where=index.directory,
             fix="copy the tower's tensors to this machine, or serve text alone with --no-vision",
+        )
+    return found
+
+
+def _draft(order: Load, directory: Path | None) -> DraftManifest | None:
+    if order.draft_directory is None:
+        return None
+    found = resolve_draft(directory or decode_path(order.draft_directory))
+    if found.fingerprint != order.draft_fingerprint:
+        raise CheckpointError(
+            "this machine's draft head is not the leader's",
+            expected=f"fingerprint {(order.draft_fingerprint or '')[:16]} (leader, {decode_path(order.draft_directory)})",
+            found=f"fingerprint {found.fingerprint[:16]}",
+            where=found.directory,
+            fix="copy the leader's head to this machine, or give the right folder with --draft",
         )
     return found
 
@@ -184,6 +212,14 @@ class MlxBackend:
         if resident.vision is not None:
             tower = PictureTower(resident.vision)
             tower.model.scratch_bytes = model.scratch_bytes
+        drafts = None
+        draft_bytes = 0
+        if resident.draft is not None and order.feature_layers:
+            head = resident.draft
+            head.set_scratch_bytes(model.scratch_bytes)
+            drafts = DraftRunner(head, vocab_size=model.args.vocab_size)
+            draft_bytes = draft_kv_bytes_per_token(head.config, bytes_per_element=resident.dtype.size)
+        row_bytes = resident.dtype.size * model.args.hidden_size * len(order.feature_layers)
         answer = Loaded(
             start_layer=order.start_layer,
             end_layer=order.end_layer,
@@ -195,14 +231,22 @@ class MlxBackend:
                 order.end_layer,
                 bytes_per_element=resident.dtype.size,
                 kv_bits=order.kv_bits,
-            ),
+            )
+            + draft_bytes,
+            waiting_bytes=0 if drafts is None else MOST_RUNNING * MOST_WAITING * row_bytes,
         )
         if model.streamed is not None:
             model.streamed.store.on_progress = self._progress
         path = self._trace_of(order)
         # Running ahead would keep the stage from the next order for as long as reading takes, and trace what nobody asked for.
         worker = StageWorker(
-            model, epoch=0, stage=order.stage, tower=tower, ahead=model.streamed is None and path is None
+            model,
+            epoch=0,
+            stage=order.stage,
+            tower=tower,
+            ahead=model.streamed is None and path is None,
+            feature_layers=order.feature_layers,
+            drafts=drafts,
         )
         self._loaded = _LoadedStage(order, answer, resident, worker)
         return answer
@@ -297,8 +341,11 @@ class MlxBackend:
 def _make_disk(loaded: _LoadedStage, order: Join, changed: Changed) -> PrefixDisk:
     load = loaded.order
     cache = loaded.worker.model.make_cache()[0]
+    fingerprint = stage_fingerprint(loaded.resident.manifest)
+    if loaded.worker.drafts is not None:
+        fingerprint += f" and head {loaded.resident.draft_fingerprint}"  # whose entries lie in the blocks
     identity = cache_identity(
-        fingerprint=stage_fingerprint(loaded.resident.manifest),
+        fingerprint=fingerprint,
         start_layer=load.start_layer,
         end_layer=load.end_layer,
         dtype=str(loaded.resident.dtype),

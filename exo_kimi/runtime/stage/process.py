@@ -20,6 +20,7 @@ from dataclasses import replace
 from pathlib import Path
 from queue import SimpleQueue
 
+from exo_kimi.checkpoint.drafts.manifest import resolve_draft
 from exo_kimi.checkpoint.index import open_index
 from exo_kimi.errors import ExoKimiError, machine_error
 from exo_kimi.experts.budget import ExpertCache
@@ -50,6 +51,7 @@ def serve_stage(
     show_key: bool = True,
     expert_cache: ExpertCache | None = None,
     expert_trace: Path | None = None,
+    draft: Path | None = None,
 ) -> None:
     """Serve leaders one after another until Ctrl-C: the body of `exo-kimi stage`.
 
@@ -62,9 +64,10 @@ def serve_stage(
         show_key: say a key that was made now. Not where the lines go into a log that others may read.
         expert_cache: what this machine may hold of the routed experts; None leaves it to the leader, who holds all.
         expert_trace: the file for which experts are asked for; None writes none.
+        draft: this machine's directory of the draft head; None takes the path that the leader names.
 
     Raises:
-        CheckpointError: `model` is no checkpoint.
+        CheckpointError: `model` is no checkpoint, or `draft` no head.
         AddressError, UsageError: see `parse_address` and `find_key`; the port is in use.
     """
     address = parse_address(listen, option="--listen", listen=True)
@@ -83,12 +86,15 @@ def serve_stage(
     directory = Path(model).expanduser() if model is not None else None
     if directory is not None:
         open_index(directory)  # what is no checkpoint is told now and not when a leader comes
+    if draft is not None:
+        resolve_draft(draft)
     # A service manager's SIGTERM is as good as Ctrl-C, which a shell's background job would ignore.
     with EndSignals(signal.default_int_handler):
         _serve(
             address,
             lambda: MlxBackend(
-                CheckpointLayers(directory, alone=True, expert_cache=expert_cache), expert_trace=expert_trace
+                CheckpointLayers(directory, alone=True, expert_cache=expert_cache, draft_directory=draft),
+                expert_trace=expert_trace,
             ),
             announce=announce,
             key=key,

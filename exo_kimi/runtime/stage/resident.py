@@ -9,12 +9,16 @@ from dataclasses import dataclass
 
 import mlx.core as mx
 
+from exo_kimi.checkpoint.checkpoint import Checkpoint
+from exo_kimi.checkpoint.drafts.manifest import DraftManifest
 from exo_kimi.checkpoint.manifest import StageManifest
 from exo_kimi.checkpoint.vision import VisionManifest
 from exo_kimi.errors import StageOutOfMemoryError
 from exo_kimi.experts.budget import ExpertCache
+from exo_kimi.models.draft_head import DraftHead
 from exo_kimi.models.kimi_k2 import Model
 from exo_kimi.models.vision import VisionModel
+from exo_kimi.runtime.loading.draft import load_draft_head
 from exo_kimi.runtime.loading.loader import load_stage
 from exo_kimi.runtime.loading.vision import load_tower
 from exo_kimi.runtime.stage.memory import free_memory
@@ -32,6 +36,7 @@ class ResidentStage:
         resident_bytes: by how much MLX's memory grew.
         load_s: how long loading took.
         vision: the tower for pictures, if this stage holds one.
+        draft: the draft head, if this stage, the last, holds one; `draft_fingerprint` is of its files.
     """
 
     manifest: StageManifest
@@ -39,6 +44,8 @@ class ResidentStage:
     resident_bytes: int
     load_s: float
     vision: VisionModel | None = None
+    draft: DraftHead | None = None
+    draft_fingerprint: str | None = None
 
     @property
     def dtype(self) -> mx.Dtype:
@@ -58,6 +65,7 @@ class ResidentStage:
         alone: bool = False,
         vision: VisionManifest | None = None,
         expert_cache: ExpertCache | None = None,
+        draft: DraftManifest | None = None,
     ) -> ResidentStage:
         """Load the layers of a manifest, in the thread that will run them: MLX's streams belong to threads.
 
@@ -66,6 +74,7 @@ class ResidentStage:
             stage: its index, for errors.
             dtype, progress, fuse, alone, expert_cache: see `load_stage`.
             vision: the tower to load with them.
+            draft: the draft head to load with them.
 
         Raises:
             CheckpointError: the tensors are not what the manifest says.
@@ -78,6 +87,11 @@ class ResidentStage:
                 manifest, dtype=dtype, progress=progress, fuse=fuse, alone=alone, expert_cache=expert_cache
             )
             tower = load_tower(vision, dtype=dtype) if vision is not None else None
+            head = None
+            if draft is not None:
+                target = Checkpoint(manifest.directory)
+                head = load_draft_head(draft.directory, target, model=model, dtype=dtype)
+                head.set_dtype(model.layers[0].input_layernorm.weight.dtype)
         except (RuntimeError, ValueError, MemoryError) as error:  # what MLX raises
             raise as_fault(error, stage=stage) from error
         if mx.metal.is_available():
@@ -89,6 +103,8 @@ class ResidentStage:
             resident_bytes=mx.get_active_memory() - before_bytes,
             load_s=time.monotonic() - began_s,
             vision=tower,
+            draft=head,
+            draft_fingerprint=None if draft is None else draft.fingerprint,
         )
 
 

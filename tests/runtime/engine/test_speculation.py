@@ -195,7 +195,7 @@ def test_any_guesses_give_the_tokens_that_come_one_by_one(params: SamplingParams
         draft = [sampled.token_id for sampled in expected[:3]]
         if right < 3:
             draft[right] = (draft[right] + 1) % 12
-        found = sample_runs(logits, [guessing], [None], [np.array(draft, np.int32)])
+        found = sample_runs(logits, [guessing], [(None,) * (1 + len(draft))], [np.array(draft, np.int32)])
         assert list(found) == expected[: right + 1]
         # The leader keeps only some of them: what the sampler remembers goes back with it.
         guessing.begin_run(keep=kept)
