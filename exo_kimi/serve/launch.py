@@ -11,7 +11,6 @@ from typing import Any
 
 from exo_kimi.checkpoint.checkpoint import Checkpoint
 from exo_kimi.checkpoint.doctor.doctor import text_errors
-from exo_kimi.checkpoint.drafts.manifest import resolve_draft
 from exo_kimi.checkpoint.fingerprint import tower_fingerprint
 from exo_kimi.checkpoint.vision import NoVision, VisionManifest, chosen_tower
 from exo_kimi.dialogue.pictures import PicturePrompts
@@ -30,7 +29,7 @@ from exo_kimi.planner.weights.bytes import bytes_of_manifest
 from exo_kimi.runtime.cluster.cluster_plan import make_plan, trace_file
 from exo_kimi.runtime.cluster.supervisor import ClusterOptions, StageCluster
 from exo_kimi.runtime.descriptors import raise_descriptor_limit
-from exo_kimi.runtime.engine.draft_policy import DraftTokens, HeadPolicy, guess_bytes
+from exo_kimi.runtime.engine.draft_policy import DraftTokens
 from exo_kimi.runtime.engine.engine import Engine
 from exo_kimi.runtime.engine.prefix_cache import PrefixOptions
 from exo_kimi.runtime.engine.speculation import Drafter, Speculate
@@ -38,6 +37,8 @@ from exo_kimi.runtime.engine.survival import SURVIVE_S
 from exo_kimi.runtime.protocol.messages import LinkKind
 from exo_kimi.runtime.transport.keys import ENVIRONMENT_NAME, find_key
 from exo_kimi.serve.app import create_app
+from exo_kimi.serve.drafts import check_room as check_draft_room
+from exo_kimi.serve.drafts import draft_need, find_head, head_policy
 from exo_kimi.serve.gate import allowed_hosts
 from exo_kimi.serve.prefixes import prefix_disk_options
 from exo_kimi.serve.server import DEFAULT_HOST, DEFAULT_PORT, Served, run
@@ -122,9 +123,19 @@ def serve(options: ServeOptions, *, announce: Callable[[str], None] | None = Non
             caching.sized(None if stage.expert_slots is None else stage.expert_cache_bytes) for stage in planned.stages
         )
     tower = _tower(options, checkpoint)
-    head = None if options.draft is None or options.draft_tokens == 0 else resolve_draft(options.draft)
+    head = find_head(options.draft, options.draft_tokens, checkpoint)
     if planned is not None:
         check_tower_planned(planned, checkpoint.manifest(), tower)
+    if planned is not None and head is not None:
+        need = draft_need(
+            head,
+            checkpoint,
+            planned,
+            element_bytes=4 if options.dtype == "float32" else 2,
+            prefill_chunk=options.prefill_chunk or planned.workload.prefill_chunk,
+        )
+        check_draft_room(need, planned)
+        planned_kv_bytes = (*planned_kv_bytes[:-1], planned_kv_bytes[-1] + need.kv_bytes)
     plan = make_plan(
         checkpoint,
         split=options.split,
@@ -158,10 +169,7 @@ def serve(options: ServeOptions, *, announce: Callable[[str], None] | None = Non
     hosts = allowed_hosts(options.host, options.allowed_host)
     prefixes = PrefixOptions(memory_bytes=options.prefix_cache_bytes)
     sized = replace(bytes_of_manifest(checkpoint.manifest()), kv_bits=options.kv_bits)
-    policy = None
-    if head is not None:
-        policy = HeadPolicy.of(options.draft_tokens, draft_bytes=guess_bytes(head, sized.head_bytes))
-    drafter = Drafter.of(options.speculate, sized, head=policy)
+    drafter = Drafter.of(options.speculate, sized, head=head_policy(head, options.draft_tokens, sized))
     given: dict[str, Any] = _given(options, "prefill_chunk", "queue_limit")
     if options.expert_cache is not None:
         given.setdefault("prefill_chunk", STREAMING_CHUNK)

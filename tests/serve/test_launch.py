@@ -12,14 +12,19 @@ from typing import Any
 
 import pytest
 
+from exo_kimi.arch.config import KimiConfig
 from exo_kimi.arch.geometry import kv_bytes_per_token
 from exo_kimi.checkpoint import index
+from exo_kimi.checkpoint.checkpoint import Checkpoint
+from exo_kimi.checkpoint.text_files import read_config
+from exo_kimi.checkpoint.tiny.draft import make_tiny_draft
 from exo_kimi.checkpoint.tiny.make import make_tiny
-from exo_kimi.errors import PlanInfeasibleError, UsageError
+from exo_kimi.errors import ConfigError, PlanInfeasibleError, UsageError
 from exo_kimi.planner.command import plan_answer
 from exo_kimi.planner.plan import Plan
 from exo_kimi.runtime.cluster.capacity import StageMemory, kv_capacity_tokens
 from exo_kimi.serve import launch
+from exo_kimi.serve.drafts import draft_need, find_head
 from exo_kimi.serve.launch import ServeOptions, serve
 
 opened: list[Path] = []
@@ -120,6 +125,8 @@ FOLLOWED: dict[str, Any] = {
     "no_ui": True,
     "stall_deadline": 90.0,
     "speculate": 8,
+    "draft": "a head of the tiny Kimi",
+    "draft_tokens": 3,
     "link": "jaccl",
     "prefix_cache_bytes": 1 << 40,
     "prefix_disk_bytes": 1 << 30,
@@ -153,6 +160,8 @@ def planned(planned_tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(launch, "run", lambda factory, **_: asyncio.run(factory_only(factory)))
 
     def start(**options: Any) -> tuple[Plan, list[int]]:
+        if "draft" in options:
+            options["draft"] = make_tiny_draft(tmp_path / "head", KimiConfig.from_dict(read_config(directory)))
         serve(ServeOptions(directory=directory, **{"plan": tmp_path / "plan.json", **options}))
         cluster, settings = started.pop()
         element_bytes = 4 if options.get("dtype") == "float32" else 2
@@ -197,6 +206,42 @@ def test_no_option_makes_a_stage_take_more_kv_than_its_plan_says(planned: Any, o
 def test_what_contradicts_a_plan_is_refused_by_name(planned: Any, option: str) -> None:
     with pytest.raises(UsageError, match=f"--{option.replace('_', '-')}"):
         planned(**{option: REFUSED[option]})
+
+
+def test_a_head_that_the_plan_has_no_room_for_is_refused_with_the_bytes(
+    planned_tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """To the byte: what is there is enough, one byte less is not; the stage's own caches keep what they were planned to have."""
+    plan = plan_answer(directory=planned_tiny, cluster="2x m1-max-64", context=256, split="4,3").plan
+    checkpoint = Checkpoint(planned_tiny)
+    directory = make_tiny_draft(tmp_path / "head", checkpoint.config, own_embedding=False)
+    head = find_head(directory, "auto", checkpoint)
+    assert head is not None
+    need = draft_need(head, checkpoint, plan, element_bytes=2, prefill_chunk=plan.workload.prefill_chunk)
+    embedding = next(s for s in checkpoint.manifest(0, 1).sources if s.spec.path.endswith("embed_tokens"))
+    assert need.weights_bytes == head.resident_bytes + embedding.resident_bytes
+    last = plan.stages[-1]
+    started: list[object] = []
+    monkeypatch.setattr(launch, "run", lambda factory, **_: started.append(factory))
+    for room in (need.total_bytes, need.total_bytes - 1):
+        tight = replace(plan, stages=(*plan.stages[:-1], replace(last, headroom_bytes=room)))
+        tight.save(tmp_path / "plan.json")
+        options = ServeOptions(directory=planned_tiny, plan=tmp_path / "plan.json", draft=directory)
+        if room < need.total_bytes:
+            with pytest.raises(
+                UsageError, match=rf"no room for the draft head(.|\n)*{need.total_bytes} bytes(.|\n)*--draft"
+            ):
+                serve(options)
+            serve(replace(options, draft_tokens=0))
+        else:
+            serve(options)
+        assert len(started) == (1 if room == need.total_bytes else 2)
+
+
+def test_a_head_of_another_model_is_refused_before_anything_starts(planned_tiny: Path, tmp_path: Path) -> None:
+    other = KimiConfig.from_dict(read_config(planned_tiny) | {"hidden_size": 128})
+    with pytest.raises(ConfigError, match="another hidden_size"):
+        serve(ServeOptions(directory=planned_tiny, draft=make_tiny_draft(tmp_path / "head", other)))
 
 
 def test_without_a_plan_a_stage_takes_what_is_free(planned: Any) -> None:

@@ -26,8 +26,8 @@ from exo_kimi.models import ops
 from exo_kimi.models.kimi_k2 import CACHE_STEP
 from exo_kimi.runtime.protocol.messages import Join, Load, Loaded, decode_path
 from exo_kimi.runtime.requests import ExpertHealth
-from exo_kimi.runtime.reserve import MOST_RUNNING, default_scratch_bytes
-from exo_kimi.runtime.stage.drafting import MOST_WAITING, DraftRunner
+from exo_kimi.runtime.reserve import MOST_RUNNING, MOST_WAITING, default_scratch_bytes
+from exo_kimi.runtime.stage.drafting import DraftRunner
 from exo_kimi.runtime.stage.memory import FreeMemory, free_memory
 from exo_kimi.runtime.stage.pictures import PictureTower
 from exo_kimi.runtime.stage.prefix_disk import (

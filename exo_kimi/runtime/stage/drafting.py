@@ -22,12 +22,11 @@ import mlx.core as mx
 import numpy as np
 import numpy.typing as npt
 
+from exo_kimi.runtime.reserve import MOST_WAITING
 from exo_kimi.runtime.stage.caches import Leaves, append, capacity_for, copy_prefix, cut, room
 from exo_kimi.runtime.stage.sampling import SequenceSampler, guess_token
 from exo_kimi.runtime.steps import Proposal, Sampled, Segment, Step
 
-MOST_WAITING = 16
-"""Rows of a sequence that wait at most before they are entered."""
 PIECE_ROWS = 512
 """Rows of one pass of the head: what it takes beside its cache stays small."""
 CHAIN_MOST = 6
