@@ -14,6 +14,9 @@ import numpy as np
 import pytest
 
 import exo_kimi
+from exo_kimi.checkpoint.checkpoint import Checkpoint
+from exo_kimi.checkpoint.drafts.manifest import resolve_draft
+from exo_kimi.checkpoint.tiny.draft import make_tiny_draft
 from exo_kimi.checkpoint.tiny.make import make_tiny
 from exo_kimi.models import ops
 from exo_kimi.models.kimi_k2 import CACHE_STEP, Model
@@ -23,6 +26,7 @@ from exo_kimi.runtime.engine.draft_policy import HeadPolicy
 from exo_kimi.runtime.engine.engine import Engine
 from exo_kimi.runtime.engine.prefix_cache import PrefixOptions
 from exo_kimi.runtime.engine.speculation import Drafter, StepBytes
+from exo_kimi.runtime.loading.draft import load_draft_head
 from exo_kimi.runtime.requests import EngineSnapshot, GenerationRequest, SamplingParams, TokenEvent
 from exo_kimi.runtime.stage.drafting import DraftRunner, DraftState
 from exo_kimi.runtime.stage.inline import InlinePipeline
@@ -42,8 +46,8 @@ BOUNDS = {1: [0, 7], 2: [0, 4, 7], 3: [0, 1, 3, 7]}
 LAYERS = (0, 3, 5)
 GREEDY = SamplingParams(temperature=0.0)
 ANY_BYTES = StepBytes(shared_bytes=1, expert_bytes=1, experts=8, experts_per_token=2, kv_token_bytes=1)
-LENGTHS = (1, 40, 7, 90, 23)
-NEW = 24
+LENGTHS = (1, 40, 7)
+NEW = 20
 
 
 class TableHead:
@@ -136,6 +140,7 @@ def pipeline_of(checkpoint: Path) -> Make:
         kv_capacity_tokens: int = 100 * CACHE_STEP,
         cache_step: int = CACHE_STEP,
         directory: Path | None = None,
+        head: Path | None = None,
     ) -> tuple[InlinePipeline, list[Watched]]:
         runners: list[Watched] = []
 
@@ -148,6 +153,11 @@ def pipeline_of(checkpoint: Path) -> Make:
 
         def load_drafts(model: StageModel) -> DraftRunner:
             vocab_size = model.args.vocab_size
+            if head is not None:
+                assert isinstance(model, Model)
+                loaded = load_draft_head(head, Checkpoint(checkpoint), model=model, dtype="float32")
+                runners.append(Watched(loaded, vocab_size=vocab_size))
+                return runners[-1]
             runners.append(Watched(TableHead(follows or {}, vocab_size), vocab_size=vocab_size))
             return runners[-1]
 
@@ -155,6 +165,9 @@ def pipeline_of(checkpoint: Path) -> Make:
             assert directory is not None
             return PrefixDisk(directory, f"{stage:032x}", block_bytes=1 << 20, disk_bytes=1 << 30, changed=changed)
 
+        layers = LAYERS if follows is not None else ()
+        if head is not None:
+            layers = resolve_draft(head).config.feature_layers(BOUNDS[1][-1])
         pipeline = InlinePipeline(
             load,
             stages=stages,
@@ -162,8 +175,8 @@ def pipeline_of(checkpoint: Path) -> Make:
             kv_capacity_tokens=kv_capacity_tokens,
             cache_step=cache_step,
             open_disk=open_disk if directory is not None else None,
-            feature_layers=LAYERS if follows is not None else (),
-            load_drafts=load_drafts if follows is not None else None,
+            feature_layers=layers,
+            load_drafts=load_drafts if layers else None,
         )
         return pipeline, runners
 
@@ -223,13 +236,14 @@ def check_entries(whole: Model, runners: Sequence[Watched], texts: Iterable[Sequ
 
 @pytest.fixture(scope="module")
 def plain(whole: Model) -> list[list[int]]:
-    """Greedy tokens of the whole model with no cache, one request after the other."""
+    """Greedy tokens of the whole model with a cache, token by token."""
     found = []
     for index, length in enumerate(LENGTHS):
-        tokens = list(prompt_of(index, length))
+        cache, fed, tokens = whole.make_cache(), list(prompt_of(index, length)), list[int]()
         for _ in range(NEW):
-            tokens.append(int(mx.argmax(whole(mx.array([tokens]))[0, -1]).item()))
-        found.append(tokens[length:])
+            tokens.append(int(mx.argmax(whole(mx.array([fed]), cache)[0, -1]).item()))
+            fed = tokens[-1:]
+        found.append(tokens)
     return found
 
 
@@ -243,14 +257,10 @@ def follows(plain: list[list[int]]) -> dict[int, int]:
     [
         (1, 1, 512, True),
         (1, 2, 16, False),
-        (1, 3, 512, True),
-        (1, 6, 512, False),
-        (2, 1, 7, True),
-        (2, 3, 512, True),
+        (1, 6, 512, True),
+        (2, 3, 7, True),
         (2, 5, 33, False),
-        (3, 2, 512, True),
-        (3, 4, 5, True),
-        (3, 6, 512, False),
+        (3, 4, 512, True),
     ],
 )
 async def test_a_head_changes_no_greedy_token(
@@ -270,13 +280,37 @@ async def test_a_head_changes_no_greedy_token(
     )
     assert ids(events) == plain
     tries, hits = zip(*snapshot.head_drafts_by_position, strict=True)
-    assert hits[0] > 10 and not any(tries[tokens:]), "guesses are right now and then, and never more than asked for"
+    assert hits[0] > 5 and not any(tries[tokens:]), "guesses are right now and then, and never more than asked for"
     assert tries[0] > hits[0], "and wrong now and then"
     assert snapshot.steps_total < sum(len(one) for one in plain) + sum(LENGTHS)
     texts = [[*prompt_of(i, n), *plain[i]] for i, n in enumerate(LENGTHS)]
     assert check_entries(whole, runners, texts) > sum(LENGTHS)
     accepted = sum(one[-1].accepted_drafts for one in events)
     assert accepted == snapshot.draft_tokens_accepted_total >= sum(hits) - len(LENGTHS) * tokens
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"kind": "mla", "version": "3"},
+        {"kind": "mha", "version": "3.1", "draft_vocab_size": 200, "own_embedding": False},
+        {"kind": "mla", "version": "3.1", "own_embedding": False, "own_head": False},
+        {"kind": "mha", "version": "3", "draft_vocab_size": 200},
+    ],
+)
+async def test_heads_as_they_are_published(
+    checkpoint: Path, pipeline_of: Make, plain: list[list[int]], tmp_path: Path, options: dict[str, Any]
+) -> None:
+    """Of random weights, so that hardly a guess is right; every one is a token that the head may draft, and none changes one."""
+    head = make_tiny_draft(tmp_path / "head", Checkpoint(checkpoint).config, dtype="F32", **options)
+    requests = [request_of(i, length) for i, length in enumerate(LENGTHS)]
+    requests.append(request_of(3, 9, NEW, SamplingParams(temperature=0.8, seed=3)))
+    (*_, sampled), _ = await generate(pipeline_of(2)[0], requests)
+    pipeline, runners = pipeline_of(2, head=head)
+    events, snapshot = await generate(pipeline, requests, drafter=drafter_of(3), prefill_chunk=16)
+    assert ids(events) == [*plain, [event.token_id for event in sampled]]
+    assert snapshot.draft_tokens_total > 3 * NEW and snapshot.head_undrafted_total == 0
+    assert all(not state.caches[0].offset or state.caches[0].keys.dtype == mx.float32 for state in runners[0].states)
 
 
 SAMPLINGS = (
@@ -302,7 +336,7 @@ async def run_twice(
 
 
 async def test_samplings_penalties_biases_and_logprobs_are_those_of_plain_decoding(pipeline_of: Make) -> None:
-    requests = [request_of(i, 9 + i, 30, sampling) for i, sampling in enumerate(SAMPLINGS)]
+    requests = [request_of(i, 9 + i, 24, sampling) for i, sampling in enumerate(SAMPLINGS)]
     before, after, snapshot, _ = await run_twice(pipeline_of, requests)
     assert ids(after) == ids(before)
     assert snapshot.draft_tokens_accepted_total > 10
@@ -332,8 +366,8 @@ async def test_8_bit_caches(pipeline_of: Make) -> None:
 
 
 async def test_preempted_sequences_and_a_cancelled_one(whole: Model, pipeline_of: Make) -> None:
-    requests = [request_of(i, 12 + i, 36, SAMPLINGS[i]) for i in range(4)]
-    tight = {"kv_capacity_tokens": 5 * 16, "cache_step": 16}
+    requests = [request_of(i, 12 + i, 36, SAMPLINGS[i]) for i in range(3)]
+    tight = {"kv_capacity_tokens": 4 * 16, "cache_step": 16}
     before, after, snapshot, runners = await run_twice(
         pipeline_of, requests, stages=3, pipeline=tight, prefill_chunk=7, prefixes=PrefixOptions()
     )
