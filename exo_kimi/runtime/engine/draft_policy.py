@@ -113,11 +113,16 @@ class HeadPolicy:
         return cls(draft_bytes=draft_bytes, fixed=None if tokens == "auto" else tokens)
 
     def chances(self, state: HeadState, count: int) -> list[float]:
-        """For each of `count` guesses of a sequence the chance that it and all before it are right; they never rise."""
+        """For each of `count` guesses of a sequence the chance that it and all before it are right; they never rise.
+
+        A place that was never tried is taken to be as the one before it, which is near to the truth: see FIRST_ACCEPTANCE.
+        """
         found, chance = [], 1.0
+        own = FIRST_ACCEPTANCE
         for place in range(count):
-            everywhere = self.everywhere.chance(place, FIRST_ACCEPTANCE, FIRST_WEIGHT)
-            chance *= state.acceptance.chance(place, everywhere, PRIOR_WEIGHT)
+            prior = self.everywhere.chance(place, own, FIRST_WEIGHT)
+            own = state.acceptance.chance(place, prior, PRIOR_WEIGHT)
+            chance *= own
             found.append(chance)
         return found
 

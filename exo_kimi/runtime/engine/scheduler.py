@@ -274,7 +274,8 @@ class EpochScheduler:
             if chunk.sequence.seq_id == chunk.seq_id and chunk.sequence.state == "running":
                 self._counts.prompt_tokens += chunk.sequence.reached(chunk.end)
         if self._drafter is not None and asked and not failed:
-            self._drafter.count(step, kept=len(result.sampled))
+            proposed = sum(len(proposal.token_ids) for proposal in result.proposals)
+            self._drafter.count(step, kept=len(result.sampled), proposed=proposed)
         return self._outcomes(asked, runs, {proposal.seq_id: proposal for proposal in result.proposals})
 
     def sequences_in_flight(self) -> set[Sequence]:
@@ -299,7 +300,6 @@ class EpochScheduler:
             sequence.awaiting_token = False
             if sequence.state == "ended":
                 continue
-            sequence.accepted_drafts += len(run) - 1
             sequence.rejected_drafts += chunk.drafts - (len(run) - 1)
             head = self._drafter.head if self._drafter is not None else None
             if head is not None and chunk.of_head:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
+from collections.abc import Sequence as Ordered
 from dataclasses import dataclass, field
 from itertools import takewhile
 from typing import Literal
@@ -230,11 +231,12 @@ class Sequence:
         needed = {span.digest for span in segment.pictures}
         return (shown.picture for shown in self.request.pictures if shown.picture.digest in needed)
 
-    def accept(self, run: Iterable[Sampled], *, masked: bool = False) -> Iterator[Sampled]:
+    def accept(self, run: Ordered[Sampled], *, masked: bool = False) -> Iterator[Sampled]:
         """Append the tokens of one answer, giving each to the caller, who may end the sequence or set its mask: what comes
         after is then dropped, for it was drawn without them (unless `masked`: each was drawn with its own)."""
-        for sampled in run:
+        for place, sampled in enumerate(run, start=1):
             self.tokens.append(sampled.token_id)
+            self.accepted_drafts += place < len(run)  # the last one is the model's own
             yield sampled
             if self.state == "ended" or (self.mask is not None and not masked):
                 break

@@ -155,8 +155,8 @@ class Drafter:
         """The past says what follows, and has been right for long: the head has nothing to add."""
         return sequence.lookup is not None and sequence.lookup.run >= COPYING and bool(sequence.drafts)
 
-    def count(self, step: StepInFlight, *, kept: int) -> None:
-        """A step was answered with `kept` tokens; the first token of an answer is prefill's."""
+    def count(self, step: StepInFlight, *, kept: int, proposed: int = 0) -> None:
+        """A step was answered with `kept` tokens, and `proposed` guesses of the head; the first of an answer is prefill's."""
         asked = [chunk for chunk in step.chunks if chunk.sample]
         decoding = [chunk for chunk in asked if chunk.end > chunk.sequence.prompt_tokens]
         if not decoding:
@@ -167,7 +167,7 @@ class Drafter:
         plain = self.step_bytes.read(step.tokens - drafts, cached_tokens=step.cached_tokens - drafts)
         self.counts.drafted += drafts
         self.counts.accepted += kept - len(decoding)
-        self.counts.read_bytes += read
+        self.counts.read_bytes += read + (0.0 if self.head is None else proposed * self.head.draft_bytes)
         self.counts.plain_bytes += plain * kept / len(decoding)
 
     def _guess(self, sequence: Sequence) -> tuple[list[int], list[float]]:

@@ -1,0 +1,148 @@
+"""How many guesses a draft head is asked for: what pays by counted bytes, off where it loses, and back where it pays again."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from exo_kimi.runtime.engine.draft_policy import (
+    CHANGE_GAIN,
+    FIRST_ACCEPTANCE,
+    MOST_HEAD_DRAFTS,
+    HeadPolicy,
+    HeadState,
+)
+from exo_kimi.runtime.engine.speculation import MEMORY_BYTES_PER_S, OVERHEAD_S_PER_LAYER, StepBytes
+from exo_kimi.runtime.steps import Proposal
+
+# Experts gate and up at 3 bits, down at 4, the rest at 6: 18.0 GB a token, 10.1 of them routed experts.
+K2 = StepBytes(
+    shared_bytes=79 * 10**8,
+    expert_bytes=485 * 10**9,
+    experts=384,
+    experts_per_token=8,
+    kv_token_bytes=70_272,
+    overhead_bytes=61 * OVERHEAD_S_PER_LAYER * MEMORY_BYTES_PER_S,
+)
+HEAD_BYTES = 15e8
+COSTS = [K2.cost(1 + count, sequences=1, cached_tokens=1000) for count in range(MOST_HEAD_DRAFTS + 1)]
+
+
+def policy_of() -> HeadPolicy:
+    return HeadPolicy.of("auto", draft_bytes=HEAD_BYTES)
+
+
+def rate(count: int, chances: list[float]) -> float:
+    return (1 + sum(chances[:count])) / (COSTS[count] + count * HEAD_BYTES)
+
+
+def decode(policy: HeadPolicy, state: HeadState, *, chance: float, tokens: int, seed: int = 0) -> tuple[float, int]:
+    """A text of which each guess is right by a fixed chance. Returns its bytes over those of plain decoding, and the last number
+    of guesses; what is not guessed for 16 tokens is judged."""
+    draw = np.random.default_rng(seed)
+    spent, done, waiting = 0.0, 0, 0
+    wanted = policy.choose(state, most=99, costs=COSTS, others=0.0)
+    while done < tokens:
+        accepted = 0
+        while accepted < wanted and draw.random() < chance:
+            accepted += 1
+        if wanted:
+            policy.on_verified(state, drafts=wanted, accepted=accepted)
+            waiting = 0
+        else:
+            waiting += 1
+            if waiting == 16:
+                right = int((draw.random(15) < chance).sum())
+                policy.on_proposal(state, Proposal(seq_id=0, judged=15, right=right))
+                spent, waiting = spent + HEAD_BYTES, 0
+        spent += COSTS[wanted] + wanted * HEAD_BYTES
+        done += 1 + accepted
+        wanted = policy.choose(state, most=99, costs=COSTS, others=0.0)
+    return spent / (done * COSTS[0]), wanted
+
+
+@pytest.mark.parametrize(("chance", "least"), [(0.95, 4), (0.8, 2)])
+def test_k2_guesses_as_many_as_pay(chance: float, least: int) -> None:
+    policy, state = policy_of(), HeadState()
+    spent, wanted = decode(policy, state, chance=chance, tokens=2000)
+    best = max(range(MOST_HEAD_DRAFTS + 1), key=lambda count: rate(count, [chance**n for n in range(1, 7)]))
+    assert wanted >= least and abs(wanted - best) <= 2
+    ideal = rate(0, []) / rate(best, [chance**n for n in range(1, 7)])
+    assert spent <= 1.08 * ideal < 0.8
+
+
+def test_a_text_that_cannot_be_guessed_costs_at_most_three_hundredths() -> None:
+    for seed in range(5):
+        policy = policy_of()
+        spent, wanted = decode(policy, HeadState(), chance=0.0, tokens=256, seed=seed)
+        assert wanted == 0
+        assert spent <= 1.03
+        again, _ = decode(policy, HeadState(), chance=0.0, tokens=256, seed=seed)
+        assert again <= spent, "another sequence begins with what was learnt of this one"
+
+
+def test_it_comes_back_when_it_pays_again() -> None:
+    policy, state = policy_of(), HeadState()
+    _, wanted = decode(policy, state, chance=0.02, tokens=300)
+    assert wanted == 0
+    spent, wanted = decode(policy, state, chance=0.9, tokens=600)
+    assert wanted >= 2 and spent < 0.85
+
+
+def test_small_changes_change_nothing() -> None:
+    policy, state = policy_of(), HeadState()
+    numbers = set()
+    decode(policy, state, chance=0.8, tokens=400)
+    for seed in range(20):
+        _, wanted = decode(policy, state, chance=0.8, tokens=20, seed=seed)
+        numbers.add(wanted)
+    assert len(numbers) <= 3
+
+
+@given(
+    st.lists(st.floats(0, 1), min_size=6, max_size=6),
+    st.lists(st.floats(1, 1e12), min_size=7, max_size=7).map(sorted),
+    st.floats(0, 50),
+    st.integers(0, 6),
+)
+def test_what_is_asked_for_is_never_worse_than_none(
+    hits: list[float], costs: list[float], others: float, now: int
+) -> None:
+    policy, state = policy_of(), HeadState()
+    state.wanted = now
+    for place, share in enumerate(hits):
+        state.acceptance.note(place, right=20 * share, count=20)
+    count = policy.choose(state, most=9, costs=costs, others=others)
+    chances = policy.chances(state, 6)
+    assert all(a >= b for a, b in pairwise(chances))
+
+    def gain(number: int) -> float:
+        return (others + 1 + sum(chances[:number])) / (costs[number] + number * HEAD_BYTES)
+
+    assert gain(count) >= gain(0) * (1 - 1e-9)
+    assert all(gain(other) <= CHANGE_GAIN * gain(count) * (1 + 1e-9) or count == 0 for other in range(7))
+
+
+def test_a_fixed_number_is_kept_and_never_more_than_is_left() -> None:
+    policy = HeadPolicy.of(4, draft_bytes=1.0)
+    state = HeadState()
+    assert policy.choose(state, most=99, costs=COSTS, others=0) == 4
+    assert policy.choose(state, most=1, costs=COSTS, others=0) == 1
+    assert policy.choose(state, most=-1, costs=COSTS, others=0) == 0
+    policy.on_proposal(state, Proposal(seq_id=0, lost=True))
+    assert policy.choose(state, most=99, costs=COSTS, others=0) == 0
+    policy.on_proposal(state, Proposal(seq_id=0, lost=True))
+    assert policy.counts.undrafted == 1, "a sequence is counted once"
+
+
+def test_acceptance_is_counted_by_position() -> None:
+    policy, state = policy_of(), HeadState()
+    for accepted in (0, 1, 3, 3):
+        policy.on_verified(state, drafts=3, accepted=accepted)
+    assert policy.counts.tries[:4] == [4, 3, 2, 0]
+    assert policy.counts.hits[:4] == [3, 2, 2, 0]
+    assert HeadState().acceptance.chance(0, FIRST_ACCEPTANCE, 1.0) == FIRST_ACCEPTANCE
