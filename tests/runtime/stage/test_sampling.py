@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -12,7 +13,7 @@ from hypothesis import strategies as st
 
 from exo_kimi.errors import ProtocolError, StageError
 from exo_kimi.runtime.requests import SamplingParams
-from exo_kimi.runtime.stage.sampling import SequenceSampler, sample, uniform
+from exo_kimi.runtime.stage.sampling import SequenceSampler, guess_token, sample, sample_runs, uniform
 from exo_kimi.runtime.steps import Sampled, SequenceStart
 from exo_kimi.runtime.token_mask import allowed
 
@@ -225,3 +226,56 @@ def test_a_mask_that_allows_nothing_is_an_error() -> None:
 def test_sampling_without_a_seed_is_refused() -> None:
     with pytest.raises(ProtocolError, match="without a seed"):
         sampler_of(seed=None)
+
+
+HEAD = np.array([1.2, 0.3, 2.0, -0.5, 0.9, 1.4], np.float32)
+TRUTH = np.array([1.0, 0.8, 1.6, 0.2, -0.4, 1.9], np.float32)
+CHI_SQUARE_1_PERCENT = {1: 6.635, 2: 9.210, 3: 11.345, 4: 13.277, 5: 15.086}
+AFTER = np.array([0.1, 1.1, 0.4, 1.7, 0.9, -1.0], np.float32)
+
+
+def exact(logits: np.ndarray[Any, Any], params: SamplingParams) -> np.ndarray[Any, Any]:
+    """The distribution that a request asks for, written out."""
+    p = np.exp(logits.astype(np.float64) / params.temperature)
+    p /= p.sum()
+    order = np.argsort(-p, kind="stable")
+    if params.top_k:
+        p[order[params.top_k :]] = 0
+    if params.top_p < 1:
+        mass = p / p.sum()
+        before = np.cumsum(mass[order]) - mass[order]
+        p[order[before >= params.top_p]] = 0
+    p[p < params.min_p * p.max()] = 0
+    return p / p.sum()
+
+
+@pytest.mark.parametrize(
+    "params",
+    [
+        SamplingParams(temperature=1.0, top_k=4),
+        SamplingParams(temperature=0.7, top_p=0.9, min_p=0.2),
+    ],
+)
+def test_guesses_of_a_head_leave_the_distribution_as_it_is(params: SamplingParams) -> None:
+    """20,000 draws, each after a guess that the head drew: the token, and the one after a guess that was right, by chi-square at
+    1 %. The guess is right more often than two independent draws agree."""
+    draws, right = 20_000, 0
+    first, second = np.zeros(6), np.zeros(6)
+    for seed in range(draws):
+        sampler = SequenceSampler(SequenceStart(seq_id=0, prompt_tokens=1, sampling=replace(params, seed=seed)))
+        guess = guess_token(HEAD, sampler)
+        sampler.forget(1)
+        assert guess is not None and sampler.generated_tokens == 0
+        run = sample_runs(np.stack([TRUTH, AFTER]), [sampler], [(None, None)], [np.array([guess], np.int32)])
+        first[run[0].token_id] += 1
+        if len(run) == 2:
+            right += 1
+            second[run[1].token_id] += 1
+    truth, head = exact(TRUTH, params), exact(HEAD, params)
+    for counts, expected in ((first, truth), (second, exact(AFTER, params))):
+        possible = expected > 0
+        assert not counts[~possible].any()
+        wanted = expected[possible] * counts.sum()
+        statistic = float(((counts[possible] - wanted) ** 2 / wanted).sum())
+        assert statistic < CHI_SQUARE_1_PERCENT[int(possible.sum()) - 1]
+    assert right / draws > float(truth @ head) + 0.1
