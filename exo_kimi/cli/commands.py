@@ -767,9 +767,7 @@ def _find_stages_and_weights(options: dict[str, Any]) -> None:
     options["directory"] = served_directory(options["directory"], ServedPart.of(options))
 
 
-def _serve_stage(
-    place: Any, model: str | None, experts: Any, expert_trace: Path | None, draft: Path | None
-) -> None:
+def _serve_stage(place: Any, model: str | None, experts: Any, expert_trace: Path | None, draft: Path | None) -> None:
     from exo_kimi.models.mlx_lm_package import skip_mlx_lm_init
     from exo_kimi.runtime.descriptors import raise_descriptor_limit
 
