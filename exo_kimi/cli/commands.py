@@ -626,6 +626,14 @@ def plan(
         ),
     ] = None,
     no_vision: Annotated[bool, flag("--no-vision", help="count no vision tower: serve text alone")] = False,
+    draft: Annotated[
+        str | None,
+        option(
+            "--draft",
+            metavar="HEAD_DIR|NAME",
+            help="a draft head beside it: its bytes, what it sends, and from which acceptance on it pays",
+        ),
+    ] = None,
     stream: Annotated[
         bool,
         flag("--stream", help="where layers do not fit, read experts from disk, with the same weights", panel=STREAM),

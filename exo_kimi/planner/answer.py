@@ -15,6 +15,7 @@ from exo_kimi.planner.search.advice import changes_that_fit
 from exo_kimi.planner.search.cost import Placed, PlacedSplit
 from exo_kimi.planner.search.fit import FitCandidate, best_fit
 from exo_kimi.planner.search.search import best_split, least_shortage
+from exo_kimi.planner.show.draft import draft_text
 from exo_kimi.planner.show.explain import explain
 from exo_kimi.planner.show.picture import terminal
 from exo_kimi.planner.show.svg import svg
@@ -73,6 +74,8 @@ class Answer:
         parts = [terminal(self.plan)]
         if self.considered:
             parts.append("\n".join(["Best quality that fits", *(f"  {each.line}" for each in self.considered), ""]))
+        if self.split.question.draft is not None:
+            parts.append(draft_text(self.split))
         if self.explained:
             parts.append(explain(self.split, self.measured))
         return "\n".join(parts)
@@ -150,6 +153,7 @@ def plan_of(split: PlacedSplit) -> Plan:
             *(f"{stage.machine.name}: {text}" for stage in split.stages for text in stage.machine.unknown),
             *_link_warnings(split),
             *_disk_assumptions(split),
+            *_draft_assumptions(split),
         ),
     )
 
@@ -182,6 +186,13 @@ def _disk_assumptions(split: PlacedSplit) -> Iterator[str]:
             yield f"{stage.machine.name}: disk, {ssd.number / 1e9:.1f} GB/s: {ssd.source}"
     if not streaming.curve.measured:
         yield f"hit rates: {streaming.curve.source}; a trace replaces them: `exo-kimi trace record`"
+
+
+def _draft_assumptions(split: PlacedSplit) -> Iterator[str]:
+    draft, last = split.question.draft, split.stages[-1]
+    if draft is not None:
+        size = draft.weights_on(last.start_layer, embedding_bytes=split.question.model.embedding_bytes)
+        yield f"draft head {draft.name} on {last.machine.name}, {size} bytes: `serve --draft` holds it; speeds are without it"
 
 
 def cluster_hash(cluster: Cluster) -> str:

@@ -22,6 +22,7 @@ from exo_kimi.planner.search.search import best_split
 from exo_kimi.planner.streaming import HitCurve, Streaming, default_curve, read_curve
 from exo_kimi.planner.weights.bytes import ModelBytes, bytes_of_manifest, bytes_of_recipe
 from exo_kimi.planner.weights.catalog import model_names, published_model
+from exo_kimi.planner.weights.draft import draft_bytes
 from exo_kimi.planner.weights.measured import read_report
 from exo_kimi.planner.weights.recipes import load_recipe
 from exo_kimi.planner.workload import OBJECTIVES, RESERVE_BYTES, Objective, make_workload
@@ -56,6 +57,7 @@ def plan_answer(
     stream: bool = False,
     ssd_bytes_per_s: float | None = None,
     hits: Path | None = None,
+    draft: str | Path | None = None,
 ) -> Answer:
     """The best plan for a checkpoint directory, or for a published model in a recipe.
 
@@ -84,6 +86,7 @@ def plan_answer(
         stream: machines whose layers do not fit may read experts from disk.
         ssd_bytes_per_s: of every disk that was neither measured nor set in the cluster file.
         hits: hit rates, as `exo-kimi trace replay -o` writes them; what others have published when not given.
+        draft: a head's directory or a published one's name: its bytes are counted, and its speeds by acceptance shown.
 
     Raises:
         UsageError: arguments that contradict each other or cannot be read, or a split that cannot be.
@@ -111,7 +114,10 @@ def plan_answer(
         ends_everywhere=ends_everywhere,
         **({} if prefill_chunk is None else {"prefill_chunk": prefill_chunk}),
     )
-    question = Question(model=weights, cluster=machines, workload=workload, objective=objective)
+    if draft is not None and ends_everywhere:
+        raise UsageError("exo's own engine drafts nothing", found="--draft", fix="plan for exo-kimi's engine")
+    head = None if draft is None else draft_bytes(draft, weights.config)
+    question = Question(model=weights, cluster=machines, workload=workload, objective=objective, draft=head)
     if raise_limits:
         question = question.with_raised_limits()
     if stream:

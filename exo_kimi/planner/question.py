@@ -11,6 +11,7 @@ from exo_kimi.planner.machines.cluster import Cluster
 from exo_kimi.planner.machines.hardware import Machine
 from exo_kimi.planner.streaming import Streaming
 from exo_kimi.planner.weights.bytes import ModelBytes
+from exo_kimi.planner.weights.draft import WAITING_ROWS, DraftBytes
 from exo_kimi.planner.workload import Objective, Workload
 
 
@@ -52,6 +53,7 @@ class Question:
         order: names of all machines of the cluster, first layers first, where the split must take every one in this order;
             empty leaves which and how to the search.
         streaming: that machines whose layers do not fit may read experts from disk, and at which hit rates; None: all are held.
+        draft: the head that guesses on the last stage; None: without one.
     """
 
     model: ModelBytes
@@ -60,6 +62,7 @@ class Question:
     objective: Objective = "request"
     order: tuple[str, ...] = ()
     streaming: Streaming | None = None
+    draft: DraftBytes | None = None
 
     @property
     def machines(self) -> tuple[Machine, ...]:
@@ -100,17 +103,32 @@ class Question:
         weight_bytes = self.model.weight_bytes(start_layer, end_layer, ends_everywhere=ends)
         if slots is not None:
             weight_bytes -= sum(self.model.expert_bytes[start_layer:end_layer])
+        head, last = self.draft, end_layer == self.layers
+        tokens, sequences = self.workload.kv_tokens, self.workload.concurrency
+        kv_bytes = self.model.cache_bytes(start_layer, end_layer, tokens=tokens, sequences=sequences)
+        if head is not None and last:
+            weight_bytes += head.weights_on(start_layer, embedding_bytes=self.model.embedding_bytes)
+            kv_bytes += self.workload.kv_tokens * head.kv_token_bytes
         return StageNeed(
             expert_slots=slots,
             expert_cache_bytes=0 if slots is None else slots * self.model.slot_bytes(start_layer, end_layer),
             weight_bytes=weight_bytes,
-            kv_bytes=self.model.cache_bytes(
-                start_layer, end_layer, tokens=self.workload.kv_tokens, sequences=self.workload.concurrency
-            ),
-            scratch_bytes=self.scratch_bytes,
+            kv_bytes=kv_bytes,
+            scratch_bytes=self.scratch_bytes + self.features_bytes(end_layer),
             reserve_bytes=self.workload.reserve_bytes,
             server_bytes=self.workload.server_bytes if start_layer == 0 else 0,
         )
+
+    def features_bytes(self, end_layer: int) -> int:
+        """Features that a stage holds of one prefill step, to the end of its layers: those before it too, which are sent on; and
+        on the last stage, those of every sequence that wait for the head."""
+        head, workload = self.draft, self.workload
+        if head is None:
+            return 0
+        if end_layer == self.layers:
+            rows = workload.prefill_chunk + workload.concurrency * WAITING_ROWS
+            return rows * head.feature_token_bytes
+        return workload.prefill_chunk * head.features_before(end_layer) * head.feature_bytes
 
     def slots(self, machine: Machine, start_layer: int, end_layer: int) -> int | None:
         """Slots a layer that a machine has room for beside everything else; None where it holds all experts, and where it cannot

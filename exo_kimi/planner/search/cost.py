@@ -15,6 +15,8 @@ from exo_kimi.planner.question import Question
 from exo_kimi.planner.search.laws import (
     chunk_flops,
     decode_layer_s,
+    draft_chain_s,
+    draft_chunk_s,
     head_s,
     hop_s,
     missed_bytes,
@@ -145,9 +147,27 @@ def decode_stages_s(split: PlacedSplit, *, batch: int = 1, cached_tokens: float 
 
 
 def hops_s(split: PlacedSplit, tokens: float) -> list[float]:
-    """Seconds of each boundary. The token's id comes back in 4 bytes and is not counted."""
-    machines = [stage.machine for stage in split.stages]
-    return [hop_s(split.question, one, other, tokens) for one, other in pairwise(machines)]
+    """Seconds of each boundary, with the features that a draft head behind it is sent; the search knows no boundary's layer and
+    leaves these out. The token's id comes back in 4 bytes and is not counted."""
+    draft = split.question.draft
+    return [
+        hop_s(
+            split.question,
+            one.machine,
+            other.machine,
+            tokens,
+            features=0 if draft is None else draft.features_before(other.start_layer),
+        )
+        for one, other in pairwise(split.stages)
+    ]
+
+
+def drafted_step_s(split: PlacedSplit, guesses: int) -> float:
+    """Seconds of a step of one sequence that verifies so many guesses and makes as many: every stage takes them beside the token,
+    and reads each expert that any of them chooses once."""
+    tokens, last = guesses + 1, split.stages[-1].machine
+    stages_s, hops = decode_stages_s(split, batch=tokens), hops_s(split, tokens)
+    return sum(stages_s) + sum(hops) + draft_chain_s(split.question, last, guesses)
 
 
 def tpot_s(split: PlacedSplit, *, cached_tokens: float | None = None) -> float:
@@ -183,6 +203,8 @@ def prefill_parts_s(split: PlacedSplit) -> list[float]:
             missed = [missed_bytes(model, layer, tokens=tokens, hit_rate=rate) for layer in layers]
             held_s = _streamed(question.streaming, stage, held_s, missed, ahead=True)
         times.append(sum(held_s))
+    if question.draft is not None:
+        times[-1] += draft_chunk_s(question.draft, split.stages[-1].machine, tokens)
     return times + hops_s(split, workload.chunk_tokens)
 
 

@@ -17,6 +17,7 @@ from exo_kimi.planner.machines.hardware import Machine
 from exo_kimi.planner.question import Question
 from exo_kimi.planner.streaming import Numbers, Streaming
 from exo_kimi.planner.weights.bytes import ModelBytes
+from exo_kimi.planner.weights.draft import DraftBytes
 
 # Rows of one tile of a grouped product. A tile that two experts share is computed for each of them, so every expert that a
 # chunk touches costs up to one tile beside its own rows: 384 experts are 6,144 rows, against 16,384 of a chunk of 2,048.
@@ -154,7 +155,32 @@ def head_s(model: ModelBytes, machine: Machine) -> float:
     return model.head_bytes / machine.bandwidth.number
 
 
-def hop_s(question: Question, one: Machine, other: Machine, tokens: float) -> float:
-    """Hidden states of some tokens from one machine to the next: handover + latency + tokens * hidden * 2 / bandwidth."""
+def hop_s(question: Question, one: Machine, other: Machine, tokens: float, *, features: int = 0) -> float:
+    """Hidden states of some tokens from one machine to the next: handover + latency + tokens * hidden * 2 / bandwidth.
+
+    Args:
+        question: whose link and hidden size.
+        one, other: machines.
+        tokens: whose hidden states travel.
+        features: other hidden states of each that travel with it, for a draft head behind.
+    """
     link = question.cluster.link(one, other)
-    return link.handover_s + link.transfer_s(tokens * question.hop_bytes_per_token)
+    return link.handover_s + link.transfer_s(tokens * (1 + features) * question.hop_bytes_per_token)
+
+
+def draft_chunk_s(draft: DraftBytes, machine: Machine, tokens: float) -> float:
+    """A draft head's pass over a chunk of a prompt: the greater of compute and its bytes, and one layer's overhead."""
+    compute_s = 2.0 * draft.parameters * tokens / machine.prefill.number
+    read_s = (draft.step_bytes + draft.enter_bytes) / machine.bandwidth.number
+    return max(compute_s, read_s) + machine.overhead.number
+
+
+def draft_chain_s(question: Question, machine: Machine, guesses: int) -> float:
+    """A chain of guesses: each reads the head's layer and output head, be it the target's, the first of them `fc` too; and a
+    layer's overhead each. The head's own cache is small beside them."""
+    draft = question.draft
+    if draft is None or not guesses:
+        return 0.0
+    each_bytes = draft.step_bytes + (question.model.head_bytes if draft.borrows_head else 0)
+    read_s = (guesses * each_bytes + draft.enter_bytes) / machine.bandwidth.number
+    return read_s + guesses * machine.overhead.number

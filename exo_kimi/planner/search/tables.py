@@ -15,6 +15,7 @@ from exo_kimi.planner.search.cost import groups_and_batch
 from exo_kimi.planner.search.laws import (
     chunk_flops,
     decode_layer_s,
+    draft_chunk_s,
     head_s,
     hop_s,
     missed_bytes,
@@ -46,6 +47,14 @@ def need_table(question: Question) -> Int64s:
     if not workload.ends_everywhere:
         table[0, :] += model.embedding_bytes
         table[:, question.layers] += model.head_bytes
+    if question.draft is not None:
+        head = question.draft
+        table += np.array([question.features_bytes(end) for end in range(question.layers + 1)], np.int64)[None, :]
+        table[:, question.layers] += workload.kv_tokens * head.kv_token_bytes
+        table[:, question.layers] += np.array(
+            [head.weights_on(start, embedding_bytes=model.embedding_bytes) for start in range(question.layers + 1)],
+            np.int64,
+        )
     return table
 
 
@@ -113,6 +122,8 @@ def split_problem(question: Question, *, stages: int = 0) -> SplitProblem:
                 rates = sweep_hit_rate(slots.astype(np.float64), experts)
                 missed = [missed_bytes(model, layer, tokens=tokens, hit_rate=rates) for layer in range(model.layers)]
                 chunk = _with_reads(question.streaming, machine, slots, chunk, chunk_s, missed, ahead=True)
+            if question.draft is not None:
+                chunk[:, model.layers] += _ticks(draft_chunk_s(question.draft, machine, tokens))
             total, peak = total + chunk, chunk
         head = _ticks(head_s(model, machine))
         total[:, model.layers] += (decodes + (1 if chunks else 0)) * head
