@@ -16,6 +16,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from exo_kimi.checkpoint.drafts.manifest import DraftManifest, resolve_draft
 from exo_kimi.checkpoint.fingerprint import tower_fingerprint
 from exo_kimi.checkpoint.index import CheckpointIndex, open_index
 from exo_kimi.checkpoint.manifest import StageManifest, resolve
@@ -33,9 +34,10 @@ from exo_kimi.plugin.runner.engine import CancelReceiver, Follower, KimiEngine, 
 from exo_kimi.plugin.runner.events import RunnerEvents
 from exo_kimi.plugin.runner.leader import READY_S, Leader, cluster_plan, config_hash
 from exo_kimi.plugin.runner.neighbours import check_neighbours
-from exo_kimi.plugin.runner.options import EngineOptions
+from exo_kimi.plugin.runner.options import EngineOptions, draft_of
 from exo_kimi.plugin.runner.rank_messages import RankMessagesReader
 from exo_kimi.plugin.runner.stage import StageHost
+from exo_kimi.runtime.engine.speculation import Drafter
 from exo_kimi.runtime.pairs.pairing_handshake import own_address_towards
 from exo_kimi.runtime.transport.address import Address
 from exo_kimi.runtime.transport.keys import ENVIRONMENT_NAME, ClusterKey
@@ -82,6 +84,7 @@ class KimiBuilder:
         self._vision_repository: str | None = None
         self._manifest: StageManifest | None = None
         self._tower: VisionManifest | NoVision = NoVision("the model's files are not there")
+        self._draft: DraftManifest | None = None
         self._exits = ExitStack()
 
     def connect(self, bound_instance: Any) -> None:
@@ -114,7 +117,14 @@ class KimiBuilder:
         layers = own.end_layer - own.start_layer
         told = -1
         tower = self._tower if own.stage == 0 and isinstance(self._tower, VisionManifest) else None
-        loading = connected.host.load(manifest, stage=own.stage, config_hash=config_hash(manifest.config), tower=tower)
+        draft = self._draft = self._find_draft(own, manifest)
+        loading = connected.host.load(
+            manifest,
+            stage=own.stage,
+            config_hash=config_hash(manifest.config),
+            tower=tower,
+            draft=draft if own.stage == own.stages - 1 else None,
+        )
         for fraction in loading:
             loaded = min(int(fraction * layers), layers)
             if loaded != told:
@@ -135,9 +145,16 @@ class KimiBuilder:
         if isinstance(others, RankMessagesReader):
             return Follower(others, host, types=self._types, events=self._events, cancelled=self._cancel_receiver)
         speaker = replace(Speaker.from_directory(manifest.directory), pictures=self._pictures(manifest.directory))
-        plan = cluster_plan(connected.own, manifest.directory, manifest.config, host.address, connected.key)
+        head = self._draft
+        plan = cluster_plan(connected.own, manifest, host.address, connected.key, draft=head)
+        tokens = EngineOptions.from_environment().draft_tokens
+        drafter = None if head is None else Drafter.of_stage(manifest, head, tokens)
         return Leading(
-            others, host, lambda: others.start(speaker, plan), types=self._types, cancelled=self._cancel_receiver
+            others,
+            host,
+            lambda: others.start(speaker, plan, drafter=drafter),
+            types=self._types,
+            cancelled=self._cancel_receiver,
         )
 
     def close(self) -> None:
@@ -192,6 +209,21 @@ class KimiBuilder:
         for note in manifest.notes:
             logger.info("%s: %s", directory, note)
         return manifest
+
+    def _find_draft(self, own: NodeLayers, manifest: StageManifest) -> DraftManifest | None:
+        """The draft head, on the first rank, which asks it, and on the last, which holds it.
+
+        Raises:
+            CheckpointError: what EXO_KIMI_DRAFT names is no head of this model.
+        """
+        directory = draft_of()
+        off = EngineOptions.from_environment().draft_tokens == 0
+        if directory is None or off or own.stage not in (0, own.stages - 1):
+            return None
+        head = resolve_draft(directory)
+        head.config.check_target(manifest.config, where=directory)
+        logger.info("draft head %s, of layers %s", directory, head.config.feature_layers(own.ranges[-1][1]))
+        return head
 
     def _find_tower(self, index: CheckpointIndex) -> VisionManifest | NoVision:
         """The tower beside the layers, else the one of the repository that exo's model card names."""

@@ -13,13 +13,14 @@ from collections.abc import Coroutine
 from concurrent.futures import Future
 from contextlib import AsyncExitStack, aclosing
 from dataclasses import dataclass
-from pathlib import Path
 from queue import SimpleQueue
 from typing import Any, TypeVar
 
 import zmq.asyncio
 
 from exo_kimi.arch.config import KimiConfig
+from exo_kimi.checkpoint.drafts.manifest import DraftManifest
+from exo_kimi.checkpoint.manifest import StageManifest
 from exo_kimi.dialogue.speaker import Speaker
 from exo_kimi.errors import EngineStoppedError, ExoKimiError, RuntimeFault, StageError, StageUnreachableError
 from exo_kimi.plugin.api.refusal import Refusal
@@ -36,6 +37,7 @@ from exo_kimi.runtime.cluster.options import ClusterOptions
 from exo_kimi.runtime.cluster.supervisor import StageCluster
 from exo_kimi.runtime.engine.engine import Engine
 from exo_kimi.runtime.engine.prefix_cache import PrefixOptions
+from exo_kimi.runtime.engine.speculation import Drafter
 from exo_kimi.runtime.protocol.messages import LinkKind, Load, encode_path
 from exo_kimi.runtime.requests import GenerationRequest, SamplingParams, StageHealth
 from exo_kimi.runtime.transport.address import Address
@@ -54,16 +56,21 @@ def config_hash(config: KimiConfig) -> str:
     return hashlib.sha256(repr(config).encode()).hexdigest()
 
 
-def cluster_plan(own: NodeLayers, directory: Path, config: KimiConfig, stage: Address, key: ClusterKey) -> ClusterPlan:
+def cluster_plan(
+    own: NodeLayers, manifest: StageManifest, stage: Address, key: ClusterKey, *, draft: DraftManifest | None = None
+) -> ClusterPlan:
     """The stages as the runtime wants them. All of them have loaded already.
 
     Args:
         own: rank 0's layers, and where it reaches the others.
-        directory: the checkpoint on its node.
-        config: of the checkpoint.
+        manifest: of its layers.
         stage: where its own stage listens.
         key: the cluster's.
+        draft: the draft head, which the last rank holds too.
     """
+    directory, config = manifest.directory, manifest.config
+    layers = () if draft is None else draft.config.feature_layers(config.num_hidden_layers)
+    last = own.stages - 1
     stages = tuple(
         StagePlan(
             load=Load(
@@ -73,6 +80,9 @@ def cluster_plan(own: NodeLayers, directory: Path, config: KimiConfig, stage: Ad
                 end_layer=end,
                 dtype=None,
                 fingerprint=config_hash(config),
+                feature_layers=layers,
+                draft_directory=encode_path(draft.directory) if draft is not None and rank == last else None,
+                draft_fingerprint=draft.fingerprint if draft is not None and rank == last else None,
             ),
             remote=remote,
             resident_bytes=0,
@@ -120,6 +130,7 @@ class Leader:
         self._events = events
         self._options = options or EngineOptions()
         self._serving: _Serving | None = None
+        self._drafter: Drafter | None = None
         self._tasks: dict[str, tuple[asyncio.Task[None], Any]] = {}  # with what exo's API calls it
         self._closed = False
         self._loop = asyncio.new_event_loop()
@@ -160,13 +171,16 @@ class Leader:
             raise StageUnreachableError(f"rank {rank} did not say where its stage listens", stage=rank)
         return found
 
-    def start(self, speaker: Speaker, plan: ClusterPlan, *, timeout_s: float = READY_S) -> None:
-        """Bring the stages together and run a few tokens through them.
+    def start(
+        self, speaker: Speaker, plan: ClusterPlan, *, drafter: Drafter | None = None, timeout_s: float = READY_S
+    ) -> None:
+        """Bring the stages together and run a few tokens through them; `drafter` guesses, where there is a draft head.
 
         Raises:
             ExoKimiError: they do not come together.
         """
         try:
+            self._drafter = drafter
             self._wait(self._start(speaker, plan), timeout_s=timeout_s)
         except TimeoutError:
             raise StageError("the stages did not become ready", expected=f"within {timeout_s:g} s") from None
@@ -240,7 +254,7 @@ class Leader:
     async def _bring_up_over(self, link: LinkKind, plan: ClusterPlan, context: int) -> Engine:
         cluster = StageCluster(plan, ClusterOptions(context=context, kv_bytes=self._options.kv_bytes, link=link))
         prefixes = PrefixOptions(memory_bytes=self._options.prefix_cache_bytes)
-        engine = Engine(cluster, context=context, prefixes=prefixes, survive_s=HOPELESS_S)
+        engine = Engine(cluster, context=context, drafter=self._drafter, prefixes=prefixes, survive_s=HOPELESS_S)
         try:
             await cluster.start()
             await engine.start()

@@ -12,11 +12,13 @@ from exo_kimi.experts.budget import DEFAULT_PREFETCH, ExpertCache
 from exo_kimi.experts.direct import DEFAULT_READS
 from exo_kimi.experts.options import ExpertOptions
 from exo_kimi.experts.policies import DEFAULT_POLICY
+from exo_kimi.runtime.engine.draft_policy import MOST_HEAD_DRAFTS, DraftTokens
 from exo_kimi.units import parse_bytes
 
 EXPERT_CACHE, EXPERT_POLICY = "EXO_KIMI_EXPERT_CACHE", "EXO_KIMI_EXPERT_POLICY"
 EXPERT_PREFETCH, EXPERT_READS = "EXO_KIMI_EXPERT_PREFETCH", "EXO_KIMI_EXPERT_READS"
 EXPERT_PROFILE, EXPERT_TRACE = "EXO_KIMI_EXPERT_PROFILE", "EXO_KIMI_TRACE_EXPERTS"
+DRAFT, DRAFT_TOKENS = "EXO_KIMI_DRAFT", "EXO_KIMI_DRAFT_TOKENS"
 CONTEXT, KV_BYTES, PREFIX_BYTES = "EXO_KIMI_CONTEXT", "EXO_KIMI_KV_BYTES", "EXO_KIMI_PREFIX_CACHE_BYTES"
 
 
@@ -28,11 +30,15 @@ class EngineOptions:
         context: most tokens of one sequence; None, or more than the placed plan or the model has, takes theirs.
         kv_bytes: budget of each rank for caches; None takes what is free.
         prefix_cache_bytes: of that, for prompts answered before; None takes what is left, 0 keeps none.
+        draft: the directory of a draft head, on this node and on the last rank's, at a path of its own on each; None has none.
+        draft_tokens: guesses of the head in a step: `auto`, or always so many.
     """
 
     context: int | None = None
     kv_bytes: int | None = None
     prefix_cache_bytes: int | None = None
+    draft: Path | None = None
+    draft_tokens: DraftTokens = "auto"
 
     @classmethod
     def from_environment(cls, environment: Mapping[str, str] | None = None) -> EngineOptions:
@@ -51,12 +57,37 @@ class EngineOptions:
             context=None if context is None else int(context),
             kv_bytes=_size(given, KV_BYTES),
             prefix_cache_bytes=_size(given, PREFIX_BYTES),
+            draft=draft_of(given),
+            draft_tokens=_draft_tokens(given),
         )
 
     def to_environment(self) -> dict[str, str]:
         """The variables of what is set."""
-        values = {CONTEXT: self.context, KV_BYTES: self.kv_bytes, PREFIX_BYTES: self.prefix_cache_bytes}
+        values = {
+            CONTEXT: self.context,
+            KV_BYTES: self.kv_bytes,
+            PREFIX_BYTES: self.prefix_cache_bytes,
+            DRAFT: self.draft,
+            DRAFT_TOKENS: None if self.draft_tokens == "auto" else self.draft_tokens,
+        }
         return {name: str(value) for name, value in values.items() if value is not None}
+
+
+def draft_of(environment: Mapping[str, str] | None = None) -> Path | None:
+    """Where this node has the draft head; None where nothing is said."""
+    text = (os.environ if environment is None else environment).get(DRAFT)
+    return Path(text).expanduser() if text else None
+
+
+def _draft_tokens(given: Mapping[str, str]) -> DraftTokens:
+    text = given.get(DRAFT_TOKENS, "auto")
+    if text == "auto":
+        return "auto"
+    if not text.isdecimal() or int(text) > MOST_HEAD_DRAFTS:
+        raise UsageError(
+            f"{DRAFT_TOKENS} is not a number of guesses", expected=f"auto, or 0 to {MOST_HEAD_DRAFTS}", found=text
+        )
+    return int(text)
 
 
 def expert_cache_of(environment: Mapping[str, str] | None = None) -> ExpertCache | None:

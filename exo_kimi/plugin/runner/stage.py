@@ -15,10 +15,11 @@ from concurrent.futures import Future
 from dataclasses import dataclass
 from queue import SimpleQueue
 
+from exo_kimi.checkpoint.drafts.manifest import DraftManifest
 from exo_kimi.checkpoint.manifest import StageManifest
 from exo_kimi.checkpoint.vision import VisionManifest
 from exo_kimi.errors import AddressError, CheckpointError, ExoKimiError, StageError
-from exo_kimi.plugin.runner.options import expert_cache_of, expert_trace_of
+from exo_kimi.plugin.runner.options import DRAFT, expert_cache_of, expert_trace_of
 from exo_kimi.runtime.protocol.messages import Load
 from exo_kimi.runtime.protocol.versions import Versions
 from exo_kimi.runtime.stage.backend import MlxBackend
@@ -74,6 +75,15 @@ class PreloadedLayers:
                 where=held.directory,
                 fix="copy the model's files anew with `exo-kimi exo prepare`",
             )
+        if order.draft_fingerprint is not None and order.draft_fingerprint != self._resident.draft_fingerprint:
+            found = self._resident.draft_fingerprint
+            raise CheckpointError(
+                "the last rank does not hold rank 0's draft head",
+                expected=f"fingerprint {order.draft_fingerprint[:16]} (rank 0)",
+                found="none" if found is None else f"fingerprint {found[:16]}",
+                where=DRAFT,
+                fix=f"copy the head there, and start exo with {DRAFT}=HEAD_DIR on that node too",
+            )
         return self._resident
 
     def drop(self) -> None:
@@ -89,6 +99,7 @@ class _Wanted:
     stage: int
     config_hash: str
     tower: VisionManifest | None
+    draft: DraftManifest | None
 
 
 class StageHost:
@@ -113,14 +124,20 @@ class StageHost:
         sys.setswitchinterval(SWITCH_INTERVAL_S)
 
     def load(
-        self, manifest: StageManifest, *, stage: int, config_hash: str, tower: VisionManifest | None = None
+        self,
+        manifest: StageManifest,
+        *,
+        stage: int,
+        config_hash: str,
+        tower: VisionManifest | None = None,
+        draft: DraftManifest | None = None,
     ) -> Iterator[float]:
-        """Load this stage's layers, and the tower for pictures with them; yields the fraction done.
+        """Load this stage's layers, and with them the tower for pictures or the draft head; yields the fraction done.
 
         Raises:
             CheckpointError, RuntimeFault: it cannot be done.
         """
-        self._to_load.put(_Wanted(manifest, stage, config_hash, tower))
+        self._to_load.put(_Wanted(manifest, stage, config_hash, tower, draft))
         while not self._loaded.done():
             time.sleep(_POLL_S)
             if self.status.total_bytes:
@@ -171,6 +188,7 @@ class StageHost:
                 fuse=True,
                 vision=wanted.tower,
                 expert_cache=expert_cache_of(),
+                draft=wanted.draft,
             )
             backend = MlxBackend(PreloadedLayers(resident, wanted.config_hash), expert_trace=expert_trace_of())
             del resident  # from here on the backend's to drop

@@ -18,9 +18,12 @@ from collections.abc import Sequence as Ordered
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Literal
 
+from exo_kimi.arch.geometry import kv_bytes_per_token
+from exo_kimi.checkpoint.drafts.manifest import DraftManifest
+from exo_kimi.checkpoint.manifest import StageManifest
 from exo_kimi.planner.search.laws import attention_flops
 from exo_kimi.planner.weights.bytes import ModelBytes
-from exo_kimi.runtime.engine.draft_policy import MOST_HEAD_DRAFTS, HeadPolicy
+from exo_kimi.runtime.engine.draft_policy import MOST_HEAD_DRAFTS, DraftTokens, HeadPolicy, guess_bytes
 from exo_kimi.runtime.requests import StageHealth
 
 if TYPE_CHECKING:
@@ -94,6 +97,32 @@ class Drafter:
         if isinstance(speculate, int):
             return cls(step_bytes=step_bytes, limit=speculate, always=True, head=head)
         return cls(step_bytes=step_bytes, head=head)
+
+    @classmethod
+    def of_stage(cls, manifest: StageManifest, head: DraftManifest, tokens: DraftTokens) -> Drafter:
+        """For a leader that has the headers of its own layers only: all layers are taken to be as those are.
+
+        Args:
+            manifest: of its layers.
+            head: the draft head.
+            tokens: see `HeadPolicy.of`.
+        """
+        config, layers = manifest.config, manifest.config.num_hidden_layers
+        whole = layers / (manifest.end_layer - manifest.start_layer)
+        sizes = {"experts": 0, "other": 0}
+        for source in manifest.sources:
+            if source.spec.layer is not None:
+                sizes["experts" if source.spec.kind == "experts" else "other"] += source.resident_bytes
+        step_bytes = StepBytes(
+            shared_bytes=round(sizes["other"] * whole),
+            expert_bytes=round(sizes["experts"] * whole),
+            experts=config.n_routed_experts,
+            experts_per_token=config.num_experts_per_tok,
+            kv_token_bytes=kv_bytes_per_token(config, 0, layers, bytes_per_element=2),
+            attention_bytes=sum(attention_flops(config, layer, 1) for layer in range(layers)) * BYTES_PER_FLOP,
+            overhead_bytes=layers * OVERHEAD_S_PER_LAYER * MEMORY_BYTES_PER_S,
+        )
+        return cls(step_bytes=step_bytes, head=HeadPolicy.of(tokens, draft_bytes=guess_bytes(head, 0)))
 
     def draft(self, sequences: Ordered[Sequence], *, others: int, room: int) -> None:
         """Set `drafts` of each sequence.

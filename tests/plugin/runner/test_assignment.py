@@ -8,7 +8,8 @@ from typing import Any
 
 import pytest
 
-from exo_kimi.checkpoint.text_files import read_kimi_config
+from exo_kimi.checkpoint.index import open_index
+from exo_kimi.checkpoint.manifest import resolve
 from exo_kimi.errors import ExoPlacementError, KeyMismatchError, UsageError
 from exo_kimi.plugin.runner.assignment import key_of, node_layers_of, not_ours, with_address
 from exo_kimi.plugin.runner.leader import cluster_plan
@@ -55,7 +56,7 @@ def test_a_rank_is_reached_by_the_one_before_over_their_own_cable(
     bound.instance.hosts_by_node["node1"][2].ip = "10.0.0.7"
     own_layers = node_layers_of(bound)
     key = key_of(own_layers, environment_text=None)
-    plan = cluster_plan(own_layers, tiny, read_kimi_config(tiny), Address("", 0, "/own"), key)
+    plan = cluster_plan(own_layers, resolve(open_index(tiny), 0, 3), Address("", 0, "/own"), key)
     assert [str(stage.remote) for stage in plan.stages] == ["ipc:///own", "127.0.0.2:50000", "127.0.0.3:50000"]
     assert [str(stage.from_previous) for stage in plan.stages[1:]] == ["127.0.0.2:50000", "10.0.0.7:50000"]
     assert [(stage.load.start_layer, stage.load.end_layer) for stage in plan.stages] == [(0, 3), (3, 5), (5, 7)]

@@ -11,6 +11,8 @@ from typing import Any
 
 import pytest
 
+from exo_kimi.checkpoint.text_files import read_kimi_config
+from exo_kimi.checkpoint.tiny.draft import make_tiny_draft
 from exo_kimi.checkpoint.tiny.make import make_tiny
 from exo_kimi.dialogue.speaker import Speaker
 from exo_kimi.errors import (
@@ -31,6 +33,7 @@ from exo_kimi.plugin.runner import leader as exo_leader
 from exo_kimi.plugin.runner.advice import advise
 from exo_kimi.plugin.runner.builder import KimiBuilder
 from exo_kimi.plugin.runner.chunks import ExoTypes
+from exo_kimi.runtime.requests import EngineSnapshot
 from tests.plugin.seeing import picture, text_about
 
 MODEL = "lab/kimi-k2-tiny"
@@ -493,6 +496,37 @@ def test_a_node_that_is_too_small_streams_its_experts_and_answers_the_same(
     found, experts = answer()
     assert found == expected
     assert all(each.read_bytes > 0 and each.slot_bytes <= 10**6 for each in experts)
+
+
+def test_a_draft_head_guesses_on_the_last_rank_and_the_answer_is_the_same(
+    exo_instance: Callable[..., Any],
+    tiny: Path,
+    types: ExoTypes,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def answer() -> tuple[str, EngineSnapshot, Any]:
+        ranks = Ranks(exo_instance, tiny, types, (5, 2))
+        try:
+            ranks.start()
+            ranks.submit("task", "hello", max_output_tokens=24, temperature=0.0)
+            found = ranks.run(0, ended("task"))
+            snapshot = ranks.builders[0]._connected.others.engine.snapshot()  # type: ignore[union-attr]
+            return text(found, "task"), snapshot, found[-2][1].usage.completion_tokens_details
+        finally:
+            ranks.close()
+
+    expected, plain, _ = answer()
+    assert plain.head_drafts_by_position == ()
+    head = make_tiny_draft(tmp_path / "head", read_kimi_config(tiny), draft_vocab_size=200)
+    monkeypatch.setenv("EXO_KIMI_DRAFT", str(head))
+    monkeypatch.setenv("EXO_KIMI_DRAFT_TOKENS", "2")
+    found, drafted, told = answer()
+    assert found == expected
+    assert drafted.draft_tokens_total > 10 and drafted.head_undrafted_total == 0
+    accepted = drafted.draft_tokens_accepted_total
+    assert told.accepted_prediction_tokens == accepted
+    assert told.rejected_prediction_tokens > 10
 
 
 def test_the_context_of_the_placed_instance_is_the_limit(

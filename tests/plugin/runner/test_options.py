@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from abc import ABC, abstractmethod
+from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
 
@@ -17,7 +18,15 @@ from exo_kimi.plugin.runner.engine import KimiEngine
 from exo_kimi.plugin.runner.options import EngineOptions, expert_cache_of
 
 
-@pytest.mark.parametrize("options", [EngineOptions(), EngineOptions(context=4096), EngineOptions(kv_bytes=10**9)])
+@pytest.mark.parametrize(
+    "options",
+    [
+        EngineOptions(),
+        EngineOptions(context=4096),
+        EngineOptions(kv_bytes=10**9),
+        EngineOptions(draft=Path("/heads/k2"), draft_tokens=3),
+    ],
+)
 def test_what_a_node_hands_on_is_what_a_runner_reads(options: EngineOptions) -> None:
     assert EngineOptions.from_environment(options.to_environment()) == options
 
@@ -27,7 +36,13 @@ def test_a_person_may_write_a_size_with_its_unit() -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "value"), [("EXO_KIMI_CONTEXT", "much"), ("EXO_KIMI_CONTEXT", "0"), ("EXO_KIMI_KV_BYTES", "lots")]
+    ("name", "value"),
+    [
+        ("EXO_KIMI_CONTEXT", "much"),
+        ("EXO_KIMI_CONTEXT", "0"),
+        ("EXO_KIMI_KV_BYTES", "lots"),
+        ("EXO_KIMI_DRAFT_TOKENS", "7"),
+    ],
 )
 def test_a_value_that_makes_no_sense_is_told_with_its_name(name: str, value: str) -> None:
     with pytest.raises(UsageError, match=name) as told:
