@@ -136,11 +136,11 @@ def inspect(
     directory: Directory,
     json: Annotated[bool, flag("--json", help="one JSON document instead of text")] = False,
 ) -> int:
-    """What a checkpoint holds: architecture, bytes, bits, problems."""
-    from exo_kimi.checkpoint.doctor.report import inspect
+    """What a checkpoint or a draft head holds: architecture, bytes, bits, problems."""
+    from exo_kimi.checkpoint.drafts.report import inspect_any
     from exo_kimi.fetch.directories import headers_directory
 
-    report = inspect(headers_directory(directory))
+    report = inspect_any(headers_directory(directory))
     print(report.to_json() if json else report.to_text())
     return 1 if report.problems else 0
 
@@ -740,15 +740,17 @@ def doctor(
         Path | None,
         option("--sha256", metavar="FILE", help="a list as sha256sum writes it to hold the files against (reads them)"),
     ] = None,
+    target: Annotated[
+        Path | None, option("--target", metavar="DIR", help="of a draft head: the model that it is to be for")
+    ] = None,
     json: Annotated[bool, flag("--json", help="one JSON document instead of text")] = False,
 ) -> int:
-    """Everything that is wrong with a checkpoint directory, and a repair of config files."""
-    from exo_kimi.checkpoint.doctor.doctor import doctor
-    from exo_kimi.checkpoint.doctor.repair import repair
+    """Everything that is wrong with a checkpoint or a draft head, and a repair of config files."""
+    from exo_kimi.checkpoint.drafts.doctor import DoctorOptions, examine_any
     from exo_kimi.fetch.directories import headers_directory, weights_directory
 
     directory = (weights_directory if deep or fix or sha256 else headers_directory)(directory)
-    diagnosis = (repair if fix else doctor)(directory, deep=deep, sha256=sha256)
+    diagnosis = examine_any(directory, DoctorOptions(fix=fix, deep=deep, sha256=sha256, target=target))
     print(diagnosis.to_json() if json else diagnosis.to_text())
     return 0 if diagnosis.healthy else 1
 

@@ -57,6 +57,8 @@ _COPY_FIX = "download or copy this file again; if the source has it too, the che
 _BROKEN_OFF_FIX = "download this file again: a downloader made it in full length first, and the rest never came"
 # Biases and the router's correction may be zeros as published.
 _MAY_BE_ZERO = (".bias", ".e_score_correction_bias")
+# A draft head marks the tokens that it knows, and its ids may be the target's.
+_MARKS = ("BOOL", "I64")
 
 
 @dataclass(slots=True)
@@ -75,7 +77,7 @@ class _Seen:
 
     @property
     def may_be_zero(self) -> bool:
-        return self.entry.name.endswith(_MAY_BE_ZERO) or not self.entry.nbytes
+        return self.entry.name.endswith(_MAY_BE_ZERO) or self.entry.dtype in _MARKS or not self.entry.nbytes
 
     @property
     def has_padding(self) -> bool:

@@ -25,21 +25,31 @@ def read_integers(root: Path, entry: TensorEntry) -> Integers:
     Raises:
         TensorFileError: its file is gone, cannot be read, or ends inside of it.
     """
-    files = TensorFiles(root)
+    words: NDArray[Any] = np.frombuffer(read_bytes_of(root, entry, 0, entry.nbytes), _WORDS[entry.dtype])
+    return words.astype(np.int64)
+
+
+def read_bytes_of(root: Path, entry: TensorEntry, skip_bytes: int, count: int) -> bytes:
+    """So many bytes of a tensor, from `skip_bytes` on.
+
+    Raises:
+        TensorFileError: its file is gone, cannot be read, or ends inside of it.
+    """
+    files, data = TensorFiles(root), bytearray()
     try:
-        descriptor, data = files.descriptor(entry), bytearray()
-        while len(data) < entry.nbytes:
+        descriptor = files.descriptor(entry)
+        while len(data) < count:
+            position = entry.start + skip_bytes + len(data)
             try:
-                piece = os.pread(descriptor, min(_PIECE_BYTES, entry.nbytes - len(data)), entry.start + len(data))
+                piece = os.pread(descriptor, min(_PIECE_BYTES, count - len(data)), position)
             except OSError as failure:
                 raise files.unreadable(entry, failure) from failure
             if not piece:
-                raise files.cut(entry, entry.start + len(data))
+                raise files.cut(entry, position)
             data += piece
     finally:
         files.close()
-    words: NDArray[Any] = np.frombuffer(bytes(data), _WORDS[entry.dtype])
-    return words.astype(np.int64)
+    return bytes(data)
 
 
 def target_ids(differences: Integers) -> Integers:

@@ -23,7 +23,7 @@ class DraftRecipe:
         seed: of weights and texts.
     """
 
-    steps: int = 600
+    steps: int = 700
     warmup_steps: int = 40
     rollout_steps: int = 4
     step_weight: float = 0.8
