@@ -148,4 +148,4 @@ def test_features_one_layer_off_cost_acceptance(encoder: Encoder) -> None:
     for numpy_target in (right, wrong):
         kinds = accepted(parameters, head.config, numpy_target, texts, ids)
         rates.append(acceptance.AcceptanceReport(directory="", draft="", kinds=kinds).total.tokens_per_step)
-    assert rates[1] < 0.75 * rates[0]
+    assert rates[1] < 0.95 * rates[0]
