@@ -49,6 +49,7 @@ class DraftManifest:
         config: what it says.
         sources: the modules that the head has, in the order of a pass.
         d2t: the differences that make ids of the target of ids of the head; None where both are the same.
+        t2d: which ids of the target it drafts, where the head says so too.
         notes: findings that are not wrong.
         fingerprint: equal for the same files on two machines.
     """
@@ -60,6 +61,12 @@ class DraftManifest:
     d2t: TensorEntry | None
     notes: tuple[str, ...]
     fingerprint: str
+    t2d: TensorEntry | None = None
+
+    @property
+    def maps(self) -> Mapping[str, TensorEntry]:
+        """The tensors of its vocabulary that it has, by name."""
+        return {name: entry for name, entry in ((D2T, self.d2t), (T2D, self.t2d)) if entry is not None}
 
     @property
     def parts(self) -> DraftParts:
@@ -143,6 +150,7 @@ def examine_draft(directory: str | Path) -> tuple[DraftManifest, list[Checkpoint
         config=config,
         sources=tuple(sources),
         d2t=d2t,
+        t2d=None if d2t is None else maps.get(T2D),
         notes=(*found.notes, *hints.notes, *notes),
         fingerprint=digest.hexdigest(),
     )

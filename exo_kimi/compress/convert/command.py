@@ -23,9 +23,11 @@ from rich.progress import (
 )
 
 from exo_kimi.checkpoint.checkpoint import Checkpoint
+from exo_kimi.checkpoint.drafts.report import is_draft
 from exo_kimi.compress.convert.affine import Rounding
 from exo_kimi.compress.convert.budget import choose, recipe_of, recipe_text
 from exo_kimi.compress.convert.conversion import Conversion, make_conversion
+from exo_kimi.compress.convert.draft import DraftConversion, convert_draft
 from exo_kimi.compress.convert.encoding import encode
 from exo_kimi.compress.convert.importance import read_importance
 from exo_kimi.compress.convert.link import link_job
@@ -132,6 +134,8 @@ def run_convert(options: ConvertOptions) -> str:
         CheckpointError: the source cannot be converted.
     """
     _check(options)
+    if is_draft(options.directory):
+        return convert_draft(_of_draft(options))
     checkpoint = Checkpoint(options.directory)
     if options.measure or options.budget_bytes is not None:
         modules = _measured(options, checkpoint)
@@ -243,6 +247,35 @@ def _check(options: ConvertOptions) -> None:
         raise UsageError("--recipe-out is for --budget", where="--recipe-out")
     if options.calibration is not None and not (options.measure or options.budget_bytes is not None):
         raise UsageError("--calibration is for --measure and --budget", where="--calibration")
+
+
+def _of_draft(options: ConvertOptions) -> DraftConversion:
+    """The conversion of a head that the options ask for.
+
+    Raises:
+        UsageError: options that a head does not have.
+    """
+    foreign = {
+        "--measure": options.measure,
+        "--budget": options.budget_bytes is not None,
+        "--link": options.link,
+        "--layers": options.layers is not None,
+        "--keep-kv-b": options.keep_kv_b,
+    }
+    found = [name for name, given in foreign.items() if given]
+    if found or options.recipe is None or options.output is None:
+        raise UsageError(
+            "a draft head is converted whole, by a recipe",
+            expected="convert HEAD_DIR OUT --recipe RECIPE",
+            found=", ".join(found) or "no OUT or no --recipe",
+        )
+    return DraftConversion(
+        directory=options.directory,
+        output=options.output,
+        recipe=options.recipe,
+        rounding=options.rounding,
+        dry_run=options.dry_run,
+    )
 
 
 def _measured(options: ConvertOptions, checkpoint: Checkpoint) -> tuple[ModuleErrors, ...]:
