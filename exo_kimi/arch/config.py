@@ -94,6 +94,11 @@ class KimiConfig:
         """Whether a layer has Kimi Delta Attention, and so a state of one size in place of latents of every token."""
         return self.linear_attention is not None and layer in self.linear_attention.layers
 
+    @property
+    def has_states(self) -> bool:
+        """Whether some layers hold a state of one size, which cannot be cut at a token."""
+        return self.linear_attention is not None
+
     @classmethod
     def from_dict(cls, raw: Mapping[str, Any], *, where: object = "config.json") -> KimiConfig:
         """Read a parsed config.json: check every key and keep what the maths needs.

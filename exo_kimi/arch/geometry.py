@@ -72,6 +72,16 @@ def state_bytes_per_sequence(
     return layers * config.linear_attention.state_bytes(bytes_per_element=bytes_per_element)
 
 
+def served_state_bytes(config: KimiConfig, start_layer: int, end_layer: int, *, bytes_per_element: int = 2) -> int:
+    """Bytes of states that a sequence takes where it is served: twice `state_bytes_per_sequence`, for the states before its
+    newest pass are kept until the next, so that guesses and steps that ran ahead can be taken back.
+
+    Raises:
+        SplitError: the range is empty or outside the model.
+    """
+    return 2 * state_bytes_per_sequence(config, start_layer, end_layer, bytes_per_element=bytes_per_element)
+
+
 def kv_group(width: int) -> int:
     """Elements of a group in an 8-bit cache of this width (64 for K2); the smallest group where none divides the width."""
     return next((group for group in KV_GROUPS if width % group == 0), KV_GROUPS[-1])

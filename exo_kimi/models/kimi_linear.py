@@ -10,11 +10,16 @@ scores in place, so that biased scores weigh there.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, ClassVar
+
+import mlx.core as mx
 
 from exo_kimi.arch.config import KimiConfig
 from exo_kimi.models import kimi_k2
+from exo_kimi.models.features import FeatureTap
 from exo_kimi.models.kda.attention import DeltaAttention
+from exo_kimi.models.kda.recurrent_cache import RecurrentCache
 from exo_kimi.models.mla import Attention
 from exo_kimi.models.rope import Rope
 
@@ -44,6 +49,21 @@ class KimiLinear(kimi_k2.Model):
     """A Kimi Linear, or the stage of it that owns the layers `start_layer` to `end_layer`; see `kimi_k2.Model`."""
 
     decoder_type: ClassVar = KimiLinearModel
+
+    def forward_ragged(
+        self,
+        x: mx.array,
+        segments: Sequence[tuple[int, Sequence[Any]]],
+        *,
+        asked: Sequence[int] | None = None,
+        tap: FeatureTap | None = None,
+    ) -> mx.array:
+        """As of `kimi_k2.Model`; states can be taken back to what they were before."""
+        for _, caches in segments:
+            for cache in caches:
+                if isinstance(cache, RecurrentCache):
+                    cache.begin_pass()
+        return super().forward_ragged(x, segments, asked=asked, tap=tap)
 
 
 Model = KimiLinear

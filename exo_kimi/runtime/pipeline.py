@@ -25,6 +25,8 @@ class PipelineInfo:
         cache_step: a sequence's cache grows by this many tokens at a time, so it takes its length rounded up to it.
         vocab_size: rows of the embedding; token ids are below it.
         kv_bytes_per_token: bytes that a cached token takes on the stage where it takes most; 0 when that is not known.
+        state_tokens: a sequence of any length takes so many cached tokens' memory beside its own, for states that do not grow.
+        whole_prefixes: sequences begin as all of another or from nothing: states cannot be cut at a token.
         disk_blocks: blocks of `cache_step` tokens for which every stage has room on its disk.
     """
 
@@ -33,6 +35,8 @@ class PipelineInfo:
     cache_step: int
     vocab_size: int
     kv_bytes_per_token: int = 0
+    state_tokens: int = 0
+    whole_prefixes: bool = False
     disk_blocks: int = 0
 
 

@@ -119,10 +119,25 @@ class DeltaAttention(Adaptable):
         return mx.concatenate([q, k, v], axis=-1), f_a, g_a, b
 
     def _attend(self, qkv: mx.array, f_a: mx.array, b: mx.array, cache: RecurrentCache | None) -> mx.array:
-        """(B, L, H, D) float32 of projections (B, L, ...) of one span; blocks of tokens, so that float32 copies stay small."""
+        """(B, L, H, D) float32 of projections (B, L, ...) of one span."""
+        before = (None, None) if cache is None else cache.state
+        o, window, state = self._run((qkv, f_a, b), *before)
+        if cache is not None:
+
+            def replay(tokens: int) -> tuple[mx.array, mx.array]:
+                first = (qkv[:, :tokens], f_a[:, :tokens], b[:, :tokens])
+                _, conv_state, recurrent_state = self._run(first, *before)
+                return conv_state, recurrent_state
+
+            cache.update(window, state, qkv.shape[1], replay)
+        return o
+
+    def _run(
+        self, projected: tuple[mx.array, mx.array, mx.array], window: mx.array | None, state: mx.array | None
+    ) -> tuple[mx.array, mx.array, mx.array]:
+        """Outputs (B, L, H, D) float32, and both states after them; blocks of tokens, so that float32 copies stay small."""
+        qkv, f_a, b = projected
         batch, length, _ = qkv.shape
-        window = None if cache is None else cache.conv_state
-        state = None if cache is None else cache.recurrent_state
         if window is None:
             window = mx.zeros((batch, self.taps - 1, qkv.shape[-1]), qkv.dtype)
         if state is None:
@@ -137,9 +152,7 @@ class DeltaAttention(Adaptable):
             outputs.append(o)
             if length > BLOCK:
                 mx.eval(o, state)  # or the graph of the next block would hold this one's arrays
-        if cache is not None:
-            cache.update(mx.contiguous(window), state, length)
-        return joined(outputs, axis=1)
+        return joined(outputs, axis=1), mx.contiguous(window), state
 
     def _inputs(self, window: mx.array, f_a: mx.array, b: mx.array) -> DeltaInputs:
         """Of a block of l tokens: their projections with those of taps - 1 tokens before, (B, l + taps - 1, 3 C)."""

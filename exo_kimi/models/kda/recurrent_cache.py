@@ -1,11 +1,15 @@
 """What a layer with Kimi Delta Attention holds of a sequence: a state of one size, which cannot be cut at a token.
 
+The newest pass alone can be taken back, whole or from a token on: the state before it is kept by reference, and what went into it
+is run again as far as it shall count. So guesses that were wrong and a step that ran ahead cost no state of every token.
+
 Axes: B batch, H heads, Dk width of keys, Dv width of values, C = H * Dk channels.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any, Self
 
 import mlx.core as mx
@@ -13,6 +17,21 @@ import mlx.core as mx
 from exo_kimi.errors import UsageError
 
 __all__ = ["RecurrentCache"]
+
+MOST_REPLAYED = 64
+"""Tokens of a pass that can be taken back in part: guesses and what they follow."""
+
+Replay = Callable[[int], tuple[mx.array, mx.array]]
+
+
+@dataclass(frozen=True, slots=True)
+class Before:
+    """The state before a pass, and after the first tokens of that pass; `replay` None where there were too many."""
+
+    offset: int
+    conv_state: mx.array | None
+    recurrent_state: mx.array | None
+    replay: Replay | None
 
 
 class RecurrentCache:
@@ -28,11 +47,53 @@ class RecurrentCache:
         self.conv_state: mx.array | None = None
         self.recurrent_state: mx.array | None = None
         self.offset = 0
+        self._before: list[Before] = []
 
-    def update(self, conv_state: mx.array, recurrent_state: mx.array, tokens: int) -> None:
-        """Hold the state after some more tokens."""
+    def begin_pass(self) -> None:
+        """What comes now can be taken back; what came before no longer."""
+        self._before.clear()
+
+    def update(
+        self, conv_state: mx.array, recurrent_state: mx.array, tokens: int, replay: Replay | None = None
+    ) -> None:
+        """Hold the state after some more tokens.
+
+        Args:
+            conv_state, recurrent_state: after them.
+            tokens: their number.
+            replay: makes both states after the first n of them, from those that are held now.
+        """
+        # Of a pass in several pieces the first state and the last suffice: a segment with guesses lies in two at most.
+        del self._before[1:]
+        short = replay if tokens <= MOST_REPLAYED else None
+        self._before.append(Before(self.offset, self.conv_state, self.recurrent_state, short))
         self.conv_state, self.recurrent_state = conv_state, recurrent_state
         self.offset += tokens
+
+    def trim(self, count: int) -> int:
+        """Take back the last tokens, as far as the newest pass allows; returns how many, which is all of them or none."""
+        target = self.offset - count
+        if count <= 0:
+            return 0
+        found = next((each for each in reversed(self._before) if each.offset <= target), None)
+        if found is None or (found.offset < target and found.replay is None):
+            return 0
+        kept = target - found.offset
+        if kept and found.replay is not None:
+            self.conv_state, self.recurrent_state = found.replay(kept)
+        else:
+            self.conv_state, self.recurrent_state = found.conv_state, found.recurrent_state
+        self.offset, self._before = target, [each for each in self._before if each.offset < target]
+        return count
+
+    def begin_as(self, other: RecurrentCache, length: int) -> bool:
+        """Hold what another does after `length` tokens, by reference; False where it cannot tell that."""
+        self.conv_state, self.recurrent_state, self.offset = other.conv_state, other.recurrent_state, other.offset
+        self._before = list(other._before)
+        count = self.offset - length
+        told = self.trim(count) == count
+        self._before.clear()
+        return told
 
     @property
     def state(self) -> tuple[mx.array | None, mx.array | None]:
@@ -81,13 +142,10 @@ class RecurrentCache:
 
     @property
     def nbytes(self) -> int:
-        """Bytes held, of any number of tokens."""
-        return sum(part.nbytes for part in self.state if part is not None)
+        """Bytes of the states that are held, of any number of tokens: two, but for a pass in pieces."""
+        states = [self.state, *((each.conv_state, each.recurrent_state) for each in self._before)]
+        return sum(part.nbytes for state in states for part in state if part is not None)
 
     def is_trimmable(self) -> bool:
-        """Never: what a token did to a state cannot be undone."""
+        """Not at any token, as mlx-lm means it."""
         return False
-
-    def trim(self, count: int) -> int:
-        """Forget nothing; returns 0, as mlx-lm's caches that cannot."""
-        return 0

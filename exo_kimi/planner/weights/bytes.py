@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from exo_kimi.arch.config import KimiConfig
-from exo_kimi.arch.geometry import kv_bytes_per_token, state_bytes_per_sequence
+from exo_kimi.arch.geometry import kv_bytes_per_token, served_state_bytes, state_bytes_per_sequence
 from exo_kimi.arch.modules import stage_modules
 from exo_kimi.checkpoint.manifest import StageManifest
 from exo_kimi.checkpoint.vision import NoVision, VisionManifest
@@ -73,10 +73,14 @@ class ModelBytes:
         """Bytes of the state of a sequence in one layer; 0 where it caches every token."""
         return state_bytes_per_sequence(self.config, layer, layer + 1)
 
+    def served_state_bytes(self, layer: int) -> int:
+        """The same with the state before the newest pass, which is kept to take guesses back."""
+        return served_state_bytes(self.config, layer, layer + 1)
+
     def cache_bytes(self, start_layer: int, end_layer: int, *, tokens: int, sequences: int) -> int:
-        """Bytes that a stage keeps of its sequences: what it caches of `tokens` tokens of them all, and a state of each."""
+        """Bytes that a stage keeps of its sequences: what it caches of `tokens` tokens of them all, and the states of each."""
         layers = range(start_layer, end_layer)
-        return sum(tokens * self.kv_layer_bytes(layer) + sequences * self.state_layer_bytes(layer) for layer in layers)
+        return sum(tokens * self.kv_layer_bytes(layer) + sequences * self.served_state_bytes(layer) for layer in layers)
 
     def weight_bytes(self, start_layer: int, end_layer: int, *, ends_everywhere: bool = False) -> int:
         """Weights of a stage as it holds them to serve: its layers, embeddings and head only where owned.

@@ -29,6 +29,7 @@ class StageMemory:
         weights_bytes: what its weights take, loaded or not.
         kv_bytes_per_token: what a cached token takes.
         waiting_bytes: what features take at most that wait for a draft head.
+        state_bytes: what a sequence of any length takes beside.
     """
 
     stage: int
@@ -39,12 +40,38 @@ class StageMemory:
     weights_bytes: int
     kv_bytes_per_token: int
     waiting_bytes: int = 0
+    state_bytes: int = 0
 
 
-def kv_capacity_tokens(
+@dataclass(frozen=True, slots=True, kw_only=True)
+class KvCapacity:
+    """What the stages can cache of all sequences together.
+
+    Args:
+        tokens: cached tokens for which the smallest of all machines has memory.
+        state_tokens: so many of them a sequence takes beside its own, for states of one size.
+    """
+
+    tokens: int
+    state_tokens: int
+
+
+@dataclass(frozen=True, slots=True)
+class _Budget:
+    """Bytes of caches on a machine, and what a token and a sequence take of them."""
+
+    budget_bytes: int
+    token_bytes: int
+    state_bytes: int
+
+
+def kv_capacity(
     stages: Sequence[StageMemory], *, kv_bytes: int | None, planned_kv_bytes: Sequence[int] = ()
-) -> int:
-    """Tokens that every stage can cache, after its weights are loaded: the smallest of all machines.
+) -> KvCapacity:
+    """What every stage can cache, after its weights are loaded.
+
+    States are counted in tokens, of which the ledger is kept: T tokens and n sequences fit a machine where
+    T token_bytes + n state_bytes is within its budget, and they do wherever T + n state_tokens is within `tokens`.
 
     Args:
         stages: all stages, loaded and empty.
@@ -54,32 +81,48 @@ def kv_capacity_tokens(
     Raises:
         StageOutOfMemoryError: not one token fits.
     """
-    capacities = []
+    budgets: list[_Budget] = []
     for neighbours in _by_host(stages):
         if kv_bytes is None:
             free_bytes = _host_free_bytes(neighbours)
             budget_bytes = free_bytes - reserve_bytes(free_bytes) - sum(stage.waiting_bytes for stage in neighbours)
             per_token_bytes = sum(stage.kv_bytes_per_token for stage in neighbours)
+            state_bytes = sum(stage.state_bytes for stage in neighbours)
         else:
             budget_bytes = kv_bytes
             per_token_bytes = max(stage.kv_bytes_per_token for stage in neighbours)
-        if budget_bytes < per_token_bytes:
+            state_bytes = max(stage.state_bytes for stage in neighbours)
+        if budget_bytes < per_token_bytes + state_bytes:
             fix = _FEWER_LAYERS if kv_bytes is None else "a larger --kv-bytes"
-            short_bytes = per_token_bytes - budget_bytes
+            short_bytes = per_token_bytes + state_bytes - budget_bytes
             raise _short(neighbours, "caches", short_bytes=short_bytes, free_bytes=budget_bytes, fix=fix)
-        capacities.append(budget_bytes // per_token_bytes)
+        budgets.append(_Budget(budget_bytes, per_token_bytes, state_bytes))
     for stage in stages if planned_kv_bytes else ():
         planned_bytes = planned_kv_bytes[stage.stage]
-        if planned_bytes < stage.kv_bytes_per_token:
+        if planned_bytes < stage.kv_bytes_per_token + stage.state_bytes:
             raise _short(
                 [stage],
                 "caches",
-                short_bytes=stage.kv_bytes_per_token - planned_bytes,
+                short_bytes=stage.kv_bytes_per_token + stage.state_bytes - planned_bytes,
                 free_bytes=planned_bytes,
                 fix="plan again with a larger --context",
             )
-        capacities.append(planned_bytes // stage.kv_bytes_per_token)
-    return min(capacities)
+        budgets.append(_Budget(planned_bytes, stage.kv_bytes_per_token, stage.state_bytes))
+    return _capacity(budgets)
+
+
+def _capacity(budgets: Sequence[_Budget]) -> KvCapacity:
+    growing = [each.budget_bytes // each.token_bytes for each in budgets if each.token_bytes]
+    # Where no layer caches tokens, they are only a measure of sequences.
+    tokens = min(growing) if growing else min(each.budget_bytes for each in budgets)
+    shares = [
+        -(-each.state_bytes // each.token_bytes)
+        if each.token_bytes
+        else -(-tokens * each.state_bytes // each.budget_bytes)
+        for each in budgets
+        if each.state_bytes
+    ]
+    return KvCapacity(tokens=tokens, state_tokens=max(shares, default=0))
 
 
 def check_weights_fit(stages: Sequence[StageMemory]) -> None:

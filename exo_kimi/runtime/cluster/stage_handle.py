@@ -113,6 +113,7 @@ class ConnectedStage:
             weights_bytes=max(0, self._plan.bytes_with(self.hello.expert_cache_bytes) - self.hello.held_bytes),
             kv_bytes_per_token=self.loaded.kv_bytes_per_token if self.loaded is not None else 1,
             waiting_bytes=self.loaded.waiting_bytes if self.loaded is not None else 0,
+            state_bytes=self.loaded.state_bytes if self.loaded is not None else 0,
         )
 
 

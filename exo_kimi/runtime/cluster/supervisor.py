@@ -26,7 +26,7 @@ from exo_kimi.errors import (
     StageStalledError,
     UsageError,
 )
-from exo_kimi.runtime.cluster.capacity import check_weights_fit, kv_capacity_tokens
+from exo_kimi.runtime.cluster.capacity import check_weights_fit, kv_capacity
 from exo_kimi.runtime.cluster.child_process import socket_directory
 from exo_kimi.runtime.cluster.cluster_plan import ClusterPlan
 from exo_kimi.runtime.cluster.options import ClusterOptions, RunSettings
@@ -254,13 +254,16 @@ class StageCluster:
             [stage.join(self._epoch, address, block_tokens=cache_step) for stage, address in joins],
             unless=self._fault,
         )
+        capacity = kv_capacity(
+            [stage.memory() for stage in connected],
+            kv_bytes=self.options.kv_bytes,
+            planned_kv_bytes=self.options.planned_kv_bytes,
+        )
         self._info = PipelineInfo(
             context=self._context_tokens,
-            kv_capacity_tokens=kv_capacity_tokens(
-                [stage.memory() for stage in connected],
-                kv_bytes=self.options.kv_bytes,
-                planned_kv_bytes=self.options.planned_kv_bytes,
-            ),
+            kv_capacity_tokens=capacity.tokens,
+            state_tokens=capacity.state_tokens,
+            whole_prefixes=any(one.state_bytes for one in loaded),
             cache_step=cache_step,
             vocab_size=self.plan.config.vocab_size,
             kv_bytes_per_token=max(one.kv_bytes_per_token for one in loaded),

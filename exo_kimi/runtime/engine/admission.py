@@ -20,6 +20,7 @@ class Limits:
     kv_capacity_tokens: int
     cache_step: int
     vocab_size: int
+    state_tokens: int = 0
 
     @classmethod
     def of(cls, info: PipelineInfo, *, context: int | None = None) -> Limits:
@@ -29,11 +30,12 @@ class Limits:
             kv_capacity_tokens=info.kv_capacity_tokens,
             cache_step=info.cache_step,
             vocab_size=info.vocab_size,
+            state_tokens=info.state_tokens,
         )
 
     def rounded(self, tokens: int) -> int:
-        """Cached tokens that `tokens` tokens take, in whole allocation steps."""
-        return -(-tokens // self.cache_step) * self.cache_step
+        """Cached tokens' memory that a sequence of `tokens` tokens takes: whole allocation steps, and its states."""
+        return -(-tokens // self.cache_step) * self.cache_step + self.state_tokens
 
     def new_tokens(self, request: GenerationRequest) -> int:
         """How many tokens the request may generate: its `max_tokens`, an upper limit, cut to what is left behind the prompt.
@@ -43,7 +45,7 @@ class Limits:
         """
         prompt = len(request.prompt_ids)
         # The last generated token is never fed back, so it takes a position but no cache.
-        whole_kv = self.kv_capacity_tokens // self.cache_step * self.cache_step
+        whole_kv = max(0, self.kv_capacity_tokens - self.state_tokens) // self.cache_step * self.cache_step
         room_in_context = self.context - prompt
         room_in_kv = whole_kv + 1 - prompt
         room = min(room_in_context, room_in_kv)

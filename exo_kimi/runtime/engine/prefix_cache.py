@@ -77,6 +77,7 @@ class PrefixCache:
         self._ledger = ledger
         self._frees = frees
         info = ready.info
+        self._whole_only = info.whole_prefixes
         budget_bytes = options.memory_bytes if options is not None else 0
         per_token = info.kv_bytes_per_token
         self._budget_tokens = budget_bytes // per_token if budget_bytes is not None and per_token else budget_bytes
@@ -182,6 +183,8 @@ class PrefixCache:
         for other in running:
             if other is sequence or not (other.registered or other.order < sequence.order):
                 continue
+            if self._whole_only:
+                break  # what runs is past what they share, or about to be
             shared = common_tokens(tokens, other.prompt_ids)
             held = other.registered and other.restoring is None
             there = min(shared, other.num_computed_tokens) - self._held_back if held else 0
@@ -261,7 +264,10 @@ class PrefixCache:
             self.counts.cached_tokens += sequence.cached_tokens
 
     def _best(self, tokens: Tokens) -> tuple[CachedPrefix, int] | None:
-        best = self.index.best(tokens)
+        if self._whole_only:  # and nothing can be held back of a whole one
+            best = None if self._held_back else self.index.whole(tokens)
+        else:
+            best = self.index.best(tokens)
         if best is None or not self._worthwhile(best[1] - self._held_back):
             return None
         return best[0], best[1] - self._held_back

@@ -99,6 +99,15 @@ class PrefixIndex:
         found = self._beginning_with(tokens[:count])
         return min(found, key=lambda kept: (len(kept.tokens), self._last_use(kept))), count
 
+    def whole(self, tokens: Tokens) -> tuple[CachedPrefix, int] | None:
+        """The caches that these tokens begin with entirely, and their length: what holds of states that cannot be cut. There is
+        one at most, and it stands right before where these tokens would."""
+        at = self._place(tokens)
+        for kept in self._sorted[max(0, at - 1) : at + 1]:
+            if common_tokens(kept.tokens, tokens) == len(kept.tokens):
+                return kept, len(kept.tokens)
+        return None
+
     def _place(self, tokens: Tokens) -> int:
         """Where such tokens are or would be."""
         return bisect_left(self._sorted, tokens.tobytes(), key=lambda kept: kept.tokens.tobytes())

@@ -211,7 +211,8 @@ class Progress(Header, frozen=True, kw_only=True, tag="progress"):
 
 class Loaded(Header, frozen=True, kw_only=True, tag="loaded"):
     """The layers of a Load are in memory. `cache_step`: a cache grows by so many tokens at a time. `waiting_bytes`: what features
-    that wait for a draft head take at most, all sequences together."""
+    that wait for a draft head take at most, all sequences together. `state_bytes`: what a sequence of any length takes beside its
+    cached tokens, where layers have recurrent states."""
 
     start_layer: Count
     end_layer: Count
@@ -219,6 +220,7 @@ class Loaded(Header, frozen=True, kw_only=True, tag="loaded"):
     cache_step: Count
     kv_bytes_per_token: Count
     waiting_bytes: Count = 0
+    state_bytes: Count = 0
 
 
 class Join(Header, frozen=True, kw_only=True, tag="join"):

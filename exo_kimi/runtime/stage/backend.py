@@ -14,13 +14,13 @@ from typing import Protocol
 import mlx.core as mx
 
 from exo_kimi.arch.draft_modules import draft_kv_bytes_per_token
-from exo_kimi.arch.geometry import kv_bytes_per_token
+from exo_kimi.arch.geometry import kv_bytes_per_token, served_state_bytes
 from exo_kimi.checkpoint.drafts.manifest import DraftManifest, resolve_draft
 from exo_kimi.checkpoint.fingerprint import stage_fingerprint
 from exo_kimi.checkpoint.index import CheckpointIndex, open_index
 from exo_kimi.checkpoint.manifest import resolve
 from exo_kimi.checkpoint.vision import NoVision, VisionManifest, find_vision
-from exo_kimi.errors import CheckpointError, StageError, UnsupportedModelError
+from exo_kimi.errors import CheckpointError, StageError
 from exo_kimi.experts.budget import ExpertCache
 from exo_kimi.models import ops
 from exo_kimi.models.kimi_k2 import CACHE_STEP
@@ -198,12 +198,6 @@ class MlxBackend:
         self._let_go()
         resident = self._layers.take(order, progress)
         model = resident.model
-        if resident.manifest.config.linear_attention is not None:
-            raise UnsupportedModelError(
-                "this model has layers with recurrent states, which stages do not serve yet",
-                found=f"model_type {model.model_type}",
-                fix="inspect, plan and `exo-kimi layer` know it; mlx-lm serves it on one machine",
-            )
         scratch_bytes = order.scratch_bytes or default_scratch_bytes(self.free().free_bytes)
         # Metal runs a graph while the next is built: what one has let go, the other may still hold.
         model.set_scratch_bytes(scratch_bytes // 2 if mx.metal.is_available() else scratch_bytes)
@@ -234,6 +228,12 @@ class MlxBackend:
             )
             + draft_bytes,
             waiting_bytes=0 if drafts is None else MOST_RUNNING * MOST_WAITING * row_bytes,
+            state_bytes=served_state_bytes(
+                resident.manifest.config,
+                order.start_layer,
+                order.end_layer,
+                bytes_per_element=resident.dtype.size,
+            ),
         )
         if model.streamed is not None:
             model.streamed.store.on_progress = self._progress
@@ -296,6 +296,10 @@ class MlxBackend:
             loaded.close_disk()
         if not order.prefix_disk_bytes:
             make_blocks_private(default_directory())  # of a server that kept some
+        elif loaded.answer.state_bytes:
+            logger.warning(
+                "no prefix is kept on this machine's disk: recurrent states cannot be cut into blocks of tokens"
+            )
         elif worker.disk is None:
             try:
                 worker.disk = _make_disk(loaded, order, changed)

@@ -2,14 +2,19 @@
 
 A cache's `keys` and `values` are arrays (1, heads, capacity, width), of one head for latents, or tuples of such (a quantized
 cache: data, scales, biases).
+Recurrent states are not cut: a sequence begins as all of another, and gives back tokens of its newest pass alone.
 """
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import mlx.core as mx
+
+from exo_kimi.errors import StageError
+from exo_kimi.models.kda.recurrent_cache import RecurrentCache
 
 Leaves = dict[str, mx.array]
 """One array for each part of a cache, such as `keys` or `keys.0`."""
@@ -17,21 +22,38 @@ Leaves = dict[str, mx.array]
 
 def capacity_for(tokens: int, caches: Sequence[Any]) -> int:
     """Tokens that a cache takes memory for when it is to hold `tokens`."""
-    step = int(caches[0].step)
+    step = next((int(cache.step) for cache in _growing(caches)), 1)
     return -(-tokens // step) * step
 
 
 def room(caches: Sequence[Any]) -> int:
     """Tokens that the caches of a sequence can take without more memory."""
-    held = min((leaf.shape[2] for _, leaf in _leaves(caches[0])), default=0)
-    return held - int(caches[0].offset)
+    growing = next(_growing(caches), None)
+    if growing is None:
+        return sys.maxsize
+    held = min((leaf.shape[2] for _, leaf in _leaves(growing)), default=0)
+    return held - int(growing.offset)
+
+
+def has_states(caches: Sequence[Any]) -> bool:
+    """Whether some of them are states, which are not cut."""
+    return any(isinstance(cache, RecurrentCache) for cache in caches)
 
 
 def copy_prefix(source: Sequence[Any], target: Sequence[Any], *, length: int, capacity: int) -> None:
     """Let empty caches begin as the first `length` tokens of others, with room for `capacity`: one copy, evaluated here, so
-    that neither side's next write finds its buffer shared."""
+    that neither side's next write finds its buffer shared.
+
+    Raises:
+        StageError: states that hold more than `length` tokens.
+    """
     made: list[mx.array] = []
     for theirs, ours in zip(source, target, strict=True):
+        if isinstance(theirs, RecurrentCache):
+            if not ours.begin_as(theirs, length):
+                raise _uncut(theirs, length)
+            made += [part for part in ours.state if part is not None]
+            continue
         leaves = {name: _resized(leaf, length, max(length, capacity)) for name, leaf in _leaves(theirs)}
         made += leaves.values()
         _put(ours, leaves, length)
@@ -39,9 +61,15 @@ def copy_prefix(source: Sequence[Any], target: Sequence[Any], *, length: int, ca
 
 
 def trim(caches: Sequence[Any], length: int) -> None:
-    """Forget what is beyond `length` tokens; nothing is copied."""
+    """Forget what is beyond `length` tokens; nothing is copied.
+
+    Raises:
+        StageError: states that cannot go back so far.
+    """
     for cache in caches:
-        cache.trim(cache.offset - length)
+        count = cache.offset - length
+        if cache.trim(count) != count:
+            raise _uncut(cache, length)
 
 
 def cut(caches: Sequence[Any], start: int, end: int) -> Leaves:
@@ -73,6 +101,19 @@ def append(caches: Sequence[Any], blocks: Mapping[str, mx.array], *, capacity: i
         made += leaves.values()
         _put(cache, leaves, end)
     mx.eval(made)
+
+
+def _growing(caches: Sequence[Any]) -> Iterator[Any]:
+    """Those that grow by every token."""
+    return (cache for cache in caches if not isinstance(cache, RecurrentCache))
+
+
+def _uncut(cache: Any, length: int) -> StageError:
+    return StageError(
+        f"a {type(cache).__name__} cannot give back {cache.offset - length} tokens",
+        expected=f"{length} tokens, as the leader counts them",
+        found=f"{cache.offset}",
+    )
 
 
 def _resized(leaf: mx.array, length: int, capacity: int) -> mx.array:

@@ -15,6 +15,7 @@ from queue import SimpleQueue
 from exo_kimi.errors import EngineStoppedError, StageError
 from exo_kimi.runtime.pipeline import DiskBlocks, Failed, PipelineEvent, PipelineInfo, Ready
 from exo_kimi.runtime.requests import ExpertHealth, StageHealth, StageState
+from exo_kimi.runtime.stage.caches import has_states
 from exo_kimi.runtime.stage.drafting import DraftRunner
 from exo_kimi.runtime.stage.pictures import PictureTower
 from exo_kimi.runtime.stage.prefix_disk import Changed, PrefixDisk
@@ -142,6 +143,7 @@ class InlinePipeline:
             kv_capacity_tokens=self._kv_capacity_tokens,
             cache_step=self._cache_step,
             vocab_size=workers[0].model.args.vocab_size,
+            whole_prefixes=any(has_states(worker.model.make_cache()) for worker in workers),
             disk_blocks=min((disk.capacity_blocks for disk in disks), default=0),
         )
         self._ready(workers, info, post)

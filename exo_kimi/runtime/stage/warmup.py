@@ -12,11 +12,12 @@ from collections.abc import Callable, Iterator, Sequence
 import mlx.core as mx
 import numpy as np
 
+from exo_kimi.arch.scratch import AttentionShape
 from exo_kimi.arch.vision import CHANNELS, Grid
 from exo_kimi.models.kimi_k2 import Model
 from exo_kimi.pictures.picture import Picture
 from exo_kimi.runtime.requests import SamplingParams
-from exo_kimi.runtime.stage.caches import append, cut
+from exo_kimi.runtime.stage.caches import append, cut, has_states
 from exo_kimi.runtime.stage.pictures import PictureTower
 from exo_kimi.runtime.stage.resident import give_back_memory
 from exo_kimi.runtime.stage.stage_model import pack, width_of
@@ -96,7 +97,7 @@ def _layers(model: Model, lengths: Sequence[int]) -> Iterator[None]:
 
 def _past(model: Model, length: int) -> int:
     """How many tokens before a chunk make attention go the other way than with none, in chunks of `MANY`; or one chunk."""
-    attention = model.layers[0].self_attn
+    attention = AttentionShape.of(model.args)
     alone = attention.prefers_absorbed(length, length)
     pasts = range(MANY, _MOST_KEYS, MANY)
     return next((past for past in pasts if attention.prefers_absorbed(length, past + length) != alone), MANY)
@@ -172,12 +173,15 @@ class _Steps:
         """A sequence that begins with a copy of another's caches; blocks as a disk keeps them."""
         first = self._begin()
         yield from self._run([Segment(seq_id=first, offset=0, length=length, sample=True)])
-        kept = length // 2
+        caches = self._model.make_cache()
+        kept = length if has_states(caches) else length // 2
         copy = self._begin(source=first, restore=kept)
         yield from self._run([Segment(seq_id=copy, offset=kept, length=FEW, sample=True)])
         self._freed += [first, copy]
-        caches = self._model.make_cache()
         mx.eval(self._model.forward_ragged(_noise(self._model, length), [(length, caches)], asked=[0]))
+        if has_states(caches):
+            yield
+            return
         blocks = cut(caches, 0, kept)
         empty = self._model.make_cache()
         append(empty, blocks, capacity=kept)

@@ -139,8 +139,8 @@ def test_kimi_linear_is_planned_to_the_digit() -> None:
     packed = [bytes_of_recipe(config, load_recipe(f"uniform-{bits}"), name="x").total_bytes for bits in (4, 8)]
     assert [round(each / 1e9, 1) for each in packed] == [27.6, 52.2]
     tokens = 1 << 20
-    assert plain.cache_bytes(0, 27, tokens=tokens, sequences=1) == 7 * 1152 * tokens + 20 * 2_170_880
-    assert plain.cache_bytes(0, 3, tokens=tokens, sequences=2) == 2 * 3 * 2_170_880
+    assert plain.cache_bytes(0, 27, tokens=tokens, sequences=1) == 7 * 1152 * tokens + 2 * 20 * 2_170_880
+    assert plain.cache_bytes(0, 3, tokens=tokens, sequences=2) == 2 * 2 * 3 * 2_170_880
     assert plain.cache_bytes(3, 4, tokens=tokens, sequences=2) == 1152 * tokens
 
 
