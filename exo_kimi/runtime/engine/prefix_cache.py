@@ -264,10 +264,9 @@ class PrefixCache:
             self.counts.cached_tokens += sequence.cached_tokens
 
     def _best(self, tokens: Tokens) -> tuple[CachedPrefix, int] | None:
-        if self._whole_only:  # and nothing can be held back of a whole one
-            best = None if self._held_back else self.index.whole(tokens)
-        else:
-            best = self.index.best(tokens)
+        if self._whole_only and self._held_back:
+            return None  # nothing is held back of what is not cut
+        best = self.index.whole(tokens) if self._whole_only else self.index.best(tokens)
         if best is None or not self._worthwhile(best[1] - self._held_back):
             return None
         return best[0], best[1] - self._held_back
