@@ -150,7 +150,7 @@ class LayerCache:
         """More experts than slots, as of a prompt: what is missing passes through two windows of slots in turn, so that the next
         are read while the ones before are computed. The other slots keep what they have, and the policy learns nothing of what
         was asked for: a pass that asks for everything does not say what the next will want."""
-        width = max(1, self.slots // (4 if len(missing) > self.slots else 2))
+        width = max(1, self.slots // (4 if len(missing) > self.slots else 2), len(self._free) // 2)
         width = min(width, -(-len(missing) // 2))
         wanted, slot_before = set(held), dict(self._slot_of)
         room: list[int] = []

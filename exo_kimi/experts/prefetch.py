@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass
 from functools import partial
 from threading import Lock
 
@@ -27,8 +28,14 @@ PROBE_PASSES = 16
 DECIDE_LAYERS = 64
 """Layers between two decisions."""
 
+COMPARE_DECISIONS = 16
+"""Decisions to go on after which it is off until the next, to measure anew what that would take."""
+
+MOST_REST = 64
+"""Decisions until it is tried again after it did not win: twice as many each time, up to these."""
+
 BEGIN_GAIN, GO_ON_GAIN = 0.03, 0.01
-"""Of a layer's time: what reading ahead must save to begin, and to go on."""
+"""Of a layer's time: what reading ahead must promise to save to begin, and save to go on."""
 
 FORGET = 0.98
 """Weight that what was measured keeps when the next comes."""
@@ -56,12 +63,44 @@ class Mean:
         return self.total / self.weight if self.weight else 0.0
 
 
+@dataclass(frozen=True, slots=True)
+class LayerTime:
+    """What one layer of a pass took.
+
+    Args:
+        compute_s: without waiting for reads; None where it is not known.
+        waited_s: for reads.
+        missing: experts that had no slot.
+    """
+
+    compute_s: float | None
+    waited_s: float
+    missing: int
+
+
+class _Times:
+    """Of layers, on average."""
+
+    def __init__(self) -> None:
+        self.compute_s, self.waited_s = Mean(), Mean()
+
+    def add(self, layer: LayerTime) -> None:
+        if layer.compute_s is not None:
+            self.compute_s.add(layer.compute_s)
+        self.waited_s.add(layer.waited_s)
+
+    @property
+    def total_s(self) -> float:
+        return self.compute_s.value + self.waited_s.value
+
+
 class PrefetchPolicy:
     """How many experts a layer reads ahead, by what was measured; one for all layers of a stage.
 
     With C seconds of a layer without waiting, M experts missing, t seconds of the disk for each, and G read ahead of which u are
     used, a layer takes C + M t without, and with the greater of C + (M - u) t and (M + G - u) t: reading ahead hides reads behind
-    computing until the disk is never idle.
+    computing until the disk is never idle. That law says how many to try. They are read for as long as layers really wait less
+    than while nothing was read ahead; else half as many are tried, and then none for a while.
 
     Args:
         mode: `auto` decides; `on` reads as many as there is room for.
@@ -77,8 +116,10 @@ class PrefetchPolicy:
         self.count = self.most if mode == "on" else 0
         self._decides = mode == "auto" and most > 0
         self._right = [Mean() for _ in range(self.most)]
-        self._compute_s, self._missing = Mean(), Mean()
-        self._passes = self._layers = 0
+        self._missing = Mean()
+        self._without, self._with = _Times(), _Times()
+        self._passes = self._layers = self._decisions = 0
+        self._rest, self._next_rest = 0, 1
 
     def begin_pass(self) -> None:
         """The first layer of a pass is next."""
@@ -94,34 +135,53 @@ class PrefetchPolicy:
         for mean, expert in zip(self._right, guesses, strict=False):
             mean.add(expert in asked)
 
-    def measured(self, compute_s: float, missing: int, expert_s: float) -> None:
+    def measured(self, layer: LayerTime, expert_s: float) -> None:
         """A layer was run.
 
         Args:
-            compute_s: its time without waiting for reads.
-            missing: experts that had no slot.
-            expert_s: of the disk, for one.
+            layer: what it took.
+            expert_s: of the disk, for one expert.
         """
-        self._compute_s.add(compute_s)
-        self._missing.add(missing)
+        self._missing.add(layer.missing)
+        (self._with if self.count else self._without).add(layer)
         self._layers += 1
         if self._decides and self._layers % DECIDE_LAYERS == 0:
             self._decide(expert_s)
 
     def gain(self, count: int, expert_s: float) -> float:
         """The share of a layer's time that reading so many ahead saves."""
-        compute_s, missing = self._compute_s.value, self._missing.value
+        compute_s, missing = self._without.compute_s.value, self._missing.value
         used = min(missing, sum(mean.value for mean in self._right[:count] if mean.weight >= LEAST_WEIGHT))
         before_s = compute_s + missing * expert_s
         after_s = max(compute_s + (missing - used) * expert_s, (missing + count - used) * expert_s)
         return 1 - after_s / before_s if before_s else 0.0
 
+    @property
+    def saved(self) -> float:
+        """The share of a layer's time that reading ahead really saves, with what it takes from computing."""
+        return 1 - self._with.total_s / self._without.total_s if self._without.total_s else 0.0
+
     def _decide(self, expert_s: float) -> None:
-        if self._compute_s.weight < LEAST_WEIGHT:
+        if min(mean.weight for mean in (self._without.compute_s, self._without.waited_s)) < LEAST_WEIGHT:
             return
-        best = max(range(self.most + 1), key=lambda count: self.gain(count, expert_s))
-        wanted = GO_ON_GAIN if self.count else BEGIN_GAIN
-        self.count = best if self.gain(best, expert_s) >= wanted else 0
+        if not self.count:
+            self._rest = max(0, self._rest - 1)
+            best = max(range(self.most + 1), key=lambda count: self.gain(count, expert_s))
+            if not self._rest and self.gain(best, expert_s) >= BEGIN_GAIN:
+                self._try(best)
+        elif self.saved >= GO_ON_GAIN:
+            self._decisions += 1
+            self._next_rest = 1
+            if self._decisions % COMPARE_DECISIONS == 0:
+                self.count = 0
+        elif self.count > 1:
+            self._try(self.count // 2)
+        else:
+            self.count = 0
+            self._rest, self._next_rest = self._next_rest + 1, min(MOST_REST, 2 * self._next_rest)
+
+    def _try(self, count: int) -> None:
+        self.count, self._with = count, _Times()
 
 
 class Prefetcher:
@@ -158,9 +218,11 @@ class Prefetcher:
         now_s, stall_s = self._clock(), self._store.counters.stall_s
         if layout.layer <= self._layer:
             self.policy.begin_pass()
-        elif self._missing is not None and layout.layer == self._layer + 1:
+        if self._missing is not None:
             waited_s = stall_s - self._arrived[1]
-            self.policy.measured(max(0.0, now_s - self._arrived[0] - waited_s), self._missing, self._expert_s(layout))
+            follows = layout.layer == self._layer + 1  # or other stages' time lies between
+            compute_s = max(0.0, now_s - self._arrived[0] - waited_s) if follows else None
+            self.policy.measured(LayerTime(compute_s, waited_s, self._missing), self._expert_s(layout))
         self._layer, self._arrived, self._missing = layout.layer, (now_s, stall_s), None
 
     def asked(self, missing: int) -> None:

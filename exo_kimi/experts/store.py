@@ -14,6 +14,7 @@ import weakref
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -146,7 +147,8 @@ class ExpertStore:
             order: it, and memory that is no slot.
             free: called once that memory is used no longer, in any thread.
         """
-        return PrefetchedExpert(self, order.views, self._pool.submit(self._run, _tasks(order)), free)
+        futures = [self._pool.submit(self._run, [task]) for task in _tasks(order)]
+        return PrefetchedExpert(self, order.views, futures, free)
 
     def count_prefetched(self, count: int, *, used: bool) -> None:
         """Take note of so many bytes that were read before anybody asked for them, and whether somebody did."""
@@ -287,7 +289,7 @@ class PrefetchedExpert:
 
     store: ExpertStore
     views: SlotViews
-    future: Future[_Outcome]
+    futures: list[Future[_Outcome]]
     free: Callable[[], None]
     settled: bool = False
 
@@ -295,27 +297,45 @@ class PrefetchedExpert:
         """Wait for the read and copy its bytes; False where it failed, and the expert is to be read as any other."""
         self.settled = True
         try:
-            outcome = self.future.result()
-            if outcome.error is None:
+            outcomes = [future.result() for future in self.futures]
+            is_whole = all(outcome.error is None for outcome in outcomes)
+            if is_whole:
                 for here, there in zip(self.views, slot, strict=True):
                     for name, view in there.items():
                         np.copyto(np.frombuffer(view, np.uint8), np.frombuffer(here[name], np.uint8))
         finally:
+            wait(self.futures)
             self.free()
-        self.store.count_prefetched(outcome.read_bytes, used=outcome.error is None)
-        return outcome.error is None
+        self.store.count_prefetched(sum(outcome.read_bytes for outcome in outcomes), used=is_whole)
+        return is_whole
 
     def drop(self) -> None:
         """Nobody wants it: a read that has not begun never does, and another counts as wasted when it ends."""
         if not self.settled:
             self.settled = True
-            self.future.cancel()
-            self.future.add_done_callback(self._dropped)
+            left = _Countdown(len(self.futures), self.free)
+            for future in self.futures:
+                future.cancel()
+                future.add_done_callback(partial(self._dropped, left))
 
-    def _dropped(self, future: Future[_Outcome]) -> None:
-        self.free()
+    def _dropped(self, left: _Countdown, future: Future[_Outcome]) -> None:
+        left.one_less()
         if not future.cancelled() and future.exception() is None:
             self.store.count_prefetched(future.result().read_bytes, used=False)
+
+
+class _Countdown:
+    """Calls a function once something has happened so often, in any threads."""
+
+    def __init__(self, count: int, then: Callable[[], None]) -> None:
+        self._count, self._then, self._lock = count, then, threading.Lock()
+
+    def one_less(self) -> None:
+        with self._lock:
+            self._count -= 1
+            is_last = self._count == 0
+        if is_last:
+            self._then()
 
 
 @dataclass(frozen=True, slots=True)

@@ -2,57 +2,102 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import pytest
 
 from exo_kimi.errors import UsageError
 from exo_kimi.experts.budget import check_prefetch
-from exo_kimi.experts.prefetch import DECIDE_LAYERS, PROBE_PASSES, PrefetchPolicy, places_for
+from exo_kimi.experts.prefetch import (
+    COMPARE_DECISIONS,
+    DECIDE_LAYERS,
+    PROBE_PASSES,
+    LayerTime,
+    PrefetchPolicy,
+    places_for,
+)
 
 
-def fed(policy: PrefetchPolicy, *, right: float, compute_s: float, missing: int, expert_s: float) -> None:
-    """So many layers whose best guesses are right in such a share of cases, and worse ones less and less often."""
-    for layer in range(4 * DECIDE_LAYERS):
-        guesses = list(range(policy.most))
-        asked = {rank for rank in guesses if (layer * 7 % 100) / 100 < right * 0.8**rank}
-        policy.learn(guesses, asked)
-        policy.measured(compute_s, missing, expert_s)
+@dataclass(frozen=True)
+class World:
+    """What layers take: guesses of a rank are right in `right` of the cases times .8 for each rank above it, and a disk reads one
+    expert after another, each read ahead of which costs `penalty_s` more than it should."""
+
+    right: float = 0.9
+    compute_s: float = 0.010
+    missing: int = 4
+    expert_s: float = 0.002
+    penalty_s: float = 0.0
+
+    def run(self, policy: PrefetchPolicy, *, windows: int = 4) -> list[int]:
+        """The counts after each decision."""
+        counts = []
+        for layer in range(windows * DECIDE_LAYERS):
+            ranks = range(policy.most)
+            policy.learn(ranks, {rank for rank in ranks if (layer * 7 % 100) / 100 < self.right * 0.8**rank})
+            used = min(self.missing, sum(self.right * 0.8**rank for rank in range(policy.count)))
+            disk_s = (self.missing + policy.count - used) * self.expert_s
+            waited_s = max((self.missing - used) * self.expert_s, disk_s - self.compute_s)
+            waited_s += policy.count * self.penalty_s
+            policy.measured(LayerTime(self.compute_s, waited_s, self.missing), self.expert_s)
+            if layer % DECIDE_LAYERS == DECIDE_LAYERS - 1:
+                counts.append(policy.count)
+        return counts
 
 
 def test_it_is_on_where_the_disk_would_be_idle_and_guesses_are_right() -> None:
     policy = PrefetchPolicy("auto", 8)
-    fed(policy, right=0.9, compute_s=0.010, missing=4, expert_s=0.002)
+    World().run(policy)
     assert policy.count > 1 and policy.is_asking
     assert policy.gain(policy.count, 0.002) == max(policy.gain(count, 0.002) for count in range(9))
+    assert policy.saved == pytest.approx(policy.gain(policy.count, 0.002), abs=0.05)
 
 
 @pytest.mark.parametrize(
-    ("right", "compute_s", "missing", "expert_s"),
+    "world",
     [
-        pytest.param(0.9, 0.0001, 4, 0.002, id="the disk is never idle"),
-        pytest.param(0.02, 0.002, 4, 0.002, id="guesses are wrong"),
-        pytest.param(0.9, 0.010, 4, 0.00001, id="reading takes no time"),
-        pytest.param(0.9, 0.010, 0, 0.002, id="nothing is missing"),
+        pytest.param(World(compute_s=0.0001), id="the disk is never idle"),
+        pytest.param(World(right=0.02, compute_s=0.002), id="guesses are wrong"),
+        pytest.param(World(expert_s=0.00001), id="reading takes no time"),
+        pytest.param(World(missing=0), id="nothing is missing"),
     ],
 )
-def test_it_is_off_where_it_would_not_win(right: float, compute_s: float, missing: int, expert_s: float) -> None:
+def test_it_is_off_where_it_would_not_win(world: World) -> None:
     policy = PrefetchPolicy("auto", 8)
-    fed(policy, right=right, compute_s=compute_s, missing=missing, expert_s=expert_s)
-    assert policy.count == 0
+    assert set(world.run(policy, windows=8)) == {0}
+
+
+def test_what_promises_to_win_and_does_not_is_tried_with_less_and_then_ever_more_rarely() -> None:
+    policy = PrefetchPolicy("auto", 8)
+    counts = World(penalty_s=0.005).run(policy, windows=200)
+    first = next(count for count in counts if count)
+    start = counts.index(first)
+    halves = [first]
+    while halves[-1]:
+        halves.append(halves[-1] // 2)
+    assert counts[start : start + len(halves)] == halves
+    tried = sum(count > 0 for count in counts)
+    assert tried < 30, "of 200 windows"
+    # Where fewer really win, fewer it is.
+    policy = PrefetchPolicy("auto", 8)
+    counts = World(penalty_s=0.0007).run(policy, windows=12)
+    assert 0 < counts[-1] < policy.most and policy.saved > 0.01
 
 
 def test_one_that_is_on_stays_on_for_less_than_it_takes_to_begin() -> None:
-    def gain_of(policy: PrefetchPolicy, expert_s: float) -> float:
-        return max(policy.gain(count, expert_s) for count in range(policy.most + 1))
+    world, policy = World(expert_s=0.000_06), PrefetchPolicy("auto", 8)
+    assert set(world.run(policy)) == {0}
+    policy._try(4)  # as if it had begun while the disk was slower
+    assert set(world.run(policy)) == {4}
+    assert 0.01 < policy.saved < 0.03
 
-    # Between the two marks: worth going on with, not worth beginning.
-    begun, fresh = PrefetchPolicy("auto", 8), PrefetchPolicy("auto", 8)
-    fed(begun, right=0.9, compute_s=0.010, missing=4, expert_s=0.002)
-    for policy in (begun, fresh):
-        fed(policy, right=0.9, compute_s=0.010, missing=4, expert_s=0.000_06)
-        assert 0.01 < gain_of(policy, 0.000_06) < 0.03
-    assert begun.count > 0 and fresh.count == 0
-    fed(begun, right=0.9, compute_s=0.010, missing=4, expert_s=0.000_01)
-    assert begun.count == 0
+
+def test_it_is_off_once_in_a_while_to_know_what_that_would_take() -> None:
+    policy = PrefetchPolicy("auto", 8)
+    counts = World().run(policy, windows=3 * COMPARE_DECISIONS)
+    assert sum(count == 0 for count in counts[4:]) == 2
+    World(missing=0).run(policy, windows=2 * COMPARE_DECISIONS)
+    assert policy.count == 0
 
 
 def test_while_off_it_asks_in_a_few_passes_and_on_and_off_are_followed() -> None:
@@ -64,7 +109,7 @@ def test_while_off_it_asks_in_a_few_passes_and_on_and_off_are_followed() -> None
     assert sum(asking) == 4
     off, on = PrefetchPolicy("off", 8), PrefetchPolicy("on", 8)
     for policy in (off, on):
-        fed(policy, right=0.0, compute_s=0.001, missing=4, expert_s=0.002)
+        World(right=0.0).run(policy)
     assert (off.count, off.is_asking, on.count, on.is_asking) == (0, False, 8, True)
     with pytest.raises(UsageError, match="no such way of reading ahead"):
         check_prefetch("sometimes")

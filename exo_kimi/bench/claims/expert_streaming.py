@@ -8,6 +8,7 @@ The same model twice, one with fewer slots than experts. Files lie in the page c
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 import tempfile
 import time
@@ -32,6 +33,7 @@ from exo_kimi.runtime.loading.loader import load_stage
 HELD_BAR, MISS_BAR, PROMPT_BAR, PEAK_BAR = 1.02, 1.25, 1.5, 1.02
 EXPERTS, CHOSEN, LAYERS = 32, 8, 3
 PROMPT, CHUNK = 2000, 512
+SLOW_READ_S, AHEAD = 0.0005, 2
 COUNTERS = Path("/proc/self/io")
 SHAPES: dict[str, dict[str, Any]] = {
     "decode": {"hidden_size": 512, "moe_intermediate_size": 256},
@@ -134,7 +136,8 @@ def decode_rows(manifest: StageManifest, rounds: int) -> list[Row]:
     """With room for all, and with about a tenth missing."""
     plain = loaded(manifest, None)
     ours, theirs = Decoding(loaded(manifest, EXPERTS)), Decoding(plain)
-    pairs = taken_in_turn(lambda: ours.run(8), lambda: theirs.run(8), rounds=rounds)
+    # Step by step in turn: both run the same code, and what is left is how the machine's speed changes meanwhile.
+    pairs = taken_in_turn(lambda: ours.run(1), lambda: theirs.run(1), rounds=16 * rounds, warm=8)
     held = Row.of_pairs(
         "decode, all held",
         [(one.median_s, other.median_s) for one, other in pairs],
@@ -148,7 +151,7 @@ def decode_rows(manifest: StageManifest, rounds: int) -> list[Row]:
     ours, theirs = Decoding(model), Decoding(plain)
     pairs = taken_in_turn(lambda: ours.run(8), lambda: theirs.run(8), rounds=rounds)
     found = streamed(model)
-    counters, reads = found.counters, found.store.counters
+    counters = found.counters
     missing = Row.of_pairs(
         "decode, a tenth missing",
         [(one.step_s, other.step_s + one.read_s) for one, other in pairs],
@@ -159,14 +162,59 @@ def decode_rows(manifest: StageManifest, rounds: int) -> list[Row]:
         note=f"{counters.misses / (counters.hits + counters.misses):.1%} missing",
         equal=all(one.tokens == other.tokens for one, other in pairs),
     )
-    before, kernel_before = (counters.misses, reads.read_bytes), kernel_bytes()
+    return [held, missing, bytes_row(manifest), ahead_row(manifest, max(1, rounds // 3))]
+
+
+def bytes_row(manifest: StageManifest) -> Row:
+    """What is read for a token, by the kernel's count, over the bytes of the experts that were missing: a quarter is held."""
+    model = loaded(manifest, EXPERTS // 4)
+    ours, found = Decoding(model), streamed(model)
+    reads = found.store.counters
+    misses, read_bytes, kernel_before = found.counters.misses, reads.read_bytes, kernel_bytes()
     ours.run(8)
     kernel = kernel_bytes() - kernel_before
-    expert_bytes = next(iter(found.banks.values())).layout.disk_bytes
-    wanted = (found.counters.misses - before[0]) * expert_bytes
-    read = kernel if COUNTERS.exists() else reads.read_bytes - before[1]
-    exact = reads.read_bytes - before[1] == wanted
-    return [held, missing, _bytes_row("bytes of a token", read / 8, wanted / 8, equal=exact)]
+    wanted = (found.counters.misses - misses) * next(iter(found.banks.values())).layout.disk_bytes
+    if not wanted:
+        raise RuntimeError("nothing was missing")
+    read = kernel if COUNTERS.exists() else reads.read_bytes - read_bytes
+    return _bytes_row("bytes of a token", read / 8, wanted / 8, equal=reads.read_bytes - read_bytes == wanted)
+
+
+def ahead_row(manifest: StageManifest, rounds: int) -> Row:
+    """Decoding with AHEAD experts of a layer read ahead against none, with as many slots, both from a disk that takes SLOW_READ_S
+    for a read whatever else it does."""
+    each = sum(layout.slot_bytes for layout in layouts_of(manifest.sources).values())
+    models = []
+    for prefetch, slots in (
+        ("on", EXPERTS // 4 + CHOSEN),
+        ("off", EXPERTS // 4),
+    ):  # memory for reading ahead is of the budget
+        cache = ExpertCache(budget_bytes=slots * each, prefetch=prefetch, reads="cached")
+        model = load_stage(manifest, fuse=True, expert_cache=cache)
+        streamed(model).store._preadv = slow_preadv
+        models.append(model)
+    prefetcher = streamed(models[0]).prefetcher
+    if prefetcher is None or streamed(models[0]).slots != streamed(models[1]).slots:
+        raise RuntimeError("not the same number of slots")
+    prefetcher.policy.count = AHEAD
+    ours, theirs = map(Decoding, models)
+    pairs = taken_in_turn(lambda: ours.run(8), lambda: theirs.run(8), rounds=rounds)
+    counters = streamed(models[0]).store.counters
+    used = counters.prefetch_used_bytes / max(1, counters.prefetched_bytes)
+    return Row.of_pairs(
+        "decode, read ahead, slow disk",
+        [(one.step_s, other.step_s) for one, other in pairs],
+        unit="s",
+        inverse=True,
+        note=f"over none; {used:.0%} of what was read ahead was used",
+        equal=all(one.tokens == other.tokens for one, other in pairs),
+    )
+
+
+def slow_preadv(descriptor: int, buffers: Sequence[memoryview], position: int) -> int:
+    """As `os.preadv`, after a while."""
+    time.sleep(SLOW_READ_S)
+    return os.preadv(descriptor, buffers, position)
 
 
 def _bytes_row(name: str, ours: float, theirs: float, *, equal: bool) -> Row:

@@ -25,6 +25,7 @@ from exo_kimi.experts.policies import POLICY_NAMES
 from exo_kimi.models.expert_bank import StreamedExperts
 from exo_kimi.models.kimi_k2 import Model
 from exo_kimi.runtime.loading.loader import load, load_stage
+from tests.work import calls_of
 
 EXPERTS, CHOSEN = 8, 4
 SMALL = {
@@ -243,6 +244,22 @@ def test_a_layer_that_holds_all_its_experts_has_no_bank(stored: Callable[..., Pa
     model = load_stage(resolve(open_index(directory)), dtype="float32", fuse=True, expert_cache=cache)
     assert list(streamed(model).banks) == [2]
     assert same(run(model), run(load(directory, dtype="float32", fuse=True)))
+
+
+def test_a_budget_for_all_experts_costs_a_step_no_call(stored: Callable[..., Path]) -> None:
+    """Nothing is read back and nothing asked: the room for streaming is as if it were not there."""
+    directory = stored()
+
+    def calls(model: Model) -> int:
+        caches = model.make_cache()
+        token = mx.array([5], mx.int32)
+        for _ in range(2):
+            mx.eval(model.forward_ragged(token, [(1, caches)]))
+        return calls_of(lambda: mx.eval(model.forward_ragged(token, [(1, caches)])))[1]
+
+    plain = calls(load(directory, dtype="float32", fuse=True))
+    assert calls(load_streamed(directory, EXPERTS)) == plain
+    assert calls(load_streamed(directory, EXPERTS - 1)) > plain
 
 
 def test_memory_is_backbone_and_slots_and_stays(stored: Callable[..., Path]) -> None:
