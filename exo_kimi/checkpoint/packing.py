@@ -51,24 +51,39 @@ def pack_bits(codes: NDArray[np.unsignedinteger[Any]], bits: int) -> NDArray[np.
     Source: mlx `mlx/backend/cpu/quantized.cpp`; held to `mx.dequantize` by a test.
     """
     *leading, columns = codes.shape
-    # Eight codes fill `bits` bytes exactly, so one uint64 holds eight of them at any width.
-    eights = codes.reshape(-1, 8)
-    stream = eights[:, 0].astype(np.uint64)
-    for position in range(1, 8):
-        stream |= eights[:, position].astype(np.uint64) << np.uint64(bits * position)
-    octets = np.ascontiguousarray(stream.astype("<u8", copy=False).view(np.uint8).reshape(-1, 8)[:, :bits])
-    return octets.reshape(*leading, columns * bits // 8).view("<u4")
+    # Eight codes, a byte each, are one uint64. Neighbours close up: bytes to pairs, pairs to fours, fours to eights.
+    stream = np.ascontiguousarray(codes, np.uint8).view("<u8").reshape(-1)
+    for width in (8, 16, 32) if bits < 8 else ():
+        used = width // 8 * bits
+        high = stream >> np.uint64(width - used)
+        high &= _lanes(used, width) << np.uint64(used)
+        stream = stream & _lanes(used, width)
+        stream |= high
+    # They fill `bits` bytes exactly, which are moved in the widest units that divide them.
+    unit = bits & -bits
+    units = stream.view(f"<u{unit}").reshape(-1, 8 // unit)[:, : bits // unit]
+    return np.ascontiguousarray(units).view(np.uint8).reshape(*leading, columns * bits // 8).view("<u4")
 
 
 def unpack_bits(packed: NDArray[np.uint32], bits: int) -> NDArray[np.uint8]:
     """Undo `pack_bits`: (..., in * bits / 32) uint32 to (..., in) uint8."""
-    octets = np.ascontiguousarray(packed).view(np.uint8).reshape(-1, bits)
-    padded = np.zeros((len(octets), 8), np.uint8)
-    padded[:, :bits] = octets
-    stream = padded.view("<u8")
-    codes = (stream >> (np.arange(8, dtype=np.uint64) * np.uint64(bits))) & np.uint64(2**bits - 1)
-    columns = packed.shape[-1] * 32 // bits
-    return np.asarray(codes, np.uint8).reshape(*packed.shape[:-1], columns)
+    unit = bits & -bits
+    units = np.ascontiguousarray(packed).view(f"<u{unit}").reshape(-1, bits // unit)
+    padded = np.zeros((len(units), 8 // unit), units.dtype)
+    padded[:, : bits // unit] = units
+    stream = padded.view("<u8").reshape(-1)
+    for width in (32, 16, 8) if bits < 8 else ():
+        used = width // 8 * bits
+        high = stream & (_lanes(used, width) << np.uint64(used))
+        high <<= np.uint64(width - used)
+        stream = stream & _lanes(used, width)
+        stream |= high
+    return stream.view(np.uint8).reshape(*packed.shape[:-1], packed.shape[-1] * 32 // bits)
+
+
+def _lanes(used: int, width: int) -> np.uint64:
+    """The lowest `used` bits of every other lane of `width` bits."""
+    return np.uint64(sum((2**used - 1) << at for at in range(0, 64, 2 * width)))
 
 
 def quantize_affine(

@@ -24,7 +24,7 @@ from exo_kimi.errors import UsageError
 from exo_kimi.planner.weights.recipes import Recipe
 from exo_kimi.units import format_bytes
 
-_ARITHMETIC = 1
+_ARITHMETIC = 2
 """Raised when the same source and recipe give other bytes than before: an output that was begun is then not continued."""
 
 _CARRIED = "vision"  # how the reasons begin for tensors that a text model skips and a converted checkpoint keeps

@@ -55,7 +55,7 @@ def pack_rows(
     count, into = rows.shape
     groups = into // packing.group_size
     columns = rows.reshape(count * groups, packing.group_size).T
-    if packing.mode != "affine" or rounding == "search":
+    if packing.mode != "affine":
         columns = np.ascontiguousarray(columns)
     weights = None
     if importance is not None:
@@ -68,10 +68,9 @@ def pack_rows(
         affine = quantize_as_mlx(columns, packing.bits, target.dtype)
     else:
         affine = quantize_searched(columns, packing.bits, target.dtype, importance=weights)
-    codes = np.ascontiguousarray(affine.codes.astype(np.uint8).T)
     narrow = _NARROW[target.dtype]
     return PackedRows(
-        pack_bits(codes.reshape(count, into), packing.bits),
+        pack_bits(affine.codes.T.reshape(count, into), packing.bits),
         affine.scales.astype(narrow).reshape(count, groups),
         affine.biases.astype(narrow).reshape(count, groups),
     )

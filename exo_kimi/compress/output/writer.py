@@ -225,11 +225,11 @@ class CheckpointWriter:
                 file = ShardFile(shard, descriptor, self._progress)
                 file.put_header()
                 yield file
-                os.fsync(descriptor)
-            finally:
+                self._wait()
+            except BaseException:
                 os.close(descriptor)
-            self._wait()
-            self._verifying = self._pool.submit(self._settle, file, part)
+                raise
+            self._verifying = self._pool.submit(self._settle, file, descriptor, part)
 
     def finish(self) -> Written:
         """Write the other files, config.json last, and the manifest.
@@ -270,11 +270,16 @@ class CheckpointWriter:
             write_whole(job.directory / name, data)
             self._journal.files[name] = {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
 
-    def _settle(self, file: ShardFile, part: Path) -> None:
-        """Verify a shard, note it, and give it its name."""
-        sha256 = file.verify(part)
-        self._journal.note(file.shard.file, file.shard.file_bytes, sha256)
-        part.replace(self.job.directory / file.shard.file)
+    def _settle(self, file: ShardFile, descriptor: int, part: Path) -> None:
+        """Have a shard on the disk, verify it, note it, and give it its name: while the next one is written."""
+        with self._failures(part):
+            try:
+                os.fsync(descriptor)
+            finally:
+                os.close(descriptor)
+            sha256 = file.verify(part)
+            self._journal.note(file.shard.file, file.shard.file_bytes, sha256)
+            part.replace(self.job.directory / file.shard.file)
 
     def _done(self) -> int:
         return sum(self._journal.is_done(shard.file) for shard in self.job.shards)
