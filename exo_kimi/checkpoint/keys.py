@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
+from functools import lru_cache
 
 # K2.5 and later nest the text model; transformers 5 saves the same nesting the other way round.
 _PREFIXES = (("language_model.", ""), ("model.language_model.", "model."))
@@ -90,8 +91,18 @@ class SkippedKey:
 
 def parse_key(name: str) -> TensorKey | SkippedKey | None:
     """Parse a tensor name; None for a name of no known layout."""
-    name = spelled_as_mlx(_without_prefix(name))
-    match = _TEXT.fullmatch(name)
+    before, found, after = name.partition(".experts.")
+    expert, _, rest = after.partition(".")
+    if not found or not expert.isdecimal():
+        return _parse(name)
+    # A K2 has two hundred thousand names of experts, and some hundreds when their numbers are left out.
+    key = _parse_once(f"{before}.experts.0.{rest}")
+    return TensorKey(key.path, key.part, key.layer, int(expert)) if isinstance(key, TensorKey) else key
+
+
+def _parse(name: str) -> TensorKey | SkippedKey | None:
+    name = _without_prefix(name)
+    match = _TEXT.fullmatch(name) or _TEXT.fullmatch(spelled_as_mlx(name))
     if match is None:
         for pattern, reason in _NOT_TEXT:
             if pattern.fullmatch(name):
@@ -101,6 +112,9 @@ def parse_key(name: str) -> TensorKey | SkippedKey | None:
     if expert is not None:
         path = path.replace(f".experts.{expert}.", ".switch_mlp.")
     return TensorKey(path, part, None if layer is None else int(layer), None if expert is None else int(expert))
+
+
+_parse_once = lru_cache(4096)(_parse)
 
 
 def spelled_as_mlx(name: str) -> str:

@@ -7,6 +7,7 @@ import pytest
 from exo_kimi.checkpoint.keys import SkippedKey, TensorKey, canonical_path, parse_key
 from exo_kimi.checkpoint.safetensors_io import read_header
 from exo_kimi.checkpoint.tiny.make import LAYOUTS
+from tests.work import calls_of
 
 LAYER = "model.layers.3"
 
@@ -90,3 +91,11 @@ def test_config_paths_are_brought_to_one_form() -> None:
         "model.layers.1.mlp.experts.3.up_proj",
     ):
         assert canonical_path(name) == expected
+
+
+def test_the_names_of_many_experts_are_parsed_by_their_pattern_once() -> None:
+    """A K2 has two hundred thousand of them."""
+    names = [f"model.layers.7.mlp.experts.{number}.up_proj.weight_packed" for number in range(384)]
+    parsed, matches = calls_of(lambda: [parse_key(name) for name in names], "fullmatch")
+    assert [key.expert for key in parsed if isinstance(key, TensorKey)] == list(range(384))
+    assert matches <= 2

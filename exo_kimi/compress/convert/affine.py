@@ -1,7 +1,7 @@
 """MLX's affine codes, value = code * scale + bias for each group of a row: with mx.quantize's arithmetic, or searched.
 
-Weights come as (group_size, N), one column a group: best as the transposed view of rows as they lie in a matrix. Sums over a group
-are taken where groups are columns in memory, as sums of long vectors: an eighth of a nanosecond a weight.
+Weights come as (group_size, N), one column a group: best as the transposed view of rows as they lie in a matrix. Sums over a
+group are taken where groups are columns in memory, as sums of long vectors: an eighth of a nanosecond a weight.
 """
 
 from __future__ import annotations
