@@ -19,7 +19,13 @@ def calibrate(
         list[Path],
         option("--text", metavar="FILE", help="prose, or .jsonl with messages, text or ids a line (repeatable)"),
     ],
-    output: Annotated[Path, option("-o", "--output", metavar="SCORES.json", help="where the scores go")],
+    output: Annotated[
+        Path | None, option("-o", "--output", metavar="SCORES.json", help="where the scores go, for `prune`")
+    ] = None,
+    inputs: Annotated[
+        Path | None,
+        option("--inputs", metavar="FILE", help="where mean squares of inputs go, for `convert --calibration`"),
+    ] = None,
     domain: Annotated[
         str, option("--domain", metavar="NAME", help='what the texts are about, such as "code and tools"')
     ] = "general",
@@ -32,9 +38,17 @@ def calibrate(
 ) -> None:
     """What each expert and layer is worth: one pass over texts, a layer at a time; run it again to go on."""
     from exo_kimi.compress.calibrate.command import calibrate_directory
+    from exo_kimi.compress.calibrate.inputs import write_inputs
+    from exo_kimi.errors import UsageError
 
-    calibrate_directory(directory, text, output, domain=domain, most_tokens=tokens, dtype=dtype, say=_say)
-    print(f"scores are in {output}")
+    if output is None and inputs is None:
+        raise UsageError("say where to", expected="-o SCORES.json, --inputs FILE, or both", where="calibrate")
+    if inputs is not None:
+        count = write_inputs(directory, text, inputs, most_tokens=tokens, dtype=dtype, say=_say)
+        print(f"inputs of {count} modules are in {inputs}")
+    if output is not None:
+        calibrate_directory(directory, text, output, domain=domain, most_tokens=tokens, dtype=dtype, say=_say)
+        print(f"scores are in {output}")
 
 
 def prune(

@@ -158,7 +158,7 @@ class _Search:
     def start(self, share: float) -> _Trial:
         """Codes over a share of the range, around its middle."""
         width = (self._high - self._low) * np.float32(share)
-        return self._try(width / self.steps, (self._low + self._high - width) / 2)
+        return self._try(width / self.steps, (self._low + self._high - width) * np.float32(0.5))
 
     def fit(self, trial: _Trial) -> _Trial:
         """Scale and bias for the codes of a trial, and codes for those."""
@@ -166,7 +166,9 @@ class _Search:
         spread = count * trial.qq - trial.q * trial.q
         several = spread > 0  # else all codes are alike, and any scale is as good
         scales = np.where(several, count * trial.wq / np.where(several, spread, np.float32(1)), trial.scales)
-        return self._try(scales, -scales * trial.q / np.where(count > 0, count, np.float32(1)))
+        offsets: Floats = -scales * trial.q
+        offsets /= np.where(count > 0, count, np.float32(1))
+        return self._try(scales, offsets)
 
     def _try(self, scales: Floats, offsets: Floats) -> _Trial:
         """Sums over the codes that are nearest; |w - s q - o|^2 = ww - 2 s wq + s^2 qq + 2 s o q + n o^2."""
@@ -174,7 +176,7 @@ class _Search:
         offsets = biases - self._mean
         factors = _reciprocal(scales)
         codes = np.multiply(self._weights, factors, out=self._codes)
-        codes -= offsets * factors
+        np.subtract(codes, offsets * factors, out=codes)
         np.rint(codes, out=codes)
         np.clip(codes, np.float32(0), self.steps, out=codes)
         wq = np.einsum("ij,ij->j", self._weighed, codes)
@@ -204,8 +206,7 @@ def _whole(codes: Floats, steps: np.float32) -> Codes:
 
 def _reciprocal(scales: Floats) -> Floats:
     """1 / s, and 0 for the scale 0 of a group whose weights are all alike."""
-    found: Floats = np.float32(1) / np.where(scales == 0, np.float32(np.inf), scales)
-    return found
+    return np.reciprocal(np.where(scales == 0, np.float32(np.inf), scales), dtype=np.float32)
 
 
 class _Scratch(threading.local):
