@@ -84,7 +84,7 @@ def read_llama_rope(raw: Mapping[str, Any], where: object, problems: list[Checkp
             problems.append(
                 ConfigError(f"{key} has the wrong type", expected="an object", found=repr(section), where=where)
             )
-    theta = scaling.get("rope_theta") if raw.get("rope_theta") is None else raw["rope_theta"]
+    theta: Any = scaling.get("rope_theta") if raw.get("rope_theta") is None else raw["rope_theta"]
     if not is_number(theta, float) or theta <= 1:
         problems.append(
             ConfigError(
