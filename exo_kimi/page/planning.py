@@ -26,6 +26,8 @@ class PlanRequest(BaseModel):
         cluster: machines such as `m3-ultra-512, m2-ultra-192`; never a file of the server's.
         recipe: by name; as published when left out.
         split: layers of each machine, the largest first; the best when left out.
+        stream: where layers do not fit, read experts from disk.
+        ssd_bytes_per_s: of the machines' disks; as published of the chip when left out.
     """
 
     model_config = ConfigDict(extra="forbid", strict=True)
@@ -41,6 +43,8 @@ class PlanRequest(BaseModel):
     kv_bits: Annotated[int, Field(ge=8, le=8)] | None = None
     raise_limits: bool = False
     split: Annotated[str, Field(max_length=100)] | None = None
+    stream: bool = False
+    ssd_bytes_per_s: Annotated[float, Field(ge=1e6, le=1e12)] | None = None
 
 
 class PlanAnswer(BaseModel):
@@ -143,4 +147,8 @@ def _command(asked: PlanRequest) -> str:
         value = getattr(asked, name)
         if value is not None:
             words.append(f"--{name.replace('_', '-')} {value}")
-    return " ".join([*words, *(["--raise-limits"] if asked.raise_limits else []), "--explain", "-o plan.json"])
+    if asked.ssd_bytes_per_s is not None:
+        words.append(f"--ssd {asked.ssd_bytes_per_s / 1e9:g}GB/s")
+    words += ["--raise-limits"] if asked.raise_limits else []
+    words += ["--stream"] if asked.stream else []
+    return " ".join([*words, "--explain", "-o plan.json"])

@@ -34,6 +34,7 @@ class PlannerView {
     const field = (name, label, control) => h("div", { class: "field" }, h("label", { for: `plan-${name}` }, label), control);
     this.asked.model ??= choices.models[0];
     const raise = h("input", { type: "checkbox", checked: this.asked.raise_limits === true, onchange: () => (this.asked.raise_limits = raise.checked) });
+    const stream = h("input", { id: "plan-stream", type: "checkbox", checked: this.asked.stream === true, onchange: () => (this.asked.stream = stream.checked) });
     this.button = h("button", { type: "submit", class: "primary" }, words.plan);
     const form = h(
       "form",
@@ -53,9 +54,11 @@ class PlannerView {
         field("concurrency", words.concurrency, number("concurrency", "1")),
         field("objective", words.objective, select("objective", choices.objectives.map((name) => [name, words[`objective_${name}`] ?? name]))),
         field("kv_bits", words.kvBits, select("kv_bits", [["", words.kv16], ["8", words.kv8]])),
+        field("ssd", words.ssd, h("input", { id: "plan-ssd", type: "number", min: "0.1", max: "1000", step: "any", value: this.asked.ssd ?? "", placeholder: words.ssdKnown, oninput: (event) => (this.asked.ssd = event.target.value) })),
         field("split", words.split, h("input", { id: "plan-split", type: "text", inputmode: "numeric", value: this.asked.split ?? "", placeholder: "44,17", oninput: (event) => (this.asked.split = event.target.value) })),
       ),
       h("label", { class: "check" }, raise, ` ${words.raiseLimits}`),
+      h("label", { class: "check" }, stream, ` ${words.streamExperts}`),
       h("div", { class: "row" }, this.button),
     );
     fill(main, h("section", { class: "panel wide" }, h("h2", {}, words.planner), form), this.answer);
@@ -115,6 +118,8 @@ class PlannerView {
     if (asked.recipe) body.recipe = asked.recipe;
     if (asked.kv_bits) body.kv_bits = Number(asked.kv_bits);
     if (asked.raise_limits) body.raise_limits = true;
+    if (asked.stream) body.stream = true;
+    if (asked.stream && asked.ssd) body.ssd_bytes_per_s = Number(asked.ssd) * 1e9;
     if (asked.split?.trim()) body.split = asked.split.trim();
     localStorage.setItem(NAME, JSON.stringify(asked));
     this.button.disabled = true;

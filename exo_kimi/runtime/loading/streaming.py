@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -22,6 +23,8 @@ from exo_kimi.models.kimi_k2 import Model
 from exo_kimi.models.moe import MoE
 from exo_kimi.runtime.loading.parameter_memory import ParameterMemory, Target
 from exo_kimi.runtime.reserve import host_free_bytes
+
+logger = logging.getLogger(__name__)
 
 _DTYPES = {"BF16": mx.bfloat16, "F16": mx.float16, "F32": mx.float32, "U32": mx.uint32, "U8": mx.uint8}
 
@@ -155,6 +158,15 @@ def attach_banks(
         if prefetcher is not None and layer - 1 in banks:
             banks[layer - 1].next_layer = NextLayer(banks[layer], _guess(model, layer))
     model.streamed = StreamedExperts(store, banks, prefetcher, stage.places * stage.place_bytes)
+    logger.info(
+        "%d of %d experts in %d layers have a slot, the others are read %s, %d places to read ahead (%s)",
+        model.streamed.slots,
+        sum(bank.layout.experts for bank in banks.values()),
+        len(banks),
+        "past the page cache" if store.is_direct else "through the page cache",
+        stage.places,
+        cache.prefetch,
+    )
 
 
 def _page_cache_bytes() -> int:

@@ -28,9 +28,11 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from exo_kimi.checkpoint.index import open_index
+from exo_kimi.checkpoint.manifest import resolve
 from exo_kimi.checkpoint.tiny.make import make_tiny
 from exo_kimi.dialogue.speaker import Speaker
 from exo_kimi.errors import ExoLoadError
+from exo_kimi.experts.layout import layouts_of
 from exo_kimi.plugin.control.apply import Applied, apply_plan
 from exo_kimi.plugin.control.http import ExoClient
 from exo_kimi.plugin.control.plan import exo_plan
@@ -160,6 +162,28 @@ def test_a_split_answers_as_one_process_does(
     assert {prompt: text_of(ask(cluster.url, prompt)) for prompt in PROMPTS} == alone
     cut = split[0]
     assert {f"0 of 2: layers 0:{cut}", f"1 of 2: layers {cut}:7"} <= ranks_in_logs(cluster)
+
+
+def test_nodes_that_read_experts_from_disk_answer_the_same(
+    exo_head: Any, real_exo: Any, models: Path, tiny: Path, alone: dict[str, str], tmp_path: Path
+) -> None:
+    """Both nodes with slots for a part of their experts, and memory to read ahead into."""
+    if isinstance(exo_head, str) or (reason := exo_head.cannot_import_us()):
+        pytest.skip(exo_head if isinstance(exo_head, str) else reason)
+    layouts = layouts_of(resolve(open_index(tiny)).sources, floats=None)
+    each_bytes = max(layout.slot_bytes for layout in layouts.values())
+    extra = {
+        "EXO_KIMI_EXPERT_CACHE": str(5 * 3 * each_bytes),
+        "EXO_KIMI_EXPERT_PREFETCH": "on",
+        "EXO_KIMI_EXPERT_READS": "direct",
+    }
+    with (
+        real_exo.exo_cluster(exo_head, tmp_path, models, plugin=real_exo.BIND_US, extra=extra) as running,
+        ExoClient(running.url) as client,
+    ):
+        place(client, tiny, MODEL, (5, 2))
+        assert {prompt: text_of(ask(running.url, prompt)) for prompt in PROMPTS} == alone
+        assert all("have a slot, the others are read" in _log(node) for node in running.nodes)
 
 
 def test_one_node_with_all_layers_answers_the_same(

@@ -86,10 +86,31 @@ async def test_a_plan_is_the_planner_s_and_reads_no_file(
         ({"context": 0}, "context"),
         ({"context": "many"}, "context"),
         ({"surprise": 1}, "surprise"),
+        ({"stream": "yes"}, "stream"),
+        ({"stream": True, "ssd_bytes_per_s": 0}, "ssd_bytes_per_s"),
         ({"split": "1,2"}, "61 layers"),
     ):
         refused = await client.post("/v1/plan", json={**FOUNDING, **change})
         assert refused.status_code == 400 and words in refused.json()["error"]["message"], change
+
+
+async def test_a_plan_reads_experts_from_disk_where_it_is_asked_to(
+    client_of: Callable[..., httpx.AsyncClient], saying: Callable[..., Any]
+) -> None:
+    client = client_of(saying())
+    small = {"cluster": "m4-max-128", "model": "kimi-k2.6", "recipe": "q34+q6"}
+    refused = await client.post("/v1/plan", json=small)
+    assert refused.status_code == 400 and "does not fit" in refused.json()["error"]["message"]
+    made = [
+        (await client.post("/v1/plan", json={**small, "stream": True, **more})).json()
+        for more in ({}, {"ssd_bytes_per_s": 3e9})
+    ]
+    slots = [each["plan"]["stages"][0]["expert_slots"] for each in made]
+    assert 8 < slots[0] < 384
+    assert made[0]["command"].endswith("--stream --explain -o plan.json") and "--ssd" not in made[0]["command"]
+    assert "--ssd 3GB/s --stream" in made[1]["command"]
+    speeds = [Plan.from_json(each["plan_json"]).prediction.decode_tokens_per_s for each in made]
+    assert speeds[1] < speeds[0]
 
 
 def state(**changes: Any) -> ClusterPicture:
