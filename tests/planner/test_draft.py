@@ -100,7 +100,8 @@ def test_a_step_with_guesses_costs_what_it_reads() -> None:
     head, machine = split.question.draft, split.stages[-1].machine
     assert head is not None
     for guesses in (1, 3):
-        chain_s = guesses * (head.step_bytes / machine.bandwidth.number + machine.overhead.number)
+        each_bytes = head.step_bytes + split.question.workload.mean_cached_tokens * head.kv_token_bytes
+        chain_s = guesses * (each_bytes / machine.bandwidth.number + machine.overhead.number)
         chain_s += head.enter_bytes / machine.bandwidth.number
         verify_s = sum(decode_stages_s(split, batch=guesses + 1)) + sum(hops_s(split, guesses + 1))
         assert drafted_step_s(split, guesses) == pytest.approx(verify_s + chain_s)
@@ -125,6 +126,14 @@ def test_the_text_says_bytes_links_and_break_even(tmp_path: Path, target: Checkp
     text = plan_answer(cluster="m4-max-128", directory=target.directory, draft=tmp_path).text
     size = draft_bytes(tmp_path, target.config).resident_bytes
     assert f"({size} bytes) of weights" in text and "headers" in text
+
+
+def test_a_published_head_with_attention_as_in_llama_keeps_more_of_each_token() -> None:
+    split = planned("kimi-k2.5-mha@4", model="kimi-k2.5", raise_limits=True)
+    head = split.question.draft
+    assert head is not None and not head.borrows_embedding
+    assert head.kv_token_bytes == 2 * 64 * 128 * 2
+    assert head.layers == (2, 30, 58)
 
 
 def test_a_wrong_head_is_refused(tmp_path: Path, target: Checkpoint) -> None:

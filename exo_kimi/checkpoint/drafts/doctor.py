@@ -32,6 +32,7 @@ from exo_kimi.errors import CheckpointError, CheckpointProblems, ConfigError, Mi
 SAMPLED_ROWS = 64
 LIKE = 0.9
 """Least mean cosine of embedding rows that are the same before rounding: 3 bits leave 0.97, other models' rows have about 0."""
+_IDS_FIX = "write those into config.json and compare, if few guesses are right"
 _WORDS = {"BF16": np.uint16, "F16": np.float16, "F32": np.float32}
 
 
@@ -105,6 +106,9 @@ def _check_target(manifest: DraftManifest, target: Checkpoint, checkup: Checkup)
         checkup.error(error)
         return
     checkup.notes.append(f"it reads what enters layers {', '.join(map(str, layers))} of its target")
+    if manifest.config.layer_ids is not None and manifest.config.target_fingerprint is None:
+        later = [layer + 1 for layer in layers]
+        checkup.notes.append(f"programs differ: by SpecForge and sglang the same ids would be {later}; {_IDS_FIX}")
     try:
         told = _compare_norms(manifest, target, checkup) or _compare_embedding(manifest, target, checkup)
     except MissingTensorError:

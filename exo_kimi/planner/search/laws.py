@@ -176,11 +176,12 @@ def draft_chunk_s(draft: DraftBytes, machine: Machine, tokens: float) -> float:
 
 
 def draft_chain_s(question: Question, machine: Machine, guesses: int) -> float:
-    """A chain of guesses: each reads the head's layer and output head, be it the target's, the first of them `fc` too; and a
-    layer's overhead each. The head's own cache is small beside them."""
+    """A chain of guesses: each reads the head's layer, its cache as in the middle of the timed request, and the output head, be it
+    the target's; the first of them `fc` too; and a layer's overhead each."""
     draft = question.draft
     if draft is None or not guesses:
         return 0.0
     each_bytes = draft.step_bytes + (question.model.head_bytes if draft.borrows_head else 0)
+    each_bytes += question.workload.mean_cached_tokens * draft.kv_token_bytes
     read_s = (guesses * each_bytes + draft.enter_bytes) / machine.bandwidth.number
     return read_s + guesses * machine.overhead.number

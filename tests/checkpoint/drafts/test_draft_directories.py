@@ -195,6 +195,13 @@ def test_a_head_for_another_target_is_refused_by_name(
         load_draft_head(head, target)
 
 
+def test_a_head_of_others_is_told_what_other_programs_read(head: Path, target: Checkpoint) -> None:
+    layers = resolve_draft(head).config.feature_layers(target.config.num_hidden_layers)
+    notes = diagnosed(head, target.directory).notes
+    assert any(f"would be {[layer + 1 for layer in layers]}" in note for note in notes)
+    assert not any("programs differ" in note for note in diagnosed(HEAD, TINY).notes)
+
+
 def test_layers_are_those_of_the_config_or_the_published_default(target: Checkpoint) -> None:
     raw = draft_raw_config(target.config, kind="mla")
     assert DraftConfig.from_dict(raw | {"eagle_config": {}}).feature_layers(61) == (2, 30, 58)
