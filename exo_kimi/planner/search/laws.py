@@ -176,8 +176,8 @@ def draft_chunk_s(draft: DraftBytes, machine: Machine, tokens: float) -> float:
 
 
 def draft_chain_s(question: Question, machine: Machine, guesses: int) -> float:
-    """A chain of guesses: each reads the head's layer, its cache as in the middle of the timed request, and the output head, be it
-    the target's; the first of them `fc` too; and a layer's overhead each."""
+    """A chain of guesses: each reads the head's layer, its cache as in the middle of the timed request, and the output head, be
+    it the target's; the first of them `fc` too; and a layer's overhead each."""
     draft = question.draft
     if draft is None or not guesses:
         return 0.0
