@@ -13,6 +13,7 @@ from typing import Any
 from exo_kimi.arch.keys import (
     FAMILIES,
     K2,
+    NESTED,
     KeyFamily,
     check_layer_kinds,
     check_other_keys,
@@ -20,12 +21,13 @@ from exo_kimi.arch.keys import (
     read_q_lora_rank,
     read_required,
 )
+from exo_kimi.arch.kimi_k3 import K3Layers, read_k3_layers
 from exo_kimi.arch.linear import LinearAttention, read_linear_attention
 from exo_kimi.arch.rope import RopeScaling, read_rope, yarn_mscale
 from exo_kimi.errors import CheckpointError, CheckpointProblems, ConfigError, UnsupportedModelError
 
 TEXT_MODEL_TYPES = K2.model_types
-NESTED_MODEL_TYPES = ("kimi_k25",)
+NESTED_MODEL_TYPES = tuple(NESTED)
 MODEL_TYPES = tuple(name for family in FAMILIES for name in family.model_types)
 _GIVE = "give the directory of a Kimi K2, K2-Thinking, K2.5-2.7 or Kimi Linear checkpoint"
 
@@ -68,6 +70,7 @@ class KimiConfig:
     key_prefix: str
     # Names and shapes of tensors say it too: in the repr, which fingerprints are made of, it would change those of every K2.
     linear_attention: LinearAttention | None = field(default=None, repr=False)
+    k3: K3Layers | None = field(default=None, repr=False)
     ignored_keys: tuple[str, ...] = ()
 
     @property
@@ -93,6 +96,11 @@ class KimiConfig:
     def is_linear(self, layer: int) -> bool:
         """Whether a layer has Kimi Delta Attention, and so a state of one size in place of latents of every token."""
         return self.linear_attention is not None and layer in self.linear_attention.layers
+
+    @property
+    def link_vectors(self) -> int:
+        """Vectors of `hidden_size` that a token takes on a link between stages at most: 1, but for Kimi K3."""
+        return 1 if self.k3 is None else self.k3.link_vectors(self.num_hidden_layers)
 
     @property
     def has_states(self) -> bool:
@@ -127,6 +135,8 @@ class KimiConfig:
             problems += contradictions(values, where)
         if not problems and family.linear:
             values["linear_attention"] = read_linear_attention(text, values["num_hidden_layers"], where, problems)
+        if not problems and family.residuals:
+            values["k3"] = read_k3_layers(text, where, problems)
         if not problems:
             problems += check_layer_kinds(text, values, family, where)
         if len(problems) == 1:
@@ -146,20 +156,21 @@ def _text_model(raw: Mapping[str, Any], where: object) -> tuple[Mapping[str, Any
     """
     outer = raw.get("model_type")
     families = {name: family for family in FAMILIES for name in family.model_types}
-    if outer in NESTED_MODEL_TYPES:
+    if isinstance(outer, str) and outer in NESTED:
         text = raw.get("text_config")
         if not isinstance(text, Mapping):
             raise ConfigError("text_config is missing", expected="an object with the text model's keys", where=where)
-        inner = text.get("model_type", TEXT_MODEL_TYPES[0])
-        if inner not in TEXT_MODEL_TYPES:
+        family = NESTED[outer]
+        inner = text.get("model_type", family.model_types[0])
+        if inner not in family.model_types:
             raise UnsupportedModelError(
-                "the text model is not a Kimi K2",
-                expected=f"text_config.model_type one of {', '.join(TEXT_MODEL_TYPES)}",
+                f"the text model is not a {family.name}",
+                expected=f"text_config.model_type one of {', '.join(family.model_types)}",
                 found=f"model_type {inner!r}",
                 where=where,
                 fix=_GIVE,
             )
-        return text, families[inner], "language_model."
+        return text, family, "language_model."
     if not isinstance(outer, str) or outer not in families:
         raise UnsupportedModelError(
             "this is not a Kimi checkpoint",

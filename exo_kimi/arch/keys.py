@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from exo_kimi.arch import kimi_k3
 from exo_kimi.arch.numbers import is_number
 from exo_kimi.errors import CheckpointError, ConfigError
 
@@ -49,6 +50,7 @@ class KeyFamily:
         spelled: field -> its published key, where the two differ; either is read.
         rotates: whether attention has rotary positions.
         linear: whether some layers have Kimi Delta Attention.
+        residuals: whether layers have what `arch.kimi_k3` says.
     """
 
     name: str
@@ -59,6 +61,7 @@ class KeyFamily:
     spelled: Mapping[str, str] = field(default_factory=dict)
     rotates: bool = True
     linear: bool = False
+    residuals: bool = False
 
     def key(self, name: str) -> str:
         """The published key of a field."""
@@ -118,7 +121,20 @@ KIMI_LINEAR = KeyFamily(
     rotates=False,
     linear=True,
 )
+KIMI_K3 = KeyFamily(
+    name="Kimi K3",
+    model_types=("kimi_linear",),
+    only_value={**KIMI_LINEAR.only_value, "hidden_act": "situ"},
+    optional=(*KIMI_LINEAR.optional, *kimi_k3.KEYS),
+    harmless=KIMI_LINEAR.harmless,
+    spelled=KIMI_LINEAR.spelled,
+    rotates=False,
+    linear=True,
+    residuals=True,
+)
 FAMILIES = (K2, KIMI_LINEAR)
+NESTED = {"kimi_k25": K2, "kimi_k3": KIMI_K3}
+"""Families whose text model is nested under `text_config`, by the outer model_type."""
 # Hugging Face's classes take null for "no groups".
 _NULL_IS_ONE = ("n_group", "topk_group")
 # What transformers 5 calls the layers of a model that attends everywhere.

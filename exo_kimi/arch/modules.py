@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from exo_kimi.arch.config import KimiConfig
+from exo_kimi.arch.kimi_k3 import decay_rows
 from exo_kimi.arch.linear import LinearAttention
 from exo_kimi.errors import SplitError
 
@@ -30,6 +31,8 @@ class ModuleSpec:
             that the path names.
         layer: None outside the decoder layers.
         has_bias: whether a linear has a bias vector.
+        is_float32: whether published weights are float32 where most are bf16.
+        a_log: elements of A_log where it is padded beyond a decay's heads.
         packs: whether a checkpoint may have a router packed, as Kimi Linear's MLX conversions do.
     """
 
@@ -39,6 +42,8 @@ class ModuleSpec:
     layer: int | None = None
     has_bias: bool = False
     packs: bool = False
+    is_float32: bool = False
+    a_log: int = 0
 
     @property
     def quantizable(self) -> bool:
@@ -53,6 +58,8 @@ class ModuleSpec:
         for size in self.shape:
             count *= size
         extra = self.shape[0] if self.kind in ("router", "decay") or self.has_bias else 0
+        if self.a_log:
+            extra = self.a_log
         return count + extra
 
 
@@ -85,6 +92,8 @@ def stage_modules(config: KimiConfig, start_layer: int, end_layer: int) -> tuple
     for layer in range(start_layer, end_layer):
         specs += layer_modules(config, layer)
     if end_layer == config.num_hidden_layers:
+        if config.k3 is not None:
+            specs += _residual_attention("model.output_attn_res", None, config.hidden_size)
         specs.append(ModuleSpec(path="model.norm", kind="norm", shape=(config.hidden_size,)))
         specs.append(ModuleSpec(path="lm_head", kind="linear", shape=(config.vocab_size, config.hidden_size)))
     return tuple(specs)
@@ -102,13 +111,20 @@ def layer_modules(config: KimiConfig, layer: int) -> tuple[ModuleSpec, ...]:
         *attention_modules(config, layer),
         ModuleSpec(path=f"{prefix}.post_attention_layernorm", kind="norm", shape=(hidden,), layer=layer),
     ]
+    if config.k3 is not None:
+        for name in ("self_attention_res", "mlp_res"):
+            specs += _residual_attention(f"{prefix}.{name}", layer, hidden)
     if not config.is_moe(layer):
         return (*specs, *_mlp(f"{prefix}.mlp", layer, hidden, config.intermediate_size))
     experts, width = config.n_routed_experts, config.moe_intermediate_size
     packs = config.linear_attention is not None
     gate = ModuleSpec(path=f"{prefix}.mlp.gate", kind="router", shape=(experts, hidden), layer=layer, packs=packs)
     specs.append(gate)
-    for name, shape in (("gate_proj", (width, hidden)), ("up_proj", (width, hidden)), ("down_proj", (hidden, width))):
+    into = hidden
+    if config.k3 is not None:
+        into = config.k3.routed_expert_hidden_size
+        specs += _latent_experts(f"{prefix}.mlp", layer, hidden, into)
+    for name, shape in (("gate_proj", (width, into)), ("up_proj", (width, into)), ("down_proj", (into, width))):
         specs.append(
             ModuleSpec(path=f"{prefix}.mlp.switch_mlp.{name}", kind="experts", shape=(experts, *shape), layer=layer)
         )
@@ -137,20 +153,47 @@ def attention_modules(config: KimiConfig, layer: int) -> list[ModuleSpec]:
 
 def _delta_attention(config: KimiConfig, linear: LinearAttention, layer: int) -> list[ModuleSpec]:
     prefix, hidden, width = f"model.layers.{layer}.self_attn", config.hidden_size, linear.width
+    gate: list[tuple[str, ModuleKind, tuple[int, ...]]] = [
+        ("g_a_proj", "linear", (linear.head_dim, hidden)),
+        ("g_b_proj", "linear", (width, linear.head_dim)),
+    ]
+    if config.k3 is not None:
+        gate = [("g_proj", "linear", (width, hidden))]
     shapes: list[tuple[str, ModuleKind, tuple[int, ...]]] = [
         *((f"{name}_proj", "linear", (width, hidden)) for name in ("q", "k", "v")),
         *((f"{name}_conv.conv", "conv", (width, linear.short_conv_kernel_size, 1)) for name in ("q", "k", "v")),
         ("f_a_proj", "linear", (linear.head_dim, hidden)),
         ("f_b_proj", "linear", (width, linear.head_dim)),
         ("b_proj", "linear", (linear.num_heads, hidden)),
-        ("g_a_proj", "linear", (linear.head_dim, hidden)),
-        ("g_b_proj", "linear", (width, linear.head_dim)),
+        *gate,
         ("o_norm", "norm", (linear.head_dim,)),
         ("o_proj", "linear", (hidden, width)),
     ]
-    specs = [ModuleSpec(path=f"{prefix}.{name}", kind=kind, shape=shape, layer=layer) for name, kind, shape in shapes]
-    decay = ModuleSpec(path=prefix, kind="decay", shape=(linear.num_heads, linear.head_dim), layer=layer)
+    wide = () if config.k3 is None else ("conv", "norm")
+    specs = [
+        ModuleSpec(path=f"{prefix}.{name}", kind=kind, shape=shape, layer=layer, is_float32=kind in wide)
+        for name, kind, shape in shapes
+    ]
+    a_log = 0 if config.k3 is None else decay_rows(linear.num_heads)
+    decay = ModuleSpec(path=prefix, kind="decay", shape=(linear.num_heads, linear.head_dim), layer=layer, a_log=a_log)
     return [*specs, decay]
+
+
+def _residual_attention(prefix: str, layer: int | None, hidden: int) -> list[ModuleSpec]:
+    """Scores of the vectors that blocks of layers left: a norm, and a product with one row."""
+    return [
+        ModuleSpec(path=f"{prefix}_proj", kind="linear", shape=(1, hidden), layer=layer),
+        ModuleSpec(path=f"{prefix}_norm", kind="norm", shape=(hidden,), layer=layer),
+    ]
+
+
+def _latent_experts(prefix: str, layer: int, hidden: int, latent: int) -> list[ModuleSpec]:
+    """Ways into the space of routed experts and out of it."""
+    return [
+        ModuleSpec(path=f"{prefix}.routed_expert_down_proj", kind="linear", shape=(latent, hidden), layer=layer),
+        ModuleSpec(path=f"{prefix}.routed_expert_norm", kind="norm", shape=(latent,), layer=layer),
+        ModuleSpec(path=f"{prefix}.routed_expert_up_proj", kind="linear", shape=(hidden, latent), layer=layer),
+    ]
 
 
 def _latent_attention(config: KimiConfig, layer: int) -> list[ModuleSpec]:
@@ -178,6 +221,7 @@ def _latent_attention(config: KimiConfig, layer: int) -> list[ModuleSpec]:
         norm("kv_a_layernorm", rank),
         linear("kv_b_proj", heads * (config.qk_nope_head_dim + config.v_head_dim), rank),
         linear("o_proj", hidden, heads * config.v_head_dim, has_bias=bias),
+        *([] if config.k3 is None else [linear("g_proj", heads * config.v_head_dim, hidden)]),
     ]
 
 

@@ -192,6 +192,8 @@ class Fitting:
 
 def _spellings_of_decay(spec: ModuleSpec) -> tuple[tuple[int, ...], ...]:
     heads = spec.shape[0]
+    if spec.a_log:
+        return (spec.a_log,), (heads,)
     return (1, 1, heads, 1), (heads,), (1, heads), (heads, 1)
 
 

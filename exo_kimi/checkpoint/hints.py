@@ -135,6 +135,8 @@ def _group_zero(section: Mapping[str, Any]) -> Mapping[str, Any] | None:
 
 def _hint(values: Mapping[str, Any]) -> Hint:
     bits, group_size, mode = (_first(values, names) for names in (_BITS, _GROUP_SIZE, _MODE))
+    if mode is None and values.get("type") == "float" and (bits, group_size) == (4, 32):
+        mode = "mxfp4"  # as compressed-tensors says it
     return Hint(
         bits if _is_small(bits) else None,
         group_size if _is_small(group_size) else None,

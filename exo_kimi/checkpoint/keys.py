@@ -24,14 +24,15 @@ _PROJECTION = r"(?:gate|up|down)_proj"
 _TEXT = re.compile(
     rf"""
     (?P<path>
-        model\.embed_tokens | model\.norm | lm_head
+        model\.embed_tokens | model\.norm | lm_head | model\.output_attn_res_(?:proj|norm)
       | model\.layers\.(?P<layer>\d+)\.(?:
-            input_layernorm | post_attention_layernorm
-          | self_attn\.(?:[kvb]_proj | [fg]_[ab]_proj | [qkv]_conv\.conv | o_norm)
+            input_layernorm | post_attention_layernorm | (?:self_attention|mlp)_res_(?:proj|norm)
+          | self_attn\.(?:[kvb]_proj | [fg]_[ab]_proj | g_proj | [qkv]_conv\.conv | o_norm)
           | self_attn(?=\.(?:A_log|dt_bias)$)
           | self_attn\.(?:q_proj | q_a_proj | q_a_layernorm | q_b_proj | kv_a_proj_with_mqa | kv_a_layernorm | kv_b_proj
                         | embed_q | unembed_out | o_proj)
           | mlp\.gate
+          | mlp\.routed_expert_(?:down_proj | norm | up_proj)
           | mlp\.(?:shared_experts\.|switch_mlp\.)?{_PROJECTION}
           | mlp\.experts\.(?P<expert>\d+)\.{_PROJECTION}
         )
@@ -52,6 +53,7 @@ _SPELLINGS = (
     (re.compile(r"(\.experts\.\d+\.)w2\."), r"\1down_proj."),
     (re.compile(r"(\.experts\.\d+\.)w3\."), r"\1up_proj."),
     (re.compile(r"(\.self_attn\.[qkv]_conv)1d\."), r"\1.conv."),
+    (re.compile(r"\b(self_attention_res|mlp_res|output_attn_res)\.(proj|norm)_weight$"), r"\1_\2.weight"),
     (re.compile(r"\.mlp\.e_score_correction_bias$"), ".mlp.gate.e_score_correction_bias"),
 )
 _FUSED = re.compile(

@@ -148,6 +148,21 @@ def int4_codes(weight: Floats, *, dtype: str, symmetric: bool) -> tuple[NDArray[
     return codes.astype(np.int8).reshape(weight.shape), scales
 
 
+def quantize_mxfp4(weight: Floats) -> tuple[NDArray[np.uint8], NDArray[np.uint8]]:
+    """Codes of 4-bit floats, two a byte with the first in the low half (..., in / 2), and exponents (..., in / 32).
+
+    Source: "OCP Microscaling Formats (MX) v1.0": e2m1 elements, an e8m0 scale for each 32.
+    """
+    groups = weight.reshape(*weight.shape[:-1], -1, 32)
+    largest = np.maximum(np.abs(groups).max(axis=-1, keepdims=True), np.float32(2.0**-120))
+    exponents = np.clip(np.floor(np.log2(largest)) - 2, -127, 127)
+    magnitudes = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6], np.float32)
+    scaled = groups / np.exp2(exponents)
+    codes = np.abs(np.abs(scaled)[..., None] - magnitudes).argmin(axis=-1) + 8 * (scaled < 0)
+    codes = codes.reshape(weight.shape).astype(np.uint8)
+    return codes[..., ::2] | codes[..., 1::2] << 4, (exponents[..., 0] + 127).astype(np.uint8)
+
+
 def quantize_fp8(weight: Floats) -> tuple[NDArray[np.uint8], Floats]:
     """Quantize a weight to FP8 e4m3 with one scale per block of 128 x 128: value = code * scale_inv[row // 128, column // 128].
 

@@ -50,8 +50,8 @@ from exo_kimi.cli.values import (
 from exo_kimi.errors import UsageError
 from exo_kimi.logs import log_to
 
-Layout = Literal["mlx", "int4", "fp8", "bf16"]
-Family = Literal["k2", "linear"]
+Layout = Literal["mlx", "int4", "mxfp4", "fp8", "bf16"]
+Family = Literal["k2", "linear", "k3"]
 Link = Literal["zmq", "ring", "jaccl"]
 Bench = Literal[  # modules of exo_kimi.bench, with - for _
     "all",
@@ -113,7 +113,7 @@ def tiny(
         bool, flag("--vision", help="with a vision tower and K2.5's chat template (writes --prefix's keys too)")
     ] = False,
     family: Annotated[
-        Family, option("--family", metavar=one_of(Family), help="which Kimi: k2 or linear (default k2)")
+        Family, option("--family", metavar=one_of(Family), help="which Kimi: k2, linear, or k3 (default k2)")
     ] = "k2",
     shards: Annotated[
         int,
@@ -129,7 +129,7 @@ def tiny(
 
         options["recipe"] = load_recipe(recipe)
     path = make_tiny(**options, template="k25" if vision else "instruct")
-    print(f"a tiny Kimi {'K2' if family == 'k2' else 'Linear'} ({layout}) is in {path}")
+    print(f"a tiny Kimi {family.upper() if family != 'linear' else 'Linear'} ({layout}) is in {path}")
 
 
 def inspect(

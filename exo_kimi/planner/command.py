@@ -202,6 +202,8 @@ def model_bytes(
         raise UsageError("--vision is for DIR: the tower of a published model is counted without it", where="--vision")
     published = published_model(str(model))
     found = bytes_of_recipe(published.config, load_recipe(recipe or published.default_recipe), name=published.name)
+    if not no_vision and published.tower_bytes:
+        return replace(found, vision_bytes=published.tower_bytes)
     if no_vision or published.vision is None:
         return found
     return replace(found, vision_bytes=published.vision.published_bytes)

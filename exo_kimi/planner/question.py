@@ -88,8 +88,8 @@ class Question:
 
     @property
     def hop_bytes_per_token(self) -> int:
-        """Hidden state of one token between two stages, in bf16."""
-        return self.model.config.hidden_size * 2
+        """Hidden state of one token between two stages, in bf16; of Kimi K3 the most that any boundary carries."""
+        return self.model.config.hidden_size * self.model.config.link_vectors * 2
 
     def need(self, start_layer: int, end_layer: int, slots: int | None = None) -> StageNeed:
         """What a machine must hold for layers [start, end); `search.tables.need_table` has the sums of all ranges.

@@ -12,7 +12,7 @@ from exo_kimi.checkpoint.checkpoint import Checkpoint
 from exo_kimi.checkpoint.doctor.report import inspect, render
 from exo_kimi.checkpoint.safetensors_io import StoredTensor
 from exo_kimi.checkpoint.tiny.make import make_tiny
-from exo_kimi.errors import CheckpointProblems, UsageError
+from exo_kimi.errors import CheckpointProblems, UnsupportedModelError, UsageError
 
 LAYOUTS: list[dict[str, Any]] = [
     {"layout": "bf16"},
@@ -82,6 +82,44 @@ def test_a_packed_router_is_legal_here_and_not_in_k2(tmp_path: Path) -> None:
     held = 16 * 256 + 2 * 2 * 16 * 256 // 64  # codes, scales and biases
     assert {source.widened_bytes for source in routers} == {4 * 16 * 256 - held}
     assert not any(source.spec.packs for source in Checkpoint(make_tiny(tmp_path / "k2")).manifest().sources)
+
+
+def test_a_kimi_k3_as_published_is_inspected_and_not_run(tmp_path: Path) -> None:
+    from exo_kimi.checkpoint.doctor.doctor import doctor
+    from exo_kimi.runtime.loading.loader import load
+
+    directory = make_tiny(tmp_path / "tiny", family="k3", layout="mxfp4")
+    checkpoint = Checkpoint(directory)
+    shapes = {
+        entry.name.removeprefix("language_model."): (entry.shape, entry.dtype)
+        for parts in checkpoint.index.modules.values()
+        for part in parts.values()
+        for entry in part.values()
+    }
+    assert shapes["model.layers.0.self_attn.A_log"] == ((4,), "F32")  # of 3 heads
+    assert shapes["model.layers.3.self_attn.g_proj.weight"] == ((192, 256), "BF16")
+    assert shapes["model.layers.0.self_attn.g_proj.weight"] == ((192, 256), "BF16")
+    assert shapes["model.layers.1.mlp_res_proj.weight"] == ((1, 256), "BF16")
+    # Two codes a byte, four bytes a word: bytes (128, 64) on disk.
+    assert shapes["model.layers.1.block_sparse_moe.experts.0.w1.weight_packed"] == ((128, 16), "U32")
+    text = render(inspect(directory))
+    assert "no problems" in text and "kimi_linear in kimi_k3" in text and "mxfp4" in text
+    assert not doctor(directory).findings
+    with pytest.raises(UnsupportedModelError, match="Kimi K3 is not run yet"):
+        load(directory)
+
+
+def test_packed_mxfp4_is_what_mlx_reads() -> None:
+    import mlx.core as mx
+
+    from exo_kimi.checkpoint.packing import quantize_mxfp4
+
+    weight = np.random.default_rng(0).standard_normal((4, 64)).astype(np.float32)
+    codes, exponents = quantize_mxfp4(weight)
+    found = mx.dequantize(mx.array(codes).view(mx.uint32), mx.array(exponents), group_size=32, bits=4, mode="mxfp4")
+    peak = np.abs(weight.reshape(4, 2, 32)).max(-1, keepdims=True)
+    error = np.abs(np.array(found.astype(mx.float32)).reshape(4, 2, 32) - weight.reshape(4, 2, 32))
+    assert (error <= peak / 4).all()
 
 
 def test_a_kimi_linear_is_not_nested(tmp_path: Path) -> None:

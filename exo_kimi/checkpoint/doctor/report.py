@@ -285,7 +285,7 @@ def _architecture(config: KimiConfig) -> list[str]:
     facts = architecture_facts(config)
     dense = spans(layer for layer in range(config.num_hidden_layers) if not config.is_moe(layer))
     return [
-        f"model    {config.model_type}{' in kimi_k25' if config.key_prefix else ''}, {config.num_hidden_layers} layers"
+        f"model    {config.model_type}{_outer(config)}, {config.num_hidden_layers} layers"
         f" (dense: {dense or 'none'}), hidden {config.hidden_size}, vocabulary {config.vocab_size:,},"
         f" context {config.max_position_embeddings:,}",
         f"experts  {config.n_routed_experts}, {config.num_experts_per_tok} a token, {config.n_shared_experts} shared",
@@ -293,6 +293,13 @@ def _architecture(config: KimiConfig) -> list[str]:
         f" {facts['kv_bytes_per_token']:,} cache bytes a token (16-bit)",
         *_states(config, facts),
     ]
+
+
+def _outer(config: KimiConfig) -> str:
+    """What the text model is nested in."""
+    if not config.key_prefix:
+        return ""
+    return " in kimi_k25" if config.k3 is None else " in kimi_k3"
 
 
 def _states(config: KimiConfig, facts: Mapping[str, Any]) -> list[str]:

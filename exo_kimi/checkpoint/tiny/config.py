@@ -128,6 +128,26 @@ _LINEAR_DEFAULTS: dict[str, Any] = {
     "v_head_dim": 64,
     "vocab_size": 1024,
 }
+_K3_CHANGES: dict[str, Any] = {
+    "architectures": ["KimiK3ForCausalLM"],
+    "activation_situ_beta": 4.0,
+    "activation_situ_linear_beta": 25.0,
+    "attn_res_block_size": 3,
+    "hidden_act": "situ",
+    "latent_moe_use_norm": True,
+    "linear_attn_config": {
+        **_LINEAR_DEFAULTS["linear_attn_config"],
+        "gate_lower_bound": -5.0,
+        "num_heads": 3,
+        "use_full_rank_gate": True,
+    },
+    "mla_use_output_gate": True,
+    "num_attention_heads": 3,
+    "num_shared_experts": 2,
+    "q_lora_rank": 96,
+    "routed_expert_hidden_size": 128,
+    "routed_scaling_factor": 1.0,
+}
 _TORCH_DTYPES = {"BF16": "bfloat16", "F16": "float16", "F32": "float32"}
 FP8_CONFIG = {
     "activation_scheme": "dynamic",
@@ -168,6 +188,26 @@ INT4_CONFIG: dict[str, Any] = {
 }
 
 
+MXFP4_CONFIG: dict[str, Any] = {
+    "config_groups": {
+        "group_0": {
+            "targets": ["Linear"],
+            "weights": {
+                "group_size": 32,
+                "num_bits": 4,
+                "strategy": "group",
+                "symmetric": True,
+                "type": "float",
+            },
+        }
+    },
+    "format": "mxfp4-pack-quantized",
+    "ignore": ["lm_head", "re:.*self_attn.*", "re:.*shared_experts.*", "re:.*routed_expert_.*", "re:.*_res_proj"],
+    "quant_method": "compressed-tensors",
+    "quantization_status": "compressed",
+}
+
+
 def text_config(overrides: Mapping[str, Any], *, dtype: str) -> dict[str, Any]:
     """The text model's keys.
 
@@ -176,7 +216,10 @@ def text_config(overrides: Mapping[str, Any], *, dtype: str) -> dict[str, Any]:
             `rope_parameters` (transformers 5) drops rope_theta and rope_scaling.
         dtype: `BF16`, `F16` or `F32`, told as torch_dtype.
     """
-    defaults = _LINEAR_DEFAULTS if overrides.get("model_type") == "kimi_linear" else _DEFAULTS
+    defaults = {
+        "kimi_linear": _LINEAR_DEFAULTS,
+        "kimi_k3": {**_LINEAR_DEFAULTS, **_K3_CHANGES},
+    }.get(overrides.get("model_type", ""), _DEFAULTS)
     config = {**defaults, "torch_dtype": _TORCH_DTYPES[dtype], **overrides}
     if "rope_parameters" in overrides:
         del config["rope_theta"], config["rope_scaling"]
@@ -186,6 +229,17 @@ def text_config(overrides: Mapping[str, Any], *, dtype: str) -> dict[str, Any]:
     config.setdefault("eos_token_id", first_special + EOS)
     config.setdefault("pad_token_id", first_special + PAD)
     return config
+
+
+def nest_k3(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The outer config of Kimi K3, with the text model under `text_config`; without a tower."""
+    return {
+        "architectures": ["KimiK3ForConditionalGeneration"],
+        "dtype": config["torch_dtype"],
+        "model_type": "kimi_k3",
+        "text_config": {**config, "model_type": "kimi_linear"},
+        "tie_word_embeddings": False,
+    }
 
 
 def nest(config: Mapping[str, Any]) -> dict[str, Any]:

@@ -39,7 +39,7 @@ class LayoutWriter:
 
     Args:
         weights: the master weights.
-        layout: `mlx` stacks experts; `int4`, `fp8` and `bf16` store them one by one, as Hugging Face does.
+        layout: `mlx` stacks experts; `int4`, `mxfp4`, `fp8` and `bf16` store them one by one, as Hugging Face does.
         choose: bits and group size of a module (mlx, int4).
         dtype: the dtype of plain weights.
         scales_dtype: the dtype of scales and biases (mlx, int4).
@@ -66,6 +66,8 @@ class LayoutWriter:
         for spec in specs:
             if spec.kind == "decay":
                 for part, values in zip(("A_log", "dt_bias"), self.weights.decay(spec), strict=True):
+                    if spec.a_log and part == "A_log":
+                        values = np.pad(values.reshape(-1), (0, spec.a_log - spec.shape[0]))
                     self._put(spec, spec.path, part, packing.store(values, "F32"))
                 continue
             weight = self.weights.weight(spec)
@@ -102,10 +104,13 @@ class LayoutWriter:
             return self._mlx(weight, *chosen)
         if self.layout == "int4" and chosen == (4, packing.INT4_GROUP):
             return self._int4(weight)
+        if self.layout == "mxfp4" and spec.kind == "experts":
+            codes, exponents = packing.quantize_mxfp4(weight)
+            return {"weight_packed": StoredTensor("U8", codes), "weight_scale": StoredTensor("U8", exponents)}
         if self.layout == "fp8" and spec.quantizable and spec.path not in ("model.embed_tokens", "lm_head"):
             codes, scale_inv = packing.quantize_fp8(weight)
             return {"weight": StoredTensor("F8_E4M3", codes), "weight_scale_inv": StoredTensor("F32", scale_inv)}
-        return {"weight": packing.store(weight, self.dtype)}
+        return {"weight": packing.store(weight, "F32" if spec.is_float32 else self.dtype)}
 
     def _mlx(self, weight: Floats, bits: int, group_size: int) -> dict[str, StoredTensor]:
         packed, scales, biases = packing.quantize_affine(

@@ -21,15 +21,20 @@ from exo_kimi.checkpoint import packing
 from exo_kimi.checkpoint.safetensors_io import StoredTensor, write_file
 from exo_kimi.checkpoint.shards import INDEX_NAME
 from exo_kimi.checkpoint.text_files import read_json
-from exo_kimi.checkpoint.tiny.config import FP8_CONFIG, INT4_CONFIG, nest, text_config
+from exo_kimi.checkpoint.tiny.config import FP8_CONFIG, INT4_CONFIG, MXFP4_CONFIG, nest, nest_k3, text_config
 from exo_kimi.checkpoint.tiny.layouts import LayoutWriter
 from exo_kimi.checkpoint.tiny.tokenizer import write_tokenizer
 from exo_kimi.checkpoint.tiny.weights import RECIPES, Recipe, TinyWeights, own_recipe, resolve_recipe, with_absorbed
 from exo_kimi.errors import UsageError
 
-Layout = Literal["mlx", "int4", "fp8", "bf16"]
-Family = Literal["k2", "linear"]
-LAYOUTS: tuple[Layout, ...] = ("mlx", "int4", "fp8", "bf16")
+Layout = Literal["mlx", "int4", "mxfp4", "fp8", "bf16"]
+Family = Literal["k2", "linear", "k3"]
+_MODEL_TYPES: dict[Family, dict[str, str]] = {
+    "k2": {},
+    "linear": {"model_type": "kimi_linear"},
+    "k3": {"model_type": "kimi_k3"},
+}
+LAYOUTS: tuple[Layout, ...] = ("mlx", "int4", "mxfp4", "fp8", "bf16")
 TEMPLATES = ("instruct", "thinking", "k25")
 _MARK = "_exo_kimi_tiny"  # in config.json: what carries it may be replaced, a real checkpoint never
 _PREFIX = "language_model."
@@ -60,8 +65,8 @@ def make_tiny(
 
     Args:
         directory: made if missing; else empty, or an older tiny checkpoint, which is replaced.
-        layout: `mlx` (stacked experts, quantized by recipe), `int4` (compressed-tensors, per expert), `fp8` (e4m3 blocks)
-            or `bf16` (plain, per expert).
+        layout: `mlx` (stacked experts, quantized by recipe), `int4` and `mxfp4` (compressed-tensors, per expert), `fp8` (e4m3
+            blocks) or `bf16` (plain, per expert).
         recipe: bits per module for `mlx`, see `resolve_recipe`; `mixed346` by default, which is the planner's `q34+q6`, and
             `plain` for stacked floats, its `bf16`.
         seed: the same seed gives the same master weights in each layout.
@@ -74,7 +79,8 @@ def make_tiny(
         group_size: (mlx) columns that share a scale, unless the recipe says otherwise.
         config: overrides of config.json keys of the text model. `quantization` or `quantization_config` here replaces what
             would be written of both, right or wrong; `quantization: {}` says nothing.
-        family: `k2`, or `linear` for a Kimi Linear, as `model_type` kimi_linear in `config` is one too.
+        family: `k2`, `k3` (inspected and planned, not run), or `linear` for a Kimi Linear, as `model_type` kimi_linear in
+            `config` is one too.
         extra_tensors: more tensors, by full name.
         template: `instruct`, `thinking`, `k25`, the text of a template, or None for no file.
 
@@ -97,7 +103,9 @@ def make_tiny(
     recipe = own_recipe(recipe) if recipe is not None else None
     with _writing(root):
         _clear(root)
-    overrides = {**({"model_type": "kimi_linear"} if family == "linear" else {}), **(config or {})}
+    overrides: dict[str, Any] = {**_MODEL_TYPES[family], **(config or {})}
+    if family == "k3" and layout != "mxfp4":
+        raise UsageError("a tiny Kimi K3 is made as it is published", expected="layout mxfp4", found=layout)
     prefix = prefix or vision or overrides.get("model_type") == "kimi_k25"
     if prefix and overrides.get("model_type") == "kimi_linear":
         raise UsageError("a Kimi Linear is not nested and takes no pictures", fix="leave out --prefix and --vision")
@@ -107,7 +115,8 @@ def make_tiny(
     raw = {_MARK: f"seed {seed}", **text_config(overrides, dtype=dtype)}
     if prefix:
         raw["model_type"] = "kimi_k2"
-    kimi = KimiConfig.from_dict(raw, where="the overrides")
+    outer = nest_k3(raw) if family == "k3" else raw
+    kimi = KimiConfig.from_dict(outer, where="the overrides")
     specs = stage_modules(kimi, 0, kimi.num_hidden_layers)
     if recipe is None:
         recipe = {"mlx": "mixed346", "int4": "int4"}.get(layout, "plain")
@@ -117,7 +126,7 @@ def make_tiny(
         choose=resolve_recipe(recipe, group_size),
         dtype=dtype,
         scales_dtype=scales_dtype or dtype,
-        prefix=_PREFIX if prefix else "",
+        prefix=_PREFIX if prefix or family == "k3" else "",
         moe_layers=None
         if kimi.linear_attention is None
         else frozenset(filter(kimi.is_moe, range(kimi.num_hidden_layers))),
@@ -129,7 +138,8 @@ def make_tiny(
     tensors.update(extra_tensors or {})
     raw.update(hints or stated_quantization(layout, recipe, writer, group_size))
     with _writing(root):
-        (root / "config.json").write_text(json.dumps(nest(raw) if prefix else raw, indent=2) + "\n", encoding="utf-8")
+        stated = nest_k3(raw) if family == "k3" else nest(raw) if prefix else raw
+        (root / "config.json").write_text(json.dumps(stated, indent=2) + "\n", encoding="utf-8")
         _write_shards(root, tensors, shards, "mlx" if layout == "mlx" else "pt")
         write_tokenizer(root, kimi.vocab_size, chat_template=template_text(template))
     return root
@@ -144,7 +154,7 @@ def _vision_config(raw: Mapping[str, Any], kimi: KimiConfig) -> VisionConfig:
 
 def _check_recipe(layout: Layout, recipe: Recipe | None) -> None:
     """Refuse a named recipe that the layout cannot follow, rather than ignore it."""
-    followed = {"int4": ("int4", "plain"), "fp8": ("plain",), "bf16": ("plain",)}
+    followed = {"int4": ("int4", "plain"), "mxfp4": ("plain",), "fp8": ("plain",), "bf16": ("plain",)}
     own = own_recipe(recipe) if recipe is not None else None
     unknown_here = isinstance(own, str) and own in RECIPES and own not in followed.get(layout, RECIPES)
     if unknown_here or (layout in followed and hasattr(own, "quant")):
@@ -174,6 +184,8 @@ def stated_quantization(layout: Layout, recipe: Recipe, writer: LayoutWriter, gr
     """The quantization keys of config.json, as the tool that writes this layout writes them."""
     if layout == "int4":
         return {"quantization_config": INT4_CONFIG}
+    if layout == "mxfp4":
+        return {"quantization_config": MXFP4_CONFIG}
     if layout == "fp8":
         return {"quantization_config": FP8_CONFIG}
     chosen = writer.quantization

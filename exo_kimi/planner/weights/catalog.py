@@ -13,7 +13,7 @@ from exo_kimi.planner import data
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PublishedModel:
     """A model as its repository publishes it. `default_recipe` is what MLX holds after loading it as published; `vision` is
-    None where it takes no pictures."""
+    None where it takes no pictures, or of a tower whose `tower_bytes` alone are known."""
 
     name: str
     repository: str
@@ -21,6 +21,7 @@ class PublishedModel:
     default_recipe: str
     config: KimiConfig
     vision: VisionConfig | None
+    tower_bytes: int = 0
 
 
 def model_names() -> tuple[str, ...]:
@@ -47,7 +48,7 @@ def read_model(folder: str, key: str) -> PublishedModel:
     table = data.load(folder, key)
     raw = {"q_lora_rank": None, **table["config"]}  # TOML has no null
     if table["nested"]:
-        raw = {"model_type": "kimi_k25", "text_config": raw}
+        raw = {"model_type": table.get("nested_as", "kimi_k25"), "text_config": raw}
     config = KimiConfig.from_dict(raw, where=f"{key}.toml")
     outer = {
         "vision_config": table.get("vision"),
@@ -60,4 +61,5 @@ def read_model(folder: str, key: str) -> PublishedModel:
         default_recipe=table["default_recipe"],
         config=config,
         vision=VisionConfig.from_dict(outer, hidden_size=config.hidden_size, where=f"{key}.toml"),
+        tower_bytes=table.get("tower_bytes", 0),
     )

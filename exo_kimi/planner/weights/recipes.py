@@ -124,7 +124,7 @@ class Recipe:
             extra_bytes = spec.shape[0] * 2
         packing = self.packing(spec)
         if packing is None:
-            return weights * 2 + extra_bytes
+            return weights * (4 if spec.is_float32 else 2) + extra_bytes
         if spec.shape[-1] % packing.group_size:
             raise UsageError(
                 f"recipe {self.name}: groups do not divide the rows of {spec.path}",

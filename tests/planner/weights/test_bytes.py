@@ -123,11 +123,11 @@ def test_a_larger_batch_reads_more_but_never_more_than_there_is(model_of: ModelO
 def test_every_published_model_has_a_config_and_a_recipe() -> None:
     for name in model_names():
         model = published_model(name)
-        assert model.config.num_hidden_layers == (27 if "linear" in name else 61)
+        assert model.config.num_hidden_layers == {"kimi-k3": 93}.get(name, 27 if "linear" in name else 61)
         load_recipe(model.default_recipe)
     assert published_model("moonshotai/Kimi-K2-Thinking").config.max_position_embeddings == 262144
     with pytest.raises(UsageError, match="kimi-k2-instruct"):
-        published_model("kimi-k3")
+        published_model("kimi-k4")
 
 
 def test_kimi_linear_is_planned_to_the_digit() -> None:
@@ -142,6 +142,20 @@ def test_kimi_linear_is_planned_to_the_digit() -> None:
     assert plain.cache_bytes(0, 27, tokens=tokens, sequences=1) == 7 * 1152 * tokens + 2 * 20 * 2_170_880
     assert plain.cache_bytes(0, 3, tokens=tokens, sequences=2) == 2 * 2 * 3 * 2_170_880
     assert plain.cache_bytes(3, 4, tokens=tokens, sequences=2) == 1152 * tokens
+
+
+def test_kimi_k3_is_planned_to_the_digit() -> None:
+    """Published: 1,453.7 GiB."""
+    model = published_model("kimi-k3")
+    found = bytes_of_recipe(model.config, load_recipe(model.default_recipe), name="x")
+    assert found.expert_bytes[1] == 896 * 17_547_264
+    assert [round(found.layer_bytes[layer] / 1e9, 2) for layer in (0, 1, 3)] == [2.34, 16.99, 16.57]
+    assert found.embedding_bytes == 2_348_810_240
+    whole = found.total_bytes + model.tower_bytes
+    assert (round(whole / 1e9, 2), round(whole / 2**30, 1)) == (1560.86, 1453.7)
+    assert found.kv_token_bytes == 27_648
+    assert model.config.link_vectors == 9
+    assert round(sum(map(found.state_layer_bytes, range(93))) / 1e6) == 449
 
 
 def test_a_state_costs_a_decode_step_the_same_at_any_length() -> None:
