@@ -10,9 +10,12 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
+from exo_kimi.arch.draft_config import DraftConfig
+from exo_kimi.arch.draft_modules import DraftParts
 from exo_kimi.checkpoint.checkpoint import Checkpoint
-from exo_kimi.checkpoint.tiny.draft import SPELLINGS, make_tiny_draft
+from exo_kimi.checkpoint.tiny.draft import SPELLINGS, draft_raw_config, make_tiny_draft
 from exo_kimi.checkpoint.tiny.make import make_tiny
+from exo_kimi.errors import MissingTensorError
 from exo_kimi.models.draft_head import DraftHead
 from exo_kimi.runtime.loading.draft import load_draft_head
 from exo_kimi.runtime.loading.loader import load
@@ -180,3 +183,24 @@ def test_features_one_layer_off_are_another_answer(tmp_path: Path, target: Check
     a, b, c = np.split(features.astype(np.float32), 3, axis=-1)
     right, wrong = (head.fuse(mx.array(np.concatenate(parts, axis=-1))) for parts in ((a, b, c), (b, a, c)))
     assert mx.abs(right - wrong).max().item() > 0.1
+
+
+@pytest.mark.parametrize("kind", ["mha", "mla"])
+def test_biases_are_read_where_the_config_has_them(tmp_path: Path, target: Checkpoint, kind: Any) -> None:
+    directory = make_tiny_draft(tmp_path, target.config, kind=kind, dtype="F32", config={"attention_bias": True})
+    head = load_draft_head(directory, target)
+    attention = head.layers[0].self_attn
+    names = ("q_proj", "k_proj", "v_proj", "o_proj") if kind == "mha" else ("q_a_proj", "kv_a_proj_with_mqa", "o_proj")
+    assert all("bias" in attention[name] for name in names)
+    tokens, features = inputs(target, 4)
+    fused = head.fuse(mx.array(features.astype(np.float32)))
+    before = head(mx.array(tokens), fused, [(4, head.make_cache())])
+    attention.o_proj.bias = attention.o_proj.bias + 1.0
+    assert not mx.allclose(head(mx.array(tokens), fused, [(4, head.make_cache())]), before).item()
+
+
+def test_what_was_not_given_of_the_target_is_an_error_by_name(target: Checkpoint) -> None:
+    config = DraftConfig.from_dict(draft_raw_config(target.config, kind="mha"))
+    head = DraftHead(config, DraftParts(embeds=False, heads=False))
+    with pytest.raises(MissingTensorError, match="no embed_tokens of its own"):
+        head(mx.array([1]), mx.zeros((1, config.hidden_size)), [(1, head.make_cache())])
