@@ -16,7 +16,7 @@ from exo_kimi.checkpoint.manifest import StageManifest
 from exo_kimi.checkpoint.safetensors_io import TensorEntry
 from exo_kimi.checkpoint.text_files import CONFIG_NAME
 from exo_kimi.compress.convert.affine import Rounding
-from exo_kimi.compress.convert.targets import ModuleTarget, targets_of
+from exo_kimi.compress.convert.targets import CARRIED_KINDS, ModuleTarget, targets_of
 from exo_kimi.compress.convert.texts import card_text, config_text
 from exo_kimi.compress.output.job import OutputJob, files_to_copy
 from exo_kimi.compress.output.shards import INDEX_NAME, SHARD_BYTES, OutputTensor, cut_shards, index_text
@@ -39,7 +39,7 @@ class Conversion:
         recipe: bits of each.
         rounding: how codes are chosen.
         targets: the modules to write, in the order of the model.
-        carried: tensors that are copied byte for byte: the vision tower and its projector.
+        carried: tensors that are copied byte for byte: the vision tower and its projector, convolutions and decays.
         left_out: reasons -> number of tensors of the source that are not written.
         job: the output.
     """
@@ -80,7 +80,8 @@ class Conversion:
             notes.append(f"{narrowed} modules of plain float32 become {self.targets[0].dtype} or packed")
         if self.carried:
             size = format_bytes(self.carried_bytes)
-            notes.append(f"{len(self.carried)} tensors of the vision tower are carried byte for byte ({size})")
+            what = "convolutions and decays" if self.manifest.config.has_states else "the vision tower"
+            notes.append(f"{len(self.carried)} tensors of {what} are carried byte for byte ({size})")
         notes += [f"{count:,} tensors are left out: {reason}" for reason, count in sorted(self.left_out.items())]
         kept = [t for t in self.targets if t.spec.path.endswith(".kv_b_proj") and t.packing is not None]
         if kept:
@@ -126,7 +127,8 @@ def make_conversion(
     start, end = layers or (0, None)
     manifest = checkpoint.manifest(start, end)
     targets = targets_of(manifest, recipe, keep_kv_b=keep_kv_b)
-    carried, left_out = _beside_the_text(checkpoint.index, carry=manifest.start_layer == 0)
+    tower, left_out = _beside_the_text(checkpoint.index, carry=manifest.start_layer == 0)
+    carried = (*tower, *_as_they_are(manifest))
     groups: list[Sequence[OutputTensor]] = [target.tensors for target in targets]
     groups += [[OutputTensor(entry.name, entry.dtype, entry.shape)] for entry in carried]
     shards = cut_shards(groups, shard_bytes=shard_bytes)
@@ -168,6 +170,12 @@ def make_conversion(
         left_out=left_out,
         job=job,
     )
+
+
+def _as_they_are(manifest: StageManifest) -> list[TensorEntry]:
+    """Tensors that no recipe speaks of, small ones of Kimi Delta Attention, which keep their names and shapes."""
+    sources = [source for source in manifest.sources if source.spec.kind in CARRIED_KINDS]
+    return [entry for source in sources for entries in source.parts.values() for entry in entries]
 
 
 def _beside_the_text(index: CheckpointIndex, *, carry: bool) -> tuple[tuple[TensorEntry, ...], dict[str, int]]:

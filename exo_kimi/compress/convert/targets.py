@@ -20,6 +20,8 @@ BLOCK_WEIGHTS = 2**17
 
 _SIXTEEN_BITS = ("BF16", "F16")
 _CORRECTION = "e_score_correction_bias"
+CARRIED_KINDS = ("conv", "decay")
+"""Modules that are copied as they are."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,7 +82,9 @@ class ModuleTarget:
             if self.packing.mode == "affine":
                 tensors.append(self._tensor("biases", scales, *leading, into // group_size))
         if self.spec.kind == "router":
-            tensors.append(self._tensor(_CORRECTION, "F32", self.spec.shape[0]))
+            # mlx-lm's kimi_linear, whose routers are packed, has it in the module around them.
+            owner = self.name.removesuffix(".gate") if self.spec.packs else self.name
+            tensors.append(OutputTensor(f"{owner}.{_CORRECTION}", "F32", (self.spec.shape[0],)))
         if self.spec.has_bias:
             tensors.append(self._tensor("bias", self.dtype, self.spec.shape[0]))
         return tuple(tensors)
@@ -128,6 +132,8 @@ def targets_of(manifest: StageManifest, recipe: Recipe, *, keep_kv_b: bool = Fal
     dtype = _float_dtype(manifest)
     split = {spec.path for spec in recipe.modules(config, manifest.start_layer, manifest.end_layer)}
     for source in manifest.sources:
+        if source.spec.kind in CARRIED_KINDS:
+            continue
         whole = ModuleTarget(source.spec, source, recipe.packing(source.spec), dtype, config.key_prefix)
         halves = _halves(config, source, split)
         if not halves or keep_kv_b:

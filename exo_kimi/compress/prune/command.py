@@ -12,7 +12,7 @@ from exo_kimi.compress.calibrate.scores import Criterion
 from exo_kimi.compress.prune.plan import PrunePlan, read_plan
 from exo_kimi.compress.prune.profile import check_profile, read_verdict
 from exo_kimi.compress.prune.prune import PruneWish, make_plan, pruning_job, write_pruned
-from exo_kimi.errors import UsageError
+from exo_kimi.errors import UnsupportedModelError, UsageError
 from exo_kimi.units import format_bytes
 
 Say = Callable[[str], None]
@@ -48,8 +48,16 @@ def prune(directory: Path, output: Path | None, options: PruneOptions, *, plan_f
     Raises:
         UsageError: what was asked for cannot be, or nothing speaks for it.
         CheckpointError, MachineError: see `write_pruned`.
+        UnsupportedModelError: a family whose experts are not dropped yet.
     """
     checkpoint = Checkpoint(directory)
+    if checkpoint.config.has_states:
+        raise UnsupportedModelError(
+            "experts are dropped of a Kimi K2 alone",
+            found=f"model_type {checkpoint.config.model_type}",
+            where=directory,
+            fix="`exo-kimi convert` makes it smaller: --recipe uniform-4",
+        )
     plan = _plan(checkpoint, options, say)
     job = pruning_job(checkpoint, plan, output or directory)
     total = checkpoint.index.disk_bytes
