@@ -15,6 +15,7 @@ from exo_kimi.cli import (
     commands,
     convert_commands,
     exo_commands,
+    expert_commands,
     fetch_commands,
     owner_commands,
     page_commands,
@@ -124,6 +125,9 @@ def build_app() -> typer.Typer:
     trace.command("record")(trace_commands.record)
     trace.command("replay")(trace_commands.replay)
     trace.command("make")(trace_commands.make)
+
+    experts = _add_group(app, "experts", CHECKPOINTS, "Help for a machine that reads experts from disk.")
+    experts.command("pack")(expert_commands.pack)
 
     cluster = _add_group(app, "cluster", SERVE, "The machines that were paired with this one.")
     cluster.command("status")(cluster_commands.status)

@@ -93,7 +93,13 @@ def load_stage(
     check_dtype(dtype)
     manifest.check_here()
     sources = [source for source in manifest.sources if source.spec.layer is not None or not layers_only]
-    stage = slotted_layers(sources, expert_cache, dtype=dtype, chosen=manifest.config.num_experts_per_tok)
+    stage = slotted_layers(
+        sources,
+        expert_cache,
+        dtype=dtype,
+        chosen=manifest.config.num_experts_per_tok,
+        directory=manifest.directory,
+    )
     slotted = stage.layers
     model = build(manifest.config, manifest.start_layer, manifest.end_layer, layers_only=layers_only)
     for layer, each in slotted.items():

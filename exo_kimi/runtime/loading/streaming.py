@@ -16,6 +16,7 @@ from exo_kimi.experts.budget import ExpertCache, check_prefetch, slots_for
 from exo_kimi.experts.direct import is_direct
 from exo_kimi.experts.layer_cache import LayerCache
 from exo_kimi.experts.layout import FLOAT_NAMES, LayerLayout, Leaf, layouts_of
+from exo_kimi.experts.packed import packed_layout
 from exo_kimi.experts.prefetch import Prefetcher, PrefetchPolicy, places_for
 from exo_kimi.experts.store import ExpertStore, Preadv
 from exo_kimi.models.expert_bank import ExpertBank, LastOutput, NextLayer, StreamedExperts
@@ -64,7 +65,7 @@ class SlottedStage:
 
 
 def slotted_layers(
-    sources: Sequence[ModuleSource], cache: ExpertCache | None, *, dtype: str | None, chosen: int
+    sources: Sequence[ModuleSource], cache: ExpertCache | None, *, dtype: str | None, chosen: int, directory: Path
 ) -> SlottedStage:
     """The layers whose experts do not all fit.
 
@@ -73,6 +74,7 @@ def slotted_layers(
         cache: what it may hold; None holds all.
         dtype: of floating parameters, see `loader.load`.
         chosen: experts of a token.
+        directory: the checkpoint, which may have packed records of its experts (see `experts.packed`).
 
     Raises:
         UsageError: the budget is too small, or there is no such way of reading ahead.
@@ -87,7 +89,11 @@ def slotted_layers(
         check_prefetch(cache.prefetch)
         places = places_for(cache.prefetch, cache.budget_bytes, slot_bytes.values(), chosen)
         slots = slots_for(cache.budget_bytes - places * max(slot_bytes.values()), slot_bytes, experts)
-    layers = {layer: SlottedLayer(layouts[layer], count) for layer, count in slots.items() if count < experts}
+    layers = {
+        layer: SlottedLayer(packed_layout(layouts[layer], directory), count)
+        for layer, count in slots.items()
+        if count < experts
+    }
     return SlottedStage(layers, places)
 
 

@@ -21,6 +21,7 @@ from exo_kimi.experts import store
 from exo_kimi.experts.budget import ExpertCache, LayerProfile
 from exo_kimi.experts.direct import is_direct
 from exo_kimi.experts.layout import layouts_of
+from exo_kimi.experts.packed import pack_directory
 from exo_kimi.experts.policies import POLICY_NAMES
 from exo_kimi.models.expert_bank import StreamedExperts
 from exo_kimi.models.kimi_k2 import Model
@@ -149,6 +150,23 @@ def test_past_the_page_cache_the_same_numbers(stored: Callable[..., Path], optio
     assert found.store.counters.read_bytes == sum(
         bank.cache.counters.misses * bank.layout.disk_bytes for bank in found.banks.values()
     )
+
+
+@pytest.mark.parametrize("reads", ["cached", "direct"])
+@pytest.mark.parametrize("options", [{}, {"layout": "int4"}, {"layout": "fp8"}], ids=["mlx", "int4", "fp8"])
+def test_from_packed_records_the_same_numbers_and_bytes(tmp_path: Path, options: dict[str, Any], reads: str) -> None:
+    directory = make_tiny(tmp_path / "tiny", seed=7, config=SMALL, **options)
+    expected = run(load(directory, dtype="float32", fuse=True))
+    plain = load_streamed(directory, 5, reads=reads)
+    assert same(run(plain), expected)
+    pack_directory(directory, say=lambda _: None)
+    model = load_streamed(directory, 5, reads=reads)
+    assert {part.entry.file for bank in streamed(model).banks.values() for part in bank.layout.expert_bytes(3)} == {
+        f"experts.packed/layer-0000{layer}.records" for layer in (1, 2)
+    }
+    assert same(run(model), expected)
+    found, before = streamed(model).store.counters, streamed(plain).store.counters
+    assert found.read_bytes == before.read_bytes and found.reads <= before.reads
 
 
 def test_what_cannot_be_read_past_the_page_cache_is_read_through_it(stored: Callable[..., Path]) -> None:
