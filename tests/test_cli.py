@@ -62,6 +62,7 @@ COMMANDS = (
     "bench",
     "eval",
     "train tiny",
+    "train draft",
     "train compare",
     "train requantize",
     "exo status",
