@@ -237,6 +237,30 @@ def test_single_tokens_decode_as_the_layers_are_called(tmp_path: Path, sequences
     close(found[0], found[1])
 
 
+def test_a_decode_step_of_a_delta_layer_has_at_most_seven_tenths_of_mlx_lms_primitives(directory: Path) -> None:
+    from mlx_lm.utils import load_model
+
+    from exo_kimi.bench.setups.primitives import primitives
+    from exo_kimi.models.decode import DecodeStep
+
+    x = mx.random.normal((1, 1, 1, 128), key=mx.random.key(0))
+    model = load(directory, dtype="float32", fuse=True)
+    caches = model.make_cache()
+    model.forward_ragged(mx.array([1, 2, 3]), [(3, caches)])
+    mx.eval(x, [cache.state for cache in caches])
+    step = DecodeStep(None, [3], mx.float32, chosen=4)
+    attention = model.layers[1].self_attn
+    mx.eval(attention.decode(x, step, [caches[1]]), *caches[1].state)  # makes operands once
+    ours = sum(primitives(attention.decode(x, step, [caches[1]]), *caches[1].state).values())
+    theirs, _ = load_model(directory)
+    theirs.set_dtype(mx.float32)
+    cache = theirs.make_cache()
+    theirs(mx.array([[1, 2, 3]]), cache)
+    mx.eval([part for each in cache for part in each.state if isinstance(part, mx.array)])
+    out = theirs.layers[1].self_attn(x[0], None, cache[1])
+    assert ours <= 0.7 * sum(primitives(out, *(part for part in cache[1].state if isinstance(part, mx.array))).values())
+
+
 def test_a_state_is_float32_and_of_one_size(model: Model) -> None:
     caches = model.make_cache()
     linear = model.args.linear_attention

@@ -100,10 +100,37 @@ class DeltaAttention(Adaptable):
         return self["o_proj"](self._gated(joined(outputs), g_a))
 
     def decode(self, x: mx.array, step: DecodeStep, caches: Sequence[Any]) -> mx.array:
-        """The same from one new token of each of N sequences, (N, 1, 1, D) to (N, 1, 1, D)."""
-        tokens = step.tokens
-        spans = [Span(1, 1, None)] * tokens
-        return self(x.reshape(tokens, -1), step.positions, spans, caches).reshape(tokens, 1, 1, -1)
+        """The same from one new token of each of N sequences, (N, 1, 1, D) to (N, 1, 1, D), in as few MLX primitives as possible.
+
+        Its oracle is a call with a span for each sequence.
+        """
+        tokens, heads, dims = step.tokens, self.heads, self.dims
+        if self.adapted or any(cache.recurrent_state is None for cache in caches):
+            spans = [Span(1, 1, None)] * tokens
+            return self(x.reshape(tokens, -1), step.positions, spans, caches).reshape(tokens, 1, 1, -1)
+        taps, rates, dt_bias, scales = self._parameters()
+        qkv, f_a, g_a, b = self.project(x.reshape(tokens, -1))
+        qkv = qkv.reshape(tokens, 1, -1)
+        f = (self["f_b_proj"](f_a).astype(mx.float32) + dt_bias).reshape(tokens, heads, 1, dims)
+        decays = mx.exp(nn.softplus(f) * rates[:, None])
+        beta = mx.sigmoid(b.astype(mx.float32)).reshape(tokens, heads, 1)
+        rows = [slice(row, row + 1) for row in range(tokens)]
+        windows = [
+            mx.concatenate([cache.conv_state, qkv[row] if tokens > 1 else qkv], axis=1)
+            for row, cache in zip(rows, caches, strict=True)
+        ]
+        mixed = nn.silu((joined(windows) * taps).sum(axis=1)).reshape(tokens, 3, heads, dims)
+        qk, v = mx.split(mixed, [2], axis=1)
+        both = mx.split(mx.fast.rms_norm(qk, None, L2_EPS / dims) * scales, 2, axis=1)
+        q, k = (each.reshape(tokens, heads, 1, dims) for each in both)
+        v = v.reshape(tokens, heads, dims)
+        outputs = []
+        for row, window, cache in zip(rows, windows, caches, strict=True):
+            own = (decays, beta, q, k, v) if tokens == 1 else (each[row] for each in (decays, beta, q, k, v))
+            o, state = _one_token(cache.recurrent_state, *own)
+            cache.update(mx.contiguous(window[:, 1:]), state, 1)
+            outputs.append(o)
+        return self["o_proj"](self._gated(joined(outputs), g_a)).reshape(tokens, 1, 1, -1)
 
     def remember(self, x: mx.array, positions: mx.array, spans: Sequence[Span], caches: Sequence[Any]) -> None:
         """Let the states take these tokens in, and give nothing; arguments as of a call."""
@@ -156,9 +183,7 @@ class DeltaAttention(Adaptable):
 
     def _inputs(self, window: mx.array, f_a: mx.array, b: mx.array) -> DeltaInputs:
         """Of a block of l tokens: their projections with those of taps - 1 tokens before, (B, l + taps - 1, 3 C)."""
-        taps, rates, dt_bias = self._operands(
-            *(self[f"{name}_conv"].conv.weight for name in ("q", "k", "v")), self["A_log"], self["dt_bias"]
-        )
+        taps, rates, dt_bias, _ = self._parameters()
         batch, length, _ = f_a.shape
         if length == 1:
             mixed = (window * taps).sum(axis=1, keepdims=True)
@@ -173,6 +198,12 @@ class DeltaAttention(Adaptable):
         g = rates * nn.softplus(f).reshape(batch, length, self.heads, self.dims)
         return DeltaInputs(q * (1 / self.dims), k * self.dims**-0.5, v[:, :, 0], g, mx.sigmoid(b.astype(mx.float32)))
 
+    def _parameters(self) -> tuple[mx.array, mx.array, mx.array, mx.array]:
+        """Taps (taps, 3 C), what softplus is multiplied with (H, 1), dt_bias (C,), and what normed q and k are multiplied with
+        (2, 1, 1), all float32."""
+        convs = (self[f"{name}_conv"]["conv"]["weight"] for name in ("q", "k", "v"))
+        return self._operands(*convs, self["A_log"], self["dt_bias"])
+
     def _gated(self, o: mx.array, g_a: mx.array) -> mx.array:
         """(N, C) of outputs (N, H, D) float32."""
         gate = self["g_b_proj"](g_a).astype(mx.float32).reshape(o.shape)
@@ -181,10 +212,21 @@ class DeltaAttention(Adaptable):
 
     def _in_float32(
         self, q: mx.array, k: mx.array, v: mx.array, a_log: mx.array, dt_bias: mx.array
-    ) -> tuple[mx.array, mx.array, mx.array]:
-        """Taps (taps, 3 C), what softplus is multiplied with (H, 1), and dt_bias."""
+    ) -> tuple[mx.array, mx.array, mx.array, mx.array]:
+        """See `_parameters`."""
         taps = mx.concatenate([q, k, v])[..., 0].astype(mx.float32).T
         rates = -mx.exp(a_log.astype(mx.float32)).reshape(self.heads, 1)
-        operands = mx.contiguous(taps), rates, dt_bias.astype(mx.float32)
+        scales = mx.array([1 / self.dims, self.dims**-0.5]).reshape(2, 1, 1)
+        operands = mx.contiguous(taps), rates, dt_bias.astype(mx.float32), scales
         mx.eval(operands)
         return operands
+
+
+def _one_token(
+    state: mx.array, decay: mx.array, beta: mx.array, q: mx.array, k: mx.array, v: mx.array
+) -> tuple[mx.array, mx.array]:
+    """Outputs (1, H, Dv) and the state (1, H, Dv, Dk) after one token; decay, q and k are (1, H, 1, Dk), v is (1, H, Dv)."""
+    state = state * decay
+    new = (v - (state * k).sum(axis=-1)) * beta
+    state = state + new[..., None] * k
+    return (state * q).sum(axis=-1), state
