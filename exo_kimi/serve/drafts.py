@@ -11,7 +11,7 @@ from exo_kimi.checkpoint.checkpoint import Checkpoint
 from exo_kimi.checkpoint.drafts.manifest import DraftManifest, resolve_draft
 from exo_kimi.errors import UsageError
 from exo_kimi.planner.plan import Plan
-from exo_kimi.planner.weights.bytes import ModelBytes
+from exo_kimi.planner.weights.bytes import ModelBytes, bytes_of_manifest
 from exo_kimi.runtime.cluster.cluster_plan import borrowed_bytes
 from exo_kimi.runtime.engine.draft_policy import DraftTokens, HeadPolicy, guess_bytes
 from exo_kimi.runtime.reserve import MOST_RUNNING, MOST_WAITING
@@ -87,6 +87,31 @@ def draft_need(
         kv_bytes=tokens * draft_kv_bytes_per_token(head.config, bytes_per_element=element_bytes),
         features_bytes=row_bytes * (MOST_RUNNING * MOST_WAITING + FEATURE_COPIES * prefill_chunk),
     )
+
+
+def is_planned(head: DraftManifest, checkpoint: Checkpoint, plan: Plan) -> bool:
+    """Whether a plan was made with the head: its last stage then holds so much more than its layers."""
+    stage, model = plan.stages[-1], bytes_of_manifest(checkpoint.manifest())
+    layers_bytes = model.weight_bytes(stage.start_layer, stage.end_layer)
+    if stage.expert_slots is not None:
+        layers_bytes -= sum(model.expert_bytes[stage.start_layer : stage.end_layer])
+    borrowed = borrowed_bytes(head, checkpoint, checkpoint.manifest(stage.start_layer, stage.end_layer))
+    return stage.weight_bytes == layers_bytes + head.resident_bytes + borrowed
+
+
+def planned_scratch_bytes(plan: Plan, head: DraftManifest | None) -> int:
+    """What a plan leaves every stage for its passes: what a plan with a head counts for features beside them is not theirs."""
+    if head is None:
+        return min(stage.scratch_bytes for stage in plan.stages)
+    row_bytes = feature_bytes_per_token(head.config)
+    layers = head.config.feature_layers(plan.model.layers)
+    found = []
+    for stage in plan.stages:
+        rows = plan.workload.prefill_chunk * sum(each < stage.end_layer for each in layers) / len(layers)
+        if stage is plan.stages[-1]:
+            rows = plan.workload.prefill_chunk + plan.workload.concurrency * MOST_WAITING
+        found.append(stage.scratch_bytes - round(rows * row_bytes))
+    return min(found)
 
 
 def check_room(need: DraftNeed, plan: Plan) -> None:

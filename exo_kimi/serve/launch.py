@@ -38,7 +38,7 @@ from exo_kimi.runtime.protocol.messages import LinkKind
 from exo_kimi.runtime.transport.keys import ENVIRONMENT_NAME, find_key
 from exo_kimi.serve.app import create_app
 from exo_kimi.serve.drafts import check_room as check_draft_room
-from exo_kimi.serve.drafts import draft_need, find_head, head_policy
+from exo_kimi.serve.drafts import draft_need, find_head, head_policy, is_planned, planned_scratch_bytes
 from exo_kimi.serve.gate import allowed_hosts
 from exo_kimi.serve.prefixes import prefix_disk_options
 from exo_kimi.serve.server import DEFAULT_HOST, DEFAULT_PORT, Served, run
@@ -117,7 +117,6 @@ def serve(options: ServeOptions, *, announce: Callable[[str], None] | None = Non
     planned = read_plan(options.plan) if options.plan is not None else None
     if planned is not None:
         options = _following(planned, options, checkpoint)
-        scratch_bytes = min(stage.scratch_bytes for stage in planned.stages)
         planned_kv_bytes = tuple(stage.kv_bytes for stage in planned.stages)
         planned_caches = tuple(
             caching.sized(None if stage.expert_slots is None else stage.expert_cache_bytes) for stage in planned.stages
@@ -126,7 +125,10 @@ def serve(options: ServeOptions, *, announce: Callable[[str], None] | None = Non
     head = find_head(options.draft, options.draft_tokens, checkpoint)
     if planned is not None:
         check_tower_planned(planned, checkpoint.manifest(), tower)
-    if planned is not None and head is not None:
+    in_plan = planned is not None and head is not None and is_planned(head, checkpoint, planned)
+    if planned is not None:
+        scratch_bytes = planned_scratch_bytes(planned, head if in_plan else None)
+    if planned is not None and head is not None and not in_plan:
         need = draft_need(
             head,
             checkpoint,

@@ -23,6 +23,7 @@ from exo_kimi.errors import ConfigError, PlanInfeasibleError, UsageError
 from exo_kimi.planner.command import plan_answer
 from exo_kimi.planner.plan import Plan
 from exo_kimi.runtime.cluster.capacity import StageMemory, kv_capacity_tokens
+from exo_kimi.runtime.cluster.cluster_plan import make_plan
 from exo_kimi.serve import launch
 from exo_kimi.serve.drafts import draft_need, find_head
 from exo_kimi.serve.launch import ServeOptions, serve
@@ -236,6 +237,22 @@ def test_a_head_that_the_plan_has_no_room_for_is_refused_with_the_bytes(
         else:
             serve(options)
         assert len(started) == (1 if room == need.total_bytes else 2)
+
+
+def test_a_plan_that_was_made_with_the_head_has_room_for_it(
+    planned_tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """No headroom is needed, and what the plan counts for features is not given to the passes."""
+    directory = make_tiny_draft(tmp_path / "head", Checkpoint(planned_tiny).config, own_embedding=False)
+    asked: dict[str, Any] = {"directory": planned_tiny, "cluster": "2x m1-max-64", "context": 256, "split": "4,3"}
+    without, plan = plan_answer(**asked).plan, plan_answer(**asked, draft=directory).plan
+    tight = replace(plan, stages=(*plan.stages[:-1], replace(plan.stages[-1], headroom_bytes=0)))
+    tight.save(tmp_path / "plan.json")
+    seen: list[Any] = []
+    monkeypatch.setattr(launch, "make_plan", lambda *_, **given: seen.append(given) or make_plan(*_, **given))
+    monkeypatch.setattr(launch, "run", lambda factory, **_: None)
+    serve(ServeOptions(directory=planned_tiny, plan=tmp_path / "plan.json", draft=directory))
+    assert seen[0]["scratch_bytes"] == min(stage.scratch_bytes for stage in without.stages)
 
 
 def test_a_head_of_another_model_is_refused_before_anything_starts(planned_tiny: Path, tmp_path: Path) -> None:
