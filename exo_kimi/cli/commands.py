@@ -59,6 +59,7 @@ Bench = Literal[  # modules of exo_kimi.bench, with - for _
     "cache-8bit",
     "conformance",
     "convert",
+    "drafts",
     "exo",
     "expert-peers",
     "expert-streaming",

@@ -3,7 +3,7 @@
 Acceptance is measured by position in the chain, of each sequence, and begins with what was measured of all of them; guesses that
 the head would have made and was not asked for count too (`steps.Proposal.judged`), so a sequence for which it guesses nothing is
 measured all the same. Costs are those of `StepBytes`: distinct experts, launches, what is missed on disk, and the head's own
-bytes for each link of a chain.
+bytes for each link of a chain; and where steps of one sequence were timed, what they took (`StepTimes`).
 """
 
 from __future__ import annotations
@@ -26,6 +26,12 @@ FIRST_WEIGHT = 8.0
 """Guesses that FIRST_ACCEPTANCE counts as among those of all sequences."""
 KEEP_OWN, KEEP_ALL = 0.96, 0.995
 """Weight of an observation after each newer one, of a sequence and of all."""
+KEEP_TIMES = 0.8
+"""Weight of a step's time after each newer one with as many guesses."""
+PLAIN_STEPS = 2.0
+"""Steps, weighed so, from which on their time counts."""
+PLAIN_EVERY = 256
+"""Steps after which one is taken without guesses."""
 CHANGE_GAIN = 1.03
 """How much better another number must be than the one of now."""
 START_GAIN = 1.06
@@ -79,6 +85,38 @@ class HeadCounts:
 
 
 @dataclass(slots=True)
+class StepTimes:
+    """Seconds of the steps of a sequence that decoded alone, by the guesses in them, the last ones weighing most."""
+
+    weights: list[float] = field(default_factory=lambda: [0.0] * (MOST_HEAD_DRAFTS + 1))
+    seconds: list[float] = field(default_factory=lambda: [0.0] * (MOST_HEAD_DRAFTS + 1))
+    steps: int = 0
+
+    def note(self, guesses: int, taken_s: float) -> None:
+        """A step with so many guesses was answered."""
+        self.steps += 1
+        if guesses <= MOST_HEAD_DRAFTS:
+            self.weights[guesses] = self.weights[guesses] * KEEP_TIMES + 1.0
+            self.seconds[guesses] += (taken_s - self.seconds[guesses]) / self.weights[guesses]
+
+    @property
+    def want_plain(self) -> bool:
+        """Whether a step without guesses is to be taken, so that there is something to compare with."""
+        return self.weights[0] < PLAIN_STEPS or self.steps % PLAIN_EVERY == 0
+
+    def costs(self, counted: Ordered[float]) -> list[float]:
+        """What steps with 0, 1 ... guesses take: as timed, or else as counted, on the scale of what was timed with fewer."""
+        known = [count for count in range(len(counted)) if self.weights[count] >= PLAIN_STEPS]
+        if not known:
+            return [*counted]
+        found = []
+        for count, cost in enumerate(counted):
+            near = max((each for each in known if each <= count), default=known[0])
+            found.append(cost * self.seconds[near] / counted[near])
+        return found
+
+
+@dataclass(slots=True)
 class HeadState:
     """What is known of one sequence and the head.
 
@@ -106,6 +144,7 @@ class HeadPolicy:
     fixed: int | None = None
     counts: HeadCounts = field(default_factory=HeadCounts)
     everywhere: Acceptance = field(default_factory=lambda: Acceptance(KEEP_ALL))
+    times: StepTimes = field(default_factory=StepTimes)
 
     @classmethod
     def of(cls, tokens: DraftTokens, *, draft_bytes: float) -> HeadPolicy:
@@ -132,7 +171,7 @@ class HeadPolicy:
         Args:
             state: of the sequence.
             most: guesses that it has a use for.
-            costs: bytes of a step in which it has 0, 1 ... guesses to verify, all else as it is.
+            costs: of a step in which it has 0, 1 ... guesses to verify and is asked for as many, all else as it is.
             others: tokens that the other sequences of the step are expected to get.
         """
         if state.lost:
@@ -145,7 +184,7 @@ class HeadPolicy:
             expected = others + 1.0
             for count, chance in enumerate(chances, start=1):
                 expected += chance
-                rates.append(expected / (costs[count] + count * self.draft_bytes))
+                rates.append(expected / costs[count])
             best = max(range(len(rates)), key=rates.__getitem__)
             now = min(state.wanted, len(rates) - 1)
             needed = START_GAIN if now == 0 else CHANGE_GAIN

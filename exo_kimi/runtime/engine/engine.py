@@ -290,8 +290,10 @@ class Engine:
                 sequence.max_new_tokens = min(room, sequence.max_new_tokens)
 
     def _on_result(self, result: StepResult) -> None:
-        self._pacer.answered(result.step_id)
+        taken_s = self._pacer.answered(result.step_id)
         drafter = self._scheduler.drafter
+        if drafter is not None:
+            drafter.step_s = taken_s
         if drafter is not None and result.step_id % DISK_COST_STEPS == 0:
             drafter.disk_cost = disk_cost_of(self.pipeline.health())
         for outcome in self._scheduler.complete(result):

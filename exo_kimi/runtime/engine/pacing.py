@@ -62,11 +62,15 @@ class PrefillPacer:
         """A step is on its way."""
         self._sent[step.step_id] = len(step.tokens), self._clock()
 
-    def answered(self, step_id: int) -> None:
-        """Its result came."""
-        tokens, sent_s = self._sent.pop(step_id, (0, 0.0))
+    def answered(self, step_id: int) -> float | None:
+        """Its result came. Returns the seconds that it took; None where it was never sent."""
+        if step_id not in self._sent:
+            return None
+        tokens, sent_s = self._sent.pop(step_id)
+        taken_s = self._clock() - sent_s
         if tokens >= FEW_TOKENS:
-            self._learn(tokens, self._clock() - sent_s)
+            self._learn(tokens, taken_s)
+        return taken_s
 
     def forget(self) -> None:
         """The stages lost what was on its way."""

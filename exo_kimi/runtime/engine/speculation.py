@@ -75,6 +75,7 @@ class Drafter:
         always: send what there is to guess, whatever the bytes say.
         disk_cost: what a byte of a routed expert costs on top where experts are read from disk, see `disk_cost_of`.
         lookups: whether to guess from the past.
+        step_s: what the step took whose answer is being taken; None where nobody looked.
         head: of a draft head on the last stage; None without one.
     """
 
@@ -83,6 +84,7 @@ class Drafter:
     always: bool = False
     disk_cost: float = 0.0
     lookups: bool = True
+    step_s: float | None = None
     head: HeadPolicy | None = None
     counts: DraftCounts = field(default_factory=DraftCounts)
 
@@ -171,14 +173,18 @@ class Drafter:
         for sequence in sequences:
             tokens = len(sequences) + others + asked - sequence.head.wanted
             costs = [
-                self.step_bytes.cost(
+                count * head.draft_bytes
+                + self.step_bytes.cost(
                     tokens + count, sequences=len(sequences), cached_tokens=cached, disk_cost=self.disk_cost
                 )
                 for count in range(MOST_HEAD_DRAFTS + 1)
             ]
+            if tokens == 1:  # alone
+                costs = head.times.costs(costs)
             most = sequence.max_new_tokens - sequence.generated_tokens - 2
             count = head.choose(sequence.head, most=most, costs=costs, others=total - expected[id(sequence)])
-            sequence.propose = 0 if self._is_copying(sequence) else count
+            measures = tokens == 1 and head.fixed is None and head.times.want_plain
+            sequence.propose = 0 if measures or self._is_copying(sequence) else count
 
     def _is_copying(self, sequence: Sequence) -> bool:
         """The past says what follows, and has been right for long: the head has nothing to add."""
@@ -192,6 +198,8 @@ class Drafter:
             return
         kept -= len(asked) - len(decoding)
         drafts = sum(chunk.drafts for chunk in step.chunks)
+        if self.head is not None and self.step_s is not None and step.tokens == 1 + drafts and proposed in (0, drafts):
+            self.head.times.note(drafts, self.step_s)
         read = self.step_bytes.read(step.tokens, cached_tokens=step.cached_tokens)
         plain = self.step_bytes.read(step.tokens - drafts, cached_tokens=step.cached_tokens - drafts)
         self.counts.drafted += drafts

@@ -15,6 +15,7 @@ from exo_kimi.runtime.engine.draft_policy import (
     MOST_HEAD_DRAFTS,
     HeadPolicy,
     HeadState,
+    StepTimes,
 )
 from exo_kimi.runtime.engine.speculation import MEMORY_BYTES_PER_S, OVERHEAD_S_PER_LAYER, StepBytes
 from exo_kimi.runtime.steps import Proposal
@@ -29,7 +30,9 @@ K2 = StepBytes(
     overhead_bytes=61 * OVERHEAD_S_PER_LAYER * MEMORY_BYTES_PER_S,
 )
 HEAD_BYTES = 15e8
-COSTS = [K2.cost(1 + count, sequences=1, cached_tokens=1000) for count in range(MOST_HEAD_DRAFTS + 1)]
+COSTS = [
+    K2.cost(1 + count, sequences=1, cached_tokens=1000) + count * HEAD_BYTES for count in range(MOST_HEAD_DRAFTS + 1)
+]
 
 
 def policy_of() -> HeadPolicy:
@@ -37,7 +40,7 @@ def policy_of() -> HeadPolicy:
 
 
 def rate(count: int, chances: list[float]) -> float:
-    return (1 + sum(chances[:count])) / (COSTS[count] + count * HEAD_BYTES)
+    return (1 + sum(chances[:count])) / COSTS[count]
 
 
 def decode(policy: HeadPolicy, state: HeadState, *, chance: float, tokens: int, seed: int = 0) -> tuple[float, int]:
@@ -59,7 +62,7 @@ def decode(policy: HeadPolicy, state: HeadState, *, chance: float, tokens: int, 
                 right = int((draw.random(15) < chance).sum())
                 policy.on_proposal(state, Proposal(seq_id=0, judged=15, right=right))
                 spent, waiting = spent + HEAD_BYTES, 0
-        spent += COSTS[wanted] + wanted * HEAD_BYTES
+        spent += COSTS[wanted]
         done += 1 + accepted
         wanted = policy.choose(state, most=99, costs=COSTS, others=0.0)
     return spent / (done * COSTS[0]), wanted
@@ -121,10 +124,31 @@ def test_what_is_asked_for_is_never_worse_than_none(
     assert all(a >= b for a, b in pairwise(chances))
 
     def gain(number: int) -> float:
-        return (others + 1 + sum(chances[:number])) / (costs[number] + number * HEAD_BYTES)
+        return (others + 1 + sum(chances[:number])) / costs[number]
 
     assert gain(count) >= gain(0) * (1 - 1e-9)
     assert all(gain(other) <= CHANGE_GAIN * gain(count) * (1 + 1e-9) or count == 0 for other in range(7))
+
+
+def test_what_was_timed_goes_before_what_was_counted() -> None:
+    """On a machine where a further token costs as much as the first one, whatever its bytes."""
+    times = StepTimes()
+    assert times.want_plain and times.costs(COSTS) == COSTS
+    for _ in range(3):
+        times.note(0, 0.010)
+    assert not times.want_plain
+    assert times.costs(COSTS) == pytest.approx([cost * 0.010 / COSTS[0] for cost in COSTS])
+    for _ in range(3):
+        times.note(2, 0.030)
+    found = times.costs(COSTS)
+    assert found[0] == pytest.approx(0.010) and found[2] == pytest.approx(0.030)
+    assert found[1] == pytest.approx(0.010 * COSTS[1] / COSTS[0]), "not timed: counted, on the scale of what was"
+    assert found[3] == pytest.approx(0.030 * COSTS[3] / COSTS[2])
+    times.note(9, 5.0)
+    assert times.costs(COSTS) == found, "more guesses than a head makes are the past's"
+    state = HeadState()
+    policy = policy_of()
+    assert policy.choose(state, most=9, costs=[0.01 * (1 + count) for count in range(7)], others=0.0) == 0
 
 
 def test_a_fixed_number_is_kept_and_never_more_than_is_left() -> None:
