@@ -49,10 +49,10 @@ GUESSED_BAR = 1.3  # at the tiny head's acceptance
 ADVERSARIAL_BAR = 1.03
 TINY_ACCEPTANCE = 0.97
 NEW = 96
-TOY_NEW = 256
+TOY_NEW = 128
 TOY = {
     "hidden_size": 512,
-    "intermediate_size": 6144,
+    "intermediate_size": 3072,
     "moe_intermediate_size": 256,
     "n_routed_experts": 32,
     "num_experts_per_tok": 4,
@@ -301,7 +301,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         prog="exo-kimi bench drafts", description=__doc__.splitlines()[0] if __doc__ else ""
     )
     parser.add_argument("--draft", type=Path, help="a head of the tiny Kimi (default: the one that comes with it)")
-    parser.add_argument("--rounds", type=int, default=3, help="of the toy (default 3)")
+    parser.add_argument("--rounds", type=int, default=2, help="of the toy (default 2)")
     parser.add_argument("--count", type=int, default=2, help="questions of each kind for the tiny Kimi (default 2)")
     parser.add_argument(
         "--model", default="kimi-k2-instruct", help="whose bytes are counted (default kimi-k2-instruct)"
