@@ -49,10 +49,10 @@ GUESSED_BAR = 1.3  # at the tiny head's acceptance
 ADVERSARIAL_BAR = 1.03
 TINY_ACCEPTANCE = 0.97
 NEW = 96
-TOY_NEW = 128
+TOY_NEW = 96
 TOY = {
     "hidden_size": 512,
-    "intermediate_size": 3072,
+    "intermediate_size": 2048,
     "moe_intermediate_size": 256,
     "n_routed_experts": 32,
     "num_experts_per_tok": 4,
