@@ -20,8 +20,8 @@ from pathlib import Path
 
 import numpy as np
 
+from exo_kimi.bench.claims.drafts.scripted_head import ScriptedHead
 from exo_kimi.bench.frame import Result, Row, finish, taken_in_turn
-from exo_kimi.bench.setups.scripted_head import ScriptedHead
 from exo_kimi.checkpoint.checkpoint import Checkpoint
 from exo_kimi.checkpoint.drafts.manifest import resolve_draft
 from exo_kimi.checkpoint.tiny.draft import make_tiny_draft
