@@ -66,7 +66,7 @@ K2_TOKENS = 2000
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Decoded:
+class TimedAnswers:
     """Answers, and the time from the first token of the last one to its end."""
 
     answers: tuple[tuple[int, ...], ...]
@@ -75,7 +75,7 @@ class Decoded:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Setup:
+class DraftedSetup:
     """A checkpoint, split, with a head or without.
 
     Args:
@@ -125,10 +125,10 @@ class Setup:
         *,
         stop: frozenset[int] = frozenset(),
         new: int = NEW,
-    ) -> Decoded:
+    ) -> TimedAnswers:
         """Answer prompts one after the other, greedily."""
 
-        async def run() -> Decoded:
+        async def run() -> TimedAnswers:
             answers, begun_s = [], 0.0
             async with Engine(self.pipeline(), drafter=drafter, prefill_chunk=512) as engine:
                 for index, prompt in enumerate(prompts):
@@ -146,7 +146,7 @@ class Setup:
                             answer.append(event.token_id)
                     answers.append(tuple(answer))
                 taken_s = time.perf_counter() - begun_s
-                return Decoded(answers=tuple(answers), decode_s=taken_s, snapshot=engine.snapshot())
+                return TimedAnswers(answers=tuple(answers), decode_s=taken_s, snapshot=engine.snapshot())
 
         return asyncio.run(run())
 
@@ -156,7 +156,7 @@ def tiny_row(directory: Path, head: Path, *, count: int) -> Row:
     encoder = Encoder.from_directory(directory)
     prompts = [tuple(encoder.template.render([*case.messages]).ids) for case in question_cases(count, 1)]
     layers = Checkpoint(directory).config.num_hidden_layers
-    setup = Setup(checkpoint=directory, bounds=(0, layers // 2, layers))
+    setup = DraftedSetup(checkpoint=directory, bounds=(0, layers // 2, layers))
     sized = bytes_of_manifest(Checkpoint(directory).manifest())
     stop = frozenset(encoder.tokenizer.stop_ids)
     plain = setup.decode(prompts, None, stop=stop)
@@ -191,16 +191,16 @@ def toy_rows(folder: Path, *, rounds: int) -> list[Row]:
     prompt = tuple(np.random.default_rng(0).integers(0, 500, 32).tolist())
     rows = []
     for bounds in ((0, 8), (0, 5, 8)):
-        plain = Setup(checkpoint=checkpoint, bounds=bounds)
+        plain = DraftedSetup(checkpoint=checkpoint, bounds=bounds)
         (answer,) = plain.decode([prompt], None, new=TOY_NEW).answers
         for chance in (TINY_ACCEPTANCE, 0.0):
             setup = replace(plain, head=head, script=(*prompt, *answer), chance=chance)
 
-            def ours(setup: Setup = setup) -> Decoded:
+            def ours(setup: DraftedSetup = setup) -> TimedAnswers:
                 drafter = Drafter.of("off", sized, head=HeadPolicy.of("auto", draft_bytes=draft))
                 return setup.decode([prompt], drafter, new=TOY_NEW)
 
-            def theirs(setup: Setup = plain) -> Decoded:
+            def theirs(setup: DraftedSetup = plain) -> TimedAnswers:
                 return setup.decode([prompt], None, new=TOY_NEW)
 
             pairs = taken_in_turn(ours, theirs, rounds=rounds)
