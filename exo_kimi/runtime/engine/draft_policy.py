@@ -105,14 +105,23 @@ class StepTimes:
         return self.weights[0] < PLAIN_STEPS or self.steps % PLAIN_EVERY == 0
 
     def costs(self, counted: Ordered[float]) -> list[float]:
-        """What steps with 0, 1 ... guesses take: as timed, or else as counted, on the scale of what was timed with fewer."""
-        known = [count for count in range(len(counted)) if self.weights[count] >= PLAIN_STEPS]
-        if not known:
+        """What steps with 0, 1 ... guesses take: as timed; between two that were timed in proportion; and above them as counted, on
+        the scale of the last one, but no less than the line through the last two says."""
+        known = [count for count in range(len(counted)) if self.weights[count] >= (1.0 if count else PLAIN_STEPS)]
+        if not known or known[0]:
             return [*counted]
         found = []
         for count, cost in enumerate(counted):
-            near = max((each for each in known if each <= count), default=known[0])
-            found.append(cost * self.seconds[near] / counted[near])
+            low = max(each for each in known if each <= count)
+            high = next((each for each in known if each >= count), None)
+            if high is None:
+                before = max((each for each in known if each < low), default=low)
+                slope = (self.seconds[low] - self.seconds[before]) / max(1, low - before)
+                scaled = cost * self.seconds[low] / counted[low]
+                found.append(max(scaled, self.seconds[low] + slope * (count - low)))
+            else:
+                share = (count - low) / max(1, high - low)
+                found.append(self.seconds[low] + share * (self.seconds[high] - self.seconds[low]))
         return found
 
 
