@@ -105,7 +105,7 @@ class StepTimes:
         return self.weights[0] < PLAIN_STEPS or self.steps % PLAIN_EVERY == 0
 
     def costs(self, counted: Ordered[float]) -> list[float]:
-        """What steps with 0, 1 ... guesses take: as timed; between two that were timed in proportion; and above them as counted, on
+        """What steps with 0, 1 ... guesses take: as timed; between two that were timed in proportion; above them as counted, on
         the scale of the last one, but no less than the line through the last two says."""
         known = [count for count in range(len(counted)) if self.weights[count] >= (1.0 if count else PLAIN_STEPS)]
         if not known or known[0]:
