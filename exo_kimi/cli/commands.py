@@ -9,6 +9,8 @@ import os
 import signal
 import sys
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
@@ -445,7 +447,8 @@ def serve(
     options["api_key"] = find_api_key(
         key_file=options.pop("api_key_file"), option=api_key, environment_text=os.environ.get(ENVIRONMENT_NAME)
     )
-    serve(ServeOptions(**options))
+    with _awake():
+        serve(ServeOptions(**options))
 
 
 def stage(
@@ -490,7 +493,7 @@ def stage(
     directory = _weights(model)
     place = stage_place(listen, pair=pair, key_file=key_file)
     log_to(as_json=log_json)
-    with announced_stage(place.listen):
+    with announced_stage(place.listen), _awake():
         _serve_stage(place, directory, experts, trace_experts, draft)
 
 
@@ -766,6 +769,13 @@ def bench(
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # the servers and nodes that it started end with it
     module = "all" if name == "all" else f"claims.{name.replace('-', '_')}"
     return int(import_module(f"exo_kimi.bench.{module}").main(rest) or 0)
+
+
+def _awake() -> AbstractContextManager[None]:
+    from exo_kimi.owner.awake import KEPT_ENVIRONMENT_NAME, awake_while_serving
+
+    kept = KEPT_ENVIRONMENT_NAME in os.environ
+    return awake_while_serving(os.getpid(), already_kept=kept, say=partial(print, file=sys.stderr, flush=True))
 
 
 def _find_stages_and_weights(options: dict[str, Any]) -> None:

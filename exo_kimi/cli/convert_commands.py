@@ -56,10 +56,11 @@ def convert(
 ) -> None:
     """A checkpoint in MLX's mixed bits by a recipe, a block of rows at a time; a run that was cut off goes on."""
     from exo_kimi.compress.convert.command import ConvertOptions, run_convert
+    from exo_kimi.fetch.directories import weights_directory
     from exo_kimi.planner.weights.recipes import load_recipe
 
     options = ConvertOptions(
-        directory=directory,
+        directory=weights_directory(directory),
         output=output,
         recipe=None if recipe is None else load_recipe(recipe),
         layers=layers,

@@ -147,8 +147,10 @@ def prepare(
 ) -> None:
     """Make the directory that exo will accept, all of a checkpoint or one share."""
     options: dict[str, Any] = locals()
+    from exo_kimi.fetch.directories import weights_directory
     from exo_kimi.plugin.control.command import make_directory
 
+    options["directory"] = weights_directory(directory)
     print(make_directory(**options), end="")
 
 

@@ -40,9 +40,11 @@ def calibrate(
     from exo_kimi.compress.calibrate.command import calibrate_directory
     from exo_kimi.compress.calibrate.inputs import write_inputs
     from exo_kimi.errors import UsageError
+    from exo_kimi.fetch.directories import weights_directory
 
     if output is None and inputs is None:
         raise UsageError("say where to", expected="-o SCORES.json, --inputs FILE, or both", where="calibrate")
+    directory = weights_directory(directory)
     if inputs is not None:
         count = write_inputs(directory, text, inputs, most_tokens=tokens, dtype=dtype, say=_say)
         print(f"inputs of {count} modules are in {inputs}")
@@ -117,6 +119,7 @@ def prune(
     """A smaller checkpoint without some of its experts, by copying packed bytes."""
     from exo_kimi.compress.prune.command import PruneOptions
     from exo_kimi.compress.prune.command import prune as prune_directory
+    from exo_kimi.fetch.directories import weights_directory
 
     options = PruneOptions(
         keep=keep,
@@ -131,7 +134,7 @@ def prune(
         research=research,
         dry_run=dry_run,
     )
-    plan = prune_directory(directory, out, options, plan_file=output is not None, say=_say)
+    plan = prune_directory(weights_directory(directory), out, options, plan_file=output is not None, say=_say)
     if output is not None:
         write_text(output, plan.to_json(), option="-o")
 
@@ -189,6 +192,7 @@ def compare(
 ) -> int:
     """What a smaller model lost: KL, perplexity, likeliest tokens, loops, think tags, tools, layer by layer."""
     from exo_kimi.compress.compare import command
+    from exo_kimi.fetch.directories import named_weights
 
     options = command.CompareOptions(
         files=tuple(text),
@@ -204,10 +208,11 @@ def compare(
         api_key=api_key,
     )
     if save is not None:
-        command.save(Path(first), save, options, say=_say)
+        command.save(Path(named_weights(first)), save, options, say=_say)
         print(f"the run is in {save}")
         return 0
-    found = command.compare(first, second, options, say=_say)
+    sides = (named_weights(first), None if second is None else named_weights(second))
+    found = command.compare(*sides, options, say=_say)
     print(found.to_text())
     if json is not None:
         write_text(json, found.to_json(), option="--json")

@@ -29,8 +29,9 @@ def record(
 ) -> None:
     """Which experts the tokens of texts are routed to: one pass, with one layer in memory at a time."""
     from exo_kimi.compress.routes import record_directory
+    from exo_kimi.fetch.directories import weights_directory
 
-    print(record_directory(directory, text, output, most_tokens=tokens, dtype=dtype, say=_say))
+    print(record_directory(weights_directory(directory), text, output, most_tokens=tokens, dtype=dtype, say=_say))
 
 
 def replay(

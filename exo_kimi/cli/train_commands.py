@@ -52,11 +52,12 @@ def draft(
     seed: Annotated[int, option("--seed", parser=whole, metavar="N", help="of weights and texts (default 0)")] = 0,
 ) -> None:
     """A draft head for a small Kimi, in the published format; run it again to go on."""
+    from exo_kimi.fetch.directories import weights_directory
     from exo_kimi.train.draft.command import train_draft
     from exo_kimi.train.draft.recipe import DraftRecipe
 
     given = {} if steps is None else {"steps": steps}
-    print(train_draft(directory, output, DraftRecipe(seed=seed, **given)).to_text())
+    print(train_draft(weights_directory(directory), output, DraftRecipe(seed=seed, **given)).to_text())
 
 
 def compare(
@@ -84,9 +85,10 @@ def requantize(
     ] = "q34+q6",
 ) -> None:
     """Any Kimi checkpoint in MLX's layout with other bits."""
+    from exo_kimi.fetch.directories import weights_directory
     from exo_kimi.train.export import requantize
 
-    requantize(directory, output, recipe=recipe)
+    requantize(weights_directory(directory), output, recipe=recipe)
     print(f"{recipe} is in {output}")
 
 
@@ -128,10 +130,16 @@ def evaluate(
         given = {"requests": requests, "count": count, "seed": seed, "api_key": api_key}
         report = evaluate_tools(tools, say=_progress, against=against, **given)  # type: ignore[arg-type]
     elif directory is not None:
+        from exo_kimi.fetch.directories import named_weights, weights_directory
         from exo_kimi.train.evaluation.evaluate import evaluate
 
-        options = {"count": count, "seed": seed, "files": text, "against": Path(against) if against else None}
-        report = evaluate(directory, say=_progress, **options)  # type: ignore[arg-type]
+        options = {
+            "count": count,
+            "seed": seed,
+            "files": text,
+            "against": Path(named_weights(against)) if against else None,
+        }
+        report = evaluate(weights_directory(directory), say=_progress, **options)  # type: ignore[arg-type]
     else:
         raise UsageError("nothing to evaluate", expected="a checkpoint, or --tools URL")
     print(report.to_text(wrong), report.to_json(), sep="\n")

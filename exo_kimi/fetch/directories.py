@@ -76,6 +76,21 @@ def weights_directory(given: Path) -> Path:
     )
 
 
+def pulled_directory(text: str) -> Path | None:
+    """The directory of ORG/NAME where it was pulled, else None: also for everything that is no such name."""
+    model = model_of(text)
+    return next(iter(_pulled(model)), None) if model is not None else None
+
+
+def named_weights(text: str) -> str:
+    """A directory, a file or a server's address as it was given; for ORG/NAME the pulled directory.
+
+    Raises:
+        UsageError: it is the name of a model that was not pulled.
+    """
+    return text if model_of(text) is None else str(weights_directory(Path(text)))
+
+
 def served_directory(given: Path, part: ServedPart) -> Path:
     """A directory to serve from: the one that was given, or for ORG/NAME one with this machine's layers, fetched if need be.
 

@@ -23,7 +23,14 @@ from exo_kimi.checkpoint.tiny.config import text_config
 from exo_kimi.checkpoint.tiny.weights import resolve_recipe
 from exo_kimi.cli import main
 from exo_kimi.errors import UsageError
-from exo_kimi.fetch.directories import ServedPart, headers_directory, local_layers, weights_directory
+from exo_kimi.fetch.directories import (
+    ServedPart,
+    headers_directory,
+    local_layers,
+    named_weights,
+    pulled_directory,
+    weights_directory,
+)
 from exo_kimi.fetch.hub import HubSource
 from exo_kimi.fetch.names import directory_of, model_of
 from exo_kimi.fetch.pull import PullOptions, pull
@@ -125,6 +132,52 @@ def test_weights_that_were_not_pulled_are_said(at_hub: Hub, whole: Path) -> None
     with pytest.raises(UsageError, match="no model of this name was pulled") as error:
         weights_directory(Path("org/kimi"))
     assert "exo-kimi pull org/kimi" in str(error.value)
+
+
+NAMED_COMMANDS = [
+    ["layer", "org/kimi", "0"],
+    ["convert", "org/kimi", "out", "--recipe", "uniform-4"],
+    ["calibrate", "org/kimi", "--text", "text.txt", "-o", "scores.json"],
+    ["prune", "org/kimi", "out", "--keep", "4", "--scores", "scores.json"],
+    ["compare", "org/kimi", "other", "--text", "text.txt"],
+    ["compare", "org/kimi", "--save", "run.npz", "--text", "text.txt"],
+    ["trace", "record", "org/kimi", "--text", "text.txt", "-o", "trace.npz"],
+    ["eval", "org/kimi"],
+    ["train", "requantize", "org/kimi", "out", "--recipe", "uniform-4"],
+    ["train", "draft", "org/kimi", "out"],
+    ["exo", "prepare", "org/kimi", "--models-dir", "models"],
+]
+
+
+@pytest.mark.parametrize("words", NAMED_COMMANDS, ids=lambda words: " ".join(words[:2]))
+def test_every_command_that_takes_a_directory_takes_a_name_or_says_how_to_get_it(
+    words: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name in ("text.txt", "scores.json"):
+        Path(name).write_text("{}")
+    assert main(words) != 0
+    said = capsys.readouterr().err
+    assert "no model of this name was pulled" in said and "`exo-kimi pull org/kimi`" in said
+
+
+def test_a_pulled_model_is_converted_and_prepared_for_exo_by_its_name(
+    whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(whole, directory_of("org/kimi"))
+    assert main(["convert", "org/kimi", "out", "--recipe", "uniform-4", "--dry-run"]) == 0
+    assert main(["convert", str(whole), "out", "--recipe", "uniform-4", "--dry-run"]) == 0
+    Path("models").mkdir()
+    assert main(["exo", "prepare", "org/kimi", "--models-dir", "models"]) == 0
+    prepared = next(Path("models").iterdir())
+    assert files_of(prepared) >= files_of(whole)
+    assert pulled_directory("org/kimi") == directory_of("org/kimi")
+    assert named_weights(str(whole)) == str(whole) and named_weights("http://host:1") == "http://host:1"
+
+
+def files_of(directory: Path) -> set[str]:
+    return {path.name for path in directory.iterdir() if path.suffix == ".safetensors"}
 
 
 @pytest.mark.parametrize(

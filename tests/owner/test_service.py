@@ -20,11 +20,13 @@ import pytest
 
 from exo_kimi.cli.app import check_words
 from exo_kimi.errors import ExoKimiError, MachineError, UsageError
+from exo_kimi.owner import awake
+from exo_kimi.owner.awake import awake_command
 from exo_kimi.owner.directories import OwnerDirectories
 from exo_kimi.owner.service import running
 from exo_kimi.owner.service.install import Installation, Services
 from exo_kimi.owner.service.manager import Launchd, ServiceManager, Systemd
-from exo_kimi.owner.service.running import awake_command, run_service, wired_note
+from exo_kimi.owner.service.running import run_service, wired_note
 from exo_kimi.owner.service.spec import ServiceSpec, read_spec
 from exo_kimi.owner.service.units import launchd_plist, systemd_unit
 from exo_kimi.owner.service_logs import LogQuery, follow_log, read_log
@@ -162,7 +164,7 @@ def child(code: str) -> list[str]:
 
 @pytest.fixture(autouse=True)
 def asleep(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(running, "awake_command", lambda pid: None)
+    monkeypatch.setattr(awake, "awake_command", lambda pid: None)
 
 
 def spec_in(tmp_path: Path, **more: object) -> ServiceSpec:

@@ -10,7 +10,6 @@ import contextlib
 import logging
 import os
 import platform
-import shutil
 import signal
 import subprocess
 import sys
@@ -22,6 +21,7 @@ from pathlib import Path
 from typing import IO
 
 from exo_kimi.logs import TEXT_FORMAT
+from exo_kimi.owner.awake import KEPT_ENVIRONMENT_NAME, kept_awake
 from exo_kimi.owner.directories import private_folder
 from exo_kimi.owner.service.spec import ServiceSpec
 
@@ -30,7 +30,6 @@ LOGS_KEPT = 5
 END_S = 10.0  # exo-kimi's commands end within 5 s of the first signal
 LINE_BYTES = 1 << 16
 CHILD = "exo_kimi.owner.service.child"
-AWAKE_S = 2.0  # in which what keeps the machine awake says that it cannot
 
 logger = logging.getLogger(__name__)
 
@@ -57,13 +56,13 @@ def run_service(spec: ServiceSpec, folder: Path, *, command: Sequence[str] | Non
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             cwd=spec.directory,
-            env={**os.environ, **spec.environment, "PYTHONUNBUFFERED": "1"},
+            env={**os.environ, **spec.environment, "PYTHONUNBUFFERED": "1", KEPT_ENVIRONMENT_NAME: "1"},
         )
         assert child.stdout is not None
         logger.info("service %s: process %d begins", spec.name, child.pid)
         reader = threading.Thread(target=_copy_lines, args=(child.stdout, log), daemon=True)
         reader.start()
-        with _signals_to(child), _awake(child.pid):
+        with _signals_to(child), kept_awake(child.pid, logger.warning):
             status = child.wait()
         reader.join(timeout=2.0)  # what the child left behind may hold the pipe
         logger.info("service %s: process %d ended with status %d", spec.name, child.pid, status)
@@ -112,45 +111,6 @@ def wired_limit_mb() -> int | None:
         return None
     asked = subprocess.run(["sysctl", "-n", "iogpu.wired_limit_mb"], capture_output=True, text=True, check=False)
     return int(asked.stdout) if asked.returncode == 0 and asked.stdout.strip().isdigit() else None
-
-
-def awake_command(pid: int) -> list[str] | None:
-    """What keeps this machine awake for as long as a process lives; None where nothing can."""
-    if sys.platform == "darwin":
-        return ["/usr/bin/caffeinate", "-i", "-s", "-w", str(pid)]
-    if shutil.which("systemd-inhibit") is None:
-        return None
-    inhibit = ["systemd-inhibit", "--what=sleep:idle", "--who=exo-kimi", "--why=it serves", "--mode=block"]
-    return [*inhibit, "tail", f"--pid={pid}", "-f", "/dev/null"]
-
-
-@contextlib.contextmanager
-def _awake(pid: int) -> Iterator[None]:
-    words = awake_command(pid)
-    process = None
-    if words is not None:
-        with contextlib.suppress(OSError):
-            process = subprocess.Popen(
-                words, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
-            )
-    if process is None:
-        logger.warning("nothing keeps this machine awake: there is no %s", words[0] if words else "systemd-inhibit")
-        yield
-        return
-    threading.Thread(target=_watch_awake, args=(process,), daemon=True).start()
-    try:
-        yield
-    finally:
-        process.terminate()
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            process.wait(timeout=AWAKE_S)
-
-
-def _watch_awake(process: subprocess.Popen[str]) -> None:
-    with contextlib.suppress(subprocess.TimeoutExpired):
-        _, said = process.communicate(timeout=AWAKE_S)
-        if process.returncode > 0:
-            logger.warning("nothing keeps this machine awake: %s", said.strip())
 
 
 @contextlib.contextmanager

@@ -9,6 +9,7 @@ from pathlib import Path
 from exo_kimi.arch.config import KimiConfig
 from exo_kimi.checkpoint.checkpoint import Checkpoint
 from exo_kimi.errors import UsageError
+from exo_kimi.fetch.directories import pulled_directory
 from exo_kimi.planner.answer import Answer, answer, plan_of
 from exo_kimi.planner.command import model_bytes
 from exo_kimi.planner.plan import Plan
@@ -129,6 +130,8 @@ def _weights(
     named = directory_name(str(model))
     candidates = [path, *(Path(each) / named for each in models_dirs if "/" in str(model))]
     directory = next((each for each in candidates if each.is_dir()), None)
+    if directory is None and recipe is None and (pulled := pulled_directory(str(model))) is not None:
+        directory, model_id = pulled, model_id or str(model)
     if directory is None:
         weights = model_bytes(model=str(model), recipe=recipe)
         return replace(weights, name=check_model_id(model_id)) if model_id else weights
