@@ -205,26 +205,39 @@ def test_serve_fetches_its_share_and_answers_with_the_rest_elsewhere(hub: Hub, w
     there = {**environment, "EXO_KIMI_MODELS": str(tmp_path / "there")}
     here = {**environment, "EXO_KIMI_MODELS": str(tmp_path / "here")}
     subprocess.run([*run, "pull", "org/kimi", "--layers", "3:7"], env=there, check=True, capture_output=True)
+    stage_log, server_log = tmp_path / "stage.log", tmp_path / "server.log"
     stage = subprocess.Popen(
-        [*run, "stage", "--listen", "127.0.0.1:0", "--model", "org/kimi"], env=there, stdout=subprocess.PIPE, text=True
+        [*run, "stage", "--listen", "127.0.0.1:0", "--model", "org/kimi"],
+        env=there,
+        stdout=subprocess.PIPE,
+        stderr=stage_log.open("w"),
+        text=True,
     )
     try:
         address = stage.stdout.readline().split()[2].rstrip(",")
         command = ["serve", "org/kimi", "--split", "3,4", "--stage", address, "--port", "0", "--kv-bytes", "20MB"]
         server = subprocess.Popen(
-            [*run, *command, "--dtype", "float32"], env=here, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+            [*run, *command, "--dtype", "float32"],
+            env=here,
+            stdout=subprocess.PIPE,
+            stderr=server_log.open("w"),
+            text=True,
         )
         try:
             url = server.stdout.readline().split()[2]
             body = {"model": "kimi", "messages": [{"role": "user", "content": "hello"}], "max_tokens": 4}
             answer = httpx.post(f"{url}/v1/chat/completions", json=body, timeout=60)
             assert answer.status_code == 200 and answer.json()["usage"]["completion_tokens"] >= 1, answer.text
+            named = answer.headers["x-request-id"]
         finally:
             server.terminate()
             server.wait(20)
     finally:
         stage.terminate()
         stage.wait(20)
+    assert f"{named} begins: " in stage_log.read_text()  # the other machine's own log
+    assert f"stage 0: INFO {named} begins: " in server_log.read_text()
+    assert f"INFO {named} POST " in server_log.read_text()
     share = Checkpoint(tmp_path / "here" / "org" / "kimi")
     share.manifest(0, 3).check_here()
     total = sum(path.stat().st_size for path in whole.iterdir() if path.is_file())
