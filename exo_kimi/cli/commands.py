@@ -490,11 +490,10 @@ def stage(
         reads=expert_reads,
         profile=expert_profile,
     )
-    directory = _weights(model)
     place = stage_place(listen, pair=pair, key_file=key_file)
     log_to(as_json=log_json)
     with announced_stage(place.listen), _awake():
-        _serve_stage(place, directory, experts, trace_experts, draft)
+        _serve_stage(place, _weights(model), experts, trace_experts, draft)
 
 
 def chat(
