@@ -788,11 +788,7 @@ def _find_stages_and_weights(options: dict[str, Any]) -> None:
 
 
 def _serve_stage(place: Any, model: str | None, experts: Any, expert_trace: Path | None, draft: Path | None) -> None:
-    from exo_kimi.models.mlx_lm_package import skip_mlx_lm_init
-    from exo_kimi.runtime.descriptors import raise_descriptor_limit
-
-    raise_descriptor_limit()
-    skip_mlx_lm_init()
+    _begin_stage()
     from exo_kimi.runtime.stage.process import serve_stage
 
     serve_stage(
@@ -805,6 +801,15 @@ def _serve_stage(place: Any, model: str | None, experts: Any, expert_trace: Path
         expert_trace=expert_trace,
         draft=draft,
     )
+
+
+def _begin_stage() -> None:
+    """What comes before a stage's imports."""
+    from exo_kimi.models.mlx_lm_package import skip_mlx_lm_init
+    from exo_kimi.runtime.descriptors import raise_descriptor_limit
+
+    raise_descriptor_limit()
+    skip_mlx_lm_init()
 
 
 def _weights(model: Path | None) -> str | None:
