@@ -130,19 +130,19 @@ def evaluate(
         given = {"requests": requests, "count": count, "seed": seed, "api_key": api_key}
         report = evaluate_tools(tools, say=_progress, against=against, **given)  # type: ignore[arg-type]
     elif directory is not None:
-        from exo_kimi.fetch.directories import named_weights, weights_directory
-        from exo_kimi.train.evaluation.evaluate import evaluate
-
-        options = {
-            "count": count,
-            "seed": seed,
-            "files": text,
-            "against": Path(named_weights(against)) if against else None,
-        }
-        report = evaluate(weights_directory(directory), say=_progress, **options)  # type: ignore[arg-type]
+        options = {"count": count, "seed": seed, "files": text}
+        report = _evaluated(directory, against, **options)
     else:
         raise UsageError("nothing to evaluate", expected="a checkpoint, or --tools URL")
     print(report.to_text(wrong), report.to_json(), sep="\n")
+
+
+def _evaluated(directory: Path, against: str | None, **options: Any) -> Any:
+    from exo_kimi.fetch.directories import named_weights, weights_directory
+    from exo_kimi.train.evaluation.evaluate import evaluate
+
+    reference = None if against is None else Path(named_weights(against))
+    return evaluate(weights_directory(directory), say=_progress, against=reference, **options)
 
 
 def _progress(text: str) -> None:
