@@ -56,6 +56,7 @@ COMMANDS = (
     "calibrate",
     "prune",
     "compare",
+    "experts pack",
     "trace record",
     "trace replay",
     "trace make",
@@ -181,6 +182,7 @@ def test_every_option_of_serve_is_in_a_panel() -> None:
     panels = Counter(option.rich_help_panel for option in serve.params if option.param_type_name == "option")
     assert set(panels) == {
         "Model and split",
+        "Experts from disk",
         "Memory",
         "Prefix cache",
         "Pictures",
