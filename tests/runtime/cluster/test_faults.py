@@ -144,7 +144,7 @@ async def test_what_fails_after_a_stage_was_started_is_tried_again_too(
     all_failed = [
         refuse(monkeypatch, zmq.asyncio.Context, "socket", [error]),
         refuse(monkeypatch, stage_handle, "StageClient", [ZeroDivisionError("a bug")]),
-        refuse(monkeypatch, supervisor, "kv_capacity_tokens", [MemoryError()]),
+        refuse(monkeypatch, supervisor, "kv_capacity", [MemoryError()]),
     ]
     faults = await faults_of_a_restart(cluster)
     assert [len(failed) for failed in all_failed] == [1, 1, 1]
