@@ -30,7 +30,7 @@ def convert(
     ] = False,
     calibration: Annotated[
         Path | None,
-        option("--calibration", metavar="FILE", help="with --measure, --budget: mean squares of each input column"),
+        option("--calibration", metavar="FILE", help="of `calibrate --inputs`: how much each input column counts"),
     ] = None,
     layers: Annotated[
         Any,

@@ -161,6 +161,7 @@ def run_convert(options: ConvertOptions) -> str:
         rounding=options.rounding,
         keep_kv_b=options.keep_kv_b,
         shard_bytes=options.shard_bytes,
+        importance=None if options.calibration is None else read_importance(options.calibration, checkpoint),
     )
     if options.dry_run:
         return outlook(conversion, workers=options.workers).to_text()
@@ -221,9 +222,10 @@ def _seconds(conversion: Conversion, workers: int) -> float:
 def _time_of(conversion: Conversion, target: ModuleTarget, rows: SourceRows) -> float:
     fastest = np.inf
     block = next(iter(target.blocks()))
+    columns = conversion.importance_of(target, block.matrix)
     for _ in range(_TIMED):
         began = time.perf_counter()
-        for _piece in encode(target, rows, block, conversion.rounding):
+        for _piece in encode(target, rows, block, conversion.rounding, importance=columns):
             pass
         fastest = min(fastest, time.perf_counter() - began)
     return float(fastest)
@@ -245,8 +247,8 @@ def _check(options: ConvertOptions) -> None:
         raise UsageError("these contradict each other", expected="one of them", found=" and ".join(ways))
     if options.recipe_out is not None and options.budget_bytes is None:
         raise UsageError("--recipe-out is for --budget", where="--recipe-out")
-    if options.calibration is not None and not (options.measure or options.budget_bytes is not None):
-        raise UsageError("--calibration is for --measure and --budget", where="--calibration")
+    if options.calibration is not None and (options.link or options.rounding != "search"):
+        raise UsageError("--calibration is for codes that are searched", where="--calibration")
 
 
 def _of_draft(options: ConvertOptions) -> DraftConversion:

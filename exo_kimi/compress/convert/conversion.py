@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
 
 from exo_kimi.checkpoint.checkpoint import Checkpoint
 from exo_kimi.checkpoint.fingerprint import stage_fingerprint
@@ -23,6 +27,8 @@ from exo_kimi.compress.output.shards import INDEX_NAME, SHARD_BYTES, OutputTenso
 from exo_kimi.errors import UsageError
 from exo_kimi.planner.weights.recipes import Recipe
 from exo_kimi.units import format_bytes
+
+Importance = Mapping[str, NDArray[np.float32]]
 
 _ARITHMETIC = 2
 """Raised when the same source and recipe give other bytes than before: an output that was begun is then not continued."""
@@ -42,6 +48,7 @@ class Conversion:
         carried: tensors that are copied byte for byte: the vision tower and its projector, convolutions and decays.
         left_out: reasons -> number of tensors of the source that are not written.
         job: the output.
+        importance: mean squares of the inputs' columns by module path, see `read_importance`; codes have the least error by them.
     """
 
     manifest: StageManifest
@@ -51,6 +58,14 @@ class Conversion:
     carried: tuple[TensorEntry, ...]
     left_out: Mapping[str, int]
     job: OutputJob
+    importance: Importance = field(default_factory=dict)
+
+    def importance_of(self, target: ModuleTarget, matrix: int) -> NDArray[np.float32] | None:
+        """(in,) of one matrix of a target; None where all columns are alike. embed_q's are kv_b_proj's rows: unknown."""
+        found = self.importance.get(target.source.spec.path)
+        if found is None or (target.heads is not None and target.spec.path.endswith(".embed_q")):
+            return None
+        return found[matrix] if found.ndim == 2 else found
 
     @property
     def text_bytes(self) -> int:
@@ -105,6 +120,7 @@ def make_conversion(
     rounding: Rounding = "search",
     keep_kv_b: bool = False,
     shard_bytes: int = SHARD_BYTES,
+    importance: Importance | None = None,
 ) -> Conversion:
     """Plan a conversion from headers alone.
 
@@ -116,6 +132,7 @@ def make_conversion(
         rounding: `search` for the least error, `mlx` for mx.quantize's codes.
         keep_kv_b: leave kv_b_proj whole; see `targets_of`.
         shard_bytes: most bytes of a file.
+        importance: see `Conversion`.
 
     Raises:
         CheckpointError: the source cannot be converted; a tensor of no known meaning is an error, by name.
@@ -141,11 +158,13 @@ def make_conversion(
         "layers": [manifest.start_layer, manifest.end_layer],
         "rounding": rounding,
         "arithmetic": _ARITHMETIC,
+        **({"calibration": _digest(importance)} if importance else {}),
     }
     facts = [
         f"Source: {name}, fingerprint {meaning['source']['fingerprint'][:16]}",  # type: ignore[index]
         f"Bits: {recipe.title} (recipe {recipe.name})",
         "Codes: least squared error for each group" if rounding == "search" else "Codes: mx.quantize's",
+        *(["Columns count as calibration texts use them"] if importance else []),
         *([] if whole else [f"Layers {manifest.start_layer}:{manifest.end_layer} only (half-open)"]),
     ]
     texts = {
@@ -169,6 +188,7 @@ def make_conversion(
         carried=carried,
         left_out=left_out,
         job=job,
+        importance=importance or {},
     )
 
 
@@ -176,6 +196,13 @@ def _as_they_are(manifest: StageManifest) -> list[TensorEntry]:
     """Tensors that no recipe speaks of, small ones of Kimi Delta Attention, which keep their names and shapes."""
     sources = [source for source in manifest.sources if source.spec.kind in CARRIED_KINDS]
     return [entry for source in sources for entries in source.parts.values() for entry in entries]
+
+
+def _digest(importance: Importance) -> str:
+    digest = hashlib.sha256()
+    for path in sorted(importance):
+        digest.update(path.encode() + importance[path].tobytes())
+    return digest.hexdigest()
 
 
 def _beside_the_text(index: CheckpointIndex, *, carry: bool) -> tuple[tuple[TensorEntry, ...], dict[str, int]]:

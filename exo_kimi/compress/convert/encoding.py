@@ -90,8 +90,22 @@ def target_floats(target: ModuleTarget, rows: SourceRows, block: RowBlock) -> Fl
     return rows.floats(0, start + nope + block.first, start + nope + block.end)
 
 
-def encode(target: ModuleTarget, rows: SourceRows, block: RowBlock, rounding: Rounding) -> Iterator[TensorPiece]:
+def encode(
+    target: ModuleTarget,
+    rows: SourceRows,
+    block: RowBlock,
+    rounding: Rounding,
+    *,
+    importance: NDArray[np.float32] | None = None,
+) -> Iterator[TensorPiece]:
     """The bytes of every tensor of a target that a block gives.
+
+    Args:
+        target: what is written.
+        rows: of its source.
+        block: which of them.
+        rounding: how codes are chosen.
+        importance: (in,), of the squared errors of each column of this block's matrix.
 
     Raises:
         NotFiniteError, TensorFileError: as `SourceRows.floats`.
@@ -100,7 +114,7 @@ def encode(target: ModuleTarget, rows: SourceRows, block: RowBlock, rounding: Ro
     if target.moved:
         yield from _moved(target, rows, block)
     elif target.packing is not None:
-        packed = pack_rows(target_floats(target, rows, block), target, rounding)
+        packed = pack_rows(target_floats(target, rows, block), target, rounding, importance=importance)
         for tensor, data in zip(target.tensors, (packed.words, packed.scales, packed.biases), strict=False):
             if data is not None:
                 yield _piece(tensor, target, block, data)

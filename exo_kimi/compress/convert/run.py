@@ -94,7 +94,8 @@ def _encoded(
     conversion: Conversion, target: ModuleTarget, rows: SourceRows, block: RowBlock, file: ShardFile
 ) -> Callable[[], None]:
     def task() -> None:
-        for piece in encode(target, rows, block, conversion.rounding):
+        columns = conversion.importance_of(target, block.matrix)
+        for piece in encode(target, rows, block, conversion.rounding, importance=columns):
             file.put(piece.name, piece.data, at=piece.at)
 
     return task

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import json
 import tomllib
 from collections.abc import Callable
 from importlib import resources
@@ -20,6 +21,9 @@ from exo_kimi.compress.convert.budget import choose, ranges, recipe_of, recipe_t
 from exo_kimi.compress.convert.command import ConvertOptions, run_convert
 from exo_kimi.compress.convert.importance import read_importance
 from exo_kimi.compress.convert.measure import BitOption, ModuleErrors, measure
+from exo_kimi.compress.convert.rows import SourceRows
+from exo_kimi.compress.output.job import MANIFEST_NAME
+from exo_kimi.compress.ranges import RangeReader
 from exo_kimi.compress.texts.encoding import Encoder
 from exo_kimi.errors import UsageError
 from exo_kimi.models.rope import Rope
@@ -161,6 +165,40 @@ def test_columns_that_matter_are_weighed(source_of: Callable[[str], Path], tmp_p
     assert other < 0.8 * one
 
 
+def test_a_calibration_weighs_what_is_written_as_it_was_measured(
+    source_of: Callable[[str], Path], converted: Convert, tmp_path: Path
+) -> None:
+    """By the columns' weights the error of the files is what `--measure` said, and less than without; experts apart."""
+    source, path = Checkpoint(source_of("bf16")), "model.layers.1.mlp.switch_mlp.up_proj"
+    values = np.ones((4, 128), np.float32)
+    for expert in range(4):
+        values[expert, expert::4] = 1e4
+    importance = {path: values}
+    told = {o.packing: o.error for m in measure(source, importance=importance) if m.path == path for o in m.options}
+    errors = []
+    for name, given_ in (("weighed", importance), ("plain", None)):
+        output = converted(source.directory, tmp_path / name, "uniform-3", importance=given_)
+        errors.append(_weighed_error(source, output, path, values))
+    assert errors[0] == pytest.approx(told[QuantSpec(3, 64)], rel=1e-3)
+    assert errors[0] < 0.9 * errors[1]
+    manifests = [json.loads((tmp_path / name / MANIFEST_NAME).read_text()) for name in ("weighed", "plain")]
+    assert manifests[0]["job"] != manifests[1]["job"]
+
+
+def _weighed_error(source: Checkpoint, output: Checkpoint, path: str, columns: np.ndarray) -> float:
+    squared = total = 0.0
+    with RangeReader(source.directory) as old, RangeReader(output.directory) as new:
+        one, other = (
+            SourceRows(reader, next(s for s in each.manifest().sources if s.spec.path == path))
+            for reader, each in ((old, source), (new, output))
+        )
+        for matrix in range(one.matrices):
+            wanted, found = (rows.floats(matrix, 0, rows.out) for rows in (one, other))
+            squared += float((np.square(found - wanted) @ columns[matrix]).sum())
+            total += float((np.square(wanted) @ columns[matrix]).sum())
+    return float(np.sqrt(squared / total))
+
+
 @pytest.mark.parametrize(
     ("name", "values", "what"),
     [
@@ -199,7 +237,7 @@ def test_measuring_and_choosing_from_the_command_line(source_of: Callable[[str],
         {"recipe": load_recipe("q34+q6"), "measure": True},
         {"link": True, "budget_bytes": 10**9},
         {"recipe": load_recipe("q34+q6"), "recipe_out": Path("x.toml")},
-        {"recipe": load_recipe("q34+q6"), "calibration": Path("x")},
+        {"recipe": load_recipe("q34+q6"), "calibration": Path("x"), "rounding": "mlx"},
         {},
     ],
 )
