@@ -26,6 +26,7 @@ SHAPE: dict[str, Any] = {
 }
 VARIANTS: dict[str, dict[str, Any]] = {
     "mlx": {},
+    "absorbed": {"absorbed": True},
     "int4": {"layout": "int4"},
     "fp8": {"layout": "fp8", "prefix": True, "shards": 3},
     "bf16": {"layout": "bf16", "vision": True, "template": "k25"},

@@ -1,12 +1,20 @@
-"""What inputs each module sees: the mean square of every input column, by one plain pass with one layer in memory at a time.
+"""What inputs each module sees, and what its errors do: by one pass with one layer in memory at a time.
 
 The file is what `exo-kimi convert --calibration` reads: safetensors, module path -> (in,) float32, or (E, in) for experts, each
 by the tokens that chose it. The embedding has no inputs, and the halves of an absorbed kv_b_proj are not measured.
+
+Its metadata has the worth of each module, `{"worth": {path: number}}` as JSON: what a squared relative error of its output makes
+of the final states, relative and squared. Errors that depend on the input, as those of weights do, are put into each module in
+turn, and pass through the rest of its layer; from there on to the end they are taken to stay as they are.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +25,7 @@ from numpy.typing import NDArray
 
 from exo_kimi.checkpoint.checkpoint import Checkpoint
 from exo_kimi.checkpoint.safetensors_io import StoredTensor, write_file
-from exo_kimi.compress.layers import LayerWalk, attend, groups_of
+from exo_kimi.compress.layers import LayerWalk, TokenGroup, attend, groups_of
 from exo_kimi.compress.texts.encoding import Encoded, Encoder
 from exo_kimi.compress.texts.reading import read_texts
 from exo_kimi.errors import UsageError
@@ -25,10 +33,20 @@ from exo_kimi.models.kimi_k2 import DecoderLayer
 from exo_kimi.runtime.stage.resident import give_back_memory
 
 Say = Callable[[str], None]
-MeanSquares = Mapping[str, NDArray[np.float32]]
 
-_HEAD = "lm_head"
-_KV_B, _LATENT = "self_attn.kv_b_proj", "self_attn.kv_a_layernorm"  # the first reads what the second gives
+
+@dataclass(frozen=True, slots=True)
+class InputStatistics:
+    """Of modules, by path: mean squares of their inputs' columns, (in,) or (E, in), and the worth of their errors."""
+
+    columns: Mapping[str, NDArray[np.float32]]
+    worth: Mapping[str, float]
+
+
+_HEAD, _EMBEDDING = "lm_head", "model.embed_tokens"
+_LATENT = "self_attn.kv_a_layernorm"
+_KV_B = ("self_attn.kv_b_proj", "self_attn.embed_q", "self_attn.unembed_out")  # they read what the latent's norm gives
+_NOISE = 0.2  # relative error of a module's output, as of 3 bits
 
 
 class ColumnSquares:
@@ -107,8 +125,32 @@ class MeteredOutput(nn.Module):  # type: ignore[misc]
         return out
 
 
-def measure_inputs(walk: LayerWalk, texts: Sequence[Encoded], *, say: Say = lambda _: None) -> MeanSquares:
-    """Mean squares of the inputs' columns, by module path.
+class NoisyOutput(nn.Module):  # type: ignore[misc]
+    """A module whose outputs have an error of fixed relative size, linear in its inputs; a norm's in its outputs."""
+
+    def __init__(self, inner: nn.Module, *, of_outputs: bool) -> None:
+        super().__init__()
+        self.inner, self._of_outputs = inner, of_outputs
+
+    def __call__(self, x: mx.array, *experts: mx.array, **options: Any) -> mx.array:
+        y: mx.array = self.inner(x, *experts, **options)
+        return y + _error(y if self._of_outputs else x, y)
+
+
+def _error(cause: mx.array, y: mx.array) -> mx.array:
+    """Of y (..., out), by random weights of a cause (..., in)."""
+    weights = mx.random.normal((y.shape[-1], cause.shape[-1]), key=mx.random.key(0))
+    error = cause.astype(mx.float32) @ weights.T
+    length = mx.linalg.norm(error, axis=-1, keepdims=True)
+    wanted = _NOISE * mx.linalg.norm(y.astype(mx.float32), axis=-1, keepdims=True)
+    scaled: mx.array = error * wanted / mx.maximum(length, 1e-20)
+    return scaled.astype(y.dtype)
+
+
+def measure_inputs(walk: LayerWalk, texts: Sequence[Encoded], *, say: Say = lambda _: None) -> InputStatistics:
+    """Mean squares of the inputs' columns and worth of errors, by module path.
+
+    Worth is measured on the first texts, at most `GROUP_TOKENS` tokens of them unless one is longer.
 
     Args:
         walk: over the checkpoint's layers.
@@ -126,16 +168,23 @@ def measure_inputs(walk: LayerWalk, texts: Sequence[Encoded], *, say: Say = lamb
     groups = groups_of(texts)
     hidden: list[mx.array] = []
     found: dict[str, NDArray[np.float32]] = {}
+    errors: dict[str, float] = {}
     for layer in walk.numbers:
         model = walk.load(layer)
         if model.is_first:
             hidden = [model.embed(group.ids) for group in groups]
-        decoder = model.layers[0]
-        meters = _meter(decoder, walk.checkpoint, layer)
-        for index, group in enumerate(groups):
-            x = attend(decoder, hidden[index], group)
-            hidden[index] = x + decoder.mlp(decoder.post_attention_layernorm(x))
-            mx.eval(hidden[index])
+        decoder, before = model.layers[0], hidden[0]
+        places = _places(decoder, walk.checkpoint, layer)
+        meters = {path: ColumnSquares() for path, (inside, _) in places.items() if inside not in _KV_B[1:]}
+        with _replaced(decoder, {places[path][1]: _metered(places[path], each) for path, each in meters.items()}):
+            for index, group in enumerate(groups):
+                hidden[index] = _after(decoder, hidden[index], group)
+        if model.is_first:
+            errors[_EMBEDDING] = _squares(_after(decoder, before + _error(before, before), groups[0]) - hidden[0])
+        for path, (inside, place) in places.items():
+            noisy = partial(NoisyOutput, of_outputs=inside in _KV_B)
+            with _replaced(decoder, {place: noisy}):
+                errors[path] = _squares(_after(decoder, before, groups[0]) - hidden[0])
         if model.is_last:
             meters[_HEAD] = ColumnSquares()
             for states in hidden:
@@ -144,27 +193,62 @@ def measure_inputs(walk: LayerWalk, texts: Sequence[Encoded], *, say: Say = lamb
         del model, decoder, meters
         give_back_memory()
         say(f"layer {layer} of {walk.layers}")
-    return found
+    final = _NOISE**2 * _squares(hidden[0])
+    return InputStatistics(found, {path: error / final for path, error in errors.items()} | {_HEAD: 1.0})
 
 
-def _meter(decoder: DecoderLayer, checkpoint: Checkpoint, layer: int) -> dict[str, ColumnSquares]:
-    """Put a meter before every projection of a layer that can be packed; returns what they count, by path."""
-    meters: dict[str, ColumnSquares] = {}
-    prefix = f"model.layers.{layer}."
+def _after(decoder: DecoderLayer, x: mx.array, group: TokenGroup) -> mx.array:
+    """(N, D) after the layer."""
+    h = attend(decoder, x, group)
+    out: mx.array = h + decoder.mlp(decoder.post_attention_layernorm(h))
+    mx.eval(out)
+    return out
+
+
+def _squares(x: mx.array) -> float:
+    return float(np.square(np.array(x.astype(mx.float32)), dtype=np.float64).sum())
+
+
+def _places(decoder: DecoderLayer, checkpoint: Checkpoint, layer: int) -> dict[str, tuple[str, str]]:
+    """Modules of a layer that can be packed, by path: their place in it, and that of the module to watch in their stead."""
+    prefix, places = f"model.layers.{layer}.", dict[str, tuple[str, str]]()
     for source in checkpoint.manifest(layer, layer + 1).sources:
-        if not source.spec.quantizable or not source.spec.path.startswith(prefix):
-            continue
-        inside, squares = source.spec.path.removeprefix(prefix), ColumnSquares()
-        *parents, name = (_LATENT if inside == _KV_B else inside).split(".")
-        holder: Any = decoder
-        for parent in parents:
-            holder = holder[parent]
-        if name not in holder:
-            continue
-        kind = MeteredOutput if inside == _KV_B else MeteredInput
-        holder[name] = kind(holder[name], squares)
-        meters[source.spec.path] = squares
-    return meters
+        if source.spec.quantizable and source.spec.path.startswith(prefix):
+            inside = source.spec.path.removeprefix(prefix)
+            place = _LATENT if inside in _KV_B else inside
+            holder, name = _holder(decoder, place)
+            if name in holder:
+                places[source.spec.path] = (inside, place)
+    return places
+
+
+def _metered(place: tuple[str, str], squares: ColumnSquares) -> Callable[[nn.Module], nn.Module]:
+    kind = MeteredOutput if place[0] in _KV_B else MeteredInput
+    return partial(kind, squares=squares)
+
+
+def _holder(decoder: DecoderLayer, place: str) -> tuple[Any, str]:
+    *parents, name = place.split(".")
+    holder: Any = decoder
+    for parent in parents:
+        holder = holder[parent]
+    return holder, name
+
+
+@contextmanager
+def _replaced(decoder: DecoderLayer, made: Mapping[str, Callable[[nn.Module], nn.Module]]) -> Iterator[None]:
+    """Modules of a layer with others around them, for a while."""
+    originals = {}
+    for place, make in made.items():
+        holder, name = _holder(decoder, place)
+        originals[place] = holder[name]
+        holder[name] = make(holder[name])
+    try:
+        yield
+    finally:
+        for place, original in originals.items():
+            holder, name = _holder(decoder, place)
+            holder[name] = original
 
 
 def write_inputs(
@@ -190,8 +274,9 @@ def write_inputs(
     found = measure_inputs(LayerWalk(checkpoint=Checkpoint(directory), dtype=dtype), texts, say=say)
     part = output.with_name(f"{output.name}.part")
     try:
-        write_file(part, {path: StoredTensor("F32", values) for path, values in found.items()})
+        tensors = {path: StoredTensor("F32", values) for path, values in found.columns.items()}
+        write_file(part, tensors, metadata={"worth": json.dumps(dict(found.worth))})
         part.replace(output)
     except OSError as error:
         raise UsageError("the inputs cannot be written", found=error.strerror, where=output) from None
-    return len(found)
+    return len(found.columns)

@@ -29,7 +29,7 @@ from exo_kimi.compress.convert.budget import choose, recipe_of, recipe_text
 from exo_kimi.compress.convert.conversion import Conversion, make_conversion
 from exo_kimi.compress.convert.draft import DraftConversion, convert_draft
 from exo_kimi.compress.convert.encoding import encode
-from exo_kimi.compress.convert.importance import read_importance
+from exo_kimi.compress.convert.importance import read_importance, read_worth
 from exo_kimi.compress.convert.link import link_job
 from exo_kimi.compress.convert.measure import ModuleErrors, errors_text, measure
 from exo_kimi.compress.convert.rows import SourceRows
@@ -290,6 +290,7 @@ def _measured(options: ConvertOptions, checkpoint: Checkpoint) -> tuple[ModuleEr
             checkpoint,
             layers=options.layers,
             importance=importance,
+            worths=None if options.calibration is None else read_worth(options.calibration),
             workers=options.workers,
             on_module=lambda _: bar.advance(task),
         )

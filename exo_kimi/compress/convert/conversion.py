@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -152,7 +153,7 @@ def make_conversion(
     packings = {target.name: target.packing for target in targets if target.spec.quantizable}
     name = checkpoint.directory.resolve().name
     whole = (manifest.start_layer, manifest.end_layer) == (0, manifest.config.num_hidden_layers)
-    meaning = {
+    meaning: dict[str, Any] = {
         "source": {"name": name, "fingerprint": stage_fingerprint(manifest)},
         "recipe": {"name": recipe.name, "hash": recipe.hash},
         "layers": [manifest.start_layer, manifest.end_layer],
@@ -161,7 +162,7 @@ def make_conversion(
         **({"calibration": _digest(importance)} if importance else {}),
     }
     facts = [
-        f"Source: {name}, fingerprint {meaning['source']['fingerprint'][:16]}",  # type: ignore[index]
+        f"Source: {name}, fingerprint {meaning['source']['fingerprint'][:16]}",
         f"Bits: {recipe.title} (recipe {recipe.name})",
         "Codes: least squared error for each group" if rounding == "search" else "Codes: mx.quantize's",
         *(["Columns count as calibration texts use them"] if importance else []),

@@ -6,6 +6,7 @@ A module that it lacks is measured as if all columns were alike.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -18,6 +19,8 @@ from exo_kimi.checkpoint.text_files import read_bytes
 from exo_kimi.errors import UsageError
 
 Floats = NDArray[np.float32]
+
+_LEAST_WORTH = 1e-6
 
 
 def read_importance(path: Path, checkpoint: Checkpoint) -> Mapping[str, Floats]:
@@ -52,3 +55,19 @@ def read_importance(path: Path, checkpoint: Checkpoint) -> Mapping[str, Floats]:
             )
         found[entry.name] = values
     return found
+
+
+def read_worth(path: Path) -> Mapping[str, float]:
+    """What errors of each module are worth, by path, from the file's metadata; empty where it has none.
+
+    Raises:
+        UsageError: it cannot be read.
+    """
+    try:
+        header, _, _ = read_header(path)
+        stated = json.loads(json.loads(header).get("__metadata__", {}).get("worth", "{}"))
+        return {str(name): max(float(value), _LEAST_WORTH) for name, value in stated.items()}
+    except OSError as error:
+        raise UsageError("cannot read the calibration", found=error.strerror, where=path) from None
+    except (ValueError, TypeError, AttributeError) as error:
+        raise UsageError("the calibration's worth cannot be read", found=error, where=path) from None

@@ -75,6 +75,7 @@ def measure(
     layers: tuple[int, int] | None = None,
     candidates: Sequence[QuantSpec | None] = CANDIDATES,
     importance: Mapping[str, Floats] | None = None,
+    worths: Mapping[str, float] | None = None,
     workers: int | None = None,
     on_module: Callable[[str], None] | None = None,
 ) -> tuple[ModuleErrors, ...]:
@@ -85,6 +86,7 @@ def measure(
         layers: a half-open range; all by default.
         candidates: what to try; those whose groups do not divide a module's rows are left out.
         importance: mean squares of the input's columns by module path: (in,), or (E, in) for experts.
+        worths: what errors count, by module path, as `calibrate --inputs` measured it; see `worth` where it has none.
         workers: threads; one a processor by default.
         on_module: called with each path when it is done.
 
@@ -102,7 +104,7 @@ def measure(
             found = ModuleErrors(
                 source.spec.path,
                 source.spec.layer,
-                worth(manifest.config, source.spec),
+                (worths or {}).get(source.spec.path, worth(manifest.config, source.spec)),
                 _measure(rows, candidates, columns),
             )
             if on_module is not None:

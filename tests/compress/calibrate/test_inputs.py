@@ -13,9 +13,9 @@ import pytest
 from exo_kimi.checkpoint.checkpoint import Checkpoint
 from exo_kimi.cli import main
 from exo_kimi.compress.calibrate.inputs import measure_inputs
-from exo_kimi.compress.convert.importance import read_importance
+from exo_kimi.compress.convert.importance import read_importance, read_worth
 from exo_kimi.compress.convert.measure import measure
-from exo_kimi.compress.layers import LayerWalk
+from exo_kimi.compress.layers import LayerWalk, attend, groups_of
 from exo_kimi.compress.texts.encoding import Encoded
 from exo_kimi.errors import UsageError
 from exo_kimi.runtime.loading.loader import load
@@ -82,7 +82,7 @@ def _swiglu(gate: mx.array, up: mx.array) -> mx.array:
 @pytest.mark.parametrize("layout", ["mlx", "int4"])
 def test_the_pass_sees_what_a_plain_forward_pass_sees(layout: str, tiny: Maker) -> None:
     directory = tiny(layout)
-    found = measure_inputs(LayerWalk(checkpoint=Checkpoint(directory), dtype="float32"), _texts())
+    found = measure_inputs(LayerWalk(checkpoint=Checkpoint(directory), dtype="float32"), _texts()).columns
     wanted = _oracle(directory, _texts())
     experts_seen = 0
     for key, values in wanted.items():
@@ -97,22 +97,44 @@ def test_the_pass_sees_what_a_plain_forward_pass_sees(layout: str, tiny: Maker) 
 
 def test_an_expert_that_no_token_chose_has_the_mean_of_all(tiny: Maker) -> None:
     one = [Encoded(ids=np.array([7, 8], np.int32), counted=np.ones(2, bool))]
-    found = measure_inputs(LayerWalk(checkpoint=Checkpoint(tiny("mlx")), dtype="float32"), one)
+    found = measure_inputs(LayerWalk(checkpoint=Checkpoint(tiny("mlx")), dtype="float32"), one).columns
     experts = next(values for path, values in found.items() if path.endswith("switch_mlp.up_proj"))
     assert experts.shape[0] == Checkpoint(tiny("mlx")).config.n_routed_experts
     assert experts.any(-1).all() and np.isfinite(experts).all()
 
 
+@pytest.mark.parametrize("layout", ["mlx", "absorbed"])
+def test_worth_is_what_an_error_of_a_module_makes_of_the_final_states(layout: str, tiny: Maker) -> None:
+    """In the last layer by definition: of o_proj and of the MLP's last product at least their share of the final states."""
+    directory = tiny(layout)
+    checkpoint = Checkpoint(directory)
+    found = measure_inputs(LayerWalk(checkpoint=checkpoint, dtype="float32"), _texts()[:1]).worth
+    assert set(found) == {s.spec.path for s in checkpoint.manifest().sources if s.spec.quantizable}
+    assert found["lm_head"] == 1 and all(value > 0 for value in found.values())
+    model, text, last = load(directory, dtype="float32"), _texts()[0], checkpoint.config.num_hidden_layers - 1
+    group = groups_of([text])[0]
+    x = model.embed(group.ids)
+    for layer in model.layers[:-1]:
+        h = attend(layer, x, group)
+        x = h + layer.mlp(layer.post_attention_layernorm(h))
+    h = attend(model.layers[-1], x, group)
+    shared = model.layers[-1].mlp.shared_experts(model.layers[-1].post_attention_layernorm(h))
+    final = h + model.layers[-1].mlp(model.layers[-1].post_attention_layernorm(h))
+    share = float((mx.square(shared).sum() / mx.square(final).sum()).item())
+    assert found[f"model.layers.{last}.mlp.shared_experts.down_proj"] == pytest.approx(share, rel=1e-2)
+
+
 def test_the_file_is_what_convert_reads(tiny: Maker, tmp_path: Path) -> None:
     directory, texts, output = tiny("mlx"), tmp_path / "t.jsonl", tmp_path / "inputs.safetensors"
     texts.write_text("\n".join(json.dumps({"ids": text.ids.tolist()}) for text in _texts()))
-    main(["calibrate", str(directory), "--text", str(texts), "--inputs", str(output)])
+    main(["calibrate", str(directory), "--text", str(texts), "--inputs", str(output), "--dtype", "float32"])
     checkpoint = Checkpoint(directory)
-    importance = read_importance(output, checkpoint)
+    importance, worths = read_importance(output, checkpoint), read_worth(output)
     plain = {each.path: each for each in measure(checkpoint)}
     weighed = {each.path: each for each in measure(checkpoint, importance=importance)}
     path = "model.layers.0.self_attn.o_proj"
     assert weighed[path].options != plain[path].options
+    assert {each.path: each.worth for each in measure(checkpoint, worths=worths)} == worths
 
 
 def test_no_text_and_no_output_are_said(tiny: Maker, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -24,15 +24,9 @@ from exo_kimi.compress.convert.measure import BitOption, ModuleErrors, measure
 from exo_kimi.compress.convert.rows import SourceRows
 from exo_kimi.compress.output.job import MANIFEST_NAME
 from exo_kimi.compress.ranges import RangeReader
-from exo_kimi.compress.texts.encoding import Encoder
 from exo_kimi.errors import UsageError
-from exo_kimi.models.rope import Rope
 from exo_kimi.planner.weights.bytes import bytes_of_recipe
 from exo_kimi.planner.weights.recipes import load_recipe, parse_recipe
-from exo_kimi.train.data.batches import make_batch
-from exo_kimi.train.evaluation.evaluate import held_out_texts
-from exo_kimi.train.export import read_parameters
-from exo_kimi.train.model.forward import next_logits
 
 Convert = Callable[..., Checkpoint]
 TRAINED = Path(str(resources.files("exo_kimi"))) / "data" / "tiny-kimi-k2"
@@ -126,29 +120,22 @@ def test_a_recipe_of_a_budget_has_the_bits_and_bytes_of_the_choice(
     assert bytes_of_recipe(source.config, recipe, name="x").total_bytes == output.manifest().disk_bytes
 
 
-def test_budgets_have_less_divergence_than_the_fixed_mixes_on_the_tiny_kimi(converted: Convert, tmp_path: Path) -> None:
-    source = Checkpoint(TRAINED)
-    modules, batch = measure(source), make_batch(held_out_texts(Encoder.from_directory(TRAINED), 24, 0))
-    wavelengths = np.array(Rope.of(source.config).wavelengths)
-    plain = sum(s.disk_bytes for s in source.manifest().sources if not s.spec.quantizable)
+@pytest.mark.parametrize("name", ["uniform-3", "founding", "q34+q6", "uniform-4"])
+def test_a_choice_has_less_error_than_the_fixed_mix_of_its_bytes(name: str, modules: tuple[ModuleErrors, ...]) -> None:
+    """Of the trained tiny Kimi, by what is minimised; docs/convert.md has the divergence, which a few tokens decide."""
+    source, recipe = Checkpoint(TRAINED), load_recipe(name)
+    specs = {s.spec.path: s.spec for s in source.manifest().sources}
+    budget = sum(recipe.weight_bytes(specs[module.path]) for module in modules)
+    options = [{option.packing: option.error for option in module.options} for module in modules]
+    fixed = [each[recipe.packing(specs[module.path])] for module, each in zip(modules, options, strict=True)]
+    choice = choose(modules, budget)
+    assert choice.nbytes <= budget
+    assert choice.error < 0.9 * sum(m.worth * e**2 for m, e in zip(modules, fixed, strict=True))
 
-    def log_p(directory: Path) -> np.ndarray:
-        logits = next_logits(read_parameters(directory), source.config, wavelengths, batch).astype(np.float64)
-        logits -= logits.max(-1, keepdims=True)
-        return logits - np.log(np.exp(logits).sum(-1, keepdims=True))
 
-    reference = log_p(TRAINED)
-
-    def divergence(output: Checkpoint) -> float:
-        return float((np.exp(reference) * (reference - log_p(output.directory))).sum(-1).mean())
-
-    for name in ("uniform-3", "founding", "q34+q6"):
-        fixed = converted(TRAINED, tmp_path / name, name)
-        budget = fixed.manifest().disk_bytes
-        text = recipe_text(choose(modules, budget - plain), name="chosen", budget_bytes=budget)
-        chosen = converted(TRAINED, tmp_path / f"{name}-chosen", recipe_of(text))
-        assert chosen.manifest().disk_bytes <= budget
-        assert divergence(chosen) < 0.8 * divergence(fixed), name
+@pytest.fixture(scope="module")
+def modules() -> tuple[ModuleErrors, ...]:
+    return measure(Checkpoint(TRAINED))
 
 
 def test_columns_that_matter_are_weighed(source_of: Callable[[str], Path], tmp_path: Path) -> None:
