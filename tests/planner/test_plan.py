@@ -230,7 +230,7 @@ def test_golden_plans_are_made_again_byte_for_byte() -> None:
     for name in PLANS:
         assert read_plan(SHARD_PLANS / f"{name}.json").model.layers == 61
     recipes = {recipe for _, recipe, cluster in PLANS.values() if "m2-ultra" in cluster}
-    assert set(recipe_names()) - recipes == {"bf16"}
+    assert set(recipe_names()) - recipes == {"bf16", "mxfp4-experts"}  # the latter is K3's
 
 
 def test_a_given_split_is_judged_and_not_changed() -> None:

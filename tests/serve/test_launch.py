@@ -22,7 +22,7 @@ from exo_kimi.checkpoint.tiny.make import make_tiny
 from exo_kimi.errors import ConfigError, PlanInfeasibleError, UsageError
 from exo_kimi.planner.command import plan_answer
 from exo_kimi.planner.plan import Plan
-from exo_kimi.runtime.cluster.capacity import StageMemory, kv_capacity_tokens
+from exo_kimi.runtime.cluster.capacity import StageMemory, kv_capacity
 from exo_kimi.runtime.cluster.cluster_plan import make_plan
 from exo_kimi.serve import launch
 from exo_kimi.serve.drafts import draft_need, find_head
@@ -184,7 +184,7 @@ def planned(planned_tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
             )
             for index, stage in enumerate(cluster.stages)
         ]
-        tokens = kv_capacity_tokens(stages, kv_bytes=settings.kv_bytes, planned_kv_bytes=settings.planned_kv_bytes)
+        tokens = kv_capacity(stages, kv_bytes=settings.kv_bytes, planned_kv_bytes=settings.planned_kv_bytes).tokens
         return answer.plan, [tokens * stage.kv_bytes_per_token for stage in stages]
 
     return start

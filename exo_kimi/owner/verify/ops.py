@@ -24,7 +24,7 @@ BARS = {mx.bfloat16: 2e-2, mx.float32: 2e-4}
 """Of the greatest error by the standard deviation of the answer: some five roundings in bf16, whose step is 2**-8."""
 
 MOVES = frozenset(
-    "array arange zeros full stack concatenate split repeat broadcast_to contiguous where take_along_axis put_along_axis inf "
+    "array arange zeros full stack concatenate split take pad repeat broadcast_to contiguous where take_along_axis put_along_axis inf "
     "eval async_eval compile finfo isfinite load random from_fp8 eye stop_gradient "
     "bfloat16 float16 float32 int32 uint8 uint16 uint32 int64 uint64 Dtype dtype bool_ floating issubdtype".split()
 )
@@ -240,6 +240,7 @@ OPERATIONS: Mapping[str, Operation] = {
     "rope": Operation(covers=("fast.rope",), run=_rope),
     "attention, one query": _attention(causal=False, queries=1),
     "attention, causal": _attention(causal=True, queries=17),
+    "argmax": _ranked("argmax", lambda x: mx.argmax(x, axis=-1), lambda x: np.argmax(x, -1).astype(np.float64)),
     "argsort": _ranked("argsort", lambda x: mx.argsort(x, axis=-1), lambda x: np.argsort(x, -1).astype(np.float64)),
     "argpartition": _ranked(
         "argpartition",
