@@ -24,8 +24,8 @@ BARS = {mx.bfloat16: 2e-2, mx.float32: 2e-4}
 """Of the greatest error by the standard deviation of the answer: some five roundings in bf16, whose step is 2**-8."""
 
 MOVES = frozenset(
-    "array arange zeros full stack concatenate split take pad repeat broadcast_to contiguous where take_along_axis put_along_axis inf "
-    "eval async_eval compile finfo isfinite load random from_fp8 eye stop_gradient "
+    "array arange zeros full stack concatenate split take pad repeat broadcast_to contiguous where take_along_axis "
+    "put_along_axis inf eval async_eval compile finfo isfinite load random from_fp8 eye stop_gradient "
     "bfloat16 float16 float32 int32 uint8 uint16 uint32 int64 uint64 Dtype dtype bool_ floating issubdtype".split()
 )
 """What only moves, makes or asks; arithmetic is what is compared. `load` and `from_fp8` are the loader's."""
