@@ -4,20 +4,18 @@ from __future__ import annotations
 
 import hashlib
 import sys
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from exo_kimi.compress.texts.encoding import Encoder
 from exo_kimi.errors import UsageError
 from exo_kimi.train.data.bpe import train_ranks
 from exo_kimi.train.export import write_checkpoint, write_vocabulary
 from exo_kimi.train.recipe import TrainingRecipe
+from exo_kimi.train.resumable import training_bar
 from exo_kimi.train.trainer import Trainer, TrainingProgress
 
 _SAVE_EVERY = 100
@@ -80,22 +78,10 @@ def _open(directory: Path, recipe: TrainingRecipe) -> Trainer:
 
 
 def _run(trainer: Trainer, state: Path) -> None:
-    columns = (
-        TextColumn("training"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TextColumn("{task.fields[told]}"),
-        TimeRemainingColumn(),
-    )
-    with Progress(*columns, console=Console(stderr=True)) as bar:
-        task = bar.add_task("", total=trainer.recipe.steps, completed=trainer.step, told="")
-        began, tokens = time.monotonic(), 0
+    with training_bar(steps=trainer.recipe.steps, step=trainer.step) as tell:
 
         def report(step: TrainingProgress) -> None:
-            nonlocal tokens
-            tokens += step.tokens
-            told = f"loss {step.loss:.3f}, {tokens / (time.monotonic() - began):.0f} tokens/s"
-            bar.update(task, completed=step.step, told=told)
+            tell(step.step, step.tokens, f"loss {step.loss:.3f}")
             if step.step % _SAVE_EVERY == 0:
                 trainer.save(state)
 

@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import io
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -21,6 +18,7 @@ from exo_kimi.train.model.layers import Parameters, add_gradient
 from exo_kimi.train.model.parameters import BIAS, decays, fake_quant, first_values, is_expert, is_matrix
 from exo_kimi.train.optimizers import Optimizer, clip
 from exo_kimi.train.recipe import TrainingRecipe
+from exo_kimi.train.resumable import ResumableTraining
 
 _WORKERS = 2
 
@@ -36,7 +34,7 @@ class TrainingProgress:
     rate: float
 
 
-class Trainer:
+class Trainer(ResumableTraining):
     """A training: parameters, optimizer and the step it has reached.
 
     Args:
@@ -117,25 +115,6 @@ class Trainer:
             load = np.sum([outcome.loads[layer] for outcome in outcomes], axis=0)
             bias = self.parameters[f"model.layers.{layer}.mlp.gate.{BIAS}"]
             bias += np.float32(self.recipe.bias_rate) * np.sign(load.mean() - load).astype(np.float32)
-
-    def save(self, path: Path) -> None:
-        """Write everything that `resume` needs; the old file is replaced only by a whole one."""
-        buffer = io.BytesIO()
-        arrays: dict[str, Any] = {f"parameter {name}": value for name, value in self.parameters.items()}
-        arrays.update(self._optimizer.state)
-        np.savez(buffer, step=self.step, losses=np.array(self.losses), **arrays)
-        partial = path.with_suffix(".partial")
-        partial.write_bytes(buffer.getbuffer())
-        partial.replace(path)
-
-    def resume(self, path: Path) -> None:
-        """Go back to a saved step; the steps that follow are those that would have followed."""
-        with np.load(path) as saved:
-            self.step, self.losses = int(saved["step"]), saved["losses"].tolist()
-            for name, value in self.parameters.items():
-                value[...] = saved[f"parameter {name}"]
-            for name, value in self._optimizer.state.items():
-                value[...] = saved[name]
 
 
 def one_blas_thread() -> AbstractContextManager[object]:

@@ -4,12 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import sys
-import time
 from dataclasses import dataclass
 from pathlib import Path
-
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from exo_kimi.arch.draft_config import DraftConfig
 from exo_kimi.checkpoint.checkpoint import Checkpoint
@@ -20,6 +16,7 @@ from exo_kimi.errors import UsageError
 from exo_kimi.train.draft.acceptance import AcceptanceReport, measure_acceptance, read_target
 from exo_kimi.train.draft.recipe import DraftRecipe
 from exo_kimi.train.draft.trainer import DraftProgress, DraftTrainer, common_tokens
+from exo_kimi.train.resumable import training_bar
 from exo_kimi.units import format_bytes
 
 _SAVE_EVERY = 100
@@ -110,23 +107,11 @@ def _check_output(output: Path, stated: str) -> None:
 
 
 def _run(trainer: DraftTrainer, state: Path) -> None:
-    columns = (
-        TextColumn("training"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TextColumn("{task.fields[told]}"),
-        TimeRemainingColumn(),
-    )
-    with Progress(*columns, console=Console(stderr=True)) as bar:
-        task = bar.add_task("", total=trainer.recipe.steps, completed=trainer.step, told="")
-        began, tokens = time.monotonic(), 0
+    with training_bar(steps=trainer.recipe.steps, step=trainer.step) as tell:
 
         def report(step: DraftProgress) -> None:
-            nonlocal tokens
-            tokens += step.tokens
             right = " ".join(f"{share:.2f}" for share in step.right)
-            told = f"loss {step.loss:.3f}, right {right}, {tokens / (time.monotonic() - began):.0f} tokens/s"
-            bar.update(task, completed=step.step, told=told)
+            tell(step.step, step.tokens, f"loss {step.loss:.3f}, right {right}")
             if step.step % _SAVE_EVERY == 0:
                 trainer.save(state)
 

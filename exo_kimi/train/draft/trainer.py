@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import io
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from pathlib import Path
 from random import Random
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -25,6 +22,7 @@ from exo_kimi.train.draft.recipe import DraftRecipe
 from exo_kimi.train.draft.rollout import rollout
 from exo_kimi.train.model.layers import Floats, Parameters, add_gradient
 from exo_kimi.train.optimizers import Optimizer, clip
+from exo_kimi.train.resumable import ResumableTraining
 from exo_kimi.train.trainer import one_blas_thread
 
 _WORKERS = 2
@@ -53,7 +51,7 @@ class _Outcome:
     tokens: int
 
 
-class DraftTrainer:
+class DraftTrainer(ResumableTraining):
     """A training: the head's parameters, the optimizer and the step it has reached.
 
     Args:
@@ -154,25 +152,6 @@ class DraftTrainer:
             gradients=gradients,
             tokens=len(lesson.rollout.features),
         )
-
-    def save(self, path: Path) -> None:
-        """Write everything that `resume` needs; the old file is replaced only by a whole one."""
-        buffer = io.BytesIO()
-        arrays: dict[str, Any] = {f"parameter {name}": value for name, value in self.parameters.items()}
-        arrays.update(self._optimizer.state)
-        np.savez(buffer, step=self.step, losses=np.array(self.losses), **arrays)
-        partial = path.with_suffix(".partial")
-        partial.write_bytes(buffer.getbuffer())
-        partial.replace(path)
-
-    def resume(self, path: Path) -> None:
-        """Go back to a saved step; the steps that follow are those that would have followed."""
-        with np.load(path) as saved:
-            self.step, self.losses = int(saved["step"]), saved["losses"].tolist()
-            for name, value in self.parameters.items():
-                value[...] = saved[f"parameter {name}"]
-            for name, value in self._optimizer.state.items():
-                value[...] = saved[name]
 
 
 def first_values(config: DraftConfig, target: Parameters, target_ids: NDArray[np.int64], seed: int) -> Parameters:

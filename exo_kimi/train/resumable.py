@@ -1,0 +1,68 @@
+"""A training that can stop and go on as if it had not: its state in one file, and its bar in the terminal."""
+
+from __future__ import annotations
+
+import io
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from exo_kimi.train.model.layers import Parameters
+from exo_kimi.train.optimizers import Optimizer
+
+
+class ResumableTraining:
+    """What a trainer of any model saves: its steps, losses and parameters, and its optimizer's state."""
+
+    step: int
+    losses: list[float]
+    parameters: Parameters
+    _optimizer: Optimizer
+
+    def save(self, path: Path) -> None:
+        """Write everything that `resume` needs; the old file is replaced only by a whole one."""
+        buffer = io.BytesIO()
+        arrays: dict[str, Any] = {f"parameter {name}": value for name, value in self.parameters.items()}
+        arrays.update(self._optimizer.state)
+        np.savez(buffer, step=self.step, losses=np.array(self.losses), **arrays)
+        partial = path.with_suffix(".partial")
+        partial.write_bytes(buffer.getbuffer())
+        partial.replace(path)
+
+    def resume(self, path: Path) -> None:
+        """Go back to a saved step; the steps that follow are those that would have followed."""
+        with np.load(path) as saved:
+            self.step, self.losses = int(saved["step"]), saved["losses"].tolist()
+            for name, value in self.parameters.items():
+                value[...] = saved[f"parameter {name}"]
+            for name, value in self._optimizer.state.items():
+                value[...] = saved[name]
+
+
+@contextmanager
+def training_bar(*, steps: int, step: int) -> Iterator[Callable[[int, int, str], None]]:
+    """A progress bar on standard error; what it gives is called with the step done, its tokens, and what to say of it."""
+    columns = (
+        TextColumn("training"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("{task.fields[told]}"),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, console=Console(stderr=True)) as bar:
+        task = bar.add_task("", total=steps, completed=step, told="")
+        began_s, tokens = time.monotonic(), 0
+
+        def tell(step: int, step_tokens: int, told: str) -> None:
+            nonlocal tokens
+            tokens += step_tokens
+            rate = tokens / (time.monotonic() - began_s)
+            bar.update(task, completed=step, told=f"{told}, {rate:.0f} tokens/s")
+
+        yield tell
