@@ -28,6 +28,7 @@ from exo_kimi.compress.prune.plan import PLAN_NAME, PrunePlan, read_plan
 from exo_kimi.compress.texts.encoding import Encoded, Encoder
 from exo_kimi.compress.texts.prompts import DomainPrompt, domain_prompts
 from exo_kimi.compress.texts.reading import GivenConversation, read_texts
+from exo_kimi.compress.texts.vocabulary import check_same_vocabulary
 from exo_kimi.errors import UsageError
 from exo_kimi.planner.weights.bytes import ModelBytes, bytes_of_manifest
 from exo_kimi.planner.weights.measured import pruned_bytes
@@ -139,6 +140,7 @@ def compare(first: str, second: str | None, options: CompareOptions, *, say: Say
 
     Raises:
         UsageError: sides that cannot be compared, or no text.
+        TokenizerError: two directories whose tokenizers differ.
         CheckpointError, StageOutOfMemoryError: a model cannot be read, or a layer does not fit.
         RuntimeFault: a server went away.
     """
@@ -147,6 +149,8 @@ def compare(first: str, second: str | None, options: CompareOptions, *, say: Say
     plain = replace(options, plan=None)
     reference = _side(first, plain if second is None else options, masked=False)
     subject = _side(first if second is None else second, options, masked=True)
+    if isinstance(reference, _DirectorySide) and isinstance(subject, _DirectorySide):
+        check_same_vocabulary(reference.checkpoint, subject.checkpoint)
     encoder = _encoder(reference, subject)
     prompts, texts = _texts(encoder, options)
     measured = _measure(reference, subject, texts, prompts, encoder, options, say)

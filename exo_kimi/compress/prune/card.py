@@ -6,6 +6,7 @@ from collections.abc import Iterator
 
 from exo_kimi.checkpoint.checkpoint import Checkpoint
 from exo_kimi.compress.prune.plan import PLAN_NAME, PrunePlan
+from exo_kimi.compress.prune.tensors import guessing_entries
 
 CARD_NAME = "README.md"
 
@@ -36,6 +37,8 @@ def _lines(checkpoint: Checkpoint, plan: PrunePlan, notes: tuple[str, ...]) -> I
     gone = f"{plan.experts - plan.keep} of {plan.experts} routed experts of each of {len(plan.kept)} layers are gone"
     layers = f"; layers {', '.join(map(str, plan.dropped_layers))} are gone" if plan.dropped_layers else ""
     yield f"- {gone}{layers}. Ranked by {plan.criterion or 'nothing'}, {plan.source or 'all kept'}."
+    if guesses := guessing_entries(checkpoint.index, plan):
+        yield f"- Left out: the {len(guesses):,} tensors of the layers that guess further tokens (MTP)."
     yield "- What stays is the bytes of the original, nothing quantized anew. Router rows and correction biases follow their"
     chosen, factor = config.num_experts_per_tok, config.routed_scaling_factor
     yield f"  experts; shared ones, top-k ({chosen}) and scaling ({factor}) are as before."

@@ -12,6 +12,7 @@ from exo_kimi.compress.calibrate.scores import Criterion
 from exo_kimi.compress.prune.plan import PrunePlan, read_plan
 from exo_kimi.compress.prune.profile import check_profile, read_verdict
 from exo_kimi.compress.prune.prune import PruneWish, make_plan, pruning_job, write_pruned
+from exo_kimi.compress.prune.tensors import guessing_entries
 from exo_kimi.errors import UnsupportedModelError, UsageError
 from exo_kimi.units import format_bytes
 
@@ -67,6 +68,9 @@ def prune(directory: Path, output: Path | None, options: PruneOptions, *, plan_f
     )
     if plan.dropped_layers:
         say(f"layers {', '.join(map(str, plan.dropped_layers))} go: {len(plan.kept_layers())} of {plan.layers} stay")
+    if guesses := guessing_entries(checkpoint.index, plan):
+        size = format_bytes(sum(entry.nbytes for entry in guesses))
+        say(f"{len(guesses):,} tensors of the layers that guess further tokens (MTP) are left out, {size}")
     if options.dry_run or (output is None and plan_file):
         return plan
     if output is None:

@@ -124,6 +124,14 @@ def kept_tensor(entry: TensorEntry, plan: PrunePlan) -> KeptTensor | None:
     return KeptTensor(entry=entry, name=renamed, rows=ids if stacked else None)
 
 
+def guessing_entries(index: CheckpointIndex, plan: PrunePlan) -> tuple[TensorEntry, ...]:
+    """The tensors behind the last layer, which guess further tokens and go: config.json has one number of experts for all."""
+    if plan.changes_nothing:
+        return ()
+    layers = ((entry, layer_of(entry.name)) for entry in index.tensors.values())
+    return tuple(entry for entry, layer in layers if layer is not None and layer >= plan.layers)
+
+
 def rename_layer(name: str, plan: PrunePlan) -> str:
     """A name with its layer's new number."""
     layer = layer_of(name)

@@ -14,6 +14,7 @@ from exo_kimi.compress.compare.score import score
 from exo_kimi.compress.layers import LayerWalk
 from exo_kimi.compress.texts.encoding import Encoded, Encoder
 from exo_kimi.compress.texts.reading import read_texts
+from exo_kimi.compress.texts.vocabulary import check_same_vocabulary
 from exo_kimi.runtime.loading.loader import load
 from exo_kimi.train.data.conversations import TrainingConversation, single, tool_exchange
 from exo_kimi.train.evaluation.cases import ToolCase, question_cases, tool_cases
@@ -48,9 +49,11 @@ def evaluate(
         say: called with progress messages.
 
     Raises:
-        CheckpointError, TokenizerError, TemplateError: the directory cannot be read.
-        UsageError: a text cannot be read.
+        CheckpointError, TokenizerError, TemplateError: the directory cannot be read, or the reference has another tokenizer.
+        UsageError: a text cannot be read, or the reference has another vocabulary.
     """
+    if against is not None:
+        check_same_vocabulary(Checkpoint(directory), Checkpoint(against))
     encoder = Encoder.from_directory(directory)
     subject = ModelReplier(
         model=load(directory, dtype="float32"),

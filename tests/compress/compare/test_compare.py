@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,6 +14,7 @@ import numpy as np
 import pytest
 
 from exo_kimi.checkpoint.checkpoint import Checkpoint
+from exo_kimi.checkpoint.tiny.make import make_tiny
 from exo_kimi.cli import main
 from exo_kimi.compress.compare.command import CompareOptions, compare
 from exo_kimi.compress.compare.gates import gates_of
@@ -86,6 +88,28 @@ def test_two_runs_are_nearly_one(tiny: Maker, texts: list[Encoded]) -> None:
         np.testing.assert_array_equal(found.same, exact.same)
     with pytest.raises(UsageError, match="another vocabulary"):
         compare_with_saved(replace(saved, ids=saved.ids + 5000), _walk(tiny("int4")))
+
+
+@pytest.mark.parametrize("command", ["compare", "eval"])
+def test_other_tokenizers_and_vocabularies_are_refused_by_name(
+    command: str, tiny: Maker, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Two ids that change places leave every size as it was."""
+    first, second = tiny("bf16"), tmp_path / "other"
+    shutil.copytree(first, second)
+    lines = (second / "tiktoken.model").read_text(encoding="utf-8").splitlines()
+    (left, a), (right, b) = lines[300].split(), lines[301].split()
+    lines[300:302] = [f"{right} {a}", f"{left} {b}"]
+    (second / "tiktoken.model").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    sides = [str(first), str(second)] if command == "compare" else [str(first), "--against", str(second)]
+    assert main([command, *sides]) != 0
+    said = capsys.readouterr().err
+    assert "the models have other tokenizers" in said
+    assert "2 of the first's not alike" in said
+    larger = make_tiny(tmp_path / "larger", layout="bf16", config={"vocab_size": 2048})
+    sides[-1] = str(larger)
+    assert main([command, *sides]) != 0
+    assert "the models have other vocabularies" in capsys.readouterr().err
 
 
 def test_the_command_makes_a_page_a_report_and_a_second_run(

@@ -101,7 +101,9 @@ def test_shared_experts_and_the_tower_are_carried_byte_for_byte(tiny: Maker, tmp
         assert parts[0] == parts[1], name
 
 
-def test_layers_that_guess_further_tokens_go_with_their_experts(tmp_path: Path) -> None:
+def test_layers_that_guess_further_tokens_go_with_their_experts_and_both_card_and_command_say_so(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     extra = {
         f"model.layers.4.{name}": StoredTensor("BF16", np.zeros((64, 64), np.uint16))
         for name in ("eh_proj.weight", "mlp.gate.weight", "mlp.experts.15.up_proj.weight")
@@ -109,11 +111,13 @@ def test_layers_that_guess_further_tokens_go_with_their_experts(tmp_path: Path) 
     directory = make_tiny(
         tmp_path / "in", layout="bf16", extra_tensors=extra, config={**SHAPE, "num_nextn_predict_layers": 1}
     )
-    checkpoint = Checkpoint(directory)
-    write_pruned(checkpoint, _random(checkpoint, 0, 8), tmp_path / "out")
+    assert main(["prune", str(directory), str(tmp_path / "out"), "--by", "random"]) == 0
+    assert "3 tensors of the layers that guess further tokens (MTP) are left out, 24.00 KiB" in capsys.readouterr().err
     other = Checkpoint(tmp_path / "out")
     assert not [name for name in other.index.tensors if ".layers.4." in name]
     assert other.raw_config["num_nextn_predict_layers"] == 0
+    card = (tmp_path / "out" / "README.md").read_text(encoding="utf-8")
+    assert "Left out: the 3 tensors of the layers that guess further tokens (MTP)." in card
 
 
 def test_the_config_tells_the_truth() -> None:
