@@ -687,7 +687,7 @@ def plan(
     from exo_kimi.fetch.directories import headers_directory
     from exo_kimi.planner.command import plan_answer
 
-    options["directory"] = None if directory is None else headers_directory(directory)
+    options["directory"] = None if directory is None else headers_directory(directory, derive=True)
     answer = plan_answer(**options)
     print(answer.text)
     if output:

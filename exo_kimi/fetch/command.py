@@ -18,7 +18,7 @@ from exo_kimi.fetch.sharing import share
 from exo_kimi.fetch.show import shown, summary
 from exo_kimi.fetch.source import Source
 from exo_kimi.fetch.transfer import CONNECTIONS
-from exo_kimi.planner.plan import read_plan
+from exo_kimi.planner.plan import Plan, read_plan
 from exo_kimi.runtime.transport.address import Address, parse_address
 from exo_kimi.runtime.transport.keys import ENVIRONMENT_NAME, default_key_file, find_key, key_to_listen, require_key
 
@@ -46,15 +46,18 @@ def pull_command(command: PullCommand) -> str:
 
     Raises:
         UsageError: arguments that contradict each other.
-        PlanError: the plan cannot be read.
+        PlanError: the plan cannot be read, or is of another model.
         FetchError, MachineError, CheckpointError: see `pull`.
     """
     source, directory = _source(command)
-    layers = planned_layers(command.plan, command.machine) if command.plan or command.machine else command.layers
-    if command.layers is not None and (command.plan or command.machine):
-        raise UsageError("--layers and --plan both say which layers", fix="give one of them")
+    plan, layers = None, command.layers
+    if command.plan or command.machine:
+        if layers is not None:
+            raise UsageError("--layers and --plan both say which layers", fix="give one of them")
+        plan, layers = planned_layers(command.plan, command.machine)
     options = PullOptions(
         layers=layers,
+        plan=plan,
         no_vision=command.no_vision,
         whole_files=command.whole_files,
         connections=command.connections,
@@ -96,8 +99,8 @@ def fetch_shown(source: Source, directory: Path, options: PullOptions) -> PullRe
     return pull(source, directory, options, say=lambda line: print(line, file=sys.stderr, flush=True), watch=shown)
 
 
-def planned_layers(plan: Path | None, machine: str | None) -> tuple[int, int]:
-    """The layers that a plan gives to a machine.
+def planned_layers(plan: Path | None, machine: str | None) -> tuple[Plan, tuple[int, int]]:
+    """A plan, and the layers that it gives to a machine.
 
     Raises:
         UsageError: the plan or the machine is missing, or the plan has no such machine.
@@ -105,12 +108,12 @@ def planned_layers(plan: Path | None, machine: str | None) -> tuple[int, int]:
     """
     if plan is None or machine is None:
         raise UsageError("--plan and --machine belong together", expected="--plan PLAN.json --machine NAME")
-    stages = read_plan(plan).stages
-    found = [stage for stage in stages if stage.machine == machine]
+    read = read_plan(plan)
+    found = [stage for stage in read.stages if stage.machine == machine]
     if not found:
-        names = ", ".join(stage.machine for stage in stages)
+        names = ", ".join(stage.machine for stage in read.stages)
         raise UsageError("the plan gives no layers to this machine", expected=names, found=machine, where="--machine")
-    return found[0].start_layer, found[-1].end_layer
+    return read, (found[0].start_layer, found[-1].end_layer)
 
 
 def share_command(directory: Path, listen: str, *, key_file: Path | None, show_key: bool) -> None:

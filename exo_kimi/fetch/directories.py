@@ -37,8 +37,12 @@ class ServedPart:
         return cls(**{field.name: options[field.name] for field in fields(cls)})
 
 
-def headers_directory(given: Path) -> Path:
+def headers_directory(given: Path, *, derive: bool = False) -> Path:
     """A directory to plan from: the one that was given, or for ORG/NAME the pulled one, else its headers from the hub.
+
+    Args:
+        given: a directory, or ORG/NAME.
+        derive: see `read_skeleton`; said where it was done.
 
     Raises:
         FetchError: the hub does not give them.
@@ -50,11 +54,17 @@ def headers_directory(given: Path) -> Path:
     for directory in _pulled(model):
         return directory
     from exo_kimi.fetch.hub import HubSource
-    from exo_kimi.fetch.skeleton import read_skeleton
+    from exo_kimi.fetch.skeleton import is_derived, read_skeleton
 
     source = HubSource(model)
     print(f"reading the headers of {model} from {source.endpoint}", file=sys.stderr, flush=True)
-    return read_skeleton(source, source.listing())
+    skeleton = read_skeleton(source, source.listing(), derive=derive)
+    if is_derived(skeleton):
+        said = (
+            "where headers are large, those of layers alike are derived from one of them, by size, length and beginning"
+        )
+        print(f"{said}; `exo-kimi pull` reads them all", file=sys.stderr, flush=True)
+    return skeleton
 
 
 def weights_directory(given: Path) -> Path:

@@ -42,15 +42,18 @@ class PartFile:
         directory: of the finished file.
         work: where part and journal lie meanwhile, on the same disk.
         revision: of the listing that the target comes from.
+        skeleton: directory of the headers and texts that were read for planning; None where none was.
 
-    What a cut file of the same name in `directory` has is copied and not fetched.
+    What a cut file of the same name in `directory` has, and what the skeleton has, is copied and not fetched.
 
     Raises:
         OSError: the files cannot be made.
     """
 
-    def __init__(self, target: FileTarget, directory: Path, work: Path, *, revision: str) -> None:
-        held = HeldFile.open(directory / target.file.name) if (directory / target.file.name).exists() else None
+    def __init__(
+        self, target: FileTarget, directory: Path, work: Path, *, revision: str, skeleton: Path | None = None
+    ) -> None:
+        held = held_before(target, directory, skeleton)
         self.target = target
         self.final_path = directory / target.file.name
         self.path = work / f"{target.file.name}.part"
@@ -61,8 +64,8 @@ class PartFile:
         self._file = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
         self._journal = os.open(self._journal_path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
         self._go_on(self._identity(revision))
-        if held is not None:
-            self._take_from(held)
+        for each in held:
+            self._take_from(each)
 
     @property
     def missing_bytes(self) -> int:
@@ -86,7 +89,7 @@ class PartFile:
             self._done[piece.number] = count
 
     def _take_from(self, held: HeldFile) -> None:
-        """Copy pieces that the file has that is there: a cut one that is to grow."""
+        """Copy pieces that a file has that is there: a cut one that is to grow, or a text or a header in the cache."""
         for piece in self.pieces:
             start, end = piece.source_start + self.done_of(piece), piece.source_start + piece.length
             if start < end and held.holds(start, end):
@@ -173,10 +176,30 @@ def file_sha256(path: Path) -> str:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
-def _pieces(target: FileTarget, held: HeldFile | None) -> tuple[FetchPiece, ...]:
-    """The ranges in pieces, none of which is in part at the source, or in part in the file that is there."""
+def held_before(target: FileTarget, directory: Path, skeleton: Path | None) -> list[HeldFile]:
+    """Files of this disk that may have some of a target: one in its place, and what was read of it for planning.
+
+    Raises:
+        OSError, ValueError: see `HeldFile.open`.
+    """
+    places = [root / target.file.name for root in (directory, skeleton) if root is not None]
+    return [HeldFile.open(place) for place in places if place.exists()]
+
+
+def missing_bytes(target: FileTarget, held: Sequence[HeldFile]) -> int:
+    """Bytes of a target that must come from its source."""
+    return sum(
+        piece.length
+        for piece in _pieces(target, held)
+        if not any(each.holds(piece.source_start, piece.source_start + piece.length) for each in held)
+    )
+
+
+def _pieces(target: FileTarget, held: Sequence[HeldFile]) -> tuple[FetchPiece, ...]:
+    """The ranges in pieces, none of which is in part at the source, or in part in a file that is there."""
     bounds = {bound for start, end in target.file.held or () for bound in (start, end)}
-    bounds |= {bound for start, end, _ in (held.ranges if held is not None else ()) for bound in (start, end)}
+    for each in held:
+        bounds |= {len(each.head), *(bound for start, end, _ in each.ranges for bound in (start, end))}
     pieces: list[FetchPiece] = []
     here = len(target.head)
     for first, last in target.ranges:

@@ -23,11 +23,13 @@ from exo_kimi.checkpoint.shares import share_names
 from exo_kimi.checkpoint.vision import VisionManifest, chosen_tower
 from exo_kimi.errors import MachineError, NotHeldError, UsageError
 from exo_kimi.fetch.held import HeldFile
-from exo_kimi.fetch.part import PartFile
+from exo_kimi.fetch.part import PartFile, held_before, missing_bytes
 from exo_kimi.fetch.skeleton import read_skeleton
 from exo_kimi.fetch.source import Listing, RemoteFile, Source
 from exo_kimi.fetch.targets import FileTarget, held_names, share_of_model, total_bytes, whole_model
 from exo_kimi.fetch.transfer import CONNECTIONS, Transfer, TransferProgress, is_content
+from exo_kimi.planner.matching import check_matches
+from exo_kimi.planner.plan import Plan
 from exo_kimi.units import format_bytes
 
 _WORK = Path(".cache") / "exo-kimi"
@@ -43,6 +45,7 @@ class PullOptions:
 
     Args:
         layers: half-open range; None takes the whole model.
+        plan: that the layers are of; it is held against every header of the model.
         no_vision: leave the vision tower out of a share that begins with layer 0.
         whole_files: fetch files whole of which a share needs a part, so that their SHA-256 can be checked.
         connections: requests at a time.
@@ -50,6 +53,7 @@ class PullOptions:
     """
 
     layers: tuple[int, int] | None = None
+    plan: Plan | None = None
     no_vision: bool = False
     whole_files: bool = False
     connections: int = CONNECTIONS
@@ -106,14 +110,15 @@ def pull(
         UsageError: the directory has other files under the same names, cannot be written, or another pull is at work in it.
         CheckpointError: the model is none that exo-kimi reads.
         SplitError: no such layers.
+        PlanMismatchError: the plan is of another model.
         NotHeldError: the source has a share itself, without what is to be fetched.
     """
     began_s = time.monotonic()
     listing = source.listing()
-    targets = _targets(source, listing, options, say)
+    skeleton, targets = _targets(source, listing, options, say)
     if options.dry_run:
         waiting, kept = _missing(targets, directory)
-        fetched = sum(target.fetch_bytes for target in waiting)
+        fetched = sum(missing_bytes(target, held_before(target, directory, skeleton)) for target in waiting)
         free = free_bytes(directory) - fetched
     else:
         work = directory / _WORK
@@ -122,7 +127,10 @@ def pull(
             with _alone(work):
                 waiting, kept = _missing(targets, directory, verify=say)
                 records = _Records(directory, listing)
-                parts = [PartFile(target, directory, work, revision=listing.revision) for target in waiting]
+                parts = [
+                    PartFile(target, directory, work, revision=listing.revision, skeleton=skeleton)
+                    for target in waiting
+                ]
                 fetched = _transfer(source, parts, total_bytes(targets), records, options, say=say, watch=watch)
         free = free_bytes(directory)
     return PullReport(
@@ -164,15 +172,18 @@ def _transfer(
     return progress.fetched_bytes
 
 
-def _targets(source: Source, listing: Listing, options: PullOptions, say: Say) -> list[FileTarget]:
+def _targets(source: Source, listing: Listing, options: PullOptions, say: Say) -> tuple[Path | None, list[FileTarget]]:
+    """The files to have, and the headers that say so; None where nothing has to be cut."""
     in_part = any(file.held is not None for file in listing.files.values())
     if options.layers is None and not in_part:
-        return whole_model(listing)
+        return None, whole_model(listing)
     say(f"reading the headers of {listing.model}")
     skeleton = read_skeleton(source, listing)
     if options.layers is None:
-        return share_of_model(listing, skeleton, held_names(listing, skeleton))
+        return skeleton, share_of_model(listing, skeleton, held_names(listing, skeleton))
     checkpoint = Checkpoint(skeleton)
+    if options.plan is not None:
+        check_matches(options.plan, checkpoint.manifest())
     start, end = options.layers
     manifest = checkpoint.manifest(start, end)
     tower = chosen_tower(checkpoint.index, no_vision=options.no_vision) if start == 0 else None
@@ -188,7 +199,8 @@ def _targets(source: Source, listing: Listing, options: PullOptions, say: Say) -
             where=listing.where,
             fix="fetch the layers that it has (without --layers: all of them), and the others from the hub",
         )
-    return share_of_model(listing, skeleton, names, whole_files=options.whole_files and not in_part)
+    whole_files = options.whole_files and not in_part
+    return skeleton, share_of_model(listing, skeleton, names, whole_files=whole_files)
 
 
 def _missing(

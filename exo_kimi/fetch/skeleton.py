@@ -5,24 +5,33 @@ It lies in the user's cache, one directory a revision, so that a second command 
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import json
 import os
+import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import BinaryIO
 
 from exo_kimi.checkpoint.safetensors_io import MAX_HEADER_BYTES, cut_head
 from exo_kimi.checkpoint.shards import INDEX_NAME
 from exo_kimi.checkpoint.text_files import CONFIG_NAME, MOST_TEXT_BYTES
 from exo_kimi.errors import FetchError, NotACheckpointError, TensorFileError
+from exo_kimi.fetch.alike import derive_header
 from exo_kimi.fetch.held import HeldFile
 from exo_kimi.fetch.source import Listing, RemoteFile, Source, TryAgainError
 
 READERS = 16  # headers are small: what they take is the way there and back
 TRIES = 6
+BEGIN_BYTES = 4096  # of every weight file: a whole header, where a tensor holds all experts of a layer
+READ_ALL_BYTES = 1 << 20  # headers that are together no more than this are all read
 _LENGTH_BYTES = 8
+_DERIVED = "-derived"
 
 
 def cache_directory() -> Path:
@@ -58,12 +67,16 @@ def text_files(listing: Listing) -> list[RemoteFile]:
     ]
 
 
-def read_skeleton(source: Source, listing: Listing, *, progress: Callable[[int, int], None] | None = None) -> Path:
+def read_skeleton(
+    source: Source, listing: Listing, *, derive: bool = False, progress: Callable[[int, int], None] | None = None
+) -> Path:
     """Read what planning needs of a model: its headers and its texts.
 
     Args:
         source: has the model.
         listing: its files.
+        derive: where the headers are large, read one of each kind and derive those that differ in a layer's number only, by the
+            law of `fetch.alike`. They lie apart: what fetches weights reads every header.
         progress: called with (files read, files to read).
 
     Returns:
@@ -73,16 +86,39 @@ def read_skeleton(source: Source, listing: Listing, *, progress: Callable[[int, 
         FetchError: the source fails.
         NotACheckpointError, TensorFileError: it is no checkpoint in the safetensors format.
     """
-    organisation, _, name = listing.model.rpartition("/")
-    root = cache_directory() / organisation / listing.revision[:40] / name
-    root.mkdir(parents=True, exist_ok=True)
     wanted = [*text_files(listing), *weight_files(listing)]
-    missing = [file for file in wanted if not (root / file.name).exists()]
+    root = skeleton_directory(listing)
+    missing = _missing(wanted, root)
+    if missing and derive and not _missing(wanted, skeleton_directory(listing, derived=True)):
+        return skeleton_directory(listing, derived=True)
     with ThreadPoolExecutor(READERS, thread_name_prefix="headers") as pool:
-        for done, _ in enumerate(pool.map(lambda file: _fetch(source, file, root), missing), start=1):
+        begun = list(pool.map(lambda file: _begin(source, file), missing))
+        known = _KnownHeaders(begun) if derive else None
+        if known is not None and known.derives:
+            root = skeleton_directory(listing, derived=True)
+            missing = _missing(missing, root)
+        root.mkdir(parents=True, exist_ok=True)
+        fetched = pool.map(lambda each: _fetch(source, each, root, known), [b for b in begun if b.file in missing])
+        for done, _ in enumerate(fetched, start=1):
             if progress is not None:
                 progress(done, len(missing))
     return root
+
+
+def skeleton_directory(listing: Listing, *, derived: bool = False) -> Path:
+    """Where the headers of a model's revision are kept: all as they were read, or some of them derived."""
+    organisation, _, name = listing.model.rpartition("/")
+    revision = listing.revision[:40] + (_DERIVED if derived else "")
+    return cache_directory() / organisation / revision / name
+
+
+def _missing(wanted: Sequence[RemoteFile], root: Path) -> list[RemoteFile]:
+    return [file for file in wanted if not (root / file.name).exists()]
+
+
+def is_derived(skeleton: Path) -> bool:
+    """Whether headers of a skeleton were derived."""
+    return skeleton.parent.name.endswith(_DERIVED)
 
 
 def header_of(skeleton: Path, name: str) -> bytes:
@@ -90,23 +126,58 @@ def header_of(skeleton: Path, name: str) -> bytes:
     return HeldFile.open(skeleton / name).head
 
 
-def read_small(source: Source, file: RemoteFile, start: int, end: int) -> bytes:
+def read_small(source: Source, file: RemoteFile, start: int, end: int, *, kept: Path | None = None) -> bytes:
     """A small range in one piece, tried again a few times.
+
+    Args:
+        source, file: has it.
+        start, end: first byte and one past the last.
+        kept: a file that takes what comes, by which the next process goes on after a kill.
 
     Raises:
         FetchError: the source fails, or goes on failing.
     """
-    data = b""
-    for attempt in range(TRIES):
-        try:
-            for piece in source.read(file, start + len(data), end):
-                data += piece
-            return data
-        except TryAgainError as error:
-            reason = error.reason
-            if attempt < TRIES - 1:
-                time.sleep(min(30.0, error.wait_s if error.wait_s is not None else 0.5 * 2**attempt))
+    with _kept_bytes(kept) as came:
+        for attempt in range(TRIES):
+            try:
+                if start + len(came.data) < end:
+                    for piece in source.read(file, start + len(came.data), end):
+                        came.add(piece)
+                return bytes(came.data[: end - start])
+            except TryAgainError as error:
+                reason = error.reason
+                if attempt < TRIES - 1:
+                    time.sleep(min(30.0, error.wait_s if error.wait_s is not None else 0.5 * 2**attempt))
     raise gave_up(file, reason)
+
+
+@dataclass(slots=True)
+class _KeptBytes:
+    """What came of a range, in memory and, with a stream, in a file."""
+
+    data: bytearray = field(default_factory=bytearray)
+    stream: BinaryIO | None = None
+
+    def add(self, piece: bytes) -> None:
+        self.data += piece
+        if self.stream is not None:
+            self.stream.write(piece)
+
+
+@contextmanager
+def _kept_bytes(path: Path | None) -> Iterator[_KeptBytes]:
+    """What a file has of a range; without it where another process is at work on it."""
+    if path is None:
+        yield _KeptBytes()
+        return
+    with path.open("a+b", buffering=0) as stream:
+        try:
+            fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            yield _KeptBytes()
+            return
+        stream.seek(0)
+        yield _KeptBytes(bytearray(stream.read()), stream)
 
 
 def gave_up(file: RemoteFile, reason: str) -> FetchError:
@@ -141,31 +212,104 @@ def git_sha1(data: bytes) -> str:
     return hashlib.sha1(b"blob %d\0" % len(data) + data, usedforsecurity=False).hexdigest()
 
 
-def _fetch(source: Source, file: RemoteFile, root: Path) -> None:
-    if file.name.endswith(".safetensors"):
-        data, _ = cut_head(_header(source, file), (), sha256=file.sha256)
-    else:
-        data = read_small(source, file, 0, file.size) if file.size else b""
-        check_content(file, data)
-    temporary = root / f".{file.name}.{os.getpid()}"
-    temporary.write_bytes(data)
-    temporary.replace(root / file.name)
+@dataclass(frozen=True, slots=True)
+class _Begun:
+    """A file and its first bytes; of a weight file also how long its header is, of a text 0."""
+
+    file: RemoteFile
+    data: bytes
+    header_bytes: int
+
+    @property
+    def header(self) -> bytes | None:
+        """The header, where it is among the first bytes."""
+        end = _LENGTH_BYTES + self.header_bytes
+        return self.data[_LENGTH_BYTES:end] if end <= len(self.data) else None
+
+    @property
+    def tensor_bytes(self) -> int:
+        """Of all tensors of the file."""
+        return self.file.size - _LENGTH_BYTES - self.header_bytes
 
 
-def _header(source: Source, file: RemoteFile) -> bytes:
-    """The header of a weight file, without its length; two small reads."""
-    length = int.from_bytes(read_small(source, file, 0, min(_LENGTH_BYTES, file.size)), "little")
+class _KnownHeaders:
+    """Headers that were read, for others to follow from; none follows where all together are small."""
+
+    def __init__(self, begun: Sequence[_Begun]) -> None:
+        large = [each for each in begun if each.header_bytes and each.header is None]
+        self.derives = sum(each.header_bytes for each in large) > READ_ALL_BYTES
+        self._locks = {each.tensor_bytes: threading.Lock() for each in large}
+        self._known: dict[int, bytes] = {}
+
+    def header(self, begun: _Begun, read: Callable[[], bytes]) -> bytes:
+        """The header of one file: derived where one of as many bytes is known, else read."""
+        if not self.derives:
+            return read()
+        with self._locks[begun.tensor_bytes]:  # those of one kind wait for its first
+            known = self._known.get(begun.tensor_bytes)
+            if known is None:
+                self._known[begun.tensor_bytes] = header = read()
+                return header
+        derived = derive_header(known, begin=begun.data[_LENGTH_BYTES:], length=begun.header_bytes)
+        return read() if derived is None else derived
+
+
+def _begin(source: Source, file: RemoteFile) -> _Begun:
+    """The first bytes of a weight file: all that there is to read, where its header is small."""
+    if not file.name.endswith(".safetensors"):
+        return _Begun(file, b"", 0)
+    data = read_small(source, file, 0, min(BEGIN_BYTES, file.size))
+    length = int.from_bytes(data[:_LENGTH_BYTES], "little")
     if not 2 <= length <= min(MAX_HEADER_BYTES, file.size - _LENGTH_BYTES):
         raise _no_header(file, f"a header of {length:,} bytes")
-    header = read_small(source, file, _LENGTH_BYTES, _LENGTH_BYTES + length)
+    return _Begun(file, data, length)
+
+
+def _fetch(source: Source, begun: _Begun, root: Path, known: _KnownHeaders | None) -> None:
+    """Have one file of a skeleton."""
+    kept = root / f".{begun.file.name}.part"
+    goes_on = kept.exists()
+    try:
+        data = _content(source, begun, kept, known)
+    except TensorFileError:
+        kept.unlink(missing_ok=True)
+        if not goes_on:
+            raise
+        data = _content(source, begun, kept, known)  # what was kept may be from before a crash of the machine
+    temporary = root / f".{begun.file.name}.{os.getpid()}"
+    temporary.write_bytes(data)
+    temporary.replace(root / begun.file.name)
+    kept.unlink(missing_ok=True)
+
+
+def _content(source: Source, begun: _Begun, kept: Path, known: _KnownHeaders | None) -> bytes:
+    file = begun.file
+    if not begun.header_bytes:
+        data = read_small(source, file, 0, file.size, kept=kept)
+        check_content(file, data)
+        return data
+
+    def read() -> bytes:
+        end = _LENGTH_BYTES + begun.header_bytes
+        return begun.data[_LENGTH_BYTES:] + read_small(source, file, len(begun.data), end, kept=kept)
+
+    header = begun.header
+    if header is None:
+        header = read() if known is None else known.header(begun, read)
+    _check_header(file, header)
+    return cut_head(header, (), sha256=file.sha256)[0]
+
+
+def _check_header(file: RemoteFile, header: bytes) -> None:
+    """Hold a header against the size of its file."""
     try:
         raw = json.loads(header)
-        ends = [_LENGTH_BYTES + length + each["data_offsets"][1] for name, each in raw.items() if name[:2] != "__"]
+        ends = [each["data_offsets"][1] for name, each in raw.items() if name != "__metadata__"]
+        end = _LENGTH_BYTES + len(header) + max(ends, default=0)
     except (ValueError, TypeError, KeyError, IndexError, AttributeError, RecursionError) as error:
         raise _no_header(file, f"{type(error).__name__}: {error}") from None
-    if max(ends, default=0) > file.size:
-        raise _no_header(file, f"tensors up to byte {max(ends):,} of {file.size:,}")
-    return header
+    if end > file.size:
+        raise _no_header(file, f"tensors up to byte {end:,} of {file.size:,}")
 
 
 def _no_header(file: RemoteFile, found: str) -> TensorFileError:
@@ -175,13 +319,4 @@ def _no_header(file: RemoteFile, found: str) -> TensorFileError:
         found=found,
         where=file.name,
         fix="use another model or mirror: exo-kimi reads safetensors files only",
-    )
-
-
-def headers_bytes(skeleton: Path, files: Mapping[str, RemoteFile]) -> int:
-    """Bytes that were read for a skeleton."""
-    return sum(
-        len(header_of(skeleton, name)) if name.endswith(".safetensors") else (skeleton / name).stat().st_size
-        for name in files
-        if (skeleton / name).exists()
     )

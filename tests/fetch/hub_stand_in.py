@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import hashlib
 import json
+import select
+import socket
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -61,12 +63,18 @@ class HubStandIn:
     tokens: set[str] = field(default_factory=set)
     url: str = ""
     lock: threading.Lock = field(default_factory=threading.Lock)
+    _listing: bytes = b""
 
     def size(self, name: str) -> int:
         file = self.files[name]
         return file.size if isinstance(file, BigFile) else file.stat().st_size
 
     def listing(self) -> bytes:
+        if not self._listing:
+            self._listing = self._list_files()
+        return self._listing
+
+    def _list_files(self) -> bytes:
         siblings = []
         for name, file in self.files.items():
             sibling = {"rfilename": name, "size": self.size(name), "blobId": "0" * 40}
@@ -151,6 +159,8 @@ class _Handler(BaseHTTPRequestHandler):
                     data = bytearray(stream.read(count))
                 if fault is not None and fault.flip_at is not None and at <= fault.flip_at < at + count:
                     data[fault.flip_at - at] ^= 0xFF
+                if self._is_left():
+                    raise ConnectionResetError("the client is gone")
                 self.wfile.write(data)
                 sent += count
                 with hub.lock:
@@ -162,6 +172,11 @@ class _Handler(BaseHTTPRequestHandler):
         finally:
             if stream is not None:
                 stream.close()
+
+    def _is_left(self) -> bool:
+        """Whether the client's end is closed: what would be written then is no byte that it fetched."""
+        readable, _, _ = select.select([self.connection], [], [], 0)
+        return bool(readable) and not self.connection.recv(1, socket.MSG_PEEK)
 
     def _answer(self, status: int, headers: Mapping[str, str]) -> None:
         self.send_response(status)

@@ -14,6 +14,7 @@ from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 
+import killed_pull
 import mlx.core as mx
 import pytest
 from hub_stand_in import Fault, HubStandIn
@@ -22,6 +23,7 @@ from mlx.utils import tree_flatten
 from exo_kimi.checkpoint.checkpoint import Checkpoint
 from exo_kimi.checkpoint.doctor.doctor import doctor
 from exo_kimi.checkpoint.fingerprint import stage_fingerprint
+from exo_kimi.checkpoint.tiny.make import make_tiny
 from exo_kimi.errors import (
     DamagedWeightsError,
     FetchError,
@@ -114,33 +116,54 @@ def test_a_dry_run_says_the_bytes_and_fetches_headers_only(hub: Hub, whole: Path
     assert fetch(served, tmp_path / "here").fetched_bytes == told.fetched_bytes
 
 
-def test_killed_at_random_points_it_goes_on_at_the_byte(hub: Hub, whole: Path, tmp_path: Path) -> None:
-    """FETCH_KILLS=30 for the whole row of the table; a few here."""
-    kills = int(os.environ.get("FETCH_KILLS", "3"))
-    served = hub(whole, bytes_per_s=1.5e6 if kills < 10 else 2e5)
-    here, chance = tmp_path / "here", random.Random(20)
-    command = [sys.executable, "-m", "exo_kimi", "pull", served.model, "--layers", "3:7", "-o", str(here)]
-    environment = {**os.environ, "HF_ENDPOINT": served.url}
-    share = fetch(hub(whole), tmp_path / "once").fetched_bytes
-    done = 0
-    while done < kills:
-        running = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-        wanted = served.sent_bytes + chance.randrange(1, max(2, share // (kills + 2)))
-        while served.sent_bytes < wanted and running.poll() is None:
-            time.sleep(0.002)
-        if running.poll() is not None:
-            break
-        running.send_signal(signal.SIGKILL)
-        running.wait()
-        done += 1
-    served.bytes_per_s = None
-    last = subprocess.run(command, env=environment, capture_output=True, text=True)
-    assert last.returncode == 0, last.stderr
-    assert done == kills
-    check_share(here, whole)
+def test_killed_at_random_points_it_reads_at_most_the_share_and_one_percent(
+    hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A kill costs what a connection has read and not yet counted, 64 KiB at most: with one connection and 8 kills that is
+    less than 1 % of this share on any machine. `FETCH_KILLS=30` has 8 connections, as `pull` has, and the same bar."""
+    kills = int(os.environ.get("FETCH_KILLS", "8"))
+    config = {"n_routed_experts": 8, "moe_intermediate_size": 512, "hidden_size": 512}
+    whole = make_tiny(tmp_path / "whole", shards=5, layout="bf16", config=config)
+    once = hub(whole)
+    share = fetch(once, tmp_path / "once").size_bytes
+    small = once.sent_bytes - share  # what is read for planning and is no part of the share
+    shutil.rmtree(tmp_path / "cache")
+    assert share > 55e6 and small < 0.002 * share
+
+    served = hub(whole, bytes_per_s=30e6 if kills <= 8 else 4e6)
+    counter, here, chance = tmp_path / "counter", tmp_path / "here", random.Random(20)
+    counter.write_bytes(bytes(8))
+    puller = subprocess.Popen(
+        [sys.executable, killed_pull.__file__, served.url, str(here), str(counter), "1" if kills <= 8 else "8"],
+        env={**os.environ, "NO_PROXY": "*"},  # macOS asks a framework that does not live through a fork
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+        bufsize=1,
+    )
+
+    def count() -> int:
+        return int.from_bytes(counter.read_bytes(), "little")
+
+    try:
+        for wanted in sorted(chance.sample(range(int(0.95 * share)), kills)):
+            puller.stdin.write("pull\n")
+            child = int(puller.stdout.readline())
+            while count() < wanted:
+                time.sleep(0.002)
+            os.kill(child, signal.SIGKILL)
+            assert int(puller.stdout.readline()) == signal.SIGKILL
+        puller.stdin.write("pull\n")
+        puller.stdout.readline()
+        assert puller.stdout.readline() == "0\n"
+    finally:
+        puller.stdin.close()
+        puller.wait(20)
     assert files(here) == files(tmp_path / "once")
-    small = sum(path.stat().st_size for path in (tmp_path / "cache").rglob("*") if path.is_file())
-    assert served.sent_bytes <= 1.01 * share + small + kills * 8 * (1 << 14), (served.sent_bytes, share, small)
+    assert doctor(here, deep=True).healthy
+    read, sent = (100 * (bytes_ - small) / share - 100 for bytes_ in (count(), served.sent_bytes))
+    assert 0 <= read < 1, (read, sent)
+    print(f"{kills} kills of {share / 1e6:.1f} MB: client read {read:+.3f} %, server sent {sent:+.3f} %")
 
 
 def test_a_wrong_byte_is_fetched_again(hub: Hub, whole: Path, tmp_path: Path) -> None:
