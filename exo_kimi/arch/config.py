@@ -6,8 +6,8 @@ never a default: a silent `routed_scaling_factor` of 1.0 would answer fluently a
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from exo_kimi.arch.keys import (
@@ -18,6 +18,7 @@ from exo_kimi.arch.keys import (
     check_layer_kinds,
     check_other_keys,
     contradictions,
+    read_experts_per_layer,
     read_q_lora_rank,
     read_required,
 )
@@ -38,7 +39,8 @@ class KimiConfig:
 
     `key_prefix` is what checkpoint keys carry in front (`language_model.` from K2.5 on). `rope_theta` None means no rotary
     positions at all, `rope_scaling` None plain ones. `linear_attention` None means that every layer attends to the whole
-    context. Layer and head counts are numbers of things, `*_dim`, `*_rank` and `*_size` are widths.
+    context. `n_routed_experts_per_layer` has the experts of each layer (0 where it is dense) if layers differ, `n_routed_experts`
+    the most of any then. Layer and head counts are numbers of things, `*_dim`, `*_rank` and `*_size` are widths.
     """
 
     model_type: str
@@ -71,6 +73,7 @@ class KimiConfig:
     # Names and shapes of tensors say it too: in the repr, which fingerprints are made of, it would change those of every K2.
     linear_attention: LinearAttention | None = field(default=None, repr=False)
     k3: K3Layers | None = field(default=None, repr=False)
+    n_routed_experts_per_layer: tuple[int, ...] | None = field(default=None, repr=False)
     ignored_keys: tuple[str, ...] = ()
 
     @property
@@ -92,6 +95,17 @@ class KimiConfig:
     def is_moe(self, layer: int) -> bool:
         """Whether a layer has experts; the first `first_k_dense_replace` are dense."""
         return layer >= self.first_k_dense_replace and layer % self.moe_layer_freq == 0
+
+    def routed_experts(self, layer: int) -> int:
+        """Routed experts of a layer; 0 where it is dense."""
+        if self.n_routed_experts_per_layer is not None:
+            return self.n_routed_experts_per_layer[layer]
+        return self.n_routed_experts if self.is_moe(layer) else 0
+
+    @property
+    def is_even(self) -> bool:
+        """Whether all layers with experts have as many, which every loader but this project's takes for granted."""
+        return self.n_routed_experts_per_layer is None
 
     def is_linear(self, layer: int) -> bool:
         """Whether a layer has Kimi Delta Attention, and so a state of one size in place of latents of every token."""
@@ -138,6 +152,8 @@ class KimiConfig:
         if not problems and family.residuals:
             values["k3"] = read_k3_layers(text, where, problems)
         if not problems:
+            values["n_routed_experts_per_layer"] = read_experts_per_layer(text, values, where, problems)
+        if not problems:
             problems += check_layer_kinds(text, values, family, where)
         if len(problems) == 1:
             raise problems[0]
@@ -145,6 +161,22 @@ class KimiConfig:
             raise CheckpointProblems(problems, where=where)
         model_type = text.get("model_type", family.model_types[0])
         return cls(model_type=str(model_type), key_prefix=prefix, ignored_keys=ignored, **values)
+
+
+def with_experts(config: KimiConfig, counts: Sequence[int]) -> KimiConfig:
+    """The same architecture with other numbers of routed experts.
+
+    Args:
+        config: of the model.
+        counts: of each layer that stays, 0 where it is dense.
+    """
+    even = len({count for count in counts if count}) <= 1
+    return replace(
+        config,
+        num_hidden_layers=len(counts),
+        n_routed_experts=max(counts) or config.n_routed_experts,
+        n_routed_experts_per_layer=None if even else tuple(counts),
+    )
 
 
 def _text_model(raw: Mapping[str, Any], where: object) -> tuple[Mapping[str, Any], KeyFamily, str]:

@@ -25,10 +25,16 @@ def active_parameters(config: KimiConfig) -> int:
     active = 0
     for spec in stage_modules(config, 0, config.num_hidden_layers):
         if spec.kind == "experts":
-            active += spec.parameters // config.n_routed_experts * config.num_experts_per_tok
+            active += spec.parameters // spec.shape[0] * config.num_experts_per_tok
         elif spec.kind != "embedding":
             active += spec.parameters
     return active
+
+
+def mean_routed_experts(config: KimiConfig) -> float:
+    """Routed experts of a layer that has any, on the average (384 for K2); what the config says where none has."""
+    counts = [count for layer in range(config.num_hidden_layers) if (count := config.routed_experts(layer))]
+    return sum(counts) / len(counts) if counts else float(config.n_routed_experts)
 
 
 def kv_elements_per_token(config: KimiConfig) -> int:

@@ -92,6 +92,9 @@ class KeyFamily:
         return {name: (key, *again.get(name, ())) for name, key in self.spelled.items()}
 
 
+EXPERTS_PER_LAYER = "n_routed_experts_per_layer"
+"""Key of a checkpoint whose layers have different numbers of experts: one number a decoder layer, 0 where it is dense. No
+published model has it; vLLM's forks for pruned models read it by this name."""
 _OPTIONAL = ("model_type", "mlp_layer_types", "layer_types", "q_lora_rank", "moe_layer_freq", "attention_bias")
 _ROPE = ("rope_theta", "rope_scaling", "rope_parameters")
 _LINEAR = ("linear_attn_config", "linear_num_heads", "linear_head_dim", "linear_conv_kernel_dim")
@@ -100,7 +103,7 @@ K2 = KeyFamily(
     name="Kimi K2",
     model_types=("kimi_k2", "deepseek_v3"),
     only_value={**_ALWAYS, "topk_method": "noaux_tc", "rope_interleave": True},
-    optional=(*_OPTIONAL, *_ROPE),
+    optional=(*_OPTIONAL, *_ROPE, EXPERTS_PER_LAYER),
 )
 KIMI_LINEAR = KeyFamily(
     name="Kimi Linear",
@@ -230,6 +233,42 @@ def check_layer_kinds(
             )
         )
     return problems
+
+
+def read_experts_per_layer(
+    text: Mapping[str, Any], values: Mapping[str, Any], where: object, problems: list[CheckpointError]
+) -> tuple[int, ...] | None:
+    """The experts of each layer where they differ; None where all layers with experts have as many."""
+    counts = text.get(EXPERTS_PER_LAYER)
+    if counts is None:
+        return None
+    most, chosen, groups = (values[key] for key in ("n_routed_experts", "num_experts_per_tok", "n_group"))
+    least = max(chosen, -(-chosen * groups // values["topk_group"]))
+    layers, dense, every = (values[key] for key in ("num_hidden_layers", "first_k_dense_replace", "moe_layer_freq"))
+    sparse = [layer >= dense and layer % every == 0 for layer in range(layers)]
+    ints = isinstance(counts, list) and all(is_number(count, int) for count in counts)
+    if not ints or len(counts) != layers or max(counts, default=0) != most:
+        expected = f"{layers} whole numbers, one for each layer, the largest n_routed_experts {most}"
+        found = f"{len(counts)} of at most {max(counts, default=0)}" if ints else repr(counts)[:80]
+    elif wrong := [
+        f"{count} in layer {layer}"
+        for layer, (count, moe) in enumerate(zip(counts, sparse, strict=True))
+        if not ((moe and least <= count <= most and count % groups == 0) or (not moe and count == 0))
+    ]:
+        expected = f"0 in dense layers, else {least} to {most}" + (f", multiples of n_group {groups}" * (groups > 1))
+        found = ", ".join(wrong[:4])
+    else:
+        return None if len({count for count in counts if count}) <= 1 else tuple(counts)
+    problems.append(
+        ConfigError(
+            f"{EXPERTS_PER_LAYER} is no count of experts for each layer",
+            expected=expected,
+            found=found,
+            where=where,
+            fix="copy config.json from the source, or prune it again",
+        )
+    )
+    return None
 
 
 def _in_words(kinds: object) -> str:

@@ -116,7 +116,7 @@ def layer_modules(config: KimiConfig, layer: int) -> tuple[ModuleSpec, ...]:
             specs += _residual_attention(f"{prefix}.{name}", layer, hidden)
     if not config.is_moe(layer):
         return (*specs, *_mlp(f"{prefix}.mlp", layer, hidden, config.intermediate_size))
-    experts, width = config.n_routed_experts, config.moe_intermediate_size
+    experts, width = config.routed_experts(layer), config.moe_intermediate_size
     packs = config.linear_attention is not None
     gate = ModuleSpec(path=f"{prefix}.mlp.gate", kind="router", shape=(experts, hidden), layer=layer, packs=packs)
     specs.append(gate)

@@ -102,10 +102,14 @@ class _Sorting:
             self.unexpected.append(
                 left_over(entry, f"config.json has num_hidden_layers {self.config.num_hidden_layers}")
             )
-        elif key.expert is not None and key.expert >= self.config.n_routed_experts:
-            self.unexpected.append(left_over(entry, f"config.json has n_routed_experts {self.config.n_routed_experts}"))
+        elif layer is not None and key.expert is not None and key.expert >= self._experts(layer):
+            self.unexpected.append(left_over(entry, f"config.json has n_routed_experts {self._experts(layer)}"))
         else:
             self._put(key.path, key.part, key.expert, entry)
+
+    def _experts(self, layer: int) -> int:
+        """Of a layer; a dense one's count is not asked, since its experts are modules that the config does not describe."""
+        return self.config.routed_experts(layer) or self.config.n_routed_experts
 
     def _put(self, path: str, part: str, expert: int | None, entry: TensorEntry) -> None:
         holders = self.modules.setdefault(path, {}).setdefault(part, {})
@@ -116,9 +120,11 @@ class _Sorting:
 
     def _add_unknown(self, entry: TensorEntry) -> None:
         """A tensor of all experts of a layer, cut into those of each; or one of no known layout."""
-        fused, experts = parse_fused(entry.name), self.config.n_routed_experts
+        fused = parse_fused(entry.name)
         rows = 0 if fused is None or len(entry.shape) != 3 else entry.shape[1] // len(fused.paths)
-        if fused is None or not rows or fused.layer >= self.config.num_hidden_layers or entry.shape[0] != experts:
+        inside = fused is not None and fused.layer < self.config.num_hidden_layers
+        experts = self._experts(fused.layer) if fused is not None and inside else 0
+        if fused is None or not rows or not experts or entry.shape[0] != experts:
             self.unexpected.append(left_over(entry, "a name of no known layout"))
             return
         size = entry.nbytes // experts // len(fused.paths)

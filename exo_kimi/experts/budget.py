@@ -67,13 +67,13 @@ class ExpertCache:
         return make_policy(self.policy, slots=slots, profile=profile)
 
 
-def slots_for(budget_bytes: int, slot_bytes: Mapping[int, int], experts: int) -> dict[int, int]:
+def slots_for(budget_bytes: int, slot_bytes: Mapping[int, int], experts: Mapping[int, int]) -> dict[int, int]:
     """Slots of every layer: as many for each, and of what is left one more for as many as that pays for, the first layers first.
 
     Args:
         budget_bytes: for all layers together.
         slot_bytes: what an expert takes in memory, by layer.
-        experts: of a layer; no layer gets more slots.
+        experts: of each layer, which gets no more slots.
 
     Raises:
         UsageError: not one slot for each layer.
@@ -88,11 +88,16 @@ def slots_for(budget_bytes: int, slot_bytes: Mapping[int, int], experts: int) ->
             found=format_bytes(budget_bytes),
             where="--expert-cache",
         )
-    each = min(experts, budget_bytes // row_bytes)
-    slots = dict.fromkeys(slot_bytes, each)
-    left_bytes = budget_bytes - each * row_bytes
+    slots, left_bytes = dict.fromkeys(slot_bytes, 0), budget_bytes
+    while partly := [layer for layer in slot_bytes if slots[layer] < experts[layer]]:
+        row_bytes = sum(slot_bytes[layer] for layer in partly)
+        each = min(left_bytes // row_bytes, *(experts[layer] - slots[layer] for layer in partly))
+        if not each:
+            break
+        slots |= {layer: slots[layer] + each for layer in partly}
+        left_bytes -= each * row_bytes
     for layer, size in slot_bytes.items():
-        if slots[layer] < experts and size <= left_bytes:
+        if slots[layer] < experts[layer] and size <= left_bytes:
             slots[layer] += 1
             left_bytes -= size
     return slots

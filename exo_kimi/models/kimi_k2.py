@@ -52,7 +52,8 @@ class DecoderLayer(nn.Module):
     def __init__(self, config: KimiConfig, layer: int, rope: Rope | None) -> None:
         super().__init__()
         self.self_attn = self.attention(config, layer, rope)
-        self.mlp = MoE(config) if config.is_moe(layer) else MLP(config.hidden_size, config.intermediate_size)
+        experts = config.routed_experts(layer)
+        self.mlp = MoE(config, experts) if experts else MLP(config.hidden_size, config.intermediate_size)
         self.input_layernorm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
 

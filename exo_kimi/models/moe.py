@@ -130,7 +130,7 @@ class Router(nn.Module):
     Source: "DeepSeek-V3", section 2.1.2; DeepseekV3TopkRouter in transformers.
     """
 
-    def __init__(self, config: KimiConfig) -> None:
+    def __init__(self, config: KimiConfig, experts: int) -> None:
         super().__init__()
         self.chosen = config.num_experts_per_tok
         self.choose = ExpertChoice(
@@ -138,8 +138,8 @@ class Router(nn.Module):
         )
         self.factor = config.routed_scaling_factor
         self.on_choice: Callable[[mx.array], None] | None = None
-        self.weight = mx.zeros((config.n_routed_experts, config.hidden_size))
-        self.e_score_correction_bias = mx.zeros((config.n_routed_experts,))
+        self.weight = mx.zeros((experts, config.hidden_size))
+        self.e_score_correction_bias = mx.zeros((experts,))
         self._operands, self._choose = Derived(_in_float32), CompiledChoice(self.choose)
         self.packing: dict[str, Any] = {}
 
@@ -343,10 +343,10 @@ class SlottedExperts:
 class MoE(nn.Module):
     """sum over chosen experts of weight * expert(x), plus the shared experts."""
 
-    def __init__(self, config: KimiConfig) -> None:
+    def __init__(self, config: KimiConfig, experts: int) -> None:
         super().__init__()
-        self.gate = Router(config)
-        self.switch_mlp = ExpertGLU(config.hidden_size, config.moe_intermediate_size, config.n_routed_experts)
+        self.gate = Router(config, experts)
+        self.switch_mlp = ExpertGLU(config.hidden_size, config.moe_intermediate_size, experts)
         if config.n_shared_experts:
             self.shared_experts = MLP(config.hidden_size, config.moe_intermediate_size * config.n_shared_experts)
 

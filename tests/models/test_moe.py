@@ -32,7 +32,7 @@ def route_slowly(
 
 def build(raw: dict[str, Any], **changes: Any) -> tuple[Router, KimiConfig]:
     config = KimiConfig.from_dict({**raw, "n_routed_experts": 16, "num_experts_per_tok": 4, **changes})
-    router = Router(config)
+    router = Router(config, config.n_routed_experts)
     mx.random.seed(1)
     router.weight = mx.random.normal(router.weight.shape) * 0.1
     router.e_score_correction_bias = mx.random.normal((16,)) * 0.2
@@ -96,7 +96,7 @@ def test_a_bf16_router_picks_the_experts_that_float32_would(raw_config: dict[str
 
 def test_experts_and_the_shared_expert_add_up(config: KimiConfig) -> None:
     mx.random.seed(0)
-    moe = MoE(config)
+    moe = MoE(config, config.n_routed_experts)
     moe.gate.weight = mx.random.normal(moe.gate.weight.shape)
     x = mx.random.normal((6, config.hidden_size))
     indices, weights = moe.gate(x)

@@ -56,7 +56,7 @@ def _row(seed: int, tokens: int) -> Row:
     weight = bf16(HIDDEN**-0.5, EXPERTS, HIDDEN)
     bias = mx.array(generator.standard_normal(EXPERTS, np.float32) * 0.05)
     shape: dict[str, Any] = {"hidden_size": HIDDEN, "n_routed_experts": EXPERTS, "num_experts_per_tok": CHOSEN}
-    ours = Router(KimiConfig.from_dict(text_config(shape, dtype="BF16"), where="the bench"))
+    ours = Router(KimiConfig.from_dict(text_config(shape, dtype="BF16"), where="the bench"), EXPERTS)
     theirs = MoEGate(ModelArgs(**shape, norm_topk_prob=True, routed_scaling_factor=2.827))
     for router in (ours, theirs):
         router.weight, router.e_score_correction_bias = weight, bias

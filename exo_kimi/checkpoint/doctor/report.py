@@ -12,6 +12,7 @@ from exo_kimi.arch.config import KimiConfig
 from exo_kimi.arch.geometry import (
     active_parameters,
     kv_bytes_per_token,
+    mean_routed_experts,
     state_bytes_per_sequence,
     total_parameters,
 )
@@ -259,6 +260,7 @@ def architecture_facts(config: KimiConfig) -> dict[str, Any]:
         "hidden_size": config.hidden_size,
         "num_attention_heads": config.num_attention_heads,
         "n_routed_experts": config.n_routed_experts,
+        "n_routed_experts_per_layer": config.n_routed_experts_per_layer,
         "num_experts_per_tok": config.num_experts_per_tok,
         "vocab_size": config.vocab_size,
         "max_position_embeddings": config.max_position_embeddings,
@@ -288,11 +290,19 @@ def _architecture(config: KimiConfig) -> list[str]:
         f"model    {config.model_type}{_outer(config)}, {config.num_hidden_layers} layers"
         f" (dense: {dense or 'none'}), hidden {config.hidden_size}, vocabulary {config.vocab_size:,},"
         f" context {config.max_position_embeddings:,}",
-        f"experts  {config.n_routed_experts}, {config.num_experts_per_tok} a token, {config.n_shared_experts} shared",
+        f"experts  {experts_text(config)}, {config.num_experts_per_tok} a token, {config.n_shared_experts} shared",
         f"size     {_count(facts['parameters'])} parameters, {_count(facts['active_parameters'])} active;"
         f" {facts['kv_bytes_per_token']:,} cache bytes a token (16-bit)",
         *_states(config, facts),
     ]
+
+
+def experts_text(config: KimiConfig) -> str:
+    """`384`, or `96 to 384 (288 on the average)` where layers differ."""
+    if config.n_routed_experts_per_layer is None:
+        return str(config.n_routed_experts)
+    least = min(filter(None, config.n_routed_experts_per_layer))
+    return f"{least} to {config.n_routed_experts} ({mean_routed_experts(config):.4g} on the average)"
 
 
 def _outer(config: KimiConfig) -> str:

@@ -108,7 +108,7 @@ class WalkedTexts:
         return made
 
     def _count(self, layer: int, chosen: mx.array) -> None:
-        experts = self.walk.checkpoint.config.n_routed_experts
+        experts = self.walk.checkpoint.config.routed_experts(layer)
         counts = np.bincount(np.array(chosen).reshape(-1), minlength=experts)
         self.loads[layer] = self.loads.get(layer, np.zeros(experts, np.int64)) + counts
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from exo_kimi.arch.keys import EXPERTS_PER_LAYER
 from exo_kimi.checkpoint.checkpoint import Checkpoint
 from exo_kimi.compress.prune.plan import PLAN_NAME, PrunePlan
 from exo_kimi.compress.prune.tensors import guessing_entries
@@ -30,11 +31,19 @@ def _lines(checkpoint: Checkpoint, plan: PrunePlan, notes: tuple[str, ...]) -> I
     yield "- kimi"
     yield "---"
     yield ""
-    yield f"# A pruned {config.model_type}: {plan.keep} of {plan.experts} experts"
+    yield f"# A pruned {config.model_type}: {plan.keep_text} of {plan.experts} experts"
     yield ""
     yield f"**Domain: {plan.domain or 'none: no text was looked at'}.** Outside of it, expect less."
     yield ""
-    gone = f"{plan.experts - plan.keep} of {plan.experts} routed experts of each of {len(plan.kept)} layers are gone"
+    if plan.is_uniform:
+        gone = (
+            f"{plan.experts - plan.keep} of {plan.experts} routed experts of each of {len(plan.kept)} layers are gone"
+        )
+    else:
+        gone = (
+            f"{1 - plan.share:.0%} of the routed experts are gone; {plan.keep_text} of {plan.experts} stay in a layer "
+            f"(`{EXPERTS_PER_LAYER}` in config.json: exo-kimi serves it, mlx-lm and exo's own engine do not)"
+        )
     layers = f"; layers {', '.join(map(str, plan.dropped_layers))} are gone" if plan.dropped_layers else ""
     yield f"- {gone}{layers}. Ranked by {plan.criterion or 'nothing'}, {plan.source or 'all kept'}."
     if guesses := guessing_entries(checkpoint.index, plan):

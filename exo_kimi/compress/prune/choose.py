@@ -53,25 +53,29 @@ def keep_budgeted(
     Raises:
         UsageError: as `keep_uniform`.
     """
-    layers = sorted(worth)
+    layers, pinned = sorted(worth), protected or {}
     counts = budget(
-        [removed_worth(worth[layer], groups=groups) for layer in layers],
+        [removed_worth(worth[layer], groups=groups, protected=pinned.get(layer, ())) for layer in layers],
         keep * len(layers) // groups,
         -(-least // groups),
     )
     return {
-        layer: _best(
-            worth[layer], count * groups, groups=groups, protected=(protected or {}).get(layer, ()), layer=layer
-        )
+        layer: _best(worth[layer], count * groups, groups=groups, protected=pinned.get(layer, ()), layer=layer)
         for layer, count in zip(layers, counts, strict=True)
     }
 
 
-def removed_worth(values: NDArray[np.float64], *, groups: int = 1) -> NDArray[np.float64]:
-    """(E / groups + 1,) what is lost when only the k best of each group stay, for k from 0."""
-    ordered = np.sort(values.reshape(groups, -1), axis=1)[:, ::-1]
-    kept = np.concatenate([[0.0], ordered.sum(axis=0).cumsum()])
+def removed_worth(
+    values: NDArray[np.float64], *, groups: int = 1, protected: tuple[int, ...] = ()
+) -> NDArray[np.float64]:
+    """(E / groups + 1,) what is lost when only the k best of each group stay, for k from 0: protected ones first, and infinite
+    where one of them would go."""
+    ranked = values.astype(np.float64).copy()
+    ranked[list(protected)] = np.inf
+    grouped, order = values.reshape(groups, -1), np.argsort(-ranked.reshape(groups, -1), axis=1, kind="stable")
+    kept = np.concatenate([[0.0], np.take_along_axis(grouped, order, axis=1).sum(axis=0).cumsum()])
     lost: NDArray[np.float64] = kept[-1] - kept
+    lost[: int(np.isinf(ranked).reshape(groups, -1).sum(axis=1).max())] = np.inf
     return lost
 
 

@@ -64,8 +64,10 @@ def prune(directory: Path, output: Path | None, options: PruneOptions, *, plan_f
     total = checkpoint.index.disk_bytes
     left = job.weight_bytes + sum(path.stat().st_size for path in job.copied if path.suffix == ".safetensors")
     say(
-        f"{plan.keep} of {plan.experts} experts stay ({plan.share:.0%}); {format_bytes(total)} become {format_bytes(left)}"
+        f"{plan.keep_text} of {plan.experts} experts stay ({plan.share:.0%}); {format_bytes(total)} become {format_bytes(left)}"
     )
+    if not plan.is_uniform:
+        say("layers keep different numbers of experts: exo-kimi serves that, mlx-lm and exo's own engine do not")
     if plan.dropped_layers:
         say(f"layers {', '.join(map(str, plan.dropped_layers))} go: {len(plan.kept_layers())} of {plan.layers} stay")
     if guesses := guessing_entries(checkpoint.index, plan):

@@ -7,6 +7,7 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
+from exo_kimi.arch.keys import EXPERTS_PER_LAYER
 from exo_kimi.checkpoint.hints import SECTIONS, skip_lists
 from exo_kimi.checkpoint.keys import layer_of
 from exo_kimi.compress.prune.plan import PrunePlan
@@ -25,6 +26,8 @@ def pruned_config(raw: Mapping[str, Any], plan: PrunePlan) -> dict[str, Any]:
     for scope in scopes:
         if "n_routed_experts" in scope:
             scope["n_routed_experts"] = plan.keep
+            if not plan.is_uniform:
+                scope[EXPERTS_PER_LAYER] = list(plan.counts)
         if "num_hidden_layers" in scope:
             scope["num_hidden_layers"] = len(plan.kept_layers())
         if scope.get("num_nextn_predict_layers"):

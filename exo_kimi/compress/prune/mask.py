@@ -7,7 +7,6 @@ choice too, but its product is wider and rounds otherwise.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 
 import mlx.core as mx
 
@@ -28,7 +27,7 @@ class PrunedRouter(Router):
     """
 
     def __init__(self, config: KimiConfig, router: Router, kept: Sequence[int]) -> None:
-        super().__init__(replace(config, n_routed_experts=len(kept)))
+        super().__init__(config, len(kept))
         self._kept = mx.array(list(kept), mx.uint32)
         self.weight = router.weight[self._kept]
         self.e_score_correction_bias = router.e_score_correction_bias[self._kept]

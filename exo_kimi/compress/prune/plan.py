@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from exo_kimi.arch.config import KimiConfig
+from exo_kimi.arch.keys import EXPERTS_PER_LAYER
 from exo_kimi.checkpoint.text_files import read_json
 from exo_kimi.errors import UsageError
 
@@ -44,13 +45,23 @@ class PrunePlan:
 
     @property
     def keep(self) -> int:
-        """Experts that stay in each layer; the most of any, where a plan for research keeps them unevenly."""
-        return max((len(ids) for ids in self.kept.values()), default=self.experts)
+        """Experts that stay in each layer; the most of any, where layers keep different numbers."""
+        return max(self.counts, default=self.experts)
+
+    @property
+    def counts(self) -> tuple[int, ...]:
+        """Experts of each layer that stays, 0 where it is dense."""
+        return tuple(len(self.kept.get(layer, ())) for layer in self.kept_layers())
 
     @property
     def is_uniform(self) -> bool:
         """Whether every layer keeps as many."""
-        return len({len(ids) for ids in self.kept.values()}) <= 1
+        return len(set(filter(None, self.counts))) <= 1
+
+    @property
+    def keep_text(self) -> str:
+        """`288`, or `250 to 310` where layers keep different numbers."""
+        return str(self.keep) if self.is_uniform else f"{min(filter(None, self.counts))} to {self.keep}"
 
     @property
     def share(self) -> float:
@@ -82,6 +93,13 @@ class PrunePlan:
                 the router's groups.
         """
         moe = [layer for layer in range(config.num_hidden_layers) if config.is_moe(layer)]
+        if not config.is_even:
+            raise UsageError(
+                "a checkpoint whose layers have different numbers of experts is not pruned again",
+                expected="one n_routed_experts",
+                found=f"{EXPERTS_PER_LAYER} in config.json",
+                fix="prune the original to fewer",
+            )
         if (self.layers, self.experts, sorted(self.kept)) != (config.num_hidden_layers, config.n_routed_experts, moe):
             raise UsageError(
                 "the plan is for another model",

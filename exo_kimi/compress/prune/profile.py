@@ -92,7 +92,7 @@ def check_profile(plan: PrunePlan, *, research: bool, domain: str, verdict: Prun
     if research or plan.changes_nothing:
         return
     share = plan.share
-    if plan.dropped_layers or share < LEAST_SHARE or not plan.is_uniform:
+    if plan.dropped_layers or share < LEAST_SHARE:
         what = "layers" if plan.dropped_layers else f"{1 - share:.0%} of the experts"
         raise UsageError(
             f"taking out {what} is an experiment, not a model to use",

@@ -49,8 +49,7 @@ class PruneWish:
         keep: experts of a layer that stay; None for three quarters.
         measured: scores; None where chance decides.
         criterion: what experts are ranked by.
-        budgeted: divide the experts over the layers by what they are worth, for research: no loader takes layers with
-            different numbers of them.
+        budgeted: divide the experts over the layers by what they are worth; exo-kimi alone serves what comes of it.
         drop_layers: layers to take out, or how many of those with the least block influence.
         protect: keep super experts whatever they are worth.
         seed: of chance.
@@ -88,7 +87,9 @@ def make_plan(checkpoint: Checkpoint, wish: PruneWish) -> PrunePlan:
     protected = super_experts(wish.measured) if wish.protect and wish.measured is not None else {}
     if wish.budgeted:
         least = max(config.num_experts_per_tok, -(-config.num_experts_per_tok * config.n_group // config.topk_group))
-        kept = keep_budgeted(worth, keep, least=least, groups=config.n_group, protected=protected)
+        staying = {layer: values for layer, values in worth.items() if layer not in layers}
+        divided = keep_budgeted(staying, keep, least=least, groups=config.n_group, protected=protected)
+        kept = {**full.kept, **divided}
     else:
         kept = keep_uniform(worth, keep, groups=config.n_group, protected=protected)
     measured = wish.measured
@@ -128,13 +129,6 @@ def write_pruned(
         MachineError: the disk is full; what is done stays.
     """
     plan.check(checkpoint.config)
-    if not plan.is_uniform:
-        raise UsageError(
-            "a plan with another number of experts in each layer cannot be written",
-            expected="as many in every layer: n_routed_experts is one number for every loader",
-            found=f"{min(map(len, plan.kept.values()))} to {plan.keep}",
-            fix="try it with `exo-kimi compare DIR --plan PLAN.json`; make one without --budgeted to write it",
-        )
     checkpoint.manifest()  # nothing is cut that does not fit
     job = pruning_job(checkpoint, plan, output, notes=notes)
     files = {file.shard.file: file for file in pruned_files(checkpoint.index, plan)}

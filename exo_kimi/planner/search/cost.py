@@ -138,8 +138,11 @@ def decode_stages_s(split: PlacedSplit, *, batch: int = 1, cached_tokens: float 
         layers = range(stage.start_layer, stage.end_layer)
         held_s = [decode_layer_s(model, stage.machine, n, batch=batch, cached_tokens=cached) for n in layers]
         if question.streaming is not None and slots is not None:
-            rate = question.streaming.hit_rate(float(slots), model.config.n_routed_experts)
-            missed = [missed_bytes(model, layer, tokens=batch, hit_rate=rate) for layer in layers]
+            rates = [question.streaming.hit_rate(float(slots), model.experts(layer)) for layer in layers]
+            missed = [
+                missed_bytes(model, layer, tokens=batch, hit_rate=rate)
+                for layer, rate in zip(layers, rates, strict=True)
+            ]
             held_s = _streamed(question.streaming, stage, held_s, missed, ahead=False)
         times.append(sum(held_s))
     times[-1] += head_s(model, split.stages[-1].machine)
@@ -188,7 +191,7 @@ def ttft_s(split: PlacedSplit) -> float:
 def prefill_parts_s(split: PlacedSplit) -> list[float]:
     """Seconds of each stage, then of each hop, for one chunk."""
     question, model, workload = split.question, split.question.model, split.question.workload
-    tokens, experts = workload.chunk_tokens, model.config.n_routed_experts
+    tokens = workload.chunk_tokens
     times = []
     for stage in split.stages:
         slots = split.slots(stage)
@@ -199,8 +202,11 @@ def prefill_parts_s(split: PlacedSplit) -> list[float]:
             for layer, each in zip(layers, flops, strict=True)
         ]
         if question.streaming is not None and slots is not None:
-            rate = sweep_hit_rate(float(slots), experts)
-            missed = [missed_bytes(model, layer, tokens=tokens, hit_rate=rate) for layer in layers]
+            rates = [sweep_hit_rate(float(slots), model.experts(layer)) for layer in layers]
+            missed = [
+                missed_bytes(model, layer, tokens=tokens, hit_rate=rate)
+                for layer, rate in zip(layers, rates, strict=True)
+            ]
             held_s = _streamed(question.streaming, stage, held_s, missed, ahead=True)
         times.append(sum(held_s))
     if question.draft is not None:
@@ -217,9 +223,11 @@ def read_bytes_per_token(split: PlacedSplit) -> list[float]:
         if question.streaming is None or slots is None:
             totals.append(0.0)
             continue
-        rate = question.streaming.hit_rate(float(slots), model.config.n_routed_experts)
-        layers = range(stage.start_layer, stage.end_layer)
-        totals.append(sum(missed_bytes(model, layer, tokens=1, hit_rate=rate) for layer in layers))
+        total = 0.0
+        for layer in range(stage.start_layer, stage.end_layer):
+            rate = question.streaming.hit_rate(float(slots), model.experts(layer))
+            total += missed_bytes(model, layer, tokens=1, hit_rate=rate)
+        totals.append(total)
     return totals
 
 

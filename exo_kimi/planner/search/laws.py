@@ -50,7 +50,7 @@ def chunk_flops(config: KimiConfig, layer: int, *, tokens: float, keys: float) -
     rows = 0.0
     for spec in layer_modules(config, layer):
         if spec.kind == "experts":
-            chosen, experts = config.num_experts_per_tok, config.n_routed_experts
+            chosen, experts = config.num_experts_per_tok, spec.shape[0]
             touched = experts * (1.0 - (1.0 - chosen / experts) ** tokens)
             rows += spec.parameters / experts * (chosen * tokens + EXPERT_TILE_ROWS * touched)
         elif not spec.path.endswith("kv_b_proj"):
@@ -122,13 +122,13 @@ def missed_bytes(model: ModelBytes, layer: int, *, tokens: float, hit_rate: Numb
         tokens: of the step.
         hit_rate: of the experts asked for.
     """
-    share = model.distinct_experts(tokens) / model.config.n_routed_experts
-    return model.expert_disk_bytes[layer] * share * (1.0 - hit_rate)
+    return model.expert_disk_bytes[layer] * model.touched_share(layer, tokens) * (1.0 - hit_rate)
 
 
 def sweep_hit_rate(slots: Numbers, experts: int) -> Numbers:
     """Hit rate of a prefill chunk that asks for nearly every expert: those that have a slot are there, the others are read."""
-    return slots / experts
+    shares: Numbers = np.minimum(slots / experts, 1.0)
+    return shares
 
 
 def streamed_s(

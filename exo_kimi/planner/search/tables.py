@@ -64,8 +64,7 @@ def slot_table(question: Question, machine: Machine) -> Int64s:
     need, model = need_table(question), question.model
     if question.streaming is None or not question.streaming.ssd_bytes_per_s(machine):
         return np.zeros_like(need)
-    each = -(-np.array(model.expert_bytes, np.int64) // model.config.n_routed_experts)
-    slot_bytes = _ranges(each)
+    slot_bytes = _ranges(np.array(model.expert_slot_bytes, np.int64))
     free = machine.limit_bytes - need + _ranges(np.array(model.expert_bytes, np.int64))
     streams = (need > machine.limit_bytes) & (slot_bytes > 0) & (free > 0) & _proper(question.layers)
     return np.where(streams, free // np.maximum(slot_bytes, 1), 0)
@@ -76,8 +75,8 @@ def least_need_table(question: Question, machine: Machine) -> Int64s:
     need, model = need_table(question), question.model
     if question.streaming is None or not question.streaming.ssd_bytes_per_s(machine):
         return need
-    each = np.array(model.expert_bytes, np.int64)
-    return need - _ranges(each) + _ranges(-(-each // model.config.n_routed_experts))
+    slots = np.array(model.expert_slot_bytes, np.int64)
+    return need - _ranges(np.array(model.expert_bytes, np.int64)) + _ranges(slots)
 
 
 def split_problem(question: Question, *, stages: int = 0) -> SplitProblem:
@@ -97,7 +96,7 @@ def split_problem(question: Question, *, stages: int = 0) -> SplitProblem:
     flops = [
         chunk_flops(model.config, layer, tokens=tokens, keys=keys) for layer in range(model.layers if chunks else 0)
     ]
-    need, experts = need_table(question), model.config.n_routed_experts
+    need, counts = need_table(question), [model.experts(layer) for layer in range(model.layers)]
 
     @cache
     def tables_of(kind: tuple[object, ...]) -> tuple[Int64s, Int64s]:
@@ -108,8 +107,8 @@ def split_problem(question: Question, *, stages: int = 0) -> SplitProblem:
         ]
         decode = _per_layer(decode_s)
         if question.streaming is not None and slots.any():
-            rates = question.streaming.hit_rate(slots.astype(np.float64), experts)
-            missed = [missed_bytes(model, layer, tokens=batch, hit_rate=rates) for layer in range(model.layers)]
+            rates = {n: question.streaming.hit_rate(slots.astype(np.float64), n) for n in set(counts)}
+            missed = [missed_bytes(model, layer, tokens=batch, hit_rate=rates[n]) for layer, n in enumerate(counts)]
             decode = _with_reads(question.streaming, machine, slots, decode, decode_s, missed, ahead=False)
         total, peak = decodes * decode, decode if objective == "throughput" else 0 * decode
         if chunks:
@@ -119,8 +118,10 @@ def split_problem(question: Question, *, stages: int = 0) -> SplitProblem:
             ]
             chunk = _per_layer(chunk_s)
             if question.streaming is not None and slots.any():
-                rates = sweep_hit_rate(slots.astype(np.float64), experts)
-                missed = [missed_bytes(model, layer, tokens=tokens, hit_rate=rates) for layer in range(model.layers)]
+                rates = {n: sweep_hit_rate(slots.astype(np.float64), n) for n in set(counts)}
+                missed = [
+                    missed_bytes(model, layer, tokens=tokens, hit_rate=rates[n]) for layer, n in enumerate(counts)
+                ]
                 chunk = _with_reads(question.streaming, machine, slots, chunk, chunk_s, missed, ahead=True)
             if question.draft is not None:
                 chunk[:, model.layers] += _ticks(draft_chunk_s(question.draft, machine, tokens))

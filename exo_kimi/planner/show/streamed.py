@@ -43,8 +43,10 @@ def _stage(split: PlacedSplit, stage: Placed, read_bytes: float) -> Iterator[str
     if slots is None or ssd is None or question.streaming is None:
         yield f"{stage.machine.name} holds all experts of its layers."
         return
-    experts = question.model.config.n_routed_experts
-    rates = [replace(question.streaming, case=case).hit_rate(float(slots), experts) for case in CASES]
+    counts = [question.model.config.routed_experts(n) for n in range(stage.start_layer, stage.end_layer)]
+    least, most = min(filter(None, counts)), max(counts)
+    experts = str(most) if least == most else f"{least} to {most}"
+    rates = [replace(question.streaming, case=case).hit_rate(float(slots), most) for case in CASES]
     cache_bytes = question.held(stage.machine, stage.start_layer, stage.end_layer).expert_cache_bytes
     yield (
         f"{stage.machine.name}: {slots} of {experts} experts of each layer have a slot ({format_bytes(cache_bytes)}); "

@@ -103,13 +103,21 @@ class ModelBytes:
 
     def slot_bytes(self, start_layer: int, end_layer: int) -> int:
         """One slot in each layer of a range: an expert of each."""
-        experts = self.config.n_routed_experts
-        return sum(-(-size // experts) for size in self.expert_bytes[start_layer:end_layer])
+        return sum(self.expert_slot_bytes[start_layer:end_layer])
 
-    def distinct_experts(self, tokens: float) -> float:
-        """Different experts of a layer that so many tokens choose, when each chooses for itself: E (1 - (1 - K/E)^tokens)."""
-        experts = float(self.config.n_routed_experts)
-        return experts * float(1.0 - (1.0 - self.config.num_experts_per_tok / experts) ** tokens)
+    @property
+    def expert_slot_bytes(self) -> tuple[int, ...]:
+        """One per decoder layer, an expert of it; 0 where it is dense."""
+        return tuple(-(-size // self.experts(layer)) for layer, size in enumerate(self.expert_bytes))
+
+    def experts(self, layer: int) -> int:
+        """Routed experts of a layer, to divide by: where it is dense, and has no bytes to divide, as many as elsewhere."""
+        return self.config.routed_experts(layer) or self.config.n_routed_experts
+
+    def touched_share(self, layer: int, tokens: float) -> float:
+        """Share of a layer's experts that so many tokens choose, when each chooses for itself: 1 - (1 - K/E)^tokens."""
+        unused = max(0.0, 1.0 - self.config.num_experts_per_tok / self.experts(layer))
+        return float(1.0 - unused**tokens)
 
     def with_tower(self, tower: VisionManifest | NoVision | None) -> ModelBytes:
         """The same model with a vision tower, if there is one."""
@@ -131,8 +139,7 @@ class ModelBytes:
         K of E experts a token, E (1 - (1 - K/E)^batch) distinct ones expected when tokens choose independently.
         """
         experts = self.expert_bytes[layer]
-        share = self.distinct_experts(batch) / self.config.n_routed_experts
-        return self.layer_bytes[layer] - experts + round(experts * share)
+        return self.layer_bytes[layer] - experts + round(experts * self.touched_share(layer, batch))
 
 
 def bytes_of_manifest(manifest: StageManifest, *, name: str | None = None) -> ModelBytes:

@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from exo_kimi.arch.config import with_experts
 from exo_kimi.checkpoint.text_files import read_json
 from exo_kimi.errors import UsageError
 from exo_kimi.planner.weights.bytes import ModelBytes
@@ -44,6 +45,7 @@ def bytes_to_json(model: ModelBytes) -> dict[str, Any]:
     """What a report says of a model's bytes."""
     return {
         "experts": model.config.n_routed_experts,
+        "experts_per_layer": model.config.n_routed_experts_per_layer,
         "layer_bytes": list(model.layer_bytes),
         "expert_bytes": list(model.expert_bytes),
         "expert_disk_bytes": list(model.expert_disk_bytes),
@@ -69,7 +71,7 @@ def pruned_bytes(model: ModelBytes, keep: Mapping[int, int], dropped_layers: Seq
     row_bytes = 2 * config.hidden_size + 4  # of the router, with its correction bias
     return replace(
         model,
-        config=replace(config, n_routed_experts=max(keep.values(), default=experts), num_hidden_layers=len(layers)),
+        config=with_experts(config, [keep.get(layer, experts) if config.is_moe(layer) else 0 for layer in layers]),
         source=f"{model.source}, pruned",
         from_headers=False,
         layer_bytes=tuple(
@@ -100,7 +102,10 @@ def read_report(path: Path, planned: ModelBytes) -> MeasuredModel:
         if said is None:
             raise ValueError("neither side was a directory, so it has no bytes")
         layers = len(said["layer_bytes"])
-        config = replace(planned.config, n_routed_experts=int(said["experts"]), num_hidden_layers=layers)
+        counts = said.get("experts_per_layer")
+        if counts is None:
+            counts = [int(said["experts"]) if planned.config.is_moe(layer) else 0 for layer in range(layers)]
+        config = with_experts(planned.config, [int(count) for count in counts])
         model = replace(
             planned,
             name=str(raw["subject"]),

@@ -107,6 +107,13 @@ def exo_plan(
         PlanInfeasibleError: nothing fits, or the given split does not.
     """
     weights, cluster = _weights(model, model_id, recipe, models_dirs), cluster_of_state(state)
+    if not (our_engine or weights.config.is_even):
+        raise UsageError(
+            "layers with different numbers of experts run on exo-kimi's engine alone",
+            expected="--our-engine, in an exo that `exo-kimi exo run` started",
+            found="exo's own engine, which builds every layer by one n_routed_experts",
+            where=weights.name,
+        )
     count = len(split or nodes or cluster.machines)
     workload = _workload(weights.config, context, concurrency, reserve_bytes, 0 if our_engine else count)
     everywhere = Question(model=weights, cluster=cluster, workload=workload, objective=objective)
@@ -115,7 +122,8 @@ def exo_plan(
     named = [state.names.get(node, node) for node in nodes]
     question = everywhere.with_order(named, called="nodes") if named else everywhere
     ours = answer(question) if split is None else Answer.given(question, split, force=force, called="nodes")
-    best = min(tensor_options(question), key=lambda option: option.tpot_s, default=None)
+    tensors = tensor_options(question) if weights.config.is_even else ()  # exo's own engine alone places them
+    best = min(tensors, key=lambda option: option.tpot_s, default=None)
     return ExoPlan(
         answer=ours,
         alone=_alone(state, everywhere),

@@ -97,6 +97,8 @@ def prepare(
     index, manifest = checkpoint.index, checkpoint.manifest(start_layer, end_layer)
     entries = [entry for part in manifest.sources for held in part.parts.values() for entry in held] + _ends(index)
     notes = list(manifest.notes)
+    if not index.config.is_even:
+        notes.append("layers have different numbers of experts: exo-kimi's engine alone runs it (`exo-kimi exo run`)")
     target = root / directory_name(name)
     _make_way(target, source)
     share = {"version": 1, "layers": [manifest.start_layer, manifest.end_layer], "fingerprint": manifest.fingerprint}

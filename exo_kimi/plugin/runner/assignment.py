@@ -77,19 +77,43 @@ def not_ours(bound_instance: Any, directory: Path | None) -> str | None:
         bound_instance: exo's BoundInstance.
         directory: the model's files on this node, or None where they are still to come.
     """
-    shards = bound_instance.instance.shard_assignments.runner_to_shard.values()
     card = bound_instance.bound_shard.model_card
     if "kimi" not in str(card.family).lower() and "kimi-k2" not in str(card.model_id).lower():
         return "not a Kimi K2"
+    config = None
+    if directory is not None and (directory / "config.json").exists():
+        try:
+            config = read_kimi_config(directory)
+        except CheckpointError as error:
+            return error.what
+    if config is not None and not config.is_even:
+        return None  # exo's engine would build every layer alike; a placement that ours cannot take is refused by `connect`
+    return _not_our_placement(bound_instance)
+
+
+def check_placement(bound_instance: Any) -> None:
+    """Refuse an instance of a model that exo's own engine cannot run either, placed in a way that ours does not take.
+
+    Raises:
+        ExoPlacementError: with the way.
+    """
+    reason = _not_our_placement(bound_instance)
+    if reason is not None:
+        raise ExoPlacementError(
+            "layers with different numbers of experts run on exo-kimi's engine alone",
+            expected="an instance over layers: TCP, or RDMA between two nodes",
+            found=reason,
+            where=bound_instance.bound_shard.model_card.model_id,
+            fix="delete the instance and place it with `exo-kimi exo apply`",
+        )
+
+
+def _not_our_placement(bound_instance: Any) -> str | None:
+    shards = bound_instance.instance.shard_assignments.runner_to_shard.values()
     if any(type(shard).__name__ != "PipelineShardMetadata" for shard in shards):
         return "placed with tensor parallelism"
     if type(bound_instance.instance).__name__ != "MlxRingInstance" and len(shards) > 2:
         return "placed on RDMA over more than two nodes, whose instances do not name all addresses"
-    if directory is not None and (directory / "config.json").exists():
-        try:
-            read_kimi_config(directory)
-        except CheckpointError as error:
-            return error.what
     return None
 
 

@@ -28,7 +28,7 @@ from exo_kimi.pictures.picture import PixelRules
 from exo_kimi.pictures.reader import PictureReader
 from exo_kimi.plugin.api.engine_route import API_PORT
 from exo_kimi.plugin.runner.advice import advising
-from exo_kimi.plugin.runner.assignment import NodeLayers, key_of, node_layers_of, with_address
+from exo_kimi.plugin.runner.assignment import NodeLayers, check_placement, key_of, node_layers_of, with_address
 from exo_kimi.plugin.runner.chunks import ExoTypes
 from exo_kimi.plugin.runner.engine import CancelReceiver, Follower, KimiEngine, Leading
 from exo_kimi.plugin.runner.events import RunnerEvents
@@ -162,6 +162,7 @@ class KimiBuilder:
         self._exits.close()
 
     def _connect(self, bound_instance: Any) -> _Connected:
+        check_placement(bound_instance)
         own = node_layers_of(bound_instance)
         self._vision_repository = vision_repository_of(bound_instance)
         self._manifest = self._resolve(own)

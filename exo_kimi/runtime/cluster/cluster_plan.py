@@ -198,8 +198,8 @@ def _shares(cache: ExpertCache | None, manifests: Sequence[StageManifest], dtype
     floats = FLOAT_NAMES[dtype] if dtype is not None else None
     stages = [list(layouts_of(manifest.sources, floats=floats).values()) for manifest in manifests]
     every = [layout for layouts in stages for layout in layouts]
-    for layout in every[:1]:
-        slots_for(cache.budget_bytes, {each.layer: each.slot_bytes for each in every}, layout.experts)
+    experts = {each.layer: each.experts for each in every}
+    slots_for(cache.budget_bytes, {each.layer: each.slot_bytes for each in every}, experts)
     whole = [sum(layout.experts * layout.slot_bytes for layout in layouts) for layouts in stages]
     return list(shares_of(cache.budget_bytes, whole))
 

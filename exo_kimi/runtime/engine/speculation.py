@@ -18,7 +18,7 @@ from collections.abc import Sequence as Ordered
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Literal
 
-from exo_kimi.arch.geometry import kv_bytes_per_token
+from exo_kimi.arch.geometry import kv_bytes_per_token, mean_routed_experts
 from exo_kimi.checkpoint.drafts.manifest import DraftManifest
 from exo_kimi.checkpoint.manifest import StageManifest
 from exo_kimi.planner.search.laws import attention_flops
@@ -118,7 +118,7 @@ class Drafter:
         step_bytes = StepBytes(
             shared_bytes=round(sizes["other"] * whole),
             expert_bytes=round(sizes["experts"] * whole),
-            experts=config.n_routed_experts,
+            experts=mean_routed_experts(config),
             experts_per_token=config.num_experts_per_tok,
             kv_token_bytes=kv_bytes_per_token(config, 0, layers, bytes_per_element=2),
             attention_bytes=sum(attention_flops(config, layer, 1) for layer in range(layers)) * BYTES_PER_FLOP,
@@ -243,7 +243,7 @@ def step_bytes_of(model: ModelBytes) -> StepBytes:
     return StepBytes(
         shared_bytes=sum(model.layer_bytes) - sum(model.expert_bytes) + model.head_bytes,
         expert_bytes=sum(model.expert_bytes),
-        experts=model.config.n_routed_experts,
+        experts=mean_routed_experts(model.config),
         experts_per_token=model.config.num_experts_per_tok,
         kv_token_bytes=model.kv_token_bytes,
         attention_bytes=sum(attention_flops(model.config, layer, 1) for layer in range(model.layers)) * BYTES_PER_FLOP,
@@ -257,7 +257,7 @@ class StepBytes:
     Args:
         shared_bytes: by every step: all weights but routed experts and the embedding.
         expert_bytes: of all routed experts together.
-        experts: of a layer.
+        experts: of a layer, on the average.
         experts_per_token: of them that a token goes through.
         kv_token_bytes: cache of one token, all layers.
         attention_bytes: what is read in the time in which one token is attended to by one other, all layers.
@@ -266,7 +266,7 @@ class StepBytes:
 
     shared_bytes: int
     expert_bytes: int
-    experts: int
+    experts: float
     experts_per_token: int
     kv_token_bytes: int
     attention_bytes: float = 0.0

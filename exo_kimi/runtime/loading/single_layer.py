@@ -128,7 +128,7 @@ def run_layer(
     decode_first_s, decode_s = _timed(lambda: outputs.append(_run(model, token, caches)), decode_steps)
     sources = [source for source in manifest.sources if source.spec.layer == layer]
     config = manifest.config
-    share = config.num_experts_per_tok / config.n_routed_experts
+    share = config.num_experts_per_tok / max(config.routed_experts(layer), 1)
     return LayerReport(
         layer=layer,
         mixture_of_experts=config.is_moe(layer),

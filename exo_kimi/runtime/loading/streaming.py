@@ -82,17 +82,17 @@ def slotted_layers(
     layouts = {} if cache is None else layouts_of(sources, floats=FLOAT_NAMES[dtype] if dtype else None)
     if cache is None or not layouts:
         return SlottedStage({})
-    experts = next(iter(layouts.values())).experts
+    experts = {layer: layout.experts for layer, layout in layouts.items()}
     slot_bytes = {layer: layout.slot_bytes for layer, layout in layouts.items()}
     slots, places = slots_for(cache.budget_bytes, slot_bytes, experts), 0
-    if any(count < experts for count in slots.values()):
+    if slots != experts:
         check_prefetch(cache.prefetch)
         places = places_for(cache.prefetch, cache.budget_bytes, slot_bytes.values(), chosen)
         slots = slots_for(cache.budget_bytes - places * max(slot_bytes.values()), slot_bytes, experts)
     layers = {
         layer: SlottedLayer(packed_layout(layouts[layer], directory), count)
         for layer, count in slots.items()
-        if count < experts
+        if count < experts[layer]
     }
     return SlottedStage(layers, places)
 

@@ -156,7 +156,7 @@ def _moe(
         normalised=config.norm_topk_prob and chosen > 1,
     )
     y, experts_back = experts(x, indices, weights, parameters, gradients, f"{path}.switch_mlp")
-    loads = np.bincount(indices[~padding].reshape(-1), minlength=config.n_routed_experts)
+    loads = np.bincount(indices[~padding].reshape(-1), minlength=len(parameters[f"{path}.gate.weight"]))
     if not config.n_shared_experts:
         shared_back = None
     else:

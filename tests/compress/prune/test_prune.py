@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -18,9 +17,8 @@ from exo_kimi.checkpoint.tiny.make import make_tiny
 from exo_kimi.cli import main
 from exo_kimi.compress.prune.config import pruned_config
 from exo_kimi.compress.prune.mask import mask, mask_by_bias
-from exo_kimi.compress.prune.plan import PLAN_NAME, PrunePlan, everything, read_plan
-from exo_kimi.compress.prune.prune import PruneWish, default_keep, make_plan, write_pruned
-from exo_kimi.compress.prune.tensors import runs
+from exo_kimi.compress.prune.plan import PrunePlan, everything, read_plan
+from exo_kimi.compress.prune.prune import PruneWish, make_plan, write_pruned
 from exo_kimi.errors import UsageError
 from exo_kimi.runtime.loading.loader import load
 from tests.compress.conftest import SHAPE, VARIANTS, Maker
@@ -188,104 +186,3 @@ def test_a_plan_is_written_read_and_held_to_its_hash(tiny: Maker, tmp_path: Path
         read_plan(file)
     with pytest.raises(UsageError, match="another model"):
         replace(plan, experts=32).check(checkpoint.config)
-
-
-def test_an_uneven_plan_is_for_comparing_only(tiny: Maker, tmp_path: Path) -> None:
-    checkpoint = Checkpoint(tiny("mlx"))
-    plan = _random(checkpoint, 3, 12)
-    uneven = replace(plan, kept={**plan.kept, 1: tuple(range(8))})
-    with pytest.raises(UsageError, match="cannot be written"):
-        write_pruned(checkpoint, uneven, tmp_path / "out")
-    model = load(tiny("mlx"), dtype="float32")
-    mask(model, uneven)
-    assert mx.isfinite(model(TOKENS)).all().item()
-
-
-def test_the_command_says_writes_and_changes_nothing_the_second_time(
-    tiny: Maker, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    directory, out, plan = tiny("int4"), tmp_path / "out", tmp_path / "plan.json"
-    words = ["prune", str(directory), "--by", "random"]
-    assert main([*words, "-o", str(plan)]) == 0
-    assert "12 of 16 experts stay (75%)" in capsys.readouterr().err
-    assert main(["prune", str(directory), str(out), "--keep", str(plan)]) == 0
-    assert "a pruned checkpoint is in" in capsys.readouterr().err
-    before = {path.name: path.stat().st_mtime_ns for path in out.iterdir()}
-    assert main(["prune", str(directory), str(out), "--keep", str(plan)]) == 0
-    assert "was written already" in capsys.readouterr().err
-    assert {path.name: path.stat().st_mtime_ns for path in out.iterdir()} == before
-    card = (out / "README.md").read_text(encoding="utf-8")
-    assert "4 of 16 routed experts of each of 3 layers are gone" in card
-    assert "Domain: none" in card
-    assert read_plan(out / PLAN_NAME) == read_plan(plan)
-    assert default_keep(Checkpoint(directory).config) == 12
-
-
-@pytest.mark.parametrize(
-    ("words", "said"),
-    [
-        (["--keep", "12"], "needs scores"),
-        (["--by", "random", "--keep", "6"], "an experiment, not a model to use"),
-        (["--by", "random", "--drop-layers", "2"], "taking out layers is an experiment"),
-        (["--by", "random", "--keep", "8"], "for one domain"),
-        (["--by", "random", "--keep", "8", "--domain", "code and tools"], "need a report"),
-        (["--keep", "nowhere.json"], "cannot be read"),
-    ],
-)
-def test_what_nothing_speaks_for_is_not_written(
-    words: list[str], said: str, tiny: Maker, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    assert main(["prune", str(tiny("int4")), str(tmp_path / "out"), *words]) != 0
-    assert said in capsys.readouterr().err
-    assert not (tmp_path / "out").exists()
-
-
-def test_half_of_the_experts_go_where_the_gates_are_open(
-    tiny: Maker, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    directory, plan = tiny("int4"), tmp_path / "plan.json"
-    words = ["prune", str(directory), "--by", "random", "--keep", "8"]
-    assert main([*words, "-o", str(plan)]) == 0
-    report = tmp_path / "report.json"
-    for passed in (False, True):
-        gate = {"name": "loops", "passed": passed, "text": "9 of 10 replies loop"}
-        report.write_text(
-            json.dumps({"plan": read_plan(plan).hash, "gates": [gate], "notes": ["KL 0.05"]}), encoding="utf-8"
-        )
-        out = tmp_path / str(passed)
-        given = ["prune", str(directory), str(out), "--keep", str(plan), "--domain", "code", "--report", str(report)]
-        assert (main(given) == 0) == passed
-        assert out.exists() == passed
-    assert "speaks against this plan" in capsys.readouterr().err
-    card = (tmp_path / "True" / "README.md").read_text(encoding="utf-8")
-    assert "Domain: code." in card
-    assert "- KL 0.05" in card
-    report.write_text(json.dumps({"plan": "sha256:0", "gates": [], "notes": []}), encoding="utf-8")
-    assert main([*given[:-1], str(report)]) != 0
-    assert "another plan" in capsys.readouterr().err
-
-
-def test_a_run_that_was_stopped_goes_on(tiny: Maker, tmp_path: Path) -> None:
-    checkpoint = Checkpoint(tiny("fp8"))
-    plan = _random(checkpoint, 2, 8)
-    done = 0
-
-    def stop(count: int) -> None:
-        nonlocal done
-        done += count
-        if done > 200_000:
-            raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        write_pruned(checkpoint, plan, tmp_path / "out", progress=stop)
-    assert not (tmp_path / "out" / "config.json").exists()
-    write_pruned(checkpoint, plan, tmp_path / "out")
-    write_pruned(checkpoint, plan, tmp_path / "whole")
-    for path in (tmp_path / "whole").iterdir():
-        assert path.read_bytes() == (tmp_path / "out" / path.name).read_bytes(), path.name
-    shutil.rmtree(tmp_path / "whole")
-
-
-def test_runs_are_neighbours() -> None:
-    assert list(runs((0, 1, 2, 5, 7, 8))) == [(0, 3), (5, 1), (7, 2)]
-    assert list(runs(())) == []

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from exo_kimi.arch.config import KimiConfig
+from exo_kimi.arch.keys import EXPERTS_PER_LAYER
 from exo_kimi.checkpoint.doctor.findings import Checkup
 from exo_kimi.checkpoint.keys import TensorKey, has_prefix, parse_key
 from exo_kimi.checkpoint.text_files import CONFIG_NAME, read_bytes, read_config
@@ -58,6 +59,7 @@ def check_config(root: Path, names: Collection[str], checkup: Checkup) -> Config
         _check_prefix(reading.config, names, checkup)
         _check_context(reading, checkup)
         _check_ids(reading, checkup)
+        _check_experts(reading.config, checkup)
     return reading
 
 
@@ -139,6 +141,20 @@ def _check_context(reading: ConfigReading, checkup: Checkup) -> None:
                 found=f"max_position_embeddings {config.max_position_embeddings:,}",
                 where=CONFIG_NAME,
                 fix="compare with config.json of the source",
+            )
+        )
+
+
+def _check_experts(config: KimiConfig, checkup: Checkup) -> None:
+    if not config.is_even:
+        checkup.warn(
+            ConfigError(
+                "layers have different numbers of experts, which exo-kimi alone reads",
+                expected="one n_routed_experts for all layers, which mlx-lm and exo's own engine build every layer by",
+                found=f"{EXPERTS_PER_LAYER}, {min(filter(None, config.n_routed_experts_per_layer or ()))} to "
+                f"{config.n_routed_experts}",
+                where=CONFIG_NAME,
+                fix="serve it with exo-kimi, in exo with its engine; for others, prune the original without --budgeted",
             )
         )
 
