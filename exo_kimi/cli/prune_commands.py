@@ -77,7 +77,9 @@ def prune(
     budgeted: Annotated[
         bool,
         flag(
-            "--budgeted", help="divide the experts over the layers by worth; exo-kimi alone serves that", panel=WHAT_STAYS
+            "--budgeted",
+            help="divide the experts over the layers by worth; exo-kimi alone serves that",
+            panel=WHAT_STAYS,
         ),
     ] = False,
     drop_layers: Annotated[
