@@ -136,6 +136,7 @@ def build_app() -> typer.Typer:
     train = _add_group(app, "train", WORKSHOP, "Train a small Kimi K2 that really answers, on the CPU.")
     train.command("tiny")(train_commands.tiny)
     train.command("draft")(train_commands.draft)
+    train.command("grpo")(train_commands.grpo)
     train.command("compare")(train_commands.compare)
     train.command("requantize")(train_commands.requantize)
     return app

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from exo_kimi.cli.values import argument, one_of, option, positive, rates, share, whole
+from exo_kimi.cli.values import argument, flag, one_of, option, positive, rates, real, share, whole
 from exo_kimi.errors import UsageError
 
 Matrices = Literal["muon", "adamw"]
@@ -58,6 +58,64 @@ def draft(
 
     given = {} if steps is None else {"steps": steps}
     print(train_draft(weights_directory(directory), output, DraftRecipe(seed=seed, **given)).to_text())
+
+
+def grpo(
+    directory: Annotated[Path, argument("DIR", "a small Kimi, as the tiny one; it stays the reference")],
+    output: Annotated[Path, argument("OUT", "new, or of an interrupted training")],
+    steps: Annotated[
+        int | None,
+        option("--steps", parser=positive, metavar="N", help="rounds of rollouts (default: as for the shipped model)"),
+    ] = None,
+    prompts_per_step: Annotated[
+        int | None, option("--prompts", parser=positive, metavar="N", help="groups of a round")
+    ] = None,
+    num_generations: Annotated[
+        int | None, option("--num-generations", parser=positive, metavar="N", help="completions of a group (default 8)")
+    ] = None,
+    num_iterations: Annotated[
+        int | None, option("--num-iterations", parser=positive, metavar="N", help="updates on a round's completions")
+    ] = None,
+    learning_rate: Annotated[
+        float | None, option("--learning-rate", parser=share, metavar="X", help="the highest, after a few steps")
+    ] = None,
+    beta: Annotated[
+        float | None, option("--beta", parser=real, metavar="X", help="weight of the KL divergence to DIR")
+    ] = None,
+    epsilon: Annotated[
+        float | None,
+        option("--epsilon", parser=share, metavar="X", help="ratios are clipped below 1 - X (default 0.2)"),
+    ] = None,
+    epsilon_high: Annotated[
+        float | None, option("--epsilon-high", parser=real, metavar="X", help="and above 1 + X (default 0.28)")
+    ] = None,
+    no_importance_sampling: Annotated[
+        bool,
+        flag("--no-importance-sampling", help="do not weigh tokens by the trainer's probability over the sampler's"),
+    ] = False,
+    weight_sync_steps: Annotated[
+        int | None,
+        option(
+            "--weight-sync-steps", parser=positive, metavar="N", help="the sampler's weights are new each N (default 1)"
+        ),
+    ] = None,
+    stages: Annotated[
+        int,
+        option("--stages", parser=positive, metavar="N", help="of the engine that draws, each a process (default 1)"),
+    ] = 1,
+    seed: Annotated[int, option("--seed", parser=whole, metavar="N", help="of prompts and rollouts (default 0)")] = 0,
+) -> None:
+    """Reinforce a small Kimi on its own tasks: GRPO with rollouts by the engine; run it again to go on."""
+    from exo_kimi.fetch.directories import weights_directory
+    from exo_kimi.train.rl.command import train_grpo
+    from exo_kimi.train.rl.recipe import GrpoRecipe
+
+    options: dict[str, Any] = {"steps": steps, "prompts_per_step": prompts_per_step, "num_generations": num_generations}
+    options |= {"num_iterations": num_iterations, "learning_rate": learning_rate, "beta": beta, "epsilon": epsilon}
+    options |= {"epsilon_high": epsilon_high, "weight_sync_steps": weight_sync_steps}
+    given = {name: value for name, value in options.items() if value is not None}
+    recipe = GrpoRecipe(importance_sampling_correction=not no_importance_sampling, seed=seed, **given)
+    print(train_grpo(weights_directory(directory), output, recipe, stages=stages).to_text())
 
 
 def compare(

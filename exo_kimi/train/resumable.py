@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -30,6 +30,7 @@ class ResumableTraining:
         buffer = io.BytesIO()
         arrays: dict[str, Any] = {f"parameter {name}": value for name, value in self.parameters.items()}
         arrays.update(self._optimizer.state)
+        arrays.update(self._more_state())
         np.savez(buffer, step=self.step, losses=np.array(self.losses), **arrays)
         partial = path.with_suffix(".partial")
         partial.write_bytes(buffer.getbuffer())
@@ -43,6 +44,14 @@ class ResumableTraining:
                 value[...] = saved[f"parameter {name}"]
             for name, value in self._optimizer.state.items():
                 value[...] = saved[name]
+            self._take_more_state(saved)
+
+    def _more_state(self) -> dict[str, Any]:
+        """Arrays of a trainer's own, by name."""
+        return {}
+
+    def _take_more_state(self, saved: Mapping[str, Any]) -> None:
+        """Take back what `_more_state` gave."""
 
 
 @contextmanager

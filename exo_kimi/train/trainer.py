@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 
 import numpy as np
+from numpy.typing import NDArray
 
 from exo_kimi.compress.texts.encoding import Encoder
 from exo_kimi.errors import UsageError
 from exo_kimi.models.rope import Rope
 from exo_kimi.train.data.batches import make_batch, training_groups
-from exo_kimi.train.model.forward import Batch, ForwardResult, loss_and_gradients
+from exo_kimi.train.model.forward import Batch, loss_and_gradients
 from exo_kimi.train.model.layers import Parameters, add_gradient
 from exo_kimi.train.model.parameters import BIAS, decays, fake_quant, first_values, is_expert, is_matrix
 from exo_kimi.train.optimizers import Optimizer, clip
@@ -89,32 +90,34 @@ class Trainer(ResumableTraining):
             pool.map(lambda batch: loss_and_gradients(effective, self.config, self._wavelengths, batch), batches)
         )
         counted = sum(len(batch.targets) for batch in batches)
-        gradients = self._summed(outcomes)
+        gradients = summed([outcome.gradients for outcome in outcomes])
         for value in gradients.values():
             value /= np.float32(counted)
         norm = clip(gradients, self.recipe.clip_norm)
         self.step += 1
         rate = self.recipe.rate_at(self.step)
         self._optimizer.update(gradients, rate=rate, step=self.step)
-        self._balance(outcomes)
+        balance(self.parameters, [outcome.loads for outcome in outcomes], self.recipe.bias_rate)
         self.losses.append(sum(outcome.loss for outcome in outcomes) / counted)
         tokens = sum(len(batch.inputs) for batch in batches)
         return TrainingProgress(step=self.step, loss=self.losses[-1], norm=norm, tokens=tokens, rate=rate)
 
-    @staticmethod
-    def _summed(outcomes: list[ForwardResult]) -> Parameters:
-        first, *others = (outcome.gradients for outcome in outcomes)
-        for other in others:
-            for name, value in other.items():
-                add_gradient(first, name, value)
-        return first
 
-    def _balance(self, outcomes: list[ForwardResult]) -> None:
-        """Steer tokens from busy experts to idle ones. Source: "DeepSeek-V3", section 2.1.2."""
-        for layer in outcomes[0].loads:
-            load = np.sum([outcome.loads[layer] for outcome in outcomes], axis=0)
-            bias = self.parameters[f"model.layers.{layer}.mlp.gate.{BIAS}"]
-            bias += np.float32(self.recipe.bias_rate) * np.sign(load.mean() - load).astype(np.float32)
+def summed(parts: Sequence[Parameters]) -> Parameters:
+    """The sum of gradients, in the memory of the first."""
+    first, *others = parts
+    for other in others:
+        for name, value in other.items():
+            add_gradient(first, name, value)
+    return first
+
+
+def balance(parameters: Parameters, parts: Sequence[Mapping[int, NDArray[np.int64]]], rate: float) -> None:
+    """Steer tokens from busy experts to idle ones, by the loads of each MoE layer. Source: "DeepSeek-V3", section 2.1.2."""
+    for layer in parts[0]:
+        load = np.sum([loads[layer] for loads in parts], axis=0)
+        bias = parameters[f"model.layers.{layer}.mlp.gate.{BIAS}"]
+        bias += np.float32(rate) * np.sign(load.mean() - load).astype(np.float32)
 
 
 def one_blas_thread() -> AbstractContextManager[object]:

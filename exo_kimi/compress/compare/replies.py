@@ -8,7 +8,7 @@ from typing import Any, Protocol
 
 from exo_kimi.chat.events import ContentDelta, ReasoningDelta, ToolCallEvent
 from exo_kimi.chat.output import OutputParser
-from exo_kimi.chat.template import ChatTemplate
+from exo_kimi.chat.template import ChatTemplate, Prompt
 from exo_kimi.chat.tokenizer import KimiTokenizer
 from exo_kimi.compress.compare.greedy import greedy
 from exo_kimi.compress.compare.score import Score, score
@@ -61,24 +61,36 @@ class ModelReplier:
         made = greedy(
             self.model, [prompt.ids for prompt in prompts], stop_ids=self.tokenizer.stop_ids, max_tokens=self.max_tokens
         )
-        replies: list[Reply] = []
-        for prompt, ids, (_, tools) in zip(prompts, made, conversations, strict=True):
-            parser = OutputParser(self.tokenizer, reasoning_open=prompt.reasoning_open, tools=tools or False)
-            events = [event for token in ids for event in parser.feed(token)] + parser.finish()
-            said = {
-                kind: "".join(event.text for event in events if isinstance(event, kind))
-                for kind in (ContentDelta, ReasoningDelta)
-            }
-            replies.append(
-                Reply(
-                    content=said[ContentDelta].strip(),
-                    reasoning=said[ReasoningDelta].strip(),
-                    calls=[event for event in events if isinstance(event, ToolCallEvent)],
-                    closed=not parser.reasoning_open and len(ids) < self.max_tokens,
-                    looped=ends_in_loop(ids),
-                )
-            )
-        return replies
+        return [
+            parse_reply(self.tokenizer, prompt, ids, tools, ended=len(ids) < self.max_tokens)
+            for prompt, ids, (_, tools) in zip(prompts, made, conversations, strict=True)
+        ]
+
+
+def parse_reply(
+    tokenizer: KimiTokenizer, prompt: Prompt, ids: Sequence[int], tools: list[Any] | None, *, ended: bool
+) -> Reply:
+    """A reply from its tokens.
+
+    Args:
+        prompt: that it answers.
+        ids: without the token that stopped it.
+        tools: that were declared.
+        ended: whether it ended by itself.
+    """
+    parser = OutputParser(tokenizer, reasoning_open=prompt.reasoning_open, tools=tools or False)
+    events = [event for token in ids for event in parser.feed(token)] + parser.finish()
+    said = {
+        kind: "".join(event.text for event in events if isinstance(event, kind))
+        for kind in (ContentDelta, ReasoningDelta)
+    }
+    return Reply(
+        content=said[ContentDelta].strip(),
+        reasoning=said[ReasoningDelta].strip(),
+        calls=[event for event in events if isinstance(event, ToolCallEvent)],
+        closed=not parser.reasoning_open and ended,
+        looped=ends_in_loop(ids),
+    )
 
 
 def ends_in_loop(units: Sequence[Any]) -> bool:

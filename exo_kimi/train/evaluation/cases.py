@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from random import Random
 from typing import Any
 
 from exo_kimi.train.data.conversations import BRIEF, Message, exchange, single
-from exo_kimi.train.tasks import facts, manners, tools
+from exo_kimi.train.tasks import arithmetic, facts, manners, tools
 from exo_kimi.train.tasks.registry import SHARES
 from exo_kimi.train.tasks.turn import Task, Turn, draw, held_out
 
@@ -43,7 +43,7 @@ def question_cases(count: int, seed: int) -> list[Case]:
             cases += _distinct(_fact, count, seed)
         elif task not in _TRAINED_ONLY:
             cases += _distinct(partial(_question, task), count, seed)
-    for made in (_named, _introduced, _brief):
+    for made in (_carry_sum, _named, _introduced, _brief):
         cases += _distinct(made, count, seed)
     return cases
 
@@ -85,6 +85,10 @@ def _single(turn: Turn) -> Case:
 
 def _question(task: Task, rng: Random) -> Case:
     return _single(draw(task, rng, evaluation=True))
+
+
+def _carry_sum(rng: Random) -> Case:
+    return replace(_question(arithmetic.carry_sum, rng), task="sums with a carry")
 
 
 def _capital(rng: Random) -> Case:

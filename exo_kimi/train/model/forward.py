@@ -67,6 +67,33 @@ def loss_and_gradients(parameters: Parameters, config: KimiConfig, wavelengths: 
     return ForwardResult(loss=loss, gradients=gradients, loads=loads)
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ForwardPass:
+    """A pass whose loss is the caller's.
+
+    Args:
+        logits: (M, vocab) at each of `batch.rows`.
+        backward: from the gradient of the logits to those of all parameters; to be called once.
+        loads: how many tokens each expert of each MoE layer got.
+    """
+
+    logits: Floats
+    backward: Callable[[Floats], Parameters]
+    loads: dict[int, NDArray[np.int64]]
+
+
+def forward_pass(parameters: Parameters, config: KimiConfig, wavelengths: Floats, batch: Batch) -> ForwardPass:
+    """Logits at each of `batch.rows`, and the way back; see `loss_and_gradients` for the arguments."""
+    gradients: Parameters = {}
+    logits, back, loads = _forward(parameters, gradients, config, wavelengths, batch)
+
+    def backward(d_logits: Floats) -> Parameters:
+        back(d_logits)
+        return gradients
+
+    return ForwardPass(logits=logits, backward=backward, loads=loads)
+
+
 def predictions(parameters: Parameters, config: KimiConfig, wavelengths: Floats, batch: Batch) -> Ids:
     """(M,) the likeliest token at each of `batch.rows`."""
     chosen: Ids = next_logits(parameters, config, wavelengths, batch).argmax(-1).astype(np.int32)
