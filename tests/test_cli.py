@@ -64,6 +64,7 @@ COMMANDS = (
     "eval",
     "train tiny",
     "train draft",
+    "train grpo",
     "train compare",
     "train requantize",
     "exo status",
