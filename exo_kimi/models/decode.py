@@ -3,12 +3,12 @@
 The `decode` methods stand beside the calls that are their oracle, in `mla`, `moe` and `kimi_k2`. They read modules as
 `self["name"]`, as MLX's own layers read arrays: an attribute takes ten times as long, and a step of 61 layers reads a thousand.
 
-Axes: N tokens, one of each sequence, as (N, 1, 1, D); K experts of each token.
+Axes: N tokens, one of each sequence or a few (guesses that are verified), as (N, 1, 1, D); K experts of each token.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from operator import is_
 from typing import Generic, TypeVar
 
@@ -20,6 +20,24 @@ from exo_kimi.models import ops
 from exo_kimi.models.rope import Rope
 
 T = TypeVar("T")
+LOWEST = -3e4
+"""Added to a score that is not to count: exp of it is 0 in every dtype, and float16 holds it."""
+LONGEST_RUN = 9
+"""New tokens of a sequence up to which a step goes through `decode`: the newest and eight guesses."""
+MOST_MASK_BYTES = 1 << 24
+"""Of the masks of a step's runs together; above, attention in blocks makes them piece by piece."""
+
+
+def mask_bytes(offsets: Sequence[int], lengths: Sequence[int], *, heads: int, element_bytes: int) -> int:
+    """What the masks of a step take: a row for each head of each token of a run.
+
+    Args:
+        offsets, lengths: of each sequence, tokens before the step and in it.
+        heads: of attention.
+        element_bytes: of an activation.
+    """
+    keys = sum(length * (offset + length) for offset, length in zip(offsets, lengths, strict=True) if length > 1)
+    return keys * heads * element_bytes
 
 
 class DecodeStep:
@@ -27,28 +45,54 @@ class DecodeStep:
 
     Args:
         rope: the model's; None where it has no rotary positions.
-        offsets: each sequence's tokens before this one.
+        offsets: each sequence's tokens before this step.
         dtype: of the activations.
         chosen: K.
+        lengths: each sequence's tokens in this step; None for one of each.
 
     Attributes:
         tokens: N.
+        lengths: of each sequence.
         positions: (N,) int32, of the tokens.
         rows, choices: which token each expert's input is of, and which choice; (N, 1, 1, K) uint32.
         by_products: whether norms and rotations are matrix products like any other, where MLX has no kernels for them: in float32
             on a CPU.
     """
 
-    def __init__(self, rope: Rope | None, offsets: list[int], dtype: mx.Dtype, *, chosen: int) -> None:
-        tokens = self.tokens = len(offsets)
+    def __init__(
+        self,
+        rope: Rope | None,
+        offsets: list[int],
+        dtype: mx.Dtype,
+        *,
+        chosen: int,
+        lengths: list[int] | None = None,
+    ) -> None:
+        self.lengths = lengths or [1] * len(offsets)
+        places = [at + n for at, length in zip(offsets, self.lengths, strict=True) for n in range(length)]
+        tokens = self.tokens = len(places)
+        self._dtype = dtype
+        self._masks: dict[tuple[int, int, int], mx.array] = {}
         self.rows = mx.array(np.repeat(np.arange(tokens, dtype=np.uint32), chosen).reshape(tokens, 1, 1, chosen))
         self.choices = mx.array(np.arange(tokens * chosen, dtype=np.uint32).reshape(tokens, 1, 1, chosen))
         self.by_products = ops.on_cpu() and dtype == mx.float32
         self._rope = rope
-        self.positions = mx.array(offsets, dtype=mx.int32)
+        self.positions = mx.array(places, dtype=mx.int32)
         self._matrix = None
         if rope is not None and self.by_products:
-            self._matrix = mx.array(rope.matrices(np.array(offsets))[:, None])
+            self._matrix = mx.array(rope.matrices(np.array(places))[:, None])
+
+    def mask(self, length: int, keys: int, heads: int) -> mx.array | None:
+        """(length * heads, keys) to add to the scores of a run, whose last token sees all keys; None for a single token. Rows are
+        those of the first token's heads, then the second's; made once for all layers."""
+        if length == 1:
+            return None
+        kind = length, keys, heads
+        if kind not in self._masks:
+            seen = np.arange(keys)[None] <= np.arange(keys - length, keys)[:, None]
+            rows = mx.array(np.where(seen, 0.0, LOWEST).astype(np.float32)).astype(self._dtype)
+            self._masks[kind] = mx.repeat(rows, heads, axis=0)
+        return self._masks[kind]
 
     def turned(self, x: mx.array) -> mx.array:
         """(N, 1, heads, rope) at the positions of its tokens."""

@@ -23,7 +23,7 @@ from exo_kimi.checkpoint.keys import layer_of
 from exo_kimi.errors import UsageError
 from exo_kimi.models import ops, projection
 from exo_kimi.models.blocks import pieces_of
-from exo_kimi.models.decode import DecodeStep, RMSNorm
+from exo_kimi.models.decode import MOST_MASK_BYTES, DecodeStep, RMSNorm, mask_bytes
 from exo_kimi.models.expert_bank import StreamedExperts
 from exo_kimi.models.features import FeatureTap
 from exo_kimi.models.latent_cache import LatentCache8
@@ -223,7 +223,8 @@ class Model(nn.Module):
             (N, D) hidden states, before the final norm on the last stage.
         """
         if self.takes_decode(segments):
-            return self.decode(x, [caches for _, caches in segments], tap=tap)
+            lengths = [length for length, _ in segments]
+            return self.decode(x, [caches for _, caches in segments], lengths=lengths, tap=tap)
         total = sum(length for length, _ in segments)
         longest = max(caches[0].offset + length for length, caches in segments)
         element_bytes = self.layers[0].input_layernorm.weight.dtype.size
@@ -240,19 +241,44 @@ class Model(nn.Module):
         return mx.concatenate(outputs)
 
     def takes_decode(self, segments: Sequence[tuple[int, Sequence[Any]]]) -> bool:
-        """Whether `forward_ragged` goes through `decode`: every sequence has one new token and a cache of ours."""
-        takes = self.layers[0].self_attn.takes
-        return self.decodes and all(length == 1 and takes(caches[0]) for length, caches in segments)
+        """Whether `forward_ragged` goes through `decode`: every sequence has a cache of ours, and one new token or, where all
+        layers can, a run of few."""
+        layers = self.layers
+        first = layers[0].self_attn
+        if not self.decodes or not all(first.takes(caches[0], length) for length, caches in segments):
+            return False
+        runs = [(length, caches) for length, caches in segments if length > 1]
+        if not all(
+            layer.self_attn.takes(cache, length)
+            for length, caches in runs
+            for layer, cache in zip(layers, caches, strict=True)
+        ):
+            return False
+        masked = mask_bytes(
+            [caches[0].offset for _, caches in runs],
+            [length for length, _ in runs],
+            heads=self.args.num_attention_heads,
+            element_bytes=self.layers[0].input_layernorm.weight.dtype.size,
+        )
+        return masked <= MOST_MASK_BYTES
 
-    def decode(self, x: mx.array, caches: Sequence[Sequence[Any]], *, tap: FeatureTap | None = None) -> mx.array:
-        """One new token of each of N sequences, in as few MLX primitives as possible; the layers' calls are its oracle.
+    def decode(
+        self,
+        x: mx.array,
+        caches: Sequence[Sequence[Any]],
+        *,
+        lengths: list[int] | None = None,
+        tap: FeatureTap | None = None,
+    ) -> mx.array:
+        """One new token of each sequence, or a run of few, in as few MLX primitives as possible; the layers' calls are its oracle.
 
         What a step can share is made once and not in each layer, and MLX begins with the first layers while Python builds the
         graph of those after them.
 
         Args:
-            x: (N,) int32 token ids on the first stage, else (N, D) hidden states.
-            caches: of each sequence, one per layer, which grow by its token.
+            x: (N,) int32 token ids on the first stage, else (N, D) hidden states, those of a sequence in a row.
+            caches: of each sequence, one per layer, which grow by its tokens.
+            lengths: tokens of each; None for one.
             tap: see `forward_ragged`.
 
         Returns:
@@ -261,7 +287,8 @@ class Model(nn.Module):
         h = self.embed(x) if x.ndim == 1 else x
         layers, tokens = self.layers, h.shape[0]
         offsets = [own[0].offset for own in caches]
-        step = DecodeStep(self.model.rope, offsets, h.dtype, chosen=self.args.num_experts_per_tok)
+        chosen = self.args.num_experts_per_tok
+        step = DecodeStep(self.model.rope, offsets, h.dtype, chosen=chosen, lengths=lengths)
         h = h.reshape(tokens, 1, 1, -1)
         wanted = tap.layers if tap is not None else ()
         for number, (layer, own) in enumerate(zip(layers, zip(*caches, strict=True), strict=True), start=1):

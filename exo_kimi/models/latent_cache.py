@@ -151,9 +151,12 @@ class PlainLatents:
         """The first tokens."""
         return PlainLatents(self.latent[:, :, :count], self.k_pe[:, :, :count])
 
-    def scores(self, q: mx.array, q_pe: mx.array, *, scale: float = 1.0) -> mx.array:
-        """(B, 1, M, T) of queries (B, 1, M, R) and (B, 1, M, rope)."""
-        rotary = q_pe @ self.k_pe.swapaxes(-1, -2)
+    def scores(
+        self, q: mx.array, q_pe: mx.array, *, scale: float = 1.0, mask: mx.array | None = None
+    ) -> mx.array:
+        """(B, 1, M, T) of queries (B, 1, M, R) and (B, 1, M, rope), plus a mask (M, T)."""
+        turned = self.k_pe.swapaxes(-1, -2)
+        rotary = q_pe @ turned if mask is None else mx.addmm(mask, q_pe, turned, beta=1 / scale)
         return mx.addmm(rotary, q, ops.turned(self.latent, rows=q.shape[2]), alpha=scale, beta=scale)
 
     def mixed(self, weights: mx.array) -> mx.array:
@@ -177,11 +180,15 @@ class PackedLatents:
         """The first tokens."""
         return PackedLatents(self.latent, self.k_pe, count)
 
-    def scores(self, q: mx.array, q_pe: mx.array, *, scale: float = 1.0) -> mx.array:
+    def scores(
+        self, q: mx.array, q_pe: mx.array, *, scale: float = 1.0, mask: mx.array | None = None
+    ) -> mx.array:
         """As of `PlainLatents`."""
         if scale != 1.0:
             q, q_pe = q * scale, q_pe * scale
-        return self._product(q_pe, self.k_pe, transpose=True) + self._product(q, self.latent, transpose=True)
+        rotary = self._product(q_pe, self.k_pe, transpose=True)
+        found = rotary + self._product(q, self.latent, transpose=True)
+        return found if mask is None else found + mask
 
     def mixed(self, weights: mx.array) -> mx.array:
         """As of `PlainLatents`."""

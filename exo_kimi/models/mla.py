@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import partial
+from itertools import accumulate
 from typing import Any, ClassVar
 
 import mlx.core as mx
@@ -16,7 +17,7 @@ from exo_kimi.arch.scratch import AttentionShape, LatentAttentionConfig, attenti
 from exo_kimi.models import ops
 from exo_kimi.models.adapters import Adaptable
 from exo_kimi.models.blocks import Span, Work, finish, head_groups, joined, query_blocks
-from exo_kimi.models.decode import DecodeStep, Derived, RMSNorm
+from exo_kimi.models.decode import LONGEST_RUN, DecodeStep, Derived, RMSNorm
 from exo_kimi.models.latent_cache import LatentCache8, Latents, PlainLatents, extend
 from exo_kimi.models.ops import KVCache
 from exo_kimi.models.projection import Projection
@@ -72,9 +73,9 @@ class Attention(Adaptable):
         """An empty cache: mlx-lm's KVCache, or `LatentCache8` for 8 bits."""
         return KVCache() if kv_bits is None else LatentCache8()
 
-    def takes(self, cache: Any) -> bool:
-        """Whether `decode` can go on from a cache."""
-        return type(cache) in (KVCache, LatentCache8)
+    def takes(self, cache: Any, length: int = 1) -> bool:
+        """Whether `decode` can go on from a cache by so many tokens."""
+        return length <= LONGEST_RUN and type(cache) in (KVCache, LatentCache8)
 
     def use_absorbed_modules(self) -> None:
         """Hold `embed_q` (H, R, nope) and `unembed_out` (H, v, R) in place of `kv_b_proj`."""
@@ -122,21 +123,21 @@ class Attention(Adaptable):
         return self.o_proj(out.reshape(x.shape[0], self.heads * self.v))
 
     def decode(self, x: mx.array, step: DecodeStep, caches: Sequence[Any]) -> mx.array:
-        """Attend from one new token of each of N sequences, in latent space and in as few MLX primitives as possible.
+        """Attend from one new token of each sequence, or a run of few, in latent space and in as few MLX primitives as possible.
 
         Its oracle is a call with a span for each sequence.
 
         Args:
             x: (N, 1, 1, D).
             step: what all layers share.
-            caches: one per sequence, of ours, which grows by its token.
+            caches: one per sequence, of ours, which grows by its tokens.
 
         Returns:
             (N, 1, 1, D).
         """
         tokens, heads = step.tokens, self.heads
         if self.adapted:
-            spans = [Span(1, 1, None)] * tokens
+            spans = [Span(1, length, "causal" if length > 1 else None) for length in step.lengths]
             return self(x.reshape(tokens, -1), step.positions, spans, caches).reshape(tokens, 1, 1, -1)
         if self.fused is not None:
             q, latent, k_pe = mx.split(self.fused(x), [self.q_rank, self.q_rank + self.rank], axis=-1)
@@ -150,13 +151,14 @@ class Attention(Adaptable):
         latent = self["kv_a_layernorm"].decode(latent, step)
         absorb, unembed = self._per_head()
         q = _by_token(absorb(_by_head(q_nope, heads)), tokens, heads)
-        if tokens == 1:
-            attended = self._attend_one(q, q_pe, extend(caches[0], latent, k_pe))
+        if len(caches) == 1:
+            attended = self._attend_run(q, q_pe, latent, k_pe, step, caches[0])
         else:
-            rows = [slice(row, row + 1) for row in range(tokens)]
+            ends = accumulate(step.lengths)
+            rows = [slice(end - length, end) for end, length in zip(ends, step.lengths, strict=True)]
             attended = mx.concatenate(
                 [
-                    self._attend_one(q[row], q_pe[row], extend(cache, latent[row], k_pe[row]))
+                    self._attend_run(q[row], q_pe[row], latent[row], k_pe[row], step, cache)
                     for row, cache in zip(rows, caches, strict=True)
                 ]
             )
@@ -284,9 +286,20 @@ class Attention(Adaptable):
                 mx.eval(groups[-1])  # before the next group's keys are expanded
         return joined(groups, axis=1).swapaxes(1, 2).reshape(-1, self.heads, self.v)
 
-    def _attend_one(self, q: mx.array, q_pe: mx.array, seen: Latents) -> mx.array:
-        """(1, 1, H, R) attended latents of one token: its heads share the keys, so they are rows of one product."""
-        return seen.mixed(mx.softmax(seen.scores(q, q_pe, scale=self.scale), axis=-1, precise=True))
+    def _attend_run(
+        self, q: mx.array, q_pe: mx.array, latent: mx.array, k_pe: mx.array, step: DecodeStep, cache: Any
+    ) -> mx.array:
+        """(L, 1, H, R) attended latents of L new tokens of a sequence, which its cache takes in: heads share the keys, so those of
+        all tokens are rows of one product."""
+        length = q.shape[0]
+        if length == 1:
+            seen = extend(cache, latent, k_pe)
+            return seen.mixed(mx.softmax(seen.scores(q, q_pe, scale=self.scale), axis=-1, precise=True))
+        q, q_pe, latent, k_pe = (each.reshape(1, 1, -1, each.shape[-1]) for each in (q, q_pe, latent, k_pe))
+        seen = extend(cache, latent, k_pe)
+        scores = seen.scores(q, q_pe, scale=self.scale, mask=step.mask(length, seen.keys, self.heads))
+        attended = seen.mixed(mx.softmax(scores, axis=-1, precise=True))
+        return attended.reshape(length, 1, self.heads, -1)
 
     def _by_sequence(self, rows: mx.array, span: Span) -> mx.array:
         """(B, H, L, width) of (B * L, H, width)."""

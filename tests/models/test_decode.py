@@ -12,7 +12,8 @@ import pytest
 from mlx.utils import tree_flatten
 
 from exo_kimi.arch.config import KimiConfig
-from exo_kimi.models.decode import DecodeStep
+from exo_kimi.bench.setups.primitives import dispatches
+from exo_kimi.models.decode import LONGEST_RUN, MOST_MASK_BYTES, DecodeStep, mask_bytes
 from exo_kimi.models.kimi_k2 import Model
 from exo_kimi.models.rope import Rope
 
@@ -194,3 +195,78 @@ def test_a_step_has_few_primitives(raw_config: dict[str, Any]) -> None:
         mx.eval(model.forward_ragged(mx.array([1, 2, 3]), [(3, caches)]))
         counts.append(sum(primitives(model.forward_ragged(mx.array([4]), [(1, caches)])).values()))
     assert counts[1] < 0.6 * counts[0]
+
+
+def verify(model: Model, lengths: list[int], *, steps: int = 3) -> list[mx.array]:
+    """Logits of steps of a few tokens of each sequence after its prompt, the last of them taken back each time."""
+    caches = [model.make_cache() for _ in lengths]
+    for prompt, cache in zip(PROMPTS, caches, strict=False):
+        mx.eval(model.forward_ragged(mx.array(prompt), [(len(prompt), cache)]))
+    found = []
+    for step in range(steps):
+        tokens = mx.array([7 * step + 11 * n for n in range(sum(lengths))])
+        found.append(model.logits(model.forward_ragged(tokens, list(zip(lengths, caches, strict=True)))))
+        mx.eval(found[-1])
+        for length, cache in zip(lengths, caches, strict=True):
+            for each in cache:
+                each.trim(length // 2)
+    return found
+
+
+@pytest.mark.parametrize("lengths", [[4], [1, 3, 7]])
+@pytest.mark.parametrize("kv_bits", [None, 8])
+@pytest.mark.parametrize(
+    "changes",
+    [{}, {"bits": None}, {"absorbed": True}, {"q_lora_rank": None, "n_shared_experts": 0, "rope_scaling": None}],
+    ids=["kv_b", "plain", "absorbed", "no q_lora, none shared, no yarn"],
+)
+def test_guesses_are_verified_as_the_layers_do(
+    raw_config: dict[str, Any], changes: dict[str, Any], kv_bits: int | None, lengths: list[int]
+) -> None:
+    found = []
+    for fuse in (False, True):
+        widths = {"qk_rope_head_dim": 32} if kv_bits else {}
+        model = build(raw_config, **changes, **widths)
+        model.set_kv_bits(kv_bits)
+        if fuse:
+            model.fuse_projections()
+        assert model.takes_decode([(n, model.make_cache()) for n in lengths]) == fuse
+        found.append(verify(model, lengths))
+    for slow, fast in zip(*found, strict=True):
+        assert np.abs(np.array(slow - fast)).max() < 1e-4 * np.abs(np.array(slow)).max()
+
+
+def test_guesses_in_bf16_and_float16_never_see_what_comes_after_them(raw_config: dict[str, Any]) -> None:
+    for dtype in (mx.bfloat16, mx.float16):
+        model = build(raw_config, bits=None)
+        model.set_dtype(dtype)
+        model.fuse_projections()
+        found = []
+        for last in (5, 6):
+            caches = model.make_cache()
+            mx.eval(model.forward_ragged(mx.array(PROMPTS[0]), [(5, caches)]))
+            found.append(model.logits(model.forward_ragged(mx.array([1, 2, 3, last]), [(4, caches)])))
+        np.testing.assert_array_equal(np.array(found[0][:3]), np.array(found[1][:3]))
+        assert np.isfinite(np.array(found[0])).all() and not np.array_equal(*map(np.array, found))
+
+
+def test_long_runs_and_masks_that_would_be_large_go_through_blocks(raw_config: dict[str, Any]) -> None:
+    model = build(raw_config, bits=None)
+    model.fuse_projections()
+    caches = model.make_cache()
+    assert model.takes_decode([(LONGEST_RUN, caches)]) and not model.takes_decode([(LONGEST_RUN + 1, caches)])
+    row_bytes = mask_bytes([0], [1], heads=4, element_bytes=4)
+    assert row_bytes == 0 and mask_bytes([98, 5], [2, 1], heads=4, element_bytes=4) == 2 * 100 * 4 * 4
+    caches[0].offset = MOST_MASK_BYTES  # as of a sequence so long
+    assert model.takes_decode([(1, caches)]) and not model.takes_decode([(2, caches)])
+
+
+def test_a_step_with_guesses_launches_no_more_than_one_without(raw_config: dict[str, Any]) -> None:
+    model = build(raw_config)
+    model.fuse_projections()
+    counts = []
+    for length in (1, 2, 7):
+        caches = model.make_cache()
+        mx.eval(model.forward_ragged(mx.array([1, 2, 3]), [(3, caches)]))
+        counts.append(dispatches(model.forward_ragged(mx.arange(length), [(length, caches)])))
+    assert counts[0] == counts[1] == counts[2]

@@ -73,9 +73,9 @@ class DeltaAttention(Adaptable):
         """An empty state; it is float32 whatever bits the caches of other layers have."""
         return RecurrentCache()
 
-    def takes(self, cache: Any) -> bool:
-        """Whether `decode` can go on from a cache."""
-        return type(cache) is RecurrentCache
+    def takes(self, cache: Any, length: int = 1) -> bool:
+        """Whether `decode` can go on from a cache by so many tokens: one, as each changes the state that the next one meets."""
+        return length == 1 and type(cache) is RecurrentCache
 
     def __call__(self, x: mx.array, positions: mx.array, spans: Sequence[Span], caches: Sequence[Any]) -> mx.array:
         """Run every span's tokens through its state.
