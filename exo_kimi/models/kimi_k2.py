@@ -270,7 +270,7 @@ class Model(nn.Module):
         lengths: list[int] | None = None,
         tap: FeatureTap | None = None,
     ) -> mx.array:
-        """One new token of each sequence, or a run of few, in as few MLX primitives as possible; the layers' calls are its oracle.
+        """One new token of each sequence, or a few, in as few MLX primitives as possible; the layers' calls are its oracle.
 
         What a step can share is made once and not in each layer, and MLX begins with the first layers while Python builds the
         graph of those after them.

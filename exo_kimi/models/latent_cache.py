@@ -151,9 +151,7 @@ class PlainLatents:
         """The first tokens."""
         return PlainLatents(self.latent[:, :, :count], self.k_pe[:, :, :count])
 
-    def scores(
-        self, q: mx.array, q_pe: mx.array, *, scale: float = 1.0, mask: mx.array | None = None
-    ) -> mx.array:
+    def scores(self, q: mx.array, q_pe: mx.array, *, scale: float = 1.0, mask: mx.array | None = None) -> mx.array:
         """(B, 1, M, T) of queries (B, 1, M, R) and (B, 1, M, rope), plus a mask (M, T)."""
         turned = self.k_pe.swapaxes(-1, -2)
         rotary = q_pe @ turned if mask is None else mx.addmm(mask, q_pe, turned, beta=1 / scale)
@@ -180,9 +178,7 @@ class PackedLatents:
         """The first tokens."""
         return PackedLatents(self.latent, self.k_pe, count)
 
-    def scores(
-        self, q: mx.array, q_pe: mx.array, *, scale: float = 1.0, mask: mx.array | None = None
-    ) -> mx.array:
+    def scores(self, q: mx.array, q_pe: mx.array, *, scale: float = 1.0, mask: mx.array | None = None) -> mx.array:
         """As of `PlainLatents`."""
         if scale != 1.0:
             q, q_pe = q * scale, q_pe * scale

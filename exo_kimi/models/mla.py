@@ -18,7 +18,7 @@ from exo_kimi.models import ops
 from exo_kimi.models.adapters import Adaptable
 from exo_kimi.models.blocks import Span, Work, finish, head_groups, joined, query_blocks
 from exo_kimi.models.decode import LONGEST_RUN, DecodeStep, Derived, RMSNorm
-from exo_kimi.models.latent_cache import LatentCache8, Latents, PlainLatents, extend
+from exo_kimi.models.latent_cache import LatentCache8, PlainLatents, extend
 from exo_kimi.models.ops import KVCache
 from exo_kimi.models.projection import Projection
 from exo_kimi.models.rope import Rope
@@ -289,8 +289,8 @@ class Attention(Adaptable):
     def _attend_run(
         self, q: mx.array, q_pe: mx.array, latent: mx.array, k_pe: mx.array, step: DecodeStep, cache: Any
     ) -> mx.array:
-        """(L, 1, H, R) attended latents of L new tokens of a sequence, which its cache takes in: heads share the keys, so those of
-        all tokens are rows of one product."""
+        """(L, 1, H, R) attended latents of L new tokens of a sequence, which its cache takes in: heads share the keys, so
+        those of all tokens are rows of one product."""
         length = q.shape[0]
         if length == 1:
             seen = extend(cache, latent, k_pe)

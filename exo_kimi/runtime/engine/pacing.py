@@ -54,6 +54,7 @@ class PrefillPacer:
         self._clock = clock
         self._streams = streams
         self._sent: dict[int, tuple[int, float]] = {}
+        self._answered_s = -math.inf
         self._weight = self._tokens = self._seconds = self._squares = self._products = 0.0
         self.fixed_s = 0.0
         self.per_token_s: float | None = None
@@ -63,14 +64,21 @@ class PrefillPacer:
         self._sent[step.step_id] = len(step.tokens), self._clock()
 
     def answered(self, step_id: int) -> float | None:
-        """Its result came. Returns the seconds that it took; None where it was never sent."""
+        """Its result came.
+
+        Returns:
+            The seconds since the result before it, which is what a step costs where stages run ahead or several are in flight;
+            since it was sent, where nothing had been on its way for as long as it took. None where it was never sent.
+        """
         if step_id not in self._sent:
             return None
         tokens, sent_s = self._sent.pop(step_id)
-        taken_s = self._clock() - sent_s
+        now_s = self._clock()
+        taken_s, idle_s = now_s - sent_s, sent_s - self._answered_s
+        self._answered_s = now_s
         if tokens >= FEW_TOKENS:
             self._learn(tokens, taken_s)
-        return taken_s
+        return taken_s + idle_s if idle_s <= taken_s else taken_s
 
     def forget(self) -> None:
         """The stages lost what was on its way."""

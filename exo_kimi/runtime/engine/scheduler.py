@@ -275,7 +275,7 @@ class EpochScheduler:
                 self._counts.prompt_tokens += chunk.sequence.reached(chunk.end)
         if self._drafter is not None and asked and not failed:
             proposed = sum(len(proposal.token_ids) for proposal in result.proposals)
-            self._drafter.count(step, kept=len(result.sampled), proposed=proposed)
+            self._drafter.count(step, kept=[*map(len, runs)], proposed=proposed)
         return self._outcomes(asked, runs, {proposal.seq_id: proposal for proposal in result.proposals})
 
     def sequences_in_flight(self) -> set[Sequence]:

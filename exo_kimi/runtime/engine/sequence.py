@@ -310,6 +310,11 @@ class StepInFlight:
     restores: tuple[tuple[Sequence, int], ...] = ()
     """Who reads from disk, under which name."""
 
+    @property
+    def asked(self) -> list[ScheduledChunk]:
+        """Those after which a token is asked for."""
+        return [chunk for chunk in self.chunks if chunk.sample]
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StepOutcome:

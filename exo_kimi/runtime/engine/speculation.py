@@ -23,11 +23,11 @@ from exo_kimi.checkpoint.drafts.manifest import DraftManifest
 from exo_kimi.checkpoint.manifest import StageManifest
 from exo_kimi.planner.search.laws import attention_flops
 from exo_kimi.planner.weights.bytes import ModelBytes
-from exo_kimi.runtime.engine.draft_policy import MOST_HEAD_DRAFTS, DraftTokens, HeadPolicy, guess_bytes
+from exo_kimi.runtime.engine.draft_policy import MOST_HEAD_DRAFTS, DraftTokens, HeadPolicy, guess_bytes, lost_steps
 from exo_kimi.runtime.requests import StageHealth
 
 if TYPE_CHECKING:
-    from exo_kimi.runtime.engine.sequence import Sequence, StepInFlight
+    from exo_kimi.runtime.engine.sequence import ScheduledChunk, Sequence, StepInFlight
 
 Speculate = Literal["off", "auto"] | int
 BYTES_PER_FLOP = 819e9 / 2.08e13
@@ -75,7 +75,7 @@ class Drafter:
         always: send what there is to guess, whatever the bytes say.
         disk_cost: what a byte of a routed expert costs on top where experts are read from disk, see `disk_cost_of`.
         lookups: whether to guess from the past.
-        step_s: what the step took whose answer is being taken; None where nobody looked.
+        step_s: what the step took whose answer is being taken, see `PrefillPacer.answered`; None where nobody looked.
         head: of a draft head on the last stage; None without one.
     """
 
@@ -142,14 +142,17 @@ class Drafter:
             return
         cached = sum(sequence.num_computed_tokens + 1 for sequence in sequences)
         chances = [chance for _, chance in guesses]
-        counts = choose_drafts(
-            chances,
-            lambda tokens: self.step_bytes.cost(
-                tokens, sequences=len(sequences), cached_tokens=cached, disk_cost=self.disk_cost
-            ),
-            others=others,
-            room=room,
-        )
+        if self.head is not None and len(sequences) + others == 1 and sequences[0].drafts_of_head:
+            counts = [min(room, len(chances[0]))]  # weighed when they were asked for
+        else:
+            counts = choose_drafts(
+                chances,
+                lambda tokens: self.step_bytes.cost(
+                    tokens, sequences=len(sequences), cached_tokens=cached, disk_cost=self.disk_cost
+                ),
+                others=others,
+                room=room,
+            )
         for sequence, (guess, _), count in zip(sequences, guesses, counts, strict=True):
             sequence.drafts = tuple(guess[:count])
             if sequence.proposed_masks and sequence.proposed[:count] == sequence.drafts:
@@ -172,40 +175,80 @@ class Drafter:
         total = sum(expected.values())
         for sequence in sequences:
             tokens = len(sequences) + others + asked - sequence.head.wanted
-            costs = [
-                count * head.draft_bytes
-                + self.step_bytes.cost(
-                    tokens + count, sequences=len(sequences), cached_tokens=cached, disk_cost=self.disk_cost
-                )
-                for count in range(MOST_HEAD_DRAFTS + 1)
-            ]
-            if tokens == 1:  # alone
-                costs = head.times.costs(costs)
+            costs = self._head_costs(head, tokens, sequences=len(sequences), cached_tokens=cached)
             most = sequence.max_new_tokens - sequence.generated_tokens - 2
             count = head.choose(sequence.head, most=most, costs=costs, others=total - expected[id(sequence)])
-            measures = tokens == 1 and head.fixed is None and head.times.want_plain
+            measures = tokens == 1 and head.wants_plain
             sequence.propose = 0 if measures or self._is_copying(sequence) else count
+
+    def _head_costs(self, head: HeadPolicy, tokens: int, *, sequences: int, cached_tokens: int) -> list[float]:
+        """What a step takes in which a sequence has 0, 1 ... guesses of the head, and asks for as many: as timed, or as counted.
+
+        Args:
+            head: what was timed.
+            tokens: of the step without these guesses; 1 of a sequence alone.
+            sequences, cached_tokens: of the step.
+        """
+        counted = [
+            count * head.draft_bytes
+            + self.step_bytes.cost(
+                tokens + count, sequences=sequences, cached_tokens=cached_tokens, disk_cost=self.disk_cost
+            )
+            for count in range(MOST_HEAD_DRAFTS + 1)
+        ]
+        return head.times.alone(counted) if tokens == 1 else head.times.line.at(counted)
 
     def _is_copying(self, sequence: Sequence) -> bool:
         """The past says what follows, and has been right for long: the head has nothing to add."""
         return sequence.lookup is not None and sequence.lookup.run >= COPYING and bool(sequence.drafts)
 
-    def count(self, step: StepInFlight, *, kept: int, proposed: int = 0) -> None:
-        """A step was answered with `kept` tokens, and `proposed` guesses of the head; the first of an answer is prefill's."""
-        asked = [chunk for chunk in step.chunks if chunk.sample]
-        decoding = [chunk for chunk in asked if chunk.end > chunk.sequence.prompt_tokens]
+    def count(self, step: StepInFlight, *, kept: Ordered[int], proposed: int = 0) -> None:
+        """A step was answered.
+
+        Args:
+            step: with the chunks that asked for a token.
+            kept: tokens of each of them; the first of an answer is prefill's.
+            proposed: guesses of the head for the step after it.
+        """
+        asked = [(chunk, tokens) for chunk, tokens in zip(step.asked, kept, strict=True)]
+        decoding = [(chunk, tokens) for chunk, tokens in asked if chunk.end > chunk.sequence.prompt_tokens]
         if not decoding:
             return
-        kept -= len(asked) - len(decoding)
+        tokens = sum(kept) - (len(asked) - len(decoding))
         drafts = sum(chunk.drafts for chunk in step.chunks)
-        if self.head is not None and self.step_s is not None and step.tokens == 1 + drafts and proposed in (0, drafts):
-            self.head.times.note(drafts, self.step_s)
+        if self.head is not None:
+            self._count_head(self.head, step, decoding, drafts=drafts, proposed=proposed)
         read = self.step_bytes.read(step.tokens, cached_tokens=step.cached_tokens)
         plain = self.step_bytes.read(step.tokens - drafts, cached_tokens=step.cached_tokens - drafts)
         self.counts.drafted += drafts
-        self.counts.accepted += kept - len(decoding)
+        self.counts.accepted += tokens - len(decoding)
         self.counts.read_bytes += read + (0.0 if self.head is None else proposed * self.head.draft_bytes)
-        self.counts.plain_bytes += plain * kept / len(decoding)
+        self.counts.plain_bytes += plain * tokens / len(decoding)
+
+    def _count_head(
+        self,
+        head: HeadPolicy,
+        step: StepInFlight,
+        decoding: Ordered[tuple[ScheduledChunk, int]],
+        *,
+        drafts: int,
+        proposed: int,
+    ) -> None:
+        """What a step took, and what the head's guesses in it won and lost."""
+        of_head = sum(chunk.drafts for chunk, _ in decoding if chunk.of_head)
+        plain_tokens = step.tokens - drafts
+        counted = self.step_bytes.cost(
+            step.tokens, sequences=len(decoding), cached_tokens=step.cached_tokens, disk_cost=self.disk_cost
+        )
+        if self.step_s is not None and step.tokens == len(decoding) + drafts:
+            head.times.line.note(counted + proposed * head.draft_bytes, self.step_s)
+            if len(decoding) == 1 and drafts == of_head:
+                head.times.note(drafts, self.step_s, proposed=proposed)
+        costs = self._head_costs(head, plain_tokens, sequences=len(decoding), cached_tokens=step.cached_tokens)
+        for chunk, tokens in decoding:
+            guesses = min(chunk.drafts, MOST_HEAD_DRAFTS) if chunk.of_head else 0
+            lost = lost_steps(costs, guesses, plain_tokens - 1.0)
+            head.on_step(chunk.sequence.head, won=tokens - 1 if guesses else 0, lost=lost)
 
     def _guess(self, sequence: Sequence) -> tuple[list[int], list[float]]:
         """Guesses of what follows in a sequence, and their chances: of the past where it is at least as sure as the head."""

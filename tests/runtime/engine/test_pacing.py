@@ -98,3 +98,25 @@ def test_what_was_on_its_way_when_the_stages_failed_is_not_learnt_from():
     pace.forget()
     pace.answered(7)
     assert pace.per_token_s is None
+
+
+def test_a_step_costs_what_passes_between_two_answers():
+    """A stage that runs ahead answers early, one of two that work at a time waits for its turn: neither tells what a step costs."""
+    clock = SimpleNamespace(now_s=100.0)
+    pace = PrefillPacer(stages=2, prefill_chunk=512, clock=lambda: clock.now_s)
+
+    def at(now_s: float, *, sent: int | None = None, answered: int | None = None) -> float | None:
+        clock.now_s = now_s
+        if sent is not None:
+            pace.sent(Step(epoch=1, step_id=sent, segments=(), tokens=np.zeros(1, np.int32)))
+        return None if answered is None else pace.answered(answered)
+
+    at(100.0, sent=0)
+    assert at(100.5, answered=0) == pytest.approx(0.5), "nothing was before it"
+    at(100.6, sent=1)
+    at(100.7, sent=2)
+    assert at(101.0, answered=1) == pytest.approx(0.5), "the leader's own work is part of it"
+    assert at(101.2, answered=2) == pytest.approx(0.2), "it was in flight beside the other"
+    at(109.0, sent=3)
+    assert at(109.5, answered=3) == pytest.approx(0.5), "nobody asked for anything meanwhile"
+    assert at(110.0, answered=9) is None

@@ -30,7 +30,7 @@ from exo_kimi.compress.texts.encoding import Encoder
 from exo_kimi.planner.command import model_bytes
 from exo_kimi.planner.weights.bytes import ModelBytes, bytes_of_manifest
 from exo_kimi.planner.weights.draft import draft_bytes
-from exo_kimi.runtime.engine.draft_policy import MOST_HEAD_DRAFTS, HeadPolicy, HeadState, guess_bytes
+from exo_kimi.runtime.engine.draft_policy import MOST_HEAD_DRAFTS, HeadPolicy, HeadState, guess_bytes, lost_steps
 from exo_kimi.runtime.engine.engine import Engine
 from exo_kimi.runtime.engine.speculation import Drafter
 from exo_kimi.runtime.loading.draft import load_draft_head
@@ -269,6 +269,7 @@ def follow(
             right = int((draw.random(15) < chance).sum())
             policy.on_proposal(state, Proposal(seq_id=0, judged=15, right=right))
             spent += policy.draft_bytes
+        policy.on_step(state, won=accepted, lost=lost_steps(costs, wanted, 0.0))
         spent += costs[wanted]
         done, numbers = done + 1 + accepted, [*numbers, wanted]
     return spent, done, len(numbers), numbers
