@@ -101,7 +101,7 @@ def test_what_was_on_its_way_when_the_stages_failed_is_not_learnt_from():
 
 
 def test_a_step_costs_what_passes_between_two_answers():
-    """A stage that runs ahead answers early, one of two that work at a time waits for its turn: neither tells what a step costs."""
+    """A stage that runs ahead answers early, one of two at work waits for its turn: neither tells what a step costs."""
     clock = SimpleNamespace(now_s=100.0)
     pace = PrefillPacer(stages=2, prefill_chunk=512, clock=lambda: clock.now_s)
 
