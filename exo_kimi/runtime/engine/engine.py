@@ -10,7 +10,8 @@ import asyncio
 import copy
 import logging
 import secrets
-from collections.abc import AsyncGenerator, Coroutine, Iterable
+import time
+from collections.abc import AsyncGenerator, Callable, Coroutine, Iterable
 from dataclasses import replace
 from typing import Any, Self
 
@@ -57,6 +58,7 @@ class Engine:
         prefixes: what is kept of sequences that ended, for others that begin like them; None keeps nothing.
         survive_s: how long stages that failed may be away before a request that they lost gets the error; until then it waits and
             goes on with the same tokens. 0: it gets the error at once. See `survival`.
+        clock: by which steps are timed, in seconds; `bench drafts` gives the processor's.
     """
 
     def __init__(
@@ -70,6 +72,7 @@ class Engine:
         drafter: Drafter | None = None,
         prefixes: PrefixOptions | None = None,
         survive_s: float = 0.0,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.pipeline = pipeline
         self.queue_limit = queue_limit
@@ -82,7 +85,9 @@ class Engine:
             prefixes=prefixes,
         )
         self._survival = Survival(survive_s, waiting=lambda: self._scheduler.waiting, on_overdue=self._give_up_on)
-        self._pacer = PrefillPacer(stages=pipeline.stages, prefill_chunk=prefill_chunk, streams=self._reads_experts)
+        self._pacer = PrefillPacer(
+            stages=pipeline.stages, prefill_chunk=prefill_chunk, clock=clock, streams=self._reads_experts
+        )
         self._limits: Limits | None = None
         self._down: RuntimeFault | None = None
         self._closed = False
