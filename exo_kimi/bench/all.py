@@ -45,7 +45,7 @@ PARTS = (
     BenchPart(name="turns", limit_s=120.0),
     BenchPart(name="prefix-restart", options=("--rounds", "1"), limit_s=100.0),
     BenchPart(name="speculation", limit_s=60.0),
-    BenchPart(name="drafts", options=("--rounds", "2"), limit_s=120.0),
+    BenchPart(name="drafts", options=("--rounds", "3", "--count", "1"), limit_s=150.0),
     BenchPart(name="pipeline", options=("--rounds", "4"), limit_s=170.0),
     BenchPart(name="exo", options=("--rounds", "2"), limit_s=180.0),
 )
