@@ -26,8 +26,10 @@ class PipelineInfo:
         vocab_size: rows of the embedding; token ids are below it.
         kv_bytes_per_token: bytes that a cached token takes on the stage where it takes most; 0 when that is not known.
         state_tokens: a sequence of any length takes so many cached tokens' memory beside its own, for states that do not grow.
-        whole_prefixes: sequences begin as all of another or from nothing: states cannot be cut at a token.
+        recurrent: some layers hold states, which cannot be cut at a token: sequences begin as all of another, or at a snapshot.
+        snapshot_tokens: so many cached tokens' memory a snapshot of states takes.
         disk_blocks: blocks of `cache_step` tokens for which every stage has room on its disk.
+        snapshot_blocks: so many of them a snapshot takes there.
     """
 
     context: int
@@ -36,8 +38,10 @@ class PipelineInfo:
     vocab_size: int
     kv_bytes_per_token: int = 0
     state_tokens: int = 0
-    whole_prefixes: bool = False
+    recurrent: bool = False
+    snapshot_tokens: int = 0
     disk_blocks: int = 0
+    snapshot_blocks: int = 1
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

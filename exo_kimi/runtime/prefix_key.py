@@ -16,7 +16,9 @@ from exo_kimi.errors import ProtocolError
 from exo_kimi.runtime.requests import PromptPicture
 
 KEY_DIGITS = 32
-_KEYS = re.compile(rf"(?:[0-9a-f]{{{KEY_DIGITS}}})*")
+SNAPSHOT_MARK = "s"
+KEY_PATTERN = rf"[0-9a-f]{{{KEY_DIGITS - 1}}}[0-9a-f{SNAPSHOT_MARK}]"
+_KEYS = re.compile(rf"(?:{KEY_PATTERN})*")
 
 
 def mark_pictures(ids: npt.NDArray[np.int64], pictures: Iterable[PromptPicture]) -> npt.NDArray[np.int64]:
@@ -55,6 +57,16 @@ def block_keys(tokens: Sequence[int] | npt.NDArray[np.int64], block_tokens: int)
         before = hashlib.sha256(before + packed.tobytes()).digest()[: KEY_DIGITS // 2]
         keys.append(before.hex())
     return tuple(keys)
+
+
+def snapshot_key(block_key: str) -> str:
+    """The key of the states after a block: its own with the mark of a snapshot for its last digit."""
+    return block_key[:-1] + SNAPSHOT_MARK
+
+
+def is_snapshot(key: str) -> bool:
+    """Whether a key is one of states."""
+    return key.endswith(SNAPSHOT_MARK)
 
 
 def is_key(text: object) -> bool:

@@ -199,6 +199,9 @@ class EngineSnapshot:
     prompt_tokens_total: int = 0
     cached_tokens_total: int = 0
     prefix_evictions_total: int = 0
+    prefix_snapshots: int = 0
+    prefix_snapshots_total: int = 0
+    prefix_snapshots_lost_total: int = 0
     generated_tokens_total: int = 0
     preemptions_total: int = 0
     steps_total: int = 0

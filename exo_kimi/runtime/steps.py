@@ -47,6 +47,8 @@ class SequenceStart:
 
     With `restore`, its caches begin with the first `restore` tokens of those of `source`, which every stage holds: a copy,
     or with `move` the caches themselves, and `source` is gone. `seen` are the ids among them, where a penalty asks for them.
+    A state cannot be cut: where layers have any, `restore` is where those of `source` are now, or where a snapshot of them was
+    taken. `snapshots` are the positions of those that it holds on to, by reference.
     `request_id` is for the stages' logs.
     """
 
@@ -58,17 +60,30 @@ class SequenceStart:
     restore: int = 0
     move: bool = False
     seen: tuple[int, ...] = ()
+    snapshots: tuple[int, ...] = ()
     request_id: str = ""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Blocks:
-    """Consecutive blocks of `block_tokens` tokens of one sequence, the first at position `offset`, under their disk keys."""
+    """Consecutive blocks of `block_tokens` tokens of one sequence, the first at position `offset`, under their disk keys; and
+    with the key `snapshot` the states after the last of them (after `offset` without any)."""
 
     seq_id: int
     offset: int
     block_tokens: int
     keys: tuple[str, ...]
+    snapshot: str | None = None
+
+    @property
+    def end(self) -> int:
+        """The position after the last block."""
+        return self.offset + len(self.keys) * self.block_tokens
+
+    @property
+    def all_keys(self) -> tuple[str, ...]:
+        """Of the blocks and the states."""
+        return self.keys if self.snapshot is None else (*self.keys, self.snapshot)
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,7 +107,8 @@ class Segment:
     much of it stays: it may be smaller than what the cache holds, by at most `drafts`, and a stage drops what is beyond.
 
     `mask` is for the first token that is asked for; `draft_masks`, where there are any, for the one after each guess.
-    `propose` asks the last stage's draft head for as many guesses of what follows the token that is sampled last."""
+    `propose` asks the last stage's draft head for as many guesses of what follows the token that is sampled last.
+    `snapshot` asks every stage to hold on to its states after the segment, which has no drafts then."""
 
     seq_id: int
     offset: int
@@ -103,6 +119,7 @@ class Segment:
     pictures: tuple[PictureSpan, ...] = ()
     draft_masks: tuple[bytes | None, ...] = ()
     propose: int = 0
+    snapshot: bool = False
 
     @property
     def masks(self) -> tuple[bytes | None, ...]:
@@ -150,12 +167,14 @@ class FailedSequence:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Step:
     """One pass. `tokens` int32 [sum of segment lengths] stays in the step on every stage; `hidden` is None for stage 0.
-    A stage first drops the caches of `free`, then registers `begin`, then deletes the blocks `drop` from its disk, reads
-    `restore` from there onto the ends of caches, runs `segments` (may be empty), and puts `store` on its way to the disk.
+    A stage first drops the caches of `free`, then registers `begin`, then lets go of the snapshots `forget`, each of a sequence
+    at a position, deletes the blocks `drop` from its disk, reads `restore` from there onto the ends of caches, runs `segments`
+    (may be empty), and puts `store` on its way to the disk.
 
     A stage that cannot read a block leaves the rest of that order undone. `restored` gathers on the way, for each sequence
     of `restore`, how many tokens every stage so far holds; the sequence's first segment may start at any position up to
-    that, and what a stage holds beyond is dropped.
+    that, and what a stage holds beyond is dropped. Where layers have states it starts at the end of what was asked for, or at 0:
+    a stage without the states says less. An order from 0 on begins anew.
 
     `pictures` are those that the segments' spans name, each once; only the first stage gets them. They come again with every
     chunk that needs them, so a stage that was started anew has them too.
@@ -173,6 +192,7 @@ class Step:
     restore: tuple[Blocks, ...] = ()
     store: tuple[Blocks, ...] = ()
     drop: tuple[str, ...] = ()
+    forget: tuple[tuple[int, int], ...] = ()
     restored: tuple[tuple[int, int], ...] = ()
     pictures: tuple[Picture, ...] = ()
     failed: tuple[FailedSequence, ...] = ()

@@ -159,12 +159,6 @@ def serve(options: ServeOptions, *, announce: Callable[[str], None] | None = Non
     _check_texts(checkpoint)
     names = [_utf8(options.model_id)] if options.model_id else []
     names += [*options.served_model_name] or ([] if names else [_utf8(options.directory.resolve().name)])
-    if checkpoint.config.has_states and options.prefix_disk_bytes:
-        raise UsageError(
-            "prefixes of this model are not kept on disk: its states cannot be cut into blocks of tokens",
-            where="--prefix-disk-bytes",
-            fix="leave it out: prefixes are kept in memory",
-        )
     disk = prefix_disk_options(options.prefix_disk_bytes, options.prefix_dir, check=not options.stage)
     cluster_options = ClusterOptions(
         context=options.context,

@@ -120,6 +120,8 @@ def _counters(snapshot: EngineSnapshot) -> Iterator[Metric]:
         ("prompt_tokens", "Prompt tokens", snapshot.prompt_tokens_total),
         ("cached_prompt_tokens", "Prompt tokens that were found in a cache", snapshot.cached_tokens_total),
         ("prefix_evictions", "Caches of ended sequences dropped for want of memory", snapshot.prefix_evictions_total),
+        ("prefix_snapshots", "Snapshots of recurrent states that were taken", snapshot.prefix_snapshots_total),
+        ("prefix_snapshots_lost", "Snapshots that a disk had lost", snapshot.prefix_snapshots_lost_total),
         ("generated_tokens", "Generated tokens", snapshot.generated_tokens_total),
         ("preemptions", "Sequences put back for want of KV memory", snapshot.preemptions_total),
         ("steps", "Forward passes", snapshot.steps_total),
@@ -156,6 +158,7 @@ def _gauges(snapshot: EngineSnapshot) -> Iterator[Metric]:
         ("kv_capacity_tokens", "Cached tokens that fit, all sequences together", snapshot.kv_capacity_tokens),
         ("kv_reserved_tokens", "Cached tokens that sequences hold", snapshot.kv_reserved_tokens),
         ("kv_prefix_tokens", "Cached tokens of ended sequences, kept until wanted", snapshot.kv_prefix_tokens),
+        ("prefix_snapshots_held", "Snapshots of recurrent states in memory", snapshot.prefix_snapshots),
         ("prefix_disk_blocks", "Blocks of cached tokens on every stage's disk", snapshot.disk_blocks),
     ):
         yield GaugeMetricFamily(f"exo_kimi_{name}", text, value=value)

@@ -8,7 +8,7 @@ Axes: B batch, H heads, Dk width of keys, Dv width of values, C = H * Dk channel
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Self
 
@@ -71,10 +71,13 @@ class RecurrentCache:
         self.offset += tokens
 
     def trim(self, count: int) -> int:
-        """Take back the last tokens, as far as the newest pass allows; returns how many, which is all of them or none."""
+        """Take back the last tokens, as far as the newest pass allows, or all; returns how many, which is `count` or 0."""
         target = self.offset - count
         if count <= 0:
             return 0
+        if target == 0:
+            self.hold((None, None), 0)
+            return count
         found = next((each for each in reversed(self._before) if each.offset <= target), None)
         if found is None or (found.offset < target and found.replay is None):
             return 0
@@ -94,6 +97,11 @@ class RecurrentCache:
         told = self.trim(count) == count
         self._before.clear()
         return told
+
+    def hold(self, state: tuple[mx.array | None, mx.array | None], offset: int) -> None:
+        """Hold a state, as `state` gives it, after `offset` tokens, by reference."""
+        (self.conv_state, self.recurrent_state), self.offset = state, offset
+        self._before.clear()
 
     @property
     def state(self) -> tuple[mx.array | None, mx.array | None]:
@@ -143,8 +151,12 @@ class RecurrentCache:
     @property
     def nbytes(self) -> int:
         """Bytes of the states that are held, of any number of tokens: two, but for a pass in pieces."""
+        return sum(part.nbytes for part in self.arrays())
+
+    def arrays(self) -> Iterator[mx.array]:
+        """What is held: the state, and those that it can go back to."""
         states = [self.state, *((each.conv_state, each.recurrent_state) for each in self._before)]
-        return sum(part.nbytes for state in states for part in state if part is not None)
+        return (part for state in states for part in state if part is not None)
 
     def is_trimmable(self) -> bool:
         """Not at any token, as mlx-lm means it."""

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from exo_kimi.errors import StageOutOfMemoryError
-from exo_kimi.runtime.protocol.messages import FreeScope
+from exo_kimi.runtime.protocol.messages import FreeScope, Joined
 from exo_kimi.runtime.reserve import reserve_bytes
 from exo_kimi.units import format_bytes
 
@@ -30,6 +30,7 @@ class StageMemory:
         kv_bytes_per_token: what a cached token takes.
         waiting_bytes: what features take at most that wait for a draft head.
         state_bytes: what a sequence of any length takes beside.
+        snapshot_bytes: what a snapshot of its states takes.
     """
 
     stage: int
@@ -41,6 +42,7 @@ class StageMemory:
     kv_bytes_per_token: int
     waiting_bytes: int = 0
     state_bytes: int = 0
+    snapshot_bytes: int = 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -50,19 +52,30 @@ class KvCapacity:
     Args:
         tokens: cached tokens for which the smallest of all machines has memory.
         state_tokens: so many of them a sequence takes beside its own, for states of one size.
+        snapshot_tokens: so many of them a snapshot of its states takes.
     """
 
     tokens: int
     state_tokens: int
+    snapshot_tokens: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class DiskCapacity:
+    """Blocks of tokens for which every stage's disk has room, and how many of them a snapshot takes."""
+
+    blocks: int
+    snapshot_blocks: int
 
 
 @dataclass(frozen=True, slots=True)
 class _Budget:
-    """Bytes of caches on a machine, and what a token and a sequence take of them."""
+    """Bytes of caches on a machine, and what a token, a sequence and a snapshot take of them."""
 
     budget_bytes: int
     token_bytes: int
     state_bytes: int
+    snapshot_bytes: int
 
 
 def kv_capacity(
@@ -70,8 +83,9 @@ def kv_capacity(
 ) -> KvCapacity:
     """What every stage can cache, after its weights are loaded.
 
-    States are counted in tokens, of which the ledger is kept: T tokens and n sequences fit a machine where
-    T token_bytes + n state_bytes is within its budget, and they do wherever T + n state_tokens is within `tokens`.
+    States are counted in tokens, of which the ledger is kept: T tokens, n sequences and m snapshots fit a machine where
+    T token_bytes + n state_bytes + m snapshot_bytes is within its budget, and they do wherever
+    T + n state_tokens + m snapshot_tokens is within `tokens`: each counts as its share of the budget.
 
     Args:
         stages: all stages, loaded and empty.
@@ -88,15 +102,17 @@ def kv_capacity(
             budget_bytes = free_bytes - reserve_bytes(free_bytes) - sum(stage.waiting_bytes for stage in neighbours)
             per_token_bytes = sum(stage.kv_bytes_per_token for stage in neighbours)
             state_bytes = sum(stage.state_bytes for stage in neighbours)
+            snapshot_bytes = sum(stage.snapshot_bytes for stage in neighbours)
         else:
             budget_bytes = kv_bytes
             per_token_bytes = max(stage.kv_bytes_per_token for stage in neighbours)
             state_bytes = max(stage.state_bytes for stage in neighbours)
+            snapshot_bytes = max(stage.snapshot_bytes for stage in neighbours)
         if budget_bytes < per_token_bytes + state_bytes:
             fix = _FEWER_LAYERS if kv_bytes is None else "a larger --kv-bytes"
             short_bytes = per_token_bytes + state_bytes - budget_bytes
             raise _short(neighbours, "caches", short_bytes=short_bytes, free_bytes=budget_bytes, fix=fix)
-        budgets.append(_Budget(budget_bytes, per_token_bytes, state_bytes))
+        budgets.append(_Budget(budget_bytes, per_token_bytes, state_bytes, snapshot_bytes))
     for stage in stages if planned_kv_bytes else ():
         planned_bytes = planned_kv_bytes[stage.stage]
         if planned_bytes < stage.kv_bytes_per_token + stage.state_bytes:
@@ -107,7 +123,7 @@ def kv_capacity(
                 free_bytes=planned_bytes,
                 fix="plan again with a larger --context",
             )
-        budgets.append(_Budget(planned_bytes, stage.kv_bytes_per_token, stage.state_bytes))
+        budgets.append(_Budget(planned_bytes, stage.kv_bytes_per_token, stage.state_bytes, stage.snapshot_bytes))
     return _capacity(budgets)
 
 
@@ -115,14 +131,18 @@ def _capacity(budgets: Sequence[_Budget]) -> KvCapacity:
     growing = [each.budget_bytes // each.token_bytes for each in budgets if each.token_bytes]
     # Where no layer caches tokens, they are only a measure of sequences.
     tokens = min(growing) if growing else min(each.budget_bytes for each in budgets)
-    shares = [
-        -(-each.state_bytes // each.token_bytes)
-        if each.token_bytes
-        else -(-tokens * each.state_bytes // each.budget_bytes)
-        for each in budgets
-        if each.state_bytes
-    ]
-    return KvCapacity(tokens=tokens, state_tokens=max(shares, default=0))
+    # A token takes no more of any budget than a share of one in `tokens`, so that in shares all of it adds up.
+    states = [-(-tokens * each.state_bytes // max(1, each.budget_bytes)) for each in budgets]
+    snapshots = [-(-tokens * each.snapshot_bytes // max(1, each.budget_bytes)) for each in budgets]
+    return KvCapacity(tokens=tokens, state_tokens=max(states), snapshot_tokens=max(snapshots))
+
+
+def disk_capacity(stages: Sequence[Joined]) -> DiskCapacity:
+    """What every stage's disk has room for: b blocks and m snapshots wherever b + m snapshot_blocks is within `blocks`."""
+    if not all(stage.disk_snapshots for stage in stages):
+        return DiskCapacity(0, 1)  # not one prefix could begin there
+    blocks = min(stage.disk_blocks for stage in stages)
+    return DiskCapacity(blocks, max(-(-blocks // stage.disk_snapshots) for stage in stages))
 
 
 def check_weights_fit(stages: Sequence[StageMemory]) -> None:

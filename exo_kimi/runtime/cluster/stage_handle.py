@@ -114,6 +114,7 @@ class ConnectedStage:
             kv_bytes_per_token=self.loaded.kv_bytes_per_token if self.loaded is not None else 1,
             waiting_bytes=self.loaded.waiting_bytes if self.loaded is not None else 0,
             state_bytes=self.loaded.state_bytes if self.loaded is not None else 0,
+            snapshot_bytes=self.loaded.snapshot_bytes if self.loaded is not None else 0,
         )
 
 

@@ -26,7 +26,7 @@ from exo_kimi.errors import (
     StageStalledError,
     UsageError,
 )
-from exo_kimi.runtime.cluster.capacity import check_weights_fit, kv_capacity
+from exo_kimi.runtime.cluster.capacity import check_weights_fit, disk_capacity, kv_capacity
 from exo_kimi.runtime.cluster.child_process import socket_directory
 from exo_kimi.runtime.cluster.cluster_plan import ClusterPlan
 from exo_kimi.runtime.cluster.options import ClusterOptions, RunSettings
@@ -259,15 +259,18 @@ class StageCluster:
             kv_bytes=self.options.kv_bytes,
             planned_kv_bytes=self.options.planned_kv_bytes,
         )
+        disk = disk_capacity(joined)
         self._info = PipelineInfo(
             context=self._context_tokens,
             kv_capacity_tokens=capacity.tokens,
             state_tokens=capacity.state_tokens,
-            whole_prefixes=any(one.state_bytes for one in loaded),
+            recurrent=any(one.state_bytes for one in loaded),
+            snapshot_tokens=capacity.snapshot_tokens,
             cache_step=cache_step,
             vocab_size=self.plan.config.vocab_size,
             kv_bytes_per_token=max(one.kv_bytes_per_token for one in loaded),
-            disk_blocks=min(one.disk_blocks for one in joined),
+            disk_blocks=disk.blocks,
+            snapshot_blocks=disk.snapshot_blocks,
         )
         self._ready = True
         self._unanswered.clear()

@@ -21,6 +21,7 @@ class Limits:
     cache_step: int
     vocab_size: int
     state_tokens: int = 0
+    snapshot_tokens: int = 0
 
     @classmethod
     def of(cls, info: PipelineInfo, *, context: int | None = None) -> Limits:
@@ -31,6 +32,7 @@ class Limits:
             cache_step=info.cache_step,
             vocab_size=info.vocab_size,
             state_tokens=info.state_tokens,
+            snapshot_tokens=info.snapshot_tokens,
         )
 
     def rounded(self, tokens: int) -> int:
@@ -116,6 +118,7 @@ class KvLedger:
     def __init__(self, limits: Limits) -> None:
         self.limits = limits
         self._held: dict[int, int] = {}
+        self._snapshots: dict[int, int] = {}
         self.reserved_tokens = 0
 
     @property
@@ -124,8 +127,12 @@ class KvLedger:
         return self.limits.kv_capacity_tokens - self.reserved_tokens
 
     def held(self, seq_id: int) -> int:
-        """Cached tokens reserved for a sequence."""
+        """Cached tokens reserved for a sequence, without its snapshots."""
         return self._held.get(seq_id, 0)
+
+    def held_in_snapshots(self, seq_id: int) -> int:
+        """Cached tokens that a sequence's snapshots take."""
+        return self._snapshots.get(seq_id, 0) * self.limits.snapshot_tokens
 
     def missing(self, seq_id: int, tokens: int) -> int:
         """How many more tokens must be reserved before the sequence can hold `tokens`."""
@@ -140,10 +147,25 @@ class KvLedger:
         self.reserved_tokens += missing
         return True
 
+    def reserve_snapshot(self, seq_id: int) -> bool:
+        """Let the sequence hold one snapshot more; False, and nothing changed, when that does not fit now."""
+        if self.limits.snapshot_tokens > self.free_tokens:
+            return False
+        self._snapshots[seq_id] = self._snapshots.get(seq_id, 0) + 1
+        self.reserved_tokens += self.limits.snapshot_tokens
+        return True
+
+    def release_snapshot(self, seq_id: int) -> None:
+        """Give back what one of its snapshots takes."""
+        self._snapshots[seq_id] -= 1
+        self.reserved_tokens -= self.limits.snapshot_tokens
+
     def transfer(self, seq_id: int, to: int) -> None:
         """Let a new name hold all that another held."""
-        self._held[to] = self.held(to) + self._held.pop(seq_id, 0)
+        for held in (self._held, self._snapshots):
+            held[to] = held.get(to, 0) + held.pop(seq_id, 0)
 
     def release(self, seq_id: int) -> None:
         """Give back all that a sequence holds."""
-        self.reserved_tokens -= self._held.pop(seq_id, 0)
+        self.reserved_tokens -= self.held_in_snapshots(seq_id) + self._held.pop(seq_id, 0)
+        self._snapshots.pop(seq_id, None)

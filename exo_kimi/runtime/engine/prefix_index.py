@@ -14,6 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from exo_kimi.runtime.pipeline import DiskBlocks
+from exo_kimi.runtime.prefix_key import is_snapshot, snapshot_key
 from exo_kimi.runtime.steps import Blocks
 
 WINDOW_BLOCKS = 16  # on their way at a time: fewer than a stage queues, so that none is refused
@@ -124,23 +125,32 @@ class PrefixIndex:
 
 
 class DiskBlockIndex:
-    """Blocks on the stages' disks: which every stage has, which to write, which to delete. A block counts once every stage has
-    told that it has it.
+    """Blocks and snapshots on the stages' disks: which every stage has, which to write, which to delete. One counts once every
+    stage has told that it has it.
 
     Args:
         block_tokens: tokens of one.
         capacity_blocks: for how many the disk of every stage has room.
+        snapshot_blocks: so many of them a snapshot takes.
         stages: for each, the keys of what is there, the one that was not used for longest first.
     """
 
     def __init__(
-        self, *, block_tokens: int = 1, capacity_blocks: int = 0, stages: Sequence[Sequence[str]] = ()
+        self,
+        *,
+        block_tokens: int = 1,
+        capacity_blocks: int = 0,
+        snapshot_blocks: int = 1,
+        stages: Sequence[Sequence[str]] = (),
     ) -> None:
         self.block_tokens = block_tokens
         self.capacity_blocks = capacity_blocks
+        self._snapshot_blocks = snapshot_blocks
         everywhere = set.intersection(*map(set, stages)) if stages else set()
         self._complete = dict.fromkeys(key for key in (stages[0] if stages else ()) if key in everywhere)
         self._stages = len(stages)
+        self._complete_blocks = sum(map(self._size, self._complete))
+        self._answering_blocks = 0
         self._drops = sorted({key for keys in stages for key in keys} - everywhere)
         self._queue: deque[tuple[int, int, str]] = deque()
         self._queued: set[str] = set()
@@ -157,44 +167,59 @@ class DiskBlockIndex:
                 return count
         return len(keys)
 
+    def count_to_snapshot(self, keys: Sequence[str]) -> int:
+        """How many of a prefix's first blocks lead to a snapshot, where every stage has it and them."""
+        known = self.count_complete(keys)
+        return next((count for count in range(known, 0, -1) if snapshot_key(keys[count - 1]) in self._complete), 0)
+
     def touch(self, keys: Sequence[str]) -> None:
         """These blocks were used now: the first last, since without it the others are of no use."""
         for key in reversed(keys):
             if key in self._complete:
                 self._complete[key] = self._complete.pop(key)
 
-    def request_stores(self, seq_id: int, keys: Sequence[str]) -> None:
-        """Have a sequence's first blocks written, as far as they are not and there is room for so many."""
-        self.touch(keys)
-        for index, key in enumerate(keys[: self.capacity_blocks]):
+    def request_stores(self, seq_id: int, keys: Sequence[str], snapshots: Sequence[tuple[int, str]] = ()) -> None:
+        """Have a sequence's first blocks written, as far as they are not and there is room for so many, and then its snapshots,
+        each at a position and under the key of the block before it."""
+        after = [(position, snapshot_key(key)) for position, key in snapshots]
+        self.touch([*keys, *(key for _, key in after)])
+        wanted = [(index * self.block_tokens, key) for index, key in enumerate(keys[: self.capacity_blocks])]
+        for offset, key in (*wanted, *after):
             if key not in self._complete and key not in self._queued and key not in self._answers:
-                self._queue.append((seq_id, index * self.block_tokens, key))
+                self._queue.append((seq_id, offset, key))
                 self._queued.add(key)
 
-    def cancel_stores(self, seq_id: int) -> None:
-        """The sequence's caches are gone, or about to change: what was not ordered yet is not to be."""
-        gone = [item for item in self._queue if item[0] == seq_id]
+    def cancel_stores(self, seq_id: int, *, snapshot: str | None = None) -> None:
+        """The sequence's caches are gone, or about to change: what was not ordered yet is not to be. With `snapshot`, only the
+        one after that block."""
+        only = None if snapshot is None else snapshot_key(snapshot)
+        gone = {item for item in self._queue if item[0] == seq_id and only in (None, item[2])}
         if gone:
-            self._queue = deque(item for item in self._queue if item[0] != seq_id)
+            self._queue = deque(item for item in self._queue if item not in gone)
             self._queued.difference_update(key for _, _, key in gone)
 
     @property
     def has_orders(self) -> bool:
         """Whether `take_stores` or `take_drops` would give something."""
         return bool(self._drops) or (
-            bool(self._queue) and len(self._answers) < min(WINDOW_BLOCKS, self.capacity_blocks)
+            bool(self._queue) and self._answering_blocks < min(WINDOW_BLOCKS, self.capacity_blocks)
         )
 
     def take_stores(self, most: int) -> tuple[Blocks, ...]:
         """The next blocks to write; what has to go for them is among the next drops."""
         orders: list[Blocks] = []
-        while self._queue and len(orders) < most and len(self._answers) < WINDOW_BLOCKS:
-            if not self._make_room():
+        while self._queue and len(orders) < most and self._answering_blocks < WINDOW_BLOCKS:
+            seq_id, offset, key = self._queue[0]
+            if not self._make_room(self._size(key)):
                 break
-            seq_id, offset, key = self._queue.popleft()
+            self._queue.popleft()
             self._queued.discard(key)
             self._answers[key] = set()
-            orders.append(Blocks(seq_id=seq_id, offset=offset, block_tokens=self.block_tokens, keys=(key,)))
+            self._answering_blocks += self._size(key)
+            keys, snapshot = ((), key) if is_snapshot(key) else ((key,), None)
+            orders.append(
+                Blocks(seq_id=seq_id, offset=offset, block_tokens=self.block_tokens, keys=keys, snapshot=snapshot)
+            )
         return tuple(orders)
 
     def take_drops(self) -> tuple[str, ...]:
@@ -206,8 +231,7 @@ class DiskBlockIndex:
         """One stage wrote, refused or lost blocks."""
         for key in event.gone:
             if key in self._complete:
-                del self._complete[key]
-                self._drops.append(key)  # the others may still have it
+                self._delete(key)  # the others may still have it
             elif key in self._answers:
                 self._refused.add(key)
         self._answered([key for key in (*event.added, *event.gone) if key in self._answers], event.stage)
@@ -218,15 +242,24 @@ class DiskBlockIndex:
             if len(self._answers[key]) < self._stages:
                 continue
             del self._answers[key]
+            self._answering_blocks -= self._size(key)
             if key in self._refused:
                 self._refused.discard(key)
                 self._drops.append(key)
             else:
                 self._complete[key] = None
+                self._complete_blocks += self._size(key)
 
-    def _make_room(self) -> bool:
-        while self._complete and len(self._complete) + len(self._answers) >= self.capacity_blocks:
-            oldest = next(iter(self._complete))
-            del self._complete[oldest]
-            self._drops.append(oldest)
-        return len(self._answers) < self.capacity_blocks
+    def _make_room(self, blocks: int) -> bool:
+        room = self.capacity_blocks - self._answering_blocks - blocks
+        while self._complete and 0 <= room < self._complete_blocks:
+            self._delete(next(iter(self._complete)))
+        return room >= 0
+
+    def _delete(self, key: str) -> None:
+        del self._complete[key]
+        self._complete_blocks -= self._size(key)
+        self._drops.append(key)
+
+    def _size(self, key: str) -> int:
+        return self._snapshot_blocks if is_snapshot(key) else 1

@@ -333,7 +333,7 @@ class EpochScheduler:
         while sequence.state == "running" and not self.ledger.reserve(
             sequence.seq_id, sequence.num_computed_tokens + 1
         ):
-            if not self.prefixes.evict_one():
+            if not self.prefixes.evict_one() and not self.prefixes.forget_snapshot():
                 self.preempt(self.running[-1])
         return sequence.state == "running"
 
@@ -397,6 +397,7 @@ class EpochScheduler:
             length = min(sequence.num_new_tokens, max(budget - behind, -(-budget // 2)) if position == 0 else budget)
             if length <= 0:
                 break
+            length = sequence.until_snapshot(length)
             chunks.append((sequence, length))
             budget -= length
         return chunks
@@ -404,11 +405,15 @@ class EpochScheduler:
     def _make_step(self, scheduled: list[tuple[Sequence, int]], restores: dict[Sequence, Blocks]) -> Step:
         step_id = next(self._step_ids)
         beginning = [sequence for sequence in (*restores, *(s for s, _ in scheduled)) if not sequence.registered]
-        begin = tuple(sequence.begin(self.epoch) for sequence in beginning)
         for sequence in beginning:
-            self.prefixes.count_hit(sequence)
+            self.prefixes.on_begin(sequence)
         tokens = [token for sequence, length in scheduled for token in sequence.next_tokens(length)]
-        taken = [sequence.take(length) for sequence, length in scheduled]
+        kept = [self.prefixes.keep_states(sequence, length, beginning) for sequence, length in scheduled]
+        begin = tuple(sequence.begin(self.epoch) for sequence in beginning)
+        taken = [
+            sequence.take(length, snapshot=snapshot)
+            for (sequence, length), snapshot in zip(scheduled, kept, strict=True)
+        ]
         cached = sum(segment.offset + segment.length for segment, _ in taken)
         pictures = {
             picture.digest: picture
@@ -442,6 +447,7 @@ class EpochScheduler:
             restore=tuple(restores.values()),
             store=store,
             drop=drop,
+            forget=self.prefixes.take_forgotten(),
             pictures=tuple(pictures.values()),
         )
 

@@ -20,19 +20,22 @@ from exo_kimi.runtime.steps import PictureSpan, Sampled, Segment, SequenceStart
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PrefixSource:
-    """Caches on the stages whose first `tokens` tokens a sequence begins with; with `move` it takes them over."""
+    """Caches on the stages whose first `tokens` tokens a sequence begins with; with `move` it takes them over. At the positions
+    `snapshots` it holds their snapshots too."""
 
     seq_id: int
     tokens: int
     move: bool = False
+    snapshots: tuple[int, ...] = ()
 
 
 @dataclass(slots=True, kw_only=True)
 class DiskRestore:
     """Reading the blocks that a sequence begins with from disk: their keys, how many were ordered, and for each unanswered order
-    the position, in tokens, where it is to end."""
+    the position, in tokens, where it is to end. `snapshot` is the key of the states after the last block, where there are any."""
 
     keys: tuple[str, ...]
+    snapshot: str | None = None
     ordered: int = 0
     due: list[int] = field(default_factory=list)
     failed: bool = False
@@ -115,6 +118,10 @@ class Sequence:
     restoring: DiskRestore | None = field(default=None, init=False)
     damaged: bool = field(default=False, init=False)
     """Some stage's caches of it are shorter than others': nobody may begin from them."""
+    snapshot_plan: set[int] | None = field(default=None, init=False)
+    """Positions at which its states are to be kept; None until it is known where it begins."""
+    parts_at: set[int] = field(default_factory=set, init=False)
+    """Positions up to which another prompt was seen to be the same."""
     cached_tokens: int | None = field(default=None, init=False)
     """Prompt tokens that it began with when it was first sent; None before."""
     interruption: Interruption | None = field(default=None, init=False)
@@ -177,6 +184,7 @@ class Sequence:
             source=self.source.seq_id if self.source is not None else None,
             restore=self.num_computed_tokens,
             move=self.source is not None and self.source.move,
+            snapshots=self.source.snapshots if self.source is not None else (),
             seen=self._seen(),
             request_id=self.request.request_id[:REQUEST_ID_CHARACTERS],
         )
@@ -186,8 +194,15 @@ class Sequence:
         skips = self.source is not None or self.restoring is not None
         return tuple(sorted(set(self.tokens))) if skips and self.request.sampling.repetition_penalty != 1 else ()
 
-    def take(self, length: int) -> tuple[Segment, ScheduledChunk]:
-        """Its next segment, which counts as sent; the one that reaches its newest token takes the drafts and samples."""
+    def until_snapshot(self, length: int) -> int:
+        """How many of its next tokens it is fed so that a pass ends where its states are to be kept."""
+        end = self.num_computed_tokens + length
+        stops = [position for position in self.snapshot_plan or () if self.num_computed_tokens < position < end]
+        return min(stops, default=end) - self.num_computed_tokens
+
+    def take(self, length: int, *, snapshot: bool = False) -> tuple[Segment, ScheduledChunk]:
+        """Its next segment, which counts as sent; the one that reaches its newest token takes the drafts and samples. With
+        `snapshot` the stages keep their states after it."""
         offset, end = self.num_computed_tokens, self.num_computed_tokens + length
         sample = end == len(self.tokens)
         self.num_computed_tokens = end
@@ -207,6 +222,7 @@ class Sequence:
             pictures=tuple(self._spans(offset, end)),
             draft_masks=draft_masks,
             propose=self.propose if sample else 0,
+            snapshot=snapshot,
         )
         chunk = ScheduledChunk(
             sequence=self,
@@ -262,7 +278,7 @@ class Sequence:
         self.drafts = self.draft_masks = self.proposed = self.proposed_masks = ()
         self.head.lost = False
         self.registered = self.decoding = False
-        self.takes_over = self.source = self.restoring = None
+        self.takes_over = self.source = self.restoring = self.snapshot_plan = None
         self.seq_id = -1
 
     def finish_reason(self) -> FinishReason | None:

@@ -31,7 +31,7 @@ from exo_kimi.experts.budget import DEFAULT_PREFETCH, ExpertCache, LayerProfile
 from exo_kimi.experts.policies import DEFAULT_POLICY
 from exo_kimi.runtime.requests import StageState
 
-PROTOCOL_VERSION: Literal[8] = 8
+PROTOCOL_VERSION: Literal[9] = 9
 
 Count = Annotated[int, Meta(ge=0, le=2**63 - 1)]
 Positive = Annotated[int, Meta(ge=1, le=2**63 - 1)]
@@ -54,7 +54,7 @@ FreeScope = Literal["host", "process"]
 class Header(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, tag_field="kind"):
     """The first part of a frame. `version` is checked before anything else is read (see `frames.decode`)."""
 
-    version: Literal[8] = PROTOCOL_VERSION
+    version: Literal[9] = PROTOCOL_VERSION
 
 
 class Hello(Header, frozen=True, kw_only=True, tag="hello"):
@@ -212,7 +212,7 @@ class Progress(Header, frozen=True, kw_only=True, tag="progress"):
 class Loaded(Header, frozen=True, kw_only=True, tag="loaded"):
     """The layers of a Load are in memory. `cache_step`: a cache grows by so many tokens at a time. `waiting_bytes`: what features
     that wait for a draft head take at most, all sequences together. `state_bytes`: what a sequence of any length takes beside its
-    cached tokens, where layers have recurrent states."""
+    cached tokens, where layers have recurrent states; `snapshot_bytes`: what a snapshot of these takes."""
 
     start_layer: Count
     end_layer: Count
@@ -221,6 +221,7 @@ class Loaded(Header, frozen=True, kw_only=True, tag="loaded"):
     kv_bytes_per_token: Count
     waiting_bytes: Count = 0
     state_bytes: Count = 0
+    snapshot_bytes: Count = 0
 
 
 class Join(Header, frozen=True, kw_only=True, tag="join"):
@@ -251,6 +252,7 @@ class Joined(Header, frozen=True, kw_only=True, tag="joined"):
         free_bytes: what the stage could still allocate.
         free_scope: `host`: of the machine as a whole; `process`: as if no other stage ran there.
         disk_blocks: blocks of tokens for which its disk has room.
+        disk_snapshots: snapshots of states for which it has room without blocks.
         blocks: keys of what is there, the one that was not used for longest first (see `prefix_key.pack_keys`).
     """
 
@@ -258,6 +260,7 @@ class Joined(Header, frozen=True, kw_only=True, tag="joined"):
     free_bytes: Count
     free_scope: FreeScope
     disk_blocks: Count
+    disk_snapshots: Count
     blocks: str
 
 

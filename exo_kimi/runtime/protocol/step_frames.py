@@ -20,7 +20,7 @@ from msgspec import Meta, Struct
 
 from exo_kimi.arch.vision import Grid
 from exo_kimi.pictures.picture import Picture
-from exo_kimi.runtime.prefix_key import KEY_DIGITS
+from exo_kimi.runtime.prefix_key import KEY_DIGITS, KEY_PATTERN, SNAPSHOT_MARK
 from exo_kimi.runtime.protocol.faults import malformed, unicode_text
 from exo_kimi.runtime.protocol.messages import Count, Header, Name, Positive
 from exo_kimi.runtime.requests import SamplingParams
@@ -43,7 +43,9 @@ _HIDDEN_DTYPES = {"float32": 4, "bfloat16": 2, "float16": 2}
 
 Tokens31 = Annotated[int, Meta(ge=0, le=2**31)]
 BlockTokens = Annotated[int, Meta(ge=1, le=2**31)]
-Key = Annotated[str, Meta(pattern=rf"\A[0-9a-f]{{{KEY_DIGITS}}}\Z")]
+Digest = Annotated[str, Meta(pattern=rf"\A[0-9a-f]{{{KEY_DIGITS}}}\Z")]
+Key = Annotated[str, Meta(pattern=rf"\A{KEY_PATTERN}\Z")]
+SnapshotKey = Annotated[str, Meta(pattern=rf"\A[0-9a-f]{{{KEY_DIGITS - 1}}}{SNAPSHOT_MARK}\Z")]
 
 
 class SamplingHeader(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -62,30 +64,34 @@ class SamplingHeader(Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     top_logprobs: Count
 
 
-SegmentRow = tuple[Count, Count, Positive, bool, bool, Count, Count, tuple[bool, ...]]
-SourceRow = tuple[Count | None, Tokens31, bool, tuple[Count, ...]]
+SegmentRow = tuple[Count, Count, Positive, bool, bool, Count, Count, tuple[bool, ...], bool]
+SourceRow = tuple[Count | None, Tokens31, bool, tuple[Count, ...], tuple[Tokens31, ...]]
 BeginRow = tuple[Count, Count, Count, SamplingHeader, SourceRow | None, Name]
-BlocksRow = tuple[Count, Count, BlockTokens, tuple[Key, ...]]
+BlocksRow = tuple[Count, Count, BlockTokens, tuple[Digest, ...], SnapshotKey | None]
 RestoredRow = tuple[Count, Count]
-OrdersRow = tuple[tuple[BlocksRow, ...], tuple[BlocksRow, ...], tuple[Key, ...], tuple[RestoredRow, ...]]
+ForgetRow = tuple[Count, Tokens31]
+OrdersRow = tuple[
+    tuple[BlocksRow, ...], tuple[BlocksRow, ...], tuple[Key, ...], tuple[RestoredRow, ...], tuple[ForgetRow, ...]
+]
 HiddenRow = tuple[HiddenDtype, Count, Positive]
-PictureRow = tuple[Key, Positive, Positive, Positive]
+PictureRow = tuple[Digest, Positive, Positive, Positive]
 SpanRow = tuple[Count, Count, Positive, Count, Count]
 PicturesRow = tuple[tuple[PictureRow, ...], tuple[SpanRow, ...]]
 FailedRow = tuple[Count, Count, str, str | None, str | None, str | None, str | None]
 SampledRow = tuple[Count, Count, bool, tuple[Count, ...]]
 ProposalRow = tuple[Count, tuple[Count, ...], Count, Count, bool]
 
-_BLOCKS_COLUMNS = ("seq_id", "offset", "block_tokens", "keys")
+_BLOCKS_COLUMNS = ("seq_id", "offset", "block_tokens", "keys", "snapshot")
 _RESTORED_COLUMNS = ("seq_id", "tokens")
 COLUMNS = {
-    "segments[]": ("seq_id", "offset", "length", "sample", "mask", "drafts", "propose", "draft_masks"),
+    "segments[]": ("seq_id", "offset", "length", "sample", "mask", "drafts", "propose", "draft_masks", "snapshot"),
     "begin[]": ("seq_id", "prompt_tokens", "history", "sampling", "source", "request_id"),
-    "begin[].source": ("source", "restore", "move", "seen"),
-    "prefix": ("restore", "store", "drop", "restored"),
+    "begin[].source": ("source", "restore", "move", "seen", "snapshots"),
+    "prefix": ("restore", "store", "drop", "restored", "forget"),
     "prefix.restore[]": _BLOCKS_COLUMNS,
     "prefix.store[]": _BLOCKS_COLUMNS,
     "prefix.restored[]": _RESTORED_COLUMNS,
+    "prefix.forget[]": ("seq_id", "position"),
     "hidden": ("dtype", "tokens", "hidden_size"),
     "pictures": ("pictures", "spans"),
     "pictures.pictures[]": ("digest", "frames", "rows", "columns"),
@@ -179,8 +185,9 @@ def decode_step(header: StepHeader, buffers: Sequence[Part]) -> Step:
                 pictures=spans.get(index, ()),
                 draft_masks=tuple([bytes(next(masks)) if one else None for one in draft_masks]),
                 propose=propose,
+                snapshot=snapshot,
             )
-            for index, (seq_id, offset, length, sample, mask, drafts, propose, draft_masks) in enumerate(
+            for index, (seq_id, offset, length, sample, mask, drafts, propose, draft_masks, snapshot) in enumerate(
                 header.segments
             )
         ]
@@ -189,7 +196,7 @@ def decode_step(header: StepHeader, buffers: Sequence[Part]) -> Step:
     length = sum([segment.length for segment in segments])
     if length != tokens.size:
         raise malformed("tokens do not fill the segments", expected=length, found=tokens.size)
-    restore, store, drop, restored = header.prefix or ((), (), (), ())
+    restore, store, drop, restored, forget = header.prefix or ((), (), (), (), ())
     return Step(
         epoch=header.epoch,
         step_id=header.step_id,
@@ -201,6 +208,7 @@ def decode_step(header: StepHeader, buffers: Sequence[Part]) -> Step:
         restore=_decode_blocks(restore),
         store=_decode_blocks(store),
         drop=drop,
+        forget=forget,
         restored=restored,
         pictures=tuple(
             [
@@ -293,6 +301,7 @@ def _segment_row(segment: Segment) -> SegmentRow:
         segment.drafts,
         segment.propose,
         masked,
+        segment.snapshot,
     )
 
 
@@ -302,7 +311,7 @@ def _begin_row(start: SequenceStart) -> BeginRow:
     check_finite((bias for _, bias in sampling.logit_bias), "logit_bias")
     source = None
     if start.source is not None or start.seen:
-        source = (start.source, start.restore, start.move, start.seen)
+        source = (start.source, start.restore, start.move, start.seen, start.snapshots)
     return (start.seq_id, start.prompt_tokens, len(start.history), sampling, source, start.request_id)
 
 
@@ -312,7 +321,7 @@ def _decode_begin(rows: tuple[BeginRow, ...], history: npt.NDArray[np.int32]) ->
     for seq_id, prompt_tokens, count, sampling, source_row, request_id in rows:
         if sampling.seed is not None and not -(2**63) <= sampling.seed < 2**64:
             raise malformed("seed", expected=f"an integer from {-(2**63)} to {2**64 - 1}", found=sampling.seed)
-        source, restore, move, seen = source_row or (None, 0, False, ())
+        source, restore, move, seen, snapshots = source_row or (None, 0, False, (), ())
         if (source is None) != (restore == 0):
             expected = "0 without a source" if source is None else "at least 1 with a source"
             raise malformed("restore", expected=expected, found=restore)
@@ -326,6 +335,7 @@ def _decode_begin(rows: tuple[BeginRow, ...], history: npt.NDArray[np.int32]) ->
                 restore=restore,
                 move=move,
                 seen=seen,
+                snapshots=snapshots,
                 request_id=request_id,
             )
         )
@@ -336,20 +346,20 @@ def _decode_begin(rows: tuple[BeginRow, ...], history: npt.NDArray[np.int32]) ->
 
 
 def _orders_row(step: Step) -> OrdersRow | None:
-    if not (step.restore or step.store or step.drop or step.restored):
+    if not (step.restore or step.store or step.drop or step.restored or step.forget):
         return None
-    return (_blocks_rows(step.restore), _blocks_rows(step.store), step.drop, step.restored)
+    return (_blocks_rows(step.restore), _blocks_rows(step.store), step.drop, step.restored, step.forget)
 
 
 def _blocks_rows(orders: Iterable[Blocks]) -> tuple[BlocksRow, ...]:
-    return tuple([(blocks.seq_id, blocks.offset, blocks.block_tokens, blocks.keys) for blocks in orders])
+    return tuple([(each.seq_id, each.offset, each.block_tokens, each.keys, each.snapshot) for each in orders])
 
 
 def _decode_blocks(rows: Iterable[BlocksRow]) -> tuple[Blocks, ...]:
     return tuple(
         [
-            Blocks(seq_id=seq_id, offset=offset, block_tokens=block_tokens, keys=keys)
-            for seq_id, offset, block_tokens, keys in rows
+            Blocks(seq_id=seq_id, offset=offset, block_tokens=block_tokens, keys=keys, snapshot=snapshot)
+            for seq_id, offset, block_tokens, keys, snapshot in rows
         ]
     )
 

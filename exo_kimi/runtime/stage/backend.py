@@ -14,7 +14,7 @@ from typing import Protocol
 import mlx.core as mx
 
 from exo_kimi.arch.draft_modules import draft_kv_bytes_per_token
-from exo_kimi.arch.geometry import kv_bytes_per_token, served_state_bytes
+from exo_kimi.arch.geometry import kv_bytes_per_token, served_state_bytes, state_bytes_per_sequence
 from exo_kimi.checkpoint.drafts.manifest import DraftManifest, resolve_draft
 from exo_kimi.checkpoint.fingerprint import stage_fingerprint
 from exo_kimi.checkpoint.index import CheckpointIndex, open_index
@@ -32,6 +32,7 @@ from exo_kimi.runtime.stage.memory import FreeMemory, free_memory
 from exo_kimi.runtime.stage.pictures import PictureTower
 from exo_kimi.runtime.stage.prefix_disk import (
     Changed,
+    OpenedDisk,
     PrefixDisk,
     cache_identity,
     default_directory,
@@ -43,6 +44,7 @@ from exo_kimi.runtime.stage.stage_model import expert_health
 from exo_kimi.runtime.stage.warmup import warm_up
 from exo_kimi.runtime.stage.worker import StageWorker
 from exo_kimi.runtime.steps import Step, StepResult
+from exo_kimi.units import format_bytes
 
 logger = logging.getLogger(__name__)
 
@@ -234,6 +236,12 @@ class MlxBackend:
                 order.end_layer,
                 bytes_per_element=resident.dtype.size,
             ),
+            snapshot_bytes=state_bytes_per_sequence(
+                resident.manifest.config,
+                order.start_layer,
+                order.end_layer,
+                bytes_per_element=resident.dtype.size,
+            ),
         )
         if model.streamed is not None:
             model.streamed.store.on_progress = self._progress
@@ -287,7 +295,7 @@ class MlxBackend:
     def _trace_of(self, order: Load) -> Path | None:
         return self._expert_trace or (None if order.expert_trace is None else decode_path(order.expert_trace))
 
-    def open_disk(self, order: Join, changed: Changed) -> tuple[int, tuple[str, ...]]:
+    def open_disk(self, order: Join, changed: Changed) -> OpenedDisk:
         """What the disk does not allow is a warning: without it everything works, only restarts are slower."""
         loaded = self._require()
         worker = loaded.worker
@@ -296,18 +304,19 @@ class MlxBackend:
             loaded.close_disk()
         if not order.prefix_disk_bytes:
             make_blocks_private(default_directory())  # of a server that kept some
-        elif loaded.answer.state_bytes:
-            logger.warning(
-                "no prefix is kept on this machine's disk: recurrent states cannot be cut into blocks of tokens"
-            )
         elif worker.disk is None:
             try:
                 worker.disk = _make_disk(loaded, order, changed)
+                if not worker.disk.capacity_snapshots:
+                    needed = format_bytes(loaded.answer.snapshot_bytes)
+                    logger.warning(
+                        "no prefix is kept on disk: a snapshot of this stage's states takes %s there", needed
+                    )
                 loaded.disk_settings = settings
             except OSError as error:
                 where = error.filename or decode_path(order.prefix_directory or "")
                 logger.warning("no prefix is kept on this machine's disk: %s: %s", where, error.strerror)
-        return (worker.disk.capacity_blocks, worker.disk.keys()) if worker.disk is not None else (0, ())
+        return OpenedDisk.of(worker.disk)
 
     def execute(self, step: Step) -> Step | StepResult:
         loaded = self._require()
@@ -344,7 +353,9 @@ class MlxBackend:
 
 def _make_disk(loaded: _LoadedStage, order: Join, changed: Changed) -> PrefixDisk:
     load = loaded.order
-    cache = loaded.worker.model.make_cache()[0]
+    kinds = dict.fromkeys(
+        (type(cache).__name__, getattr(cache, "bits", "")) for cache in loaded.worker.model.make_cache()
+    )
     fingerprint = stage_fingerprint(loaded.resident.manifest)
     if loaded.worker.drafts is not None:
         fingerprint += f" and head {loaded.resident.draft_fingerprint}"  # whose entries lie in the blocks
@@ -353,7 +364,7 @@ def _make_disk(loaded: _LoadedStage, order: Join, changed: Changed) -> PrefixDis
         start_layer=load.start_layer,
         end_layer=load.end_layer,
         dtype=str(loaded.resident.dtype),
-        kv_format=f"{type(cache).__name__} {getattr(cache, 'bits', '')}",
+        kv_format=", ".join(f"{name} {bits}" for name, bits in kinds),
         block_tokens=order.block_tokens,
     )
     parent = decode_path(order.prefix_directory).expanduser() if order.prefix_directory else default_directory()
@@ -362,5 +373,6 @@ def _make_disk(loaded: _LoadedStage, order: Join, changed: Changed) -> PrefixDis
         identity,
         block_bytes=loaded.answer.kv_bytes_per_token * order.block_tokens,
         disk_bytes=order.prefix_disk_bytes,
+        snapshot_bytes=loaded.answer.snapshot_bytes,
         changed=changed,
     )

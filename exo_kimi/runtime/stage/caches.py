@@ -2,13 +2,14 @@
 
 A cache's `keys` and `values` are arrays (1, heads, capacity, width), of one head for latents, or tuples of such (a quantized
 cache: data, scales, biases).
-Recurrent states are not cut: a sequence begins as all of another, and gives back tokens of its newest pass alone.
+Recurrent states are not cut: a sequence begins as all of another or at a snapshot, and gives back tokens of its newest pass
+alone.
 """
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import mlx.core as mx
@@ -18,6 +19,10 @@ from exo_kimi.models.kda.recurrent_cache import RecurrentCache
 
 Leaves = dict[str, mx.array]
 """One array for each part of a cache, such as `keys` or `keys.0`."""
+
+Snapshot = tuple[tuple[mx.array | None, mx.array | None], ...]
+"""What the layers with states hold after the same tokens, in order."""
+_STATES = ("conv_state", "recurrent_state")
 
 
 def capacity_for(tokens: int, caches: Sequence[Any]) -> int:
@@ -40,17 +45,61 @@ def has_states(caches: Sequence[Any]) -> bool:
     return any(isinstance(cache, RecurrentCache) for cache in caches)
 
 
-def copy_prefix(source: Sequence[Any], target: Sequence[Any], *, length: int, capacity: int) -> None:
+def take_snapshot(caches: Sequence[Any]) -> Snapshot:
+    """The states of now, by reference, evaluated: later tokens replace arrays and write into none."""
+    snapshot = tuple(cache.state for cache in caches if isinstance(cache, RecurrentCache))
+    mx.eval([part for state in snapshot for part in state if part is not None])
+    return snapshot
+
+
+def hold_snapshot(caches: Sequence[Any], snapshot: Snapshot, length: int) -> None:
+    """Let layers with states hold those of a snapshot after `length` tokens."""
+    states = [cache for cache in caches if isinstance(cache, RecurrentCache)]
+    for cache, state in zip(states, snapshot, strict=True):
+        cache.hold(state, length)
+
+
+def snapshot_nbytes(caches: Iterable[Sequence[Any]], snapshots: Iterable[Snapshot]) -> int:
+    """Bytes of snapshots, each array once and none that a cache holds too."""
+    held = {id(part) for own in caches for cache in own if isinstance(cache, RecurrentCache) for part in cache.arrays()}
+    parts = {id(part): part for snapshot in snapshots for state in snapshot for part in state if part is not None}
+    return sum(part.nbytes for key, part in parts.items() if key not in held)
+
+
+def pack_snapshot(snapshot: Snapshot) -> Leaves:
+    """A snapshot as stacked arrays, (layers, ...) each, evaluated; nothing where no layer has states."""
+    stacked = {
+        name: mx.stack([part for state in snapshot if (part := state[index]) is not None])
+        for index, name in enumerate(_STATES)
+        if snapshot
+    }
+    mx.eval(list(stacked.values()))
+    return stacked
+
+
+def unpack_snapshot(leaves: Mapping[str, mx.array], caches: Sequence[Any]) -> Snapshot | None:
+    """The snapshot of `pack_snapshot`; None where it is none of as many layers as these caches have states."""
+    layers = sum(isinstance(cache, RecurrentCache) for cache in caches)
+    if sorted(leaves) != sorted(_STATES if layers else ()) or any(leaf.shape[0] != layers for leaf in leaves.values()):
+        return None
+    return tuple((leaves[_STATES[0]][layer], leaves[_STATES[1]][layer]) for layer in range(layers))
+
+
+def copy_prefix(
+    source: Sequence[Any], target: Sequence[Any], *, length: int, capacity: int, snapshot: Snapshot | None = None
+) -> None:
     """Let empty caches begin as the first `length` tokens of others, with room for `capacity`: one copy, evaluated here, so
-    that neither side's next write finds its buffer shared.
+    that neither side's next write finds its buffer shared. States are those of a `snapshot` where one is given.
 
     Raises:
         StageError: states that hold more than `length` tokens.
     """
     made: list[mx.array] = []
+    if snapshot is not None:
+        hold_snapshot(target, snapshot, length)
     for theirs, ours in zip(source, target, strict=True):
         if isinstance(theirs, RecurrentCache):
-            if not ours.begin_as(theirs, length):
+            if snapshot is None and not ours.begin_as(theirs, length):
                 raise _uncut(theirs, length)
             made += [part for part in ours.state if part is not None]
             continue
@@ -60,22 +109,24 @@ def copy_prefix(source: Sequence[Any], target: Sequence[Any], *, length: int, ca
     mx.eval(made)
 
 
-def trim(caches: Sequence[Any], length: int) -> None:
-    """Forget what is beyond `length` tokens; nothing is copied.
+def trim(caches: Sequence[Any], length: int, *, snapshot: Snapshot | None = None) -> None:
+    """Forget what is beyond `length` tokens; nothing is copied. States become those of a `snapshot` where one is given.
 
     Raises:
         StageError: states that cannot go back so far.
     """
-    for cache in caches:
+    if snapshot is not None:
+        hold_snapshot(caches, snapshot, length)
+    for cache in caches if snapshot is None else _growing(caches):
         count = cache.offset - length
         if cache.trim(count) != count:
             raise _uncut(cache, length)
 
 
 def cut(caches: Sequence[Any], start: int, end: int) -> Leaves:
-    """The tokens [start, end) of all layers' caches, stacked: arrays (layers, 1, 1, end - start, width), evaluated."""
+    """The tokens [start, end) of all layers' caches that grow, stacked: arrays (layers, 1, 1, end - start, width), evaluated."""
     parts: dict[str, list[mx.array]] = {}
-    for cache in caches:
+    for cache in _growing(caches):
         for name, leaf in _leaves(cache):
             parts.setdefault(name, []).append(leaf[..., start:end, :])
     stacked = {name: mx.stack(layers) for name, layers in parts.items()}
@@ -86,7 +137,7 @@ def cut(caches: Sequence[Any], start: int, end: int) -> Leaves:
 def append(caches: Sequence[Any], blocks: Mapping[str, mx.array], *, capacity: int) -> None:
     """Put stacked arrays, as `cut` makes them, behind what the caches hold; memory for `capacity` is taken at once."""
     made: list[mx.array] = []
-    for layer, cache in enumerate(caches):
+    for layer, cache in enumerate(_growing(caches)):
         start, leaves = cache.offset, dict(_leaves(cache))
         for name, stacked in blocks.items():
             block = stacked[layer]
@@ -101,6 +152,17 @@ def append(caches: Sequence[Any], blocks: Mapping[str, mx.array], *, capacity: i
         made += leaves.values()
         _put(cache, leaves, end)
     mx.eval(made)
+
+
+def growing_layers(caches: Sequence[Any]) -> int:
+    """How many of them grow by every token."""
+    return sum(1 for _ in _growing(caches))
+
+
+def trim_growing(caches: Sequence[Any], length: int) -> None:
+    """Forget what those that grow hold beyond `length` tokens."""
+    for cache in _growing(caches):
+        cache.trim(cache.offset - length)
 
 
 def _growing(caches: Sequence[Any]) -> Iterator[Any]:

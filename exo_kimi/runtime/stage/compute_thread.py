@@ -34,7 +34,7 @@ from exo_kimi.runtime.protocol.versions import Versions
 from exo_kimi.runtime.requests import ExpertHealth, StageState
 from exo_kimi.runtime.reserve import host_free_bytes
 from exo_kimi.runtime.stage.memory import FreeMemory
-from exo_kimi.runtime.stage.prefix_disk import Changed
+from exo_kimi.runtime.stage.prefix_disk import Changed, OpenedDisk
 from exo_kimi.runtime.stage.worker import as_fault
 from exo_kimi.runtime.steps import NO_EPOCH, Step, StepResult
 from exo_kimi.units import format_gb, format_seconds
@@ -136,11 +136,11 @@ class Backend(Protocol):
         """Drop every sequence and take the steps of an epoch."""
         ...
 
-    def open_disk(self, order: Join, changed: Changed) -> tuple[int, tuple[str, ...]]:
+    def open_disk(self, order: Join, changed: Changed) -> OpenedDisk:
         """Keep prefixes on disk as an order says, or none.
 
         Returns:
-            For how many blocks there is room, and the keys of those that are there.
+            For what there is room, and what is there.
         """
         ...
 
@@ -241,15 +241,16 @@ class StageCompute:
         elif isinstance(order, Join):
             self._backend.reset(order.epoch)
             self._status.epoch = order.epoch
-            disk_blocks, blocks = self._backend.open_disk(order, self._tell_blocks)
+            disk = self._backend.open_disk(order, self._tell_blocks)
             self._status.state = "ready"
             free = self._status.free = self._backend.free()
             joined = Joined(
                 epoch=order.epoch,
                 free_bytes=free.free_bytes,
                 free_scope=free.scope,
-                disk_blocks=disk_blocks,
-                blocks=pack_keys(blocks),
+                disk_blocks=disk.blocks,
+                disk_snapshots=disk.snapshots,
+                blocks=pack_keys(disk.keys),
             )
             self._post(joined)
         elif isinstance(order, DropSequences):

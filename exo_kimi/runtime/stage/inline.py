@@ -43,6 +43,7 @@ class InlinePipeline:
         ahead: see `StageWorker`.
         feature_layers: see `StageWorker`.
         load_drafts: makes the draft head of the last stage, in the thread, from that stage's model; None has none.
+        state_tokens, snapshot_tokens: see `PipelineInfo`.
     """
 
     def __init__(
@@ -58,8 +59,11 @@ class InlinePipeline:
         ahead: bool = True,
         feature_layers: Sequence[int] = (),
         load_drafts: Callable[[StageModel], DraftRunner] | None = None,
+        state_tokens: int = 0,
+        snapshot_tokens: int = 0,
     ) -> None:
         self._load = load
+        self._state_tokens, self._snapshot_tokens = state_tokens, snapshot_tokens
         self._feature_layers = tuple(feature_layers)
         self._load_drafts = load_drafts
         self._stages = stages
@@ -143,8 +147,13 @@ class InlinePipeline:
             kv_capacity_tokens=self._kv_capacity_tokens,
             cache_step=self._cache_step,
             vocab_size=workers[0].model.args.vocab_size,
-            whole_prefixes=any(has_states(worker.model.make_cache()) for worker in workers),
+            state_tokens=self._state_tokens,
+            recurrent=any(has_states(worker.model.make_cache()) for worker in workers),
+            snapshot_tokens=self._snapshot_tokens,
             disk_blocks=min((disk.capacity_blocks for disk in disks), default=0),
+            snapshot_blocks=max(
+                (-(-disk.capacity_blocks // max(1, disk.capacity_snapshots)) for disk in disks), default=1
+            ),
         )
         self._ready(workers, info, post)
         while (step := self._steps.get()) is not None and not self._closed:

@@ -1,4 +1,5 @@
-"""Prefixes on a stage's disk: blocks of its caches, each a checksummed safetensors file that is whole or not there.
+"""Prefixes on a stage's disk: blocks of its caches, each a checksummed safetensors file that is whole or not there; and, where
+layers have states, snapshots of them after some of the blocks, which are files of the same kind.
 
 Which blocks to keep is the leader's decision, as are their keys; the directory's name binds what else a cache depends on.
 Blocks are written by a thread of their own that nothing waits for: under another name, synced, and renamed, so that a process
@@ -28,8 +29,19 @@ import mlx.core as mx
 import numpy as np
 
 from exo_kimi.checkpoint.safetensors_io import StoredTensor, read_header, write_file
-from exo_kimi.runtime.prefix_key import is_key
-from exo_kimi.runtime.stage.caches import Leaves, append, capacity_for, cut
+from exo_kimi.runtime.prefix_key import is_key, is_snapshot
+from exo_kimi.runtime.stage.caches import (
+    Leaves,
+    Snapshot,
+    append,
+    capacity_for,
+    cut,
+    growing_layers,
+    hold_snapshot,
+    pack_snapshot,
+    trim_growing,
+    unpack_snapshot,
+)
 from exo_kimi.runtime.stage.drafting import BLOCK_PREFIX, DraftRunner
 from exo_kimi.runtime.stage.sequence_state import SequenceState
 from exo_kimi.runtime.steps import Blocks
@@ -119,20 +131,37 @@ class PrefixDisk:
         identity: see `cache_identity`; the directory's name.
         block_bytes: of one block's arrays.
         disk_bytes: the budget.
+        snapshot_bytes: of one snapshot's arrays; 0 where no layer has states.
         changed: told of every block that was to be written, once, and of every one that turned out to be lost.
 
     Raises:
         OSError: the directory cannot be made or listed.
     """
 
-    def __init__(self, parent: Path, identity: str, *, block_bytes: int, disk_bytes: int, changed: Changed) -> None:
+    def __init__(
+        self,
+        parent: Path,
+        identity: str,
+        *,
+        block_bytes: int,
+        disk_bytes: int,
+        changed: Changed,
+        snapshot_bytes: int = 0,
+    ) -> None:
         self.files = BlockFiles(parent / identity, identity)
-        self.capacity_blocks = disk_bytes // (block_bytes + FILE_OVERHEAD_BYTES)
+        self._block_bytes = block_bytes + FILE_OVERHEAD_BYTES
+        self._snapshot_bytes = snapshot_bytes + FILE_OVERHEAD_BYTES
+        self._disk_bytes = disk_bytes
+        self.capacity_blocks = disk_bytes // self._block_bytes
+        self.capacity_snapshots = disk_bytes // self._snapshot_bytes
         self._changed = changed
         self._keys = dict.fromkeys(self.files.prepare())
+        self._queued_bytes = 0
         self.files.delete_unused_siblings()
-        self.drop(list(self._keys)[: max(0, len(self._keys) - self.capacity_blocks)])
+        while self._keys and self._held_bytes > disk_bytes:
+            self.drop([next(iter(self._keys))])
         self._paused_until_s = 0.0
+        self._counting = threading.Lock()
         self._queue: Queue[tuple[str, Mapping[str, StoredTensor]] | None] = Queue(QUEUED_BLOCKS)
         self._thread = threading.Thread(target=self._write_all, name="prefix-disk", daemon=True)
         self._thread.start()
@@ -147,9 +176,11 @@ class PrefixDisk:
             self._changed((key,), ())
             return
         try:
-            if self._is_paused or len(self._keys) + self._queue.qsize() >= self.capacity_blocks:
+            if self._is_paused or self._held_bytes + self._queued_bytes + self._size(key) > self._disk_bytes:
                 raise Full
             self._queue.put_nowait((key, tensors))
+            with self._counting:
+                self._queued_bytes += self._size(key)
         except Full:
             self._changed((), (key,))
 
@@ -198,6 +229,13 @@ class PrefixDisk:
                 return
 
     @property
+    def _held_bytes(self) -> int:
+        return sum(map(self._size, tuple(self._keys)))
+
+    def _size(self, key: str) -> int:
+        return self._snapshot_bytes if is_snapshot(key) else self._block_bytes
+
+    @property
     def _is_paused(self) -> bool:
         return time.monotonic() < self._paused_until_s
 
@@ -217,8 +255,25 @@ class PrefixDisk:
                     getattr(error, "strerror", None) or repr(error),
                     exc_info=None if isinstance(error, OSError | MemoryError) else error,
                 )
+            with self._counting:
+                self._queued_bytes -= self._size(key)
             self._changed(*(((key,), ()) if key in self._keys else ((), (key,))))
             self._queue.task_done()
+
+
+@dataclass(frozen=True, slots=True)
+class OpenedDisk:
+    """What a stage tells of its disk: for how many blocks, or else snapshots, it has room, and the keys of what is there, the one
+    that was not used for longest first."""
+
+    blocks: int = 0
+    snapshots: int = 0
+    keys: tuple[str, ...] = ()
+
+    @classmethod
+    def of(cls, disk: PrefixDisk | None) -> OpenedDisk:
+        """Nothing without a disk."""
+        return cls() if disk is None else cls(disk.capacity_blocks, disk.capacity_snapshots, disk.keys())
 
 
 def read_blocks(disk: PrefixDisk | None, sequence: SequenceState, order: Blocks, *, drafts: DraftRunner | None) -> int:
@@ -231,14 +286,14 @@ def read_blocks(disk: PrefixDisk | None, sequence: SequenceState, order: Blocks,
         drafts: the stage's draft head, whose part of each block is restored too.
 
     Returns:
-        Tokens that the caches hold now.
+        Tokens that the caches hold now; a block less where the states after the last one were asked for and are not to be had.
     """
     found: list[Leaves] = []
     draft = sequence.draft if drafts is not None else None
     for key in order.keys:
         block = disk.read(key) if disk is not None else None
         stored = {} if block is None else {name: each for name, each in block.items() if not _is_draft(name)}
-        if block is None or not _fits(stored, layers=len(sequence.caches), tokens=order.block_tokens):
+        if block is None or not _fits(stored, layers=growing_layers(sequence.caches), tokens=order.block_tokens):
             break
         found.append({name: _to_mlx(each) for name, each in block.items() if not _is_draft(name) or draft is not None})
     if found:
@@ -252,14 +307,30 @@ def read_blocks(disk: PrefixDisk | None, sequence: SequenceState, order: Blocks,
         if drafts is not None and draft is not None:
             theirs = {name.removeprefix(BLOCK_PREFIX): leaf for name, leaf in joined.items() if _is_draft(name)}
             drafts.restore(draft, theirs, start=order.offset, total=sequence.total)
-    return order.offset + len(found) * order.block_tokens
+    reached = order.offset + len(found) * order.block_tokens
+    if order.snapshot is None or reached < order.end:
+        return reached
+    snapshot = _read_snapshot(disk, sequence, order.snapshot)
+    if snapshot is None:
+        trim_growing(sequence.caches, reached - order.block_tokens)
+        return reached - order.block_tokens
+    hold_snapshot(sequence.caches, snapshot, reached)
+    sequence.snapshots[reached] = snapshot
+    return reached
+
+
+def _read_snapshot(disk: PrefixDisk | None, sequence: SequenceState, key: str) -> Snapshot | None:
+    stored = disk.read(key) if disk is not None else None
+    if stored is None:
+        return None
+    return unpack_snapshot({name: _to_mlx(each) for name, each in stored.items()}, sequence.caches)
 
 
 def write_blocks(
     disk: PrefixDisk | None, sequence: SequenceState, order: Blocks, *, drafts: DraftRunner | None
 ) -> None:
-    """Put blocks of a sequence's caches, and what a draft head holds of it, on their way to the disk: one copy here, so that the
-    caches may grow meanwhile."""
+    """Put blocks of a sequence's caches, what a draft head holds of it and a snapshot on their way to the disk: one copy here, so
+    that the caches may grow meanwhile."""
     for index, key in enumerate(order.keys):
         start = order.offset + index * order.block_tokens
         end = start + order.block_tokens
@@ -268,6 +339,12 @@ def write_blocks(
             if drafts is not None:
                 leaves |= drafts.blocks(sequence.draft, start, end)
             disk.write(key, {name: _to_numpy(leaf) for name, leaf in leaves.items()})
+    if disk is not None and order.snapshot is not None:
+        snapshot = sequence.snapshots.get(order.end)
+        if snapshot is None:
+            disk.refuse([order.snapshot])
+        else:
+            disk.write(order.snapshot, {name: _to_numpy(leaf) for name, leaf in pack_snapshot(snapshot).items()})
 
 
 def _is_draft(name: str) -> bool:
@@ -381,7 +458,9 @@ class BlockFiles:
 
 def _fits(block: dict[str, StoredTensor], *, layers: int, tokens: int) -> bool:
     shapes = [stored.data.shape for stored in block.values()]
-    return bool(shapes) and all(len(s) == 5 and s[0] == layers and s[1:4] == (1, 1, tokens) for s in shapes)
+    return bool(shapes) == bool(layers) and all(
+        len(s) == 5 and s[0] == layers and s[1:4] == (1, 1, tokens) for s in shapes
+    )
 
 
 def _to_numpy(leaf: mx.array) -> StoredTensor:

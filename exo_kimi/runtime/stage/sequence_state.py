@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Hashable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 import mlx.core as mx
 
 from exo_kimi.errors import ProtocolError, StageError
-from exo_kimi.runtime.stage.caches import trim
+from exo_kimi.runtime.stage.caches import Snapshot, trim
 from exo_kimi.runtime.stage.drafting import DraftState
 from exo_kimi.runtime.stage.sampling import SequenceSampler
 from exo_kimi.runtime.steps import Step
@@ -30,6 +30,7 @@ class SequenceState:
         total: tokens that were known when it began.
         restoring: True until its first segment, which may start before the end of what came from disk.
         draft: as the stage's draft head follows it; None where there is none, or where it does not hold all of it.
+        snapshots: its states after some of its tokens, by position, where layers have states.
     """
 
     caches: list[Any]
@@ -39,6 +40,7 @@ class SequenceState:
     total: int = 0
     restoring: bool = True
     draft: DraftState | None = None
+    snapshots: dict[int, Snapshot] = field(default_factory=dict)
 
     def settle(self, offset: int) -> None:
         """Drop what is beyond `offset`: guesses that were wrong, or that the leader has no use for."""
@@ -54,10 +56,15 @@ class SequenceState:
 
     def begin_at(self, offset: int) -> None:
         """Go on from the first segment's offset: another stage may have read less from its disk than this one."""
-        if self.restoring and offset < self.length:
+        if self.restoring:
+            self.go_back(offset)
+        self.restoring = False
+
+    def go_back(self, offset: int) -> None:
+        """Drop what came from disk beyond `offset`."""
+        if offset < self.length:
             trim(self.caches, offset)
             self.length = offset
-        self.restoring = False
 
     @property
     def draft_nbytes(self) -> int:

@@ -18,7 +18,14 @@ from exo_kimi.errors import (
     StageOutOfMemoryError,
     machine_error,
 )
-from exo_kimi.runtime.stage.caches import capacity_for, copy_prefix, trim
+from exo_kimi.runtime.stage.caches import (
+    Snapshot,
+    capacity_for,
+    copy_prefix,
+    snapshot_nbytes,
+    take_snapshot,
+    trim,
+)
 from exo_kimi.runtime.stage.drafting import DraftRunner, DraftState
 from exo_kimi.runtime.stage.lookahead import Ahead, PreparedStep
 from exo_kimi.runtime.stage.memory import is_out_of_memory
@@ -81,9 +88,11 @@ class StageWorker:
 
     @property
     def kv_nbytes(self) -> int:
-        """Bytes that the caches hold."""
-        return sum(
-            self.model.cache_nbytes(sequence.caches) + sequence.draft_nbytes for sequence in self._sequences.values()
+        """Bytes that the caches hold, and snapshots of them."""
+        sequences = self._sequences.values()
+        snapshots = [each for sequence in sequences for each in sequence.snapshots.values()]
+        return snapshot_nbytes((sequence.caches for sequence in sequences), snapshots) + sum(
+            self.model.cache_nbytes(sequence.caches) + sequence.draft_nbytes for sequence in sequences
         )
 
     def reset(self, epoch: int) -> None:
@@ -116,6 +125,9 @@ class StageWorker:
             self._failed = {one.seq_id: one for one in step.failed} | self._failed
             for start in step.begin:
                 self._begin(start)
+            for seq_id, position in step.forget:
+                if (holder := self._sequences.get(seq_id)) is not None:
+                    holder.snapshots.pop(position, None)
             step = self._without_failed(self._restore(step))
             result = self._work(step, prepared)
             for blocks in step.store:
@@ -154,7 +166,7 @@ class StageWorker:
         if blocks.seq_id not in self._failed:
             write_blocks(self.disk, self._known(blocks.seq_id), blocks, drafts=self.drafts)
         elif self.disk is not None:
-            self.disk.refuse(blocks.keys)
+            self.disk.refuse(blocks.all_keys)
 
     def _without_failed(self, step: Step) -> Step:
         """The step without what comes for sequences that failed before, on this stage or one before it."""
@@ -179,6 +191,8 @@ class StageWorker:
         reached = dict(step.restored)
         for blocks in step.restore:
             sequence = self._known(blocks.seq_id)
+            if sequence.restoring and not blocks.offset:
+                sequence.go_back(0)
             # An order that does not follow what the cache holds follows one that failed.
             if sequence.restoring and sequence.length == blocks.offset:
                 sequence.length = read_blocks(self.disk, sequence, blocks, drafts=self.drafts)
@@ -190,15 +204,18 @@ class StageWorker:
             raise ProtocolError(f"sequence {start.seq_id} began twice", stage=self.stage)
         sampler = SequenceSampler(start) if self.model.is_last else None
         draft = self.drafts.begin(prompt_tokens=start.prompt_tokens) if self.drafts is not None else None
+        snapshots: dict[int, Snapshot] = {}
         if start.source is None:
             caches = self.model.make_cache()
         else:
+            held = self._known(start.source).snapshots
+            snapshots = {position: held[position] for position in start.snapshots if position in held}
             caches, draft = self._prefix(start, start.source)
         total = start.prompt_tokens + len(start.history)
         if start.request_id:  # a warm-up has none
             logger.info("%s begins: %d tokens, %d of them held", start.request_id, total, start.restore)
         self._sequences[start.seq_id] = SequenceState(
-            caches, length=start.restore, sampler=sampler, total=total, draft=draft
+            caches, length=start.restore, sampler=sampler, total=total, draft=draft, snapshots=snapshots
         )
 
     def _prefix(self, start: SequenceStart, source: int) -> tuple[list[Any], DraftState | None]:
@@ -216,16 +233,18 @@ class StageWorker:
                 expected=f"at most {sequence.length} tokens",
                 found=start.restore,
             )
+        snapshot = sequence.snapshots.get(start.restore)
         if start.move:
             del self._sequences[source]
-            trim(sequence.caches, start.restore)
+            trim(sequence.caches, start.restore, snapshot=snapshot)
             if (draft := sequence.draft) is not None:
                 draft.keep(start.restore)
                 draft.prompt_tokens = start.prompt_tokens
             return sequence.caches, draft
         caches = self.model.make_cache()
         total = start.prompt_tokens + len(start.history)
-        copy_prefix(sequence.caches, caches, length=start.restore, capacity=capacity_for(total, caches))
+        capacity = capacity_for(total, caches)
+        copy_prefix(sequence.caches, caches, length=start.restore, capacity=capacity, snapshot=snapshot)
         if self.drafts is None or sequence.draft is None:
             return caches, None
         draft = self.drafts.copy(sequence.draft, length=start.restore, total=total, prompt_tokens=start.prompt_tokens)
@@ -260,6 +279,8 @@ class StageWorker:
         for segment, entry in zip(step.segments, sequences, strict=True):
             entry.length += segment.length
             entry.drafts = segment.drafts
+            if segment.snapshot:
+                entry.snapshots[entry.length] = take_snapshot(entry.caches)
         return result
 
     def _forward_each(self, step: Step) -> tuple[Step, mx.array | None, mx.array | None]:

@@ -8,6 +8,7 @@ import mlx.core as mx
 
 from exo_kimi.runtime.protocol.messages import Loaded
 from exo_kimi.runtime.stage.memory import FreeMemory
+from exo_kimi.runtime.stage.prefix_disk import OpenedDisk
 from exo_kimi.runtime.stage.process import main
 from exo_kimi.runtime.steps import Sampled, StepResult
 
@@ -72,7 +73,7 @@ class FakeBackend:
         pass
 
     def open_disk(self, order, changed):
-        return 0, ()
+        return OpenedDisk()
 
     def experts(self):
         return None

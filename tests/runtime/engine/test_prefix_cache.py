@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -29,7 +30,7 @@ from exo_kimi.runtime.protocol.messages import Join, Load
 from exo_kimi.runtime.requests import GenerationRequest, SamplingParams, TokenEvent
 from exo_kimi.runtime.stage.backend import CheckpointLayers, MlxBackend
 from exo_kimi.runtime.stage.inline import InlinePipeline
-from exo_kimi.runtime.stage.prefix_disk import BlockFiles, Changed, PrefixDisk
+from exo_kimi.runtime.stage.prefix_disk import BlockFiles, Changed, OpenedDisk, PrefixDisk
 from exo_kimi.runtime.stage.stage_model import StageModel
 from exo_kimi.runtime.steps import Blocks, Segment, SequenceStart, Step
 
@@ -304,7 +305,7 @@ def test_a_backend_keeps_blocks_for_its_own_layers_and_weights_only(
     told: list[tuple[str, ...]] = []
     key = "0" * KEY_DIGITS
 
-    def joined(directory: Path, **changes: Any) -> tuple[MlxBackend, tuple[int, tuple[str, ...]]]:
+    def joined(directory: Path, **changes: Any) -> tuple[MlxBackend, OpenedDisk]:
         backend = MlxBackend(CheckpointLayers(None))
         backend.load(structs.replace(load, **changes), lambda *_: None)
         backend.reset(1)
@@ -318,9 +319,9 @@ def test_a_backend_keeps_blocks_for_its_own_layers_and_weights_only(
         )
         return backend, backend.open_disk(order, lambda added, _: told.append(added))
 
-    backend, (room, keys) = joined(tmp_path / "blocks")
-    assert room > 10
-    assert keys == ()
+    backend, opened = joined(tmp_path / "blocks")
+    assert opened.blocks > 10
+    assert opened.keys == ()
     start = SequenceStart(seq_id=0, prompt_tokens=BLOCK, sampling=SamplingParams(temperature=0.0))
     segment = Segment(seq_id=0, offset=0, length=BLOCK, sample=True)
     store = Blocks(seq_id=0, offset=0, block_tokens=BLOCK, keys=(key,))
@@ -328,8 +329,8 @@ def test_a_backend_keeps_blocks_for_its_own_layers_and_weights_only(
     backend.execute(Step(epoch=1, step_id=0, segments=(segment,), tokens=tokens, begin=(start,), store=(store,)))
     backend.unload()
     assert told == [(key,)]
-    assert joined(tmp_path / "blocks")[1] == (room, (key,))
-    assert joined(tmp_path / "blocks", dtype="bfloat16")[1][1] == ()
+    assert joined(tmp_path / "blocks")[1] == replace(opened, keys=(key,))
+    assert joined(tmp_path / "blocks", dtype="bfloat16")[1].keys == ()
     (tmp_path / "file").write_text("")
-    assert joined(tmp_path / "file")[1] == (0, ())
+    assert joined(tmp_path / "file")[1] == OpenedDisk()
     assert "no prefix is kept" in caplog.text

@@ -46,7 +46,15 @@ json_values = st.recursive(
 
 
 keys = st.lists(st.text("0123456789abcdef", min_size=32, max_size=32), max_size=3).map(tuple)
-blocks = st.builds(Blocks, seq_id=counts, offset=counts, block_tokens=st.integers(1, 2**31), keys=keys)
+snapshots = st.text("0123456789abcdef", min_size=31, max_size=31).map(lambda digits: digits + "s")
+blocks = st.builds(
+    Blocks,
+    seq_id=counts,
+    offset=counts,
+    block_tokens=st.integers(1, 2**31),
+    keys=keys,
+    snapshot=st.none() | snapshots,
+)
 
 
 texts = st.text(st.characters(exclude_categories=["Cs"]), max_size=9)
@@ -86,6 +94,7 @@ def steps(draw: st.DrawFn) -> Step:
             drafts=n // 2,
             draft_masks=tuple(draw(masks) for _ in range(n // 2)) if draw(st.booleans()) else (),
             propose=draw(st.integers(0, 6)),
+            snapshot=draw(st.booleans()),
             pictures=tuple(
                 PictureSpan(draw(counts), draw(st.integers(1, 9)), draw(st.sampled_from(pictures)).digest, draw(counts))
                 for _ in range(draw(st.integers(0, 2)) if pictures else 0)
@@ -112,6 +121,7 @@ def steps(draw: st.DrawFn) -> Step:
         restore=tuple(draw(st.lists(blocks, max_size=2))),
         store=tuple(draw(st.lists(blocks, max_size=2))),
         drop=draw(keys),
+        forget=tuple(draw(st.lists(st.tuples(counts, st.integers(0, 2**31)), max_size=2))),
         restored=tuple(draw(st.lists(st.tuples(counts, counts), max_size=2))),
         pictures=tuple(pictures),
         failed=tuple(draw(st.lists(failures, max_size=2))),
@@ -140,6 +150,7 @@ def starts(draw: st.DrawFn) -> SequenceStart:
         restore=draw(st.integers(1, 2**31)) if source is not None else 0,
         move=draw(st.booleans()) if source is not None else False,
         seen=tuple(draw(st.lists(token_ids, max_size=3))),
+        snapshots=tuple(draw(st.lists(st.integers(1, 2**31), max_size=2))) if source is not None else (),
         request_id=draw(st.text(max_size=20).filter(lambda text: text.isprintable())),
     )
 
@@ -252,8 +263,8 @@ def _decode_or_protocol_error(parts: list[bytes]) -> None:
 
 def test_another_protocol_version_is_refused_with_both_versions() -> None:
     (header,) = wire.encode(messages.Ping())
-    other = json.loads(bytes(header)) | {"version": 9}
-    with pytest.raises(ProtocolError, match=rf"(?s)version {messages.PROTOCOL_VERSION} \(this side\).*version 9"):
+    other = json.loads(bytes(header)) | {"version": 99}
+    with pytest.raises(ProtocolError, match=rf"(?s)version {messages.PROTOCOL_VERSION} \(this side\).*version 99"):
         wire.decode([json.dumps(other).encode()])
 
 
@@ -295,8 +306,8 @@ def test_hidden_states_are_not_copied_on_arrival() -> None:
 @pytest.mark.parametrize(
     ("change", "name", "expected", "found"),
     [
-        ({"segments": [[1, -5, 1, True, False, 0, 0, []]]}, "segments[0].offset", ">= 0", "-5"),
-        ({"segments": [[1, 0]]}, "segments[0]", "length 8", "[1, 0]"),
+        ({"segments": [[1, -5, 1, True, False, 0, 0, [], False]]}, "segments[0].offset", ">= 0", "-5"),
+        ({"segments": [[1, 0]]}, "segments[0]", "length 9", "[1, 0]"),
         ({"epoch": "x"}, "epoch", "`int`", "'x'"),
         ({"step_id": 2**63}, "step_id", "<= 9223372036854775807", str(2**63)),
         ({"extra": 1}, "an unknown member", "no extra", "'extra'"),
@@ -304,7 +315,8 @@ def test_hidden_states_are_not_copied_on_arrival() -> None:
         ({"hidden": ["int8", 1, 2]}, "hidden.dtype", "float32 or bfloat16 or float16", "'int8'"),
         ({"pictures": [[], [[0, 0, 1, 0, 0]]]}, "a span of a picture", "of 0 pictures", "picture 0"),
         ({"pictures": [[["00" * 16, 1, 0, 2]], []]}, "pictures.pictures[0].rows", ">= 1", "0"),
-        ({"prefix": [[], [[1, 2, 3, ["zz"]]], [], []]}, "prefix.store[0].keys[0]", "{32}", "'zz'"),
+        ({"prefix": [[], [[1, 2, 3, ["zz"], None]], [], [], []]}, "prefix.store[0].keys[0]", "{32}", "'zz'"),
+        ({"prefix": [[], [[1, 2, 3, [], "00" * 16]], [], [], []]}, "prefix.store[0].snapshot", "{31}s", "00"),
     ],
 )
 def test_a_malformed_header_is_told_by_member_expectation_and_value(

@@ -17,7 +17,7 @@ from exo_kimi.checkpoint.safetensors_io import StoredTensor
 from exo_kimi.runtime.protocol.messages import Join
 from exo_kimi.runtime.stage import prefix_disk
 from exo_kimi.runtime.stage.backend import CheckpointLayers, MlxBackend
-from exo_kimi.runtime.stage.prefix_disk import BlockFiles, DamagedBlockError, PrefixDisk
+from exo_kimi.runtime.stage.prefix_disk import BlockFiles, DamagedBlockError, OpenedDisk, PrefixDisk
 
 IDENTITY, OTHER, KEY = "0" * 32, "1" * 32, "a" * 32
 BLOCK = {"latent": StoredTensor("F32", np.arange(16, dtype=np.float32))}
@@ -89,7 +89,7 @@ def test_also_where_blocks_are_no_longer_kept(tmp_path: Path, monkeypatch: pytes
     loaded = SimpleNamespace(disk_settings=(16, 0, None), worker=SimpleNamespace(disk=None))
     monkeypatch.setattr(backend, "_require", lambda: loaded)
     order = Join(epoch=1, next_address=None, link="zmq", block_tokens=16, prefix_disk_bytes=0, prefix_directory=None)
-    assert backend.open_disk(order, lambda *_: None) == (0, ())
+    assert backend.open_disk(order, lambda *_: None) == OpenedDisk()
     assert [mode(path) for path in left] == [0o600, 0o700, 0o600, 0o700]
 
 

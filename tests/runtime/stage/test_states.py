@@ -12,6 +12,8 @@ from typing import ClassVar
 import mlx.core as mx
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 import exo_kimi
 from exo_kimi.arch.geometry import kv_bytes_per_token, served_state_bytes
@@ -256,3 +258,38 @@ def test_states_are_counted_beside_tokens() -> None:
     # 50 sequences fill the states' machine: each is a fiftieth of all tokens.
     assert found.state_tokens == 1000
     assert kv_capacity([mixed], kv_bytes=50_000_000).state_tokens == 100
+
+
+@given(
+    sizes=st.lists(st.tuples(st.integers(0, 50), st.integers(0, 5000)), min_size=1, max_size=4),
+    budget=st.integers(20_000, 200_000),
+    shares=st.tuples(st.floats(0, 1), st.floats(0, 1)),
+)
+def test_what_the_ledger_lets_in_fits_every_machine(
+    sizes: list[tuple[int, int]], budget: int, shares: tuple[float, float]
+) -> None:
+    from exo_kimi.runtime.cluster.capacity import StageMemory, kv_capacity
+
+    stages = [
+        StageMemory(
+            stage=index,
+            host=f"{index}",
+            free_bytes=10**9,
+            free_scope="process",
+            active_bytes=0,
+            weights_bytes=0,
+            kv_bytes_per_token=token_bytes,
+            state_bytes=2 * state_bytes,
+            snapshot_bytes=state_bytes,
+        )
+        for index, (token_bytes, state_bytes) in enumerate(sizes)
+    ]
+    found = kv_capacity(stages, kv_bytes=budget)
+    left = found.tokens
+    sequences = int(shares[0] * left // found.state_tokens) if found.state_tokens else 3
+    left -= sequences * found.state_tokens
+    snapshots = int(shares[1] * left // found.snapshot_tokens) if found.snapshot_tokens else 3
+    tokens = left - snapshots * found.snapshot_tokens
+    for token_bytes, state_bytes in sizes:
+        if token_bytes or state_bytes:
+            assert tokens * token_bytes + (2 * sequences + snapshots) * state_bytes <= budget
