@@ -37,7 +37,7 @@ def test_a_changed_question_leaves_the_first_as_it_was(ask: Callable[..., Questi
 
 def test_a_stage_of_a_plan_needs_what_the_question_says(random_case: Callable[[Random], Question]) -> None:
     random, planned = Random(6), 0
-    for _ in range(60):
+    for _ in range(25):
         question = random_case(random)
         try:
             found = answer(question)
@@ -49,4 +49,4 @@ def test_a_stage_of_a_plan_needs_what_the_question_says(random_case: Callable[[R
             need = question.need(stage.start_layer, stage.end_layer)
             assert (stage.need_bytes, stage.weight_bytes) == (need.total_bytes, need.weight_bytes)
             assert stage.need_bytes <= stage.limit_bytes
-    assert planned > 15
+    assert planned > 6

@@ -19,6 +19,7 @@ from exo_kimi.runtime.stage.inline import InlinePipeline
 from exo_kimi.serve.app import create_app
 
 LAYERS = 3
+NARROW = {"hidden_size": 64, "intermediate_size": 64, "moe_intermediate_size": 32}
 ASK = [{"role": "user", "content": "Name three colours."}]
 
 
@@ -30,7 +31,7 @@ def real(tmp_path_factory, make_voice, live_server):
         recipe="plain",
         dtype="F32",
         template=TEMPLATE,
-        config={"num_hidden_layers": LAYERS},
+        config={"num_hidden_layers": LAYERS, **NARROW},
     )
     voice = make_voice(directory)
 
