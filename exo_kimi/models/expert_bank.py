@@ -29,6 +29,9 @@ KEPT_BYTES = 1024**2
 READS_AHEAD = 2
 """Rounds that may be read while another computes."""
 
+PARTS = 8
+"""Of the pairs of a pass, at least: two parts are under way at a time, so that their arrays take less memory than what they return."""
+
 Ids = NDArray[np.int64]
 
 
@@ -69,8 +72,81 @@ class Experts(Protocol):
         ...
 
     def some(self, pairs: Ids, slots: Ids, count: int) -> mx.array:
-        """(p, D) of some of the `count` pairs, by number, and the slots that their experts lie in."""
+        """(p, D) of some of the `count` pairs, by number, and the slots that their experts lie in, which ascend."""
         ...
+
+
+class _RowsInParts:
+    """(P, D) rows that rounds compute, in parts. Of many rows only a few parts are under way at a time, and each is copied into one
+    array once it is there: parts that are put together at the end are in memory three times.
+
+    Args:
+        count: of all rows, P.
+    """
+
+    def __init__(self, count: int) -> None:
+        self._count = count
+        self._parts: list[tuple[int, Ids, mx.array]] = []
+        self._memory: list[_RowMemory] = []
+
+    def begin(self, number: int, rows: Ids, part: mx.array) -> None:
+        """Have a part of a round computed.
+
+        Args:
+            number: of the round.
+            rows: (p,) which rows they are.
+            part: (p, D) of them, not evaluated.
+        """
+        if not self._memory and self._count * part.itemsize * part.shape[-1] > KEPT_BYTES:
+            self._memory.append(_RowMemory(self._count, part))
+        if self._memory:
+            self._settle(len(self._parts) - 1)
+            part = part.view(mx.uint8)
+        self._parts.append((number, rows, part))
+        mx.async_eval(part)  # type: ignore[no-untyped-call]
+
+    def wait(self, rounds: int) -> None:
+        """Until so many of the first rounds are computed."""
+        self._settle(sum(number < rounds for number, _, _ in self._parts))
+
+    def whole(self) -> mx.array:
+        """All rows; not evaluated where they are few."""
+        if self._memory:
+            self._settle(len(self._parts))
+            return self._memory[0].array()
+        order = np.argsort(np.concatenate([rows for _, rows, _ in self._parts]))
+        return mx.concatenate([part for _, _, part in self._parts])[mx.array(order.astype(np.uint32))]
+
+    def _settle(self, count: int) -> None:
+        """Until so many parts, from the first, are computed."""
+        mx.eval([part for _, _, part in self._parts[: max(0, count)]])
+        while self._memory and count > 0:
+            _, rows, part = self._parts.pop(0)
+            self._memory[0].write(rows, part)
+            count -= 1
+
+
+class _RowMemory:
+    """An array of rows that are written by the processor; nobody reads it before it is whole.
+
+    Args:
+        count: of the rows.
+        like: some of them, of their width and dtype.
+    """
+
+    def __init__(self, count: int, like: mx.array) -> None:
+        self._dtype = like.dtype
+        self._raw = mx.zeros((count, like.shape[-1] * like.itemsize), mx.uint8)
+        mx.eval(self._raw)
+        self._bytes = np.asarray(memoryview(self._raw))  # type: ignore[arg-type]  # it has the buffer protocol
+
+    def write(self, rows: Ids, part: mx.array) -> None:
+        """(p,) rows from the bytes of (p, D), which are evaluated."""
+        self._bytes[rows] = np.asarray(memoryview(part))  # type: ignore[arg-type]
+
+    def array(self) -> mx.array:
+        """(P, D): the same memory."""
+        return self._raw.view(self._dtype)
 
 
 @dataclass(frozen=True, slots=True)
@@ -181,38 +257,32 @@ class ExpertBank:
         self, rounds: Sequence[Round], reads: dict[int, PendingRead], chosen: NDArray[np.uint32], experts: Experts
     ) -> mx.array:
         """`reads` has those that are under way, from the first round on."""
-        parts: list[Ids] = []
-        outputs: list[mx.array] = []
-        ends = [0]
-        """Outputs of the rounds before each, in number."""
+        rows = _RowsInParts(len(chosen))
 
-        def add(placed: Sequence[tuple[int, int]]) -> None:
+        def add(placed: Sequence[tuple[int, int]], number: int) -> None:
             if placed:
                 slots = np.full(self.layout.experts, -1)
                 slots[[expert for expert, _ in placed]] = [slot for _, slot in placed]
                 found = slots[chosen]
                 pairs = np.flatnonzero(found >= 0)
-                parts.append(pairs)
-                outputs.append(experts.some(pairs, found[pairs], len(chosen)))
-                mx.async_eval(outputs[-1])  # type: ignore[no-untyped-call]
+                for part in _by_expert(pairs, found):
+                    rows.begin(number, part, experts.some(part, found[part], len(chosen)))
 
         begun = len(reads)
         for number, each in enumerate(rounds):
             while begun <= number or (
                 begun < len(rounds) and begun < number + READS_AHEAD and rounds[begun].after <= max(0, number - 1)
             ):
-                mx.eval(outputs[: ends[rounds[begun].after]])
+                rows.wait(rounds[begun].after)
                 reads[begun] = self._begin(rounds[begun])
                 begun += 1
-            add(each.held)
+            add(each.held, number)
             reads[number].wait()
             del reads[number]
             for expert, slot in each.read:
                 self.cache.installed(expert, slot)
-            add(each.read)
-            ends.append(len(outputs))
-        order = np.argsort(np.concatenate(parts))
-        return mx.concatenate(outputs)[mx.array(order.astype(np.uint32))]
+            add(each.read, number)
+        return rows.whole()
 
     def _begin(self, each: Round) -> PendingRead:
         for _, slot in each.read:
@@ -222,6 +292,21 @@ class ExpertBank:
     def _order(self, expert: int, slot: int) -> SlotOrder:
         read = None if self._prefetcher is None else self._prefetcher.take(self.layout.layer, expert)
         return SlotOrder(self.layout, expert, self._views[slot], read)
+
+
+def _by_expert(pairs: Ids, slots: Ids) -> list[Ids]:
+    """Pairs in the order of their slots, many of them in parts: no slot in two, each of a PARTS-th of all pairs or one slot more.
+
+    Args:
+        pairs: (p,) by number.
+        slots: (P,) of all pairs.
+    """
+    order = pairs[np.argsort(slots[pairs], kind="stable")]
+    if len(slots) <= FEW_PAIRS:
+        return [order]
+    ascending = slots[order]
+    part = np.searchsorted(ascending, ascending) // (len(slots) // PARTS)
+    return np.split(order, np.flatnonzero(np.diff(part)) + 1)
 
 
 @dataclass(frozen=True, slots=True)

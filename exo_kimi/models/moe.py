@@ -302,18 +302,14 @@ class ExpertGLU(Adaptable, SwitchGLU):
         Args:
             x: (N, D) tokens.
             rows: (p,) the token of each pair.
-            experts: (p,) its expert's row.
-            in_order: whether pairs are sorted by expert first, as the call does with many.
+            experts: (p,) its expert's row, ascending.
+            in_order: whether each expert's matrices are read in one go, as the call does with many pairs.
         """
-        order = np.argsort(experts, kind="stable") if in_order else None
-        if order is not None:
-            rows, experts = rows[order], experts[order]
         tokens, chosen = mx.array(rows.astype(np.uint32)), mx.array(experts.astype(np.uint32))
         inputs, lhs = (x[tokens][:, None], None) if in_order else (x[:, None], tokens)
         gate, up = self._gate_and_up(inputs, chosen, rows=lhs, in_order=in_order)
         y = Projection.of(self["down_proj"]).of_experts(ops.swiglu(gate, up), chosen, in_order=in_order)
-        y = y.reshape(len(rows), -1)
-        return y if order is None else y[mx.array(np.argsort(order).astype(np.uint32))]
+        return y.reshape(len(rows), -1)
 
 
 @dataclass(frozen=True, slots=True)

@@ -3,7 +3,8 @@
     exo-kimi bench expert-peers --peer PYTHON [--rounds N]
 
 PYTHON is that of an environment with mlx-vlm. Ratios: tokens/s, ours over theirs, and the first token, theirs over ours, at
-least 1; bytes read while decoding, ours over theirs, at most 1. Everything comes from the page cache: the disk is not measured.
+least 1; bytes read while decoding and the most that MLX held, ours over theirs, at most 1. Seconds of the processor, theirs over
+ours, say on a busy machine what the clock does not. Everything comes from the page cache: the disk is not measured.
 """
 
 from __future__ import annotations
@@ -95,7 +96,9 @@ def _rows(share: float, pairs: Sequence[tuple[dict[str, Any], dict[str, Any]]]) 
         ),
         Row.of_pairs(f"{name}, read", both("read_bytes"), unit="bytes", inverse=True, bar=1.0, direction="at most"),
         Row.of_pairs(f"{name}, first token", both("prefill_s"), unit="s", bar=1.0),
-        Row.of_pairs(f"{name}, peak", both("peak_bytes"), unit="bytes", inverse=True),
+        Row.of_pairs(f"{name}, first token, processor", both("prefill_cpu_s"), unit="s"),
+        Row.of_pairs(f"{name}, decode, processor", both("decode_cpu_s"), unit="s"),
+        Row.of_pairs(f"{name}, peak", both("peak_bytes"), unit="bytes", inverse=True, bar=1.0, direction="at most"),
     ]
 
 

@@ -33,18 +33,19 @@ def main(directory: str, cache_bytes: str, prompt: str, new_tokens: str) -> None
         chosen: Any = mx.argmax(model.logits(hidden[-1:])[0]).item()
         return int(chosen)
 
-    started_s = time.perf_counter()
+    started_s, started_cpu_s = time.perf_counter(), time.process_time()
     tokens = [step(json.loads(prompt))]
-    prefill_s = time.perf_counter() - started_s
+    prefill_s, prefill_cpu_s = time.perf_counter() - started_s, time.process_time() - started_cpu_s
     before, before_bytes = streamed.counters, read_bytes()
-    started_s = time.perf_counter()
+    started_s, started_cpu_s = time.perf_counter(), time.process_time()
     for _ in range(int(new_tokens)):
         tokens.append(step([tokens[-1]]))
-    decode_s = time.perf_counter() - started_s
+    decode_s, decode_cpu_s = time.perf_counter() - started_s, time.process_time() - started_cpu_s
     after = streamed.counters
     found = {"tokens": tokens, "prefill_s": prefill_s, "decode_s": decode_s, "read_bytes": read_bytes() - before_bytes}
     counted = {"hits": after.hits - before.hits, "misses": after.misses - before.misses}
-    print(json.dumps({**found, **counted, "peak_bytes": mx.get_peak_memory()}))
+    processor = {"prefill_cpu_s": prefill_cpu_s, "decode_cpu_s": decode_cpu_s}
+    print(json.dumps({**found, **counted, **processor, "peak_bytes": mx.get_peak_memory()}))
 
 
 if __name__ == "__main__":

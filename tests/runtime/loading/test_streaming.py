@@ -23,7 +23,8 @@ from exo_kimi.experts.direct import is_direct
 from exo_kimi.experts.layout import layouts_of
 from exo_kimi.experts.packed import pack_directory
 from exo_kimi.experts.policies import POLICY_NAMES
-from exo_kimi.models.expert_bank import StreamedExperts
+from exo_kimi.models import expert_bank
+from exo_kimi.models.expert_bank import ExpertBank, StreamedExperts
 from exo_kimi.models.kimi_k2 import Model
 from exo_kimi.runtime.loading.loader import load, load_stage
 from tests.work import calls_of
@@ -250,6 +251,50 @@ def test_a_prompt_reads_each_expert_at_most_once(stored: Callable[..., Path]) ->
     run(model, (96,), steps=0)
     second = streamed(model).counters
     assert (second.hits, second.misses - first.misses) == (2 * 3, 2 * (EXPERTS - 3))
+
+
+@pytest.mark.parametrize(("slots", "dtype"), [(1, "float32"), (6, "float32"), (3, "bfloat16")])
+def test_a_prompt_is_put_together_in_place_and_gives_the_same_numbers(
+    stored: Callable[..., Path], monkeypatch: pytest.MonkeyPatch, slots: int, dtype: str
+) -> None:
+    directory = stored(layout="int4")
+    monkeypatch.setattr(expert_bank, "KEPT_BYTES", 0)
+    model = load_streamed(directory, slots, dtype=dtype)
+    under_way: list[int] = []
+    real = expert_bank._RowsInParts.begin
+
+    def begin(self: Any, number: int, rows: Any, part: mx.array) -> None:
+        real(self, number, rows, part)
+        under_way.append(len(self._parts))
+
+    monkeypatch.setattr(expert_bank._RowsInParts, "begin", begin)
+    found, expected = run(model, (30, 5), 1), run(load(directory, dtype=dtype, fuse=True), (30, 5), 1)
+    assert same(found, expected)
+    assert len(under_way) > 6 and max(under_way) <= 2
+
+
+def test_a_prompt_takes_no_more_memory_than_what_it_returns_and_two_parts(
+    stored: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Beside the input: all rows, and two parts of a quarter at most with what they are made of; parts that were put together at the
+    end took 4 times the rows."""
+    tokens = 512
+    model = load_streamed(stored(), 3)
+    rows_bytes = tokens * CHOSEN * SMALL["hidden_size"] * 4
+    taken: list[int] = []
+    real = ExpertBank._rounds
+
+    def rounds(self: ExpertBank, *arguments: Any) -> mx.array:
+        mx.reset_peak_memory()
+        before = mx.get_active_memory()
+        y = real(self, *arguments)
+        mx.eval(y)
+        taken.append(mx.get_peak_memory() - before)
+        return y
+
+    monkeypatch.setattr(ExpertBank, "_rounds", rounds)
+    run(model, (tokens,), steps=0)
+    assert len(taken) == 2 and max(taken) < 2.5 * rows_bytes
 
 
 def test_a_layer_that_holds_all_its_experts_has_no_bank(stored: Callable[..., Path]) -> None:
