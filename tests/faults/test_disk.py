@@ -3,29 +3,21 @@
 from __future__ import annotations
 
 import ctypes
-import json
 import mmap
 import os
-import re
 import shutil
-import signal
 import subprocess
 import sys
 import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
-import httpx
 import pytest
 
-import exo_kimi
 from exo_kimi.checkpoint.tiny.make import make_tiny
-from exo_kimi.planner.command import model_bytes
+from tests.faults.streaming_server import STALL_S, StreamingServer
 
-ROOT = Path(exo_kimi.__file__).parents[1]
-UP_S, ANSWER_S, STALL_S = 120, 90, 3
 SLOTS = 5
 pytestmark = pytest.mark.skipif(
     sys.platform != "linux" or shutil.which("cc") is None, reason="needs Linux and a compiler"
@@ -38,99 +30,40 @@ class Control(ctypes.Structure):
     _fields_ = (("failing", ctypes.c_long), ("delay_us", ctypes.c_long), ("calls", ctypes.c_long))
 
 
-class StreamingServer:
-    """`exo-kimi serve --expert-cache` over two stages, and the state of its disk."""
+class DiskServer(StreamingServer):
+    """One whose reads go through disk.c."""
 
     def __init__(self, folder: Path) -> None:
         self.model = make_tiny(folder / "tiny", layout="int4", shards=2)
-        library, control, self.log = folder / "disk.so", folder / "control", folder / "log"
+        library, control = folder / "disk.so", folder / "control"
         source = Path(__file__).with_name("disk.c")
         subprocess.run(["cc", "-shared", "-fPIC", "-O1", "-o", str(library), str(source), "-ldl"], check=True)
         control.write_bytes(bytes(ctypes.sizeof(Control)))
         self._file = control.open("r+b")
         self.disk = Control.from_buffer(mmap.mmap(self._file.fileno(), ctypes.sizeof(Control)))
-        weights = model_bytes(directory=self.model)
-        cache = (
-            2 * SLOTS * weights.slot_bytes(0, weights.layers)
-        )  # float32 scales and biases take more than stored ones
-        words = ["serve", str(self.model), "--stages", "2", "--dtype", "float32", "--port", "0", "--context", "256"]
-        words += [
-            "--expert-cache",
-            f"{cache}B",
-            "--stall-deadline",
-            f"{STALL_S}s",
-            "--speculate",
-            "off",
-            "--prefix-cache-bytes",
-            "0B",
-        ]
-        environment = {"PYTHONPATH": str(ROOT), "LD_PRELOAD": str(library), "EXO_KIMI_DISK": str(control)}
-        self._log = self.log.open("w")
-        self.process = subprocess.Popen(
-            [sys.executable, "-m", "exo_kimi", *words],
-            stdout=self._log,
-            stderr=subprocess.STDOUT,
-            env={**os.environ, **environment},
-            start_new_session=True,
-        )
-        self.url = ""
-        until_s = time.monotonic() + UP_S
-        while self.health().get("status") != "ok":
-            assert self.process.poll() is None and time.monotonic() < until_s, self.log.read_text()
-            time.sleep(0.1)
-
-    def health(self) -> dict[str, Any]:
-        if not self.url:
-            found = re.search(r"serving at ([^\s,]+)", self.log.read_text())
-            self.url = found[1] if found else ""
-        if not self.url:
-            return {}
-        try:
-            report: dict[str, Any] = httpx.get(f"{self.url}/health", timeout=10, trust_env=False).json()
-            return report
-        except (httpx.HTTPError, ValueError):
-            return {}
-
-    def ask(self, text: str, *, max_tokens: int = 6) -> tuple[int, str]:
-        """Status, and the text or the error's message."""
-        body = {"messages": [{"role": "user", "content": text}], "max_tokens": max_tokens, "temperature": 0}
-        answer = httpx.post(f"{self.url}/v1/chat/completions", json=body, timeout=ANSWER_S, trust_env=False)
-        content = json.loads(answer.content)
-        if answer.status_code != 200:
-            return answer.status_code, content["error"]["message"]
-        return 200, content["choices"][0]["message"]["content"]
-
-    def restarts(self) -> int:
-        text = httpx.get(f"{self.url}/metrics", timeout=10, trust_env=False).text
-        (count,) = re.findall(r"^exo_kimi_stage_restarts_total (\S+)$", text, re.M)
-        return round(float(count))
+        environment = {"LD_PRELOAD": str(library), "EXO_KIMI_DISK": str(control)}
+        super().__init__(self.model, folder, slots=SLOTS, environment=environment)
 
     def end(self) -> None:
-        self.process.send_signal(signal.SIGTERM)
-        try:
-            self.process.wait(20)
-        finally:
-            if self.process.poll() is None:
-                os.killpg(self.process.pid, signal.SIGKILL)
-        self._log.close()
+        super().end()
         self._file.close()
 
 
 @pytest.fixture(scope="module")
-def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[StreamingServer]:
-    one = StreamingServer(tmp_path_factory.mktemp("disk"))
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[DiskServer]:
+    one = DiskServer(tmp_path_factory.mktemp("disk"))
     yield one
     one.end()
 
 
-def test_experts_are_read_from_the_disk_that_fails_in_these_tests(server: StreamingServer) -> None:
+def test_experts_are_read_from_the_disk_that_fails_in_these_tests(server: DiskServer) -> None:
     assert server.ask("hello")[0] == 200
     before = server.disk.calls
     server.ask("another question")
     assert server.disk.calls > before
 
 
-def test_an_input_output_error_ends_its_request_by_name_and_others_go_on(server: StreamingServer) -> None:
+def test_an_input_output_error_ends_its_request_by_name_and_others_go_on(server: DiskServer) -> None:
     expected = {text: server.ask(text) for text in ("one", "two words", "and three words")}
     results: dict[str, tuple[int, str]] = {}
     askers = [
@@ -151,7 +84,7 @@ def test_an_input_output_error_ends_its_request_by_name_and_others_go_on(server:
     assert {text: server.ask(text) for text in expected} == expected
 
 
-def test_a_disk_that_stays_broken_answers_every_request_and_heals(server: StreamingServer) -> None:
+def test_a_disk_that_stays_broken_answers_every_request_and_heals(server: DiskServer) -> None:
     expected = server.ask("a broken disk")
     server.disk.failing = 10**9
     status, message = server.ask("something new for a broken disk")
@@ -161,7 +94,7 @@ def test_a_disk_that_stays_broken_answers_every_request_and_heals(server: Stream
     assert server.restarts() == 0, server.log.read_text()
 
 
-def test_reads_slower_than_the_stall_deadline_are_waited_for(server: StreamingServer) -> None:
+def test_reads_slower_than_the_stall_deadline_are_waited_for(server: DiskServer) -> None:
     """Reading that goes on is no stall, however long a pass takes."""
     expected = server.ask("patience", max_tokens=2)
     server.disk.delay_us = 40_000
@@ -174,7 +107,7 @@ def test_reads_slower_than_the_stall_deadline_are_waited_for(server: StreamingSe
     assert server.restarts() == 0, server.log.read_text()
 
 
-def test_a_file_that_is_cut_is_an_error_by_name_and_right_when_it_is_whole_again(server: StreamingServer) -> None:
+def test_a_file_that_is_cut_is_an_error_by_name_and_right_when_it_is_whole_again(server: DiskServer) -> None:
     expected = server.ask("a file that is cut")
     files = {path: path.read_bytes() for path in server.model.glob("*.safetensors")}
     for path, content in files.items():
@@ -187,7 +120,7 @@ def test_a_file_that_is_cut_is_an_error_by_name_and_right_when_it_is_whole_again
     assert server.restarts() == 0, server.log.read_text()
 
 
-def test_files_that_are_removed_are_still_read(server: StreamingServer) -> None:
+def test_files_that_are_removed_are_still_read(server: DiskServer) -> None:
     expected = server.ask("removed files")
     for path in server.model.glob("*.safetensors"):
         path.unlink()

@@ -221,6 +221,8 @@ class EpochScheduler:
         self._seq_ids = seq_ids
         self._step_ids = step_ids
         self._decode_turns: deque[Sequence] = deque()
+        self._failed: set[int] = set()
+        """Names of sequences that a stage could not go on with."""
 
     def next_step(self, choose_budget: Callable[[list[Sequence]], int]) -> Step | None:
         """See Scheduler.next_step."""
@@ -284,13 +286,17 @@ class EpochScheduler:
         return chunks | {sequence for step in self.in_flight for sequence, _ in step.restores}
 
     def failures(self, result: StepResult) -> list[tuple[Sequence, ExpertReadError]]:
-        """See Scheduler.failures."""
+        """See Scheduler.failures. One that only began from the caches of another that failed is not told: it begins again."""
         errors = {one.seq_id: one.error() for one in result.failed}
+        self._failed |= errors.keys()
         found = [sequence for sequence in self.running if sequence.seq_id in errors]
         for sequence in found:
             sequence.damaged = True
         self.prefixes.drop_damaged(errors)
-        return [(sequence, errors[sequence.seq_id]) for sequence in found]
+        heirs = [each for each in found if each.source is not None and each.source.seq_id in self._failed]
+        for sequence in heirs:
+            self.preempt(sequence)
+        return [(sequence, errors[sequence.seq_id]) for sequence in found if sequence not in heirs]
 
     def _outcomes(
         self, asked: list[ScheduledChunk], runs: list[list[Sampled]], proposals: dict[int, Proposal]

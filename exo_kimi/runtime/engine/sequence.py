@@ -277,7 +277,7 @@ class Sequence:
         self.num_computed_tokens = self.num_confirmed_tokens = 0
         self.drafts = self.draft_masks = self.proposed = self.proposed_masks = ()
         self.head.lost = False
-        self.registered = self.decoding = False
+        self.registered = self.decoding = self.damaged = False
         self.takes_over = self.source = self.restoring = self.snapshot_plan = None
         self.seq_id = -1
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import threading
 from collections.abc import Callable, Sequence
 from itertools import pairwise
 from pathlib import Path
@@ -48,8 +49,15 @@ class Disk:
     def __init__(self) -> None:
         self.faults = 0
         """Reads that fail from now on."""
+        self.gate = threading.Event()
+        """Reads wait while it is not set."""
+        self.gate.set()
+        self.waiting = 0
 
     def __call__(self, descriptor: int, buffers: Sequence[memoryview], position: int) -> int:
+        self.waiting += 1
+        self.gate.wait(60)
+        self.waiting -= 1
         if self.faults:
             self.faults -= 1
             raise OSError(5, "Input/output error")
@@ -168,6 +176,34 @@ async def test_a_read_that_fails_ends_its_request_and_no_other(make: Make, disk:
 
 class NoneYet:
     generated_tokens = 0
+
+
+async def test_who_began_from_a_sequence_whose_read_failed_begins_again(make: Make, disk: Disk) -> None:
+    """Caches are taken over while the step that fills them is still under way."""
+    shared = PROMPTS[0] + PROMPTS[2]
+    prompts = [(*shared, 3, 4), (*shared, 9), (*shared, 11, 12)]
+    async with Engine(make(None)) as engine:
+        expected = [await collect(engine, prompt) for prompt in prompts]
+    async with Engine(make(2, stages=3), prefixes=PrefixOptions()) as engine:
+        await engine.wait_ready()
+        disk.faults = 1
+        disk.gate.clear()
+        first = asyncio.create_task(collect(engine, prompts[0]))
+        while not disk.waiting:
+            await asyncio.sleep(0.001)
+        others = [asyncio.create_task(collect(engine, prompt)) for prompt in prompts[1:]]
+        scheduler = engine._scheduler.current
+        assert scheduler is not None
+        while len(scheduler.in_flight) < 2:
+            await asyncio.sleep(0.001)
+        assert all(sequence.source is not None for sequence in scheduler.running[1:])
+        disk.gate.set()
+        results = await asyncio.gather(first, *others, return_exceptions=True)
+        assert isinstance(results[0], ExpertReadError) and disk.faults == 0
+        assert results[1:] == expected[1:]
+        snapshot = engine.snapshot()
+        assert (snapshot.requests_failed_total, snapshot.restarts_total) == (1, 0)
+        assert [await collect(engine, prompt) for prompt in prompts] == expected
 
 
 async def test_a_prompt_that_fails_midway_ends_with_all_its_chunks_in_flight(make: Make, disk: Disk) -> None:
