@@ -30,7 +30,7 @@ READS_AHEAD = 2
 """Rounds that may be read while another computes."""
 
 PARTS = 8
-"""Of the pairs of a pass, at least: two parts are under way at a time, so that their arrays take less memory than what they return."""
+"""Of the pairs of a pass, at least. Two parts are under way at a time: their arrays take less than all that is returned."""
 
 Ids = NDArray[np.int64]
 
@@ -77,7 +77,7 @@ class Experts(Protocol):
 
 
 class _RowsInParts:
-    """(P, D) rows that rounds compute, in parts. Of many rows only a few parts are under way at a time, and each is copied into one
+    """(P, D) rows that rounds compute, in parts. Of many rows, two parts are under way at a time, and each is copied into one
     array once it is there: parts that are put together at the end are in memory three times.
 
     Args:

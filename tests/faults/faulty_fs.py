@@ -1,7 +1,7 @@
-"""A read-only FUSE file system over one flat directory, whose disk fails as it is told: `python faulty_fs.py SOURCE MOUNT CONTROL`.
+"""A read-only FUSE file system over one flat directory, which fails as it is told: `python faulty_fs.py SOURCE MOUNT CONTROL`.
 
-It speaks the kernel's protocol through /dev/fuse and needs no library. Linux, root. Files are opened with FOPEN_DIRECT_IO, so that
-every read of a program comes here, whatever is in the page cache. Source: linux/fuse.h, protocol 7.31.
+It speaks the kernel's protocol through /dev/fuse and needs no library. Linux, root. Files are opened with FOPEN_DIRECT_IO, so
+that every read of a program comes here, whatever is in the page cache. Source: linux/fuse.h, protocol 7.31.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""A whole server whose checkpoint lies on a real file system that fails: FUSE, so that its reads are the kernel's own. Linux, root."""
+"""A whole server whose checkpoint lies on a file system that fails: its reads are the kernel's own. Linux, root."""
 
 from __future__ import annotations
 

@@ -276,8 +276,8 @@ def test_a_prompt_is_put_together_in_place_and_gives_the_same_numbers(
 def test_a_prompt_takes_no_more_memory_than_what_it_returns_and_two_parts(
     stored: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Beside the input: all rows, and two parts of a quarter at most with what they are made of; parts that were put together at the
-    end took 4 times the rows."""
+    """Beside the input: all rows, and two parts of a quarter at most with what they are made of; parts that were put together at
+    the end took 4 times the rows."""
     tokens = 512
     model = load_streamed(stored(), 3)
     rows_bytes = tokens * CHOSEN * SMALL["hidden_size"] * 4
