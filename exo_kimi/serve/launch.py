@@ -20,13 +20,14 @@ from exo_kimi.experts.budget import DEFAULT_PREFETCH, ExpertCache
 from exo_kimi.experts.direct import DEFAULT_READS
 from exo_kimi.experts.options import ExpertOptions
 from exo_kimi.experts.policies import DEFAULT_POLICY
+from exo_kimi.experts.traces.growing import begin_file, trace_file
 from exo_kimi.pictures.fetching import fetch_picture
 from exo_kimi.pictures.picture import PixelRules
 from exo_kimi.pictures.reader import PictureReader
 from exo_kimi.planner.matching import check_matches, check_tower_planned
 from exo_kimi.planner.plan import Plan, check_headroom, read_plan
 from exo_kimi.planner.weights.bytes import bytes_of_manifest
-from exo_kimi.runtime.cluster.cluster_plan import make_plan, trace_file
+from exo_kimi.runtime.cluster.cluster_plan import make_plan
 from exo_kimi.runtime.cluster.supervisor import ClusterOptions, StageCluster
 from exo_kimi.runtime.descriptors import raise_descriptor_limit
 from exo_kimi.runtime.engine.draft_policy import DraftTokens
@@ -228,7 +229,7 @@ def _begin_traces(path: Path | None, *, stages: int, local: int) -> None:
     files = [] if path is None else [trace_file(path, stage, stages) for stage in range(local)]
     for file in files:
         try:
-            file.write_bytes(b"")
+            begin_file(file)
         except OSError as error:
             raise UsageError(
                 "the trace cannot be written", found=error.strerror, where=f"--trace-experts {file}"

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
 from exo_kimi.errors import UsageError
-from exo_kimi.experts.traces.growing import GrowingTrace
+from exo_kimi.experts.traces.growing import GrowingTrace, begin_file
 from exo_kimi.experts.traces.trace import ExpertTrace, read_trace, read_traces
 
 PASSES = [np.array([[[1, 300], [2, 3]], [[0, 5], [7, 6]]]), np.array([[[9, 8]], [[4, 2]]])]
@@ -42,6 +43,22 @@ def test_a_pass_that_was_cut_is_left_out_and_the_next_follows_the_last_whole_one
         assert path.read_bytes() == whole
     grow(path, PASSES[1:], source="others")
     assert read_trace(path).calls.tolist() == [1]
+
+
+def test_two_processes_do_not_write_one_file(tmp_path: Path) -> None:
+    """Such as two servers with one `--trace-experts`: the passes of both would be no trace."""
+    path = tmp_path / "t.trace"
+    form: dict[str, Any] = {"experts": 384, "chosen": 2, "layers": (1, 2), "source": "chats"}
+    first = GrowingTrace.open(path, **form)
+    first.add(PASSES[0])
+    for other in (lambda: GrowingTrace.open(path, **form), lambda: begin_file(path)):
+        with pytest.raises(OSError, match="another process writes it") as caught:
+            other()
+        assert caught.value.filename == str(path)
+    first.add(PASSES[1])
+    first.close()
+    assert read_trace(path).calls.tolist() == [2, 1]
+    GrowingTrace.open(path, **form).close()
 
 
 def test_files_of_several_stages_are_one_trace(tmp_path: Path) -> None:

@@ -6,6 +6,8 @@ all little-endian. A pass that was cut in the middle is left out.
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -46,13 +48,11 @@ class GrowingTrace:
             source: what is traced, for people.
 
         Raises:
-            OSError: it cannot be written.
+            OSError: it cannot be written, or another process writes it.
         """
         header = {"exo_kimi_expert_trace": VERSION, "experts": experts, "chosen": chosen, "layers": list(layers)}
         line = json.dumps({**header, "source": source}, separators=(",", ":")).encode() + b"\n"
-        with path.open("ab") as _:
-            pass
-        file = path.open("r+b", buffering=0)
+        file = _locked(path)
         if file.read(len(line)) == line:
             file.seek(_end_of_passes(path, len(line), 2 * chosen * len(layers)))
         else:
@@ -76,6 +76,36 @@ class GrowingTrace:
     def close(self) -> None:
         """Nothing more comes."""
         self._file.close()
+
+
+def trace_file(path: Path, stage: int, stages: int) -> Path:
+    """Where a stage writes its part of a trace: `chat.trace` becomes `chat.stage-0.trace`, and so on."""
+    return path if stages == 1 else path.with_name(f"{path.stem}.stage-{stage}{path.suffix}")
+
+
+def begin_file(path: Path) -> None:
+    """Make the empty file of a trace to come.
+
+    Raises:
+        OSError: it cannot be written, or another process writes it.
+    """
+    with _locked(path) as file:
+        file.truncate()
+
+
+def _locked(path: Path) -> BinaryIO:
+    """A file, made if there is none, that nobody else writes until it is closed: passes of two processes make no trace."""
+    with path.open("ab") as _:
+        pass
+    file = path.open("r+b", buffering=0)
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        file.close()
+        if error.errno not in (errno.EAGAIN, errno.EACCES):
+            raise
+        raise OSError(error.errno, "another process writes it", str(path)) from None
+    return file
 
 
 def read_growing(path: Path) -> dict[str, Any]:

@@ -34,7 +34,7 @@ from exo_kimi.plugin.runner.engine import CancelReceiver, Follower, KimiEngine, 
 from exo_kimi.plugin.runner.events import RunnerEvents
 from exo_kimi.plugin.runner.leader import READY_S, Leader, cluster_plan, config_hash
 from exo_kimi.plugin.runner.neighbours import check_neighbours
-from exo_kimi.plugin.runner.options import EngineOptions, draft_of
+from exo_kimi.plugin.runner.options import EngineOptions, draft_of, expert_trace_of
 from exo_kimi.plugin.runner.rank_messages import RankMessagesReader
 from exo_kimi.plugin.runner.stage import StageHost
 from exo_kimi.runtime.engine.speculation import Drafter
@@ -124,6 +124,7 @@ class KimiBuilder:
             config_hash=config_hash(manifest.config),
             tower=tower,
             draft=draft if own.stage == own.stages - 1 else None,
+            expert_trace=expert_trace_of(own.stage, own.stages),
         )
         for fraction in loading:
             loaded = min(int(fraction * layers), layers)

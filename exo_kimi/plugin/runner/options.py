@@ -12,6 +12,7 @@ from exo_kimi.experts.budget import DEFAULT_PREFETCH, ExpertCache
 from exo_kimi.experts.direct import DEFAULT_READS
 from exo_kimi.experts.options import ExpertOptions
 from exo_kimi.experts.policies import DEFAULT_POLICY
+from exo_kimi.experts.traces.growing import trace_file
 from exo_kimi.runtime.engine.draft_policy import MOST_HEAD_DRAFTS, DraftTokens
 from exo_kimi.units import parse_bytes
 
@@ -111,11 +112,12 @@ def expert_cache_of(environment: Mapping[str, str] | None = None) -> ExpertCache
     return options.cache()
 
 
-def expert_trace_of(environment: Mapping[str, str] | None = None) -> Path | None:
-    """This node's file for which experts are asked for; None where nothing is said."""
+def expert_trace_of(stage: int, stages: int, environment: Mapping[str, str] | None = None) -> Path | None:
+    """A stage's file for which experts are asked for: several nodes of one machine have one of their own each, named as those of
+    `serve`. None where nothing is said."""
     given = os.environ if environment is None else environment
     text = given.get(EXPERT_TRACE)
-    return None if not text else Path(text).expanduser()
+    return None if not text else trace_file(Path(text).expanduser(), stage, stages)
 
 
 def _size(given: Mapping[str, str], name: str) -> int | None:

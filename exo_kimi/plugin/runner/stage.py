@@ -13,13 +13,14 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from dataclasses import dataclass
+from pathlib import Path
 from queue import SimpleQueue
 
 from exo_kimi.checkpoint.drafts.manifest import DraftManifest
 from exo_kimi.checkpoint.manifest import StageManifest
 from exo_kimi.checkpoint.vision import VisionManifest
 from exo_kimi.errors import AddressError, CheckpointError, ExoKimiError, StageError
-from exo_kimi.plugin.runner.options import DRAFT, expert_cache_of, expert_trace_of
+from exo_kimi.plugin.runner.options import DRAFT, expert_cache_of
 from exo_kimi.runtime.protocol.messages import Load
 from exo_kimi.runtime.protocol.versions import Versions
 from exo_kimi.runtime.stage.backend import MlxBackend
@@ -100,6 +101,7 @@ class _Wanted:
     config_hash: str
     tower: VisionManifest | None
     draft: DraftManifest | None
+    expert_trace: Path | None
 
 
 class StageHost:
@@ -131,13 +133,14 @@ class StageHost:
         config_hash: str,
         tower: VisionManifest | None = None,
         draft: DraftManifest | None = None,
+        expert_trace: Path | None = None,
     ) -> Iterator[float]:
         """Load this stage's layers, and with them the tower for pictures or the draft head; yields the fraction done.
 
         Raises:
             CheckpointError, RuntimeFault: it cannot be done.
         """
-        self._to_load.put(_Wanted(manifest, stage, config_hash, tower, draft))
+        self._to_load.put(_Wanted(manifest, stage, config_hash, tower, draft, expert_trace))
         while not self._loaded.done():
             time.sleep(_POLL_S)
             if self.status.total_bytes:
@@ -190,7 +193,7 @@ class StageHost:
                 expert_cache=expert_cache_of(),
                 draft=wanted.draft,
             )
-            backend = MlxBackend(PreloadedLayers(resident, wanted.config_hash), expert_trace=expert_trace_of())
+            backend = MlxBackend(PreloadedLayers(resident, wanted.config_hash), expert_trace=wanted.expert_trace)
             del resident  # from here on the backend's to drop
             status.active_bytes, status.peak_bytes = backend.memory()
             status.free = backend.free()

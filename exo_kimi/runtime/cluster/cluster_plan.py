@@ -17,6 +17,7 @@ from exo_kimi.checkpoint.vision import VisionManifest
 from exo_kimi.errors import UsageError
 from exo_kimi.experts.budget import ExpertCache, shares_of, slots_for
 from exo_kimi.experts.layout import FLOAT_NAMES, layouts_of
+from exo_kimi.experts.traces.growing import trace_file
 from exo_kimi.planner.split import balanced_split, parse_split
 from exo_kimi.planner.weights.bytes import bytes_of_manifest
 from exo_kimi.runtime.protocol.messages import Load, PinnedExperts, encode_path
@@ -165,11 +166,6 @@ def make_plan(
         expert_bytes = sum(each.resident_bytes for each in manifest.sources if each.spec.kind == "experts")
         plans.append(StagePlan(load=load, remote=remote, resident_bytes=weights_bytes, expert_bytes=expert_bytes))
     return ClusterPlan(directory=checkpoint.directory, config=config, stages=tuple(plans), key=key)
-
-
-def trace_file(path: Path, stage: int, stages: int) -> Path:
-    """Where a stage writes its part of a trace: `chat.trace` becomes `chat.stage-0.trace`, and so on."""
-    return path if stages == 1 else path.with_name(f"{path.stem}.stage-{stage}{path.suffix}")
 
 
 def _trace_path(path: Path | None, stage: int, stages: int) -> str | None:

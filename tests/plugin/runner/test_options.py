@@ -15,7 +15,7 @@ from exo_kimi.experts.budget import ExpertCache
 from exo_kimi.plugin.runner import runner71
 from exo_kimi.plugin.runner.builder import KimiBuilder
 from exo_kimi.plugin.runner.engine import KimiEngine
-from exo_kimi.plugin.runner.options import EngineOptions, expert_cache_of
+from exo_kimi.plugin.runner.options import EngineOptions, expert_cache_of, expert_trace_of
 
 
 @pytest.mark.parametrize(
@@ -48,6 +48,14 @@ def test_a_value_that_makes_no_sense_is_told_with_its_name(name: str, value: str
     with pytest.raises(UsageError, match=name) as told:
         EngineOptions.from_environment({name: value})
     assert value in str(told.value)
+
+
+def test_nodes_of_one_machine_trace_into_a_file_each() -> None:
+    given = {"EXO_KIMI_TRACE_EXPERTS": "/traces/chats.trace"}
+    files = [expert_trace_of(stage, 2, given) for stage in (0, 1)]
+    assert files == [Path("/traces/chats.stage-0.trace"), Path("/traces/chats.stage-1.trace")]
+    assert expert_trace_of(0, 1, given) == Path("/traces/chats.trace")
+    assert expert_trace_of(0, 1, {}) is None
 
 
 def test_a_node_says_for_itself_how_many_experts_it_holds() -> None:
