@@ -12,7 +12,7 @@ from typing import Protocol
 
 from exo_kimi.errors import RuntimeFault
 from exo_kimi.runtime.requests import StageHealth
-from exo_kimi.runtime.steps import Step, StepResult
+from exo_kimi.runtime.steps import HeldCaches, Step, StepResult
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -46,12 +46,20 @@ class PipelineInfo:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Ready:
-    """Every stage is loaded and empty. Steps carry this `epoch` until the next Failed. `blocks`: for each stage the keys of
-    the blocks on its disk, the one that was not used for longest first."""
+    """Every stage is loaded, and runs no sequence. Steps carry this `epoch` until the next Failed.
+
+    Args:
+        epoch: greater than any before.
+        info: what the stages can hold.
+        blocks: for each stage the keys of the blocks on its disk, the one that was not used for longest first.
+        held: for each stage the caches that it kept of the epoch before; a sequence may begin from those that all of them hold,
+            and the others are to be freed.
+    """
 
     epoch: int
     info: PipelineInfo
     blocks: tuple[tuple[str, ...], ...] = ()
+    held: tuple[tuple[HeldCaches, ...], ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -67,7 +75,7 @@ class DiskBlocks:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Failed:
-    """The chain broke: every sequence on every stage is gone, no result of the epoch follows. While `recovering`, a Ready
+    """The chain broke: no sequence runs any more, no result of the epoch follows. While `recovering`, a Ready
     with a greater epoch or another Failed is to come and requests that wait may go on waiting; otherwise it stays down."""
 
     error: RuntimeFault

@@ -196,6 +196,8 @@ class EngineSnapshot:
     requests_cancelled_total: int = 0
     requests_interrupted_total: int = 0
     requests_resumed_total: int = 0
+    resumed_tokens_total: int = 0
+    """Tokens of interrupted requests, prompts and answers, that were not computed again: caches outlived the fault."""
     prompt_tokens_total: int = 0
     cached_tokens_total: int = 0
     prefix_evictions_total: int = 0

@@ -86,6 +86,16 @@ class Blocks:
         return self.keys if self.snapshot is None else (*self.keys, self.snapshot)
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class HeldCaches:
+    """Caches that a stage holds over an epoch, under the name of their sequence: of its first `tokens` tokens, and of any fewer down
+    to `least_tokens`, which is 0 but for states of one size."""
+
+    seq_id: int
+    tokens: int
+    least_tokens: int = 0
+
+
 @dataclass(frozen=True, slots=True)
 class PictureSpan:
     """Media tokens of a segment: from its token `start` on, `tokens` of them take the vectors of picture `digest` from its

@@ -117,6 +117,7 @@ def _counters(snapshot: EngineSnapshot) -> Iterator[Metric]:
         ("requests_cancelled", "Sequences whose client went away or had enough", snapshot.requests_cancelled_total),
         ("requests_interrupted", "Times that a sequence waited for failed stages", snapshot.requests_interrupted_total),
         ("requests_resumed", "Times that such a sequence went on", snapshot.requests_resumed_total),
+        ("resumed_tokens", "Tokens of such sequences that stages or disks still cached", snapshot.resumed_tokens_total),
         ("prompt_tokens", "Prompt tokens", snapshot.prompt_tokens_total),
         ("cached_prompt_tokens", "Prompt tokens that were found in a cache", snapshot.cached_tokens_total),
         ("prefix_evictions", "Caches of ended sequences dropped for want of memory", snapshot.prefix_evictions_total),

@@ -89,6 +89,16 @@ class RecurrentCache:
         self.offset, self._before = target, [each for each in self._before if each.offset < target]
         return count
 
+    @property
+    def least_offset(self) -> int:
+        """The fewest tokens down to which `trim` can go back, one by one."""
+        least = self.offset
+        for each in reversed(self._before):
+            if each.replay is None and each.offset < least - 1:
+                break
+            least = each.offset
+        return least
+
     def begin_as(self, other: RecurrentCache, length: int) -> bool:
         """Hold what another does after `length` tokens, by reference; False where it cannot tell that."""
         self.conv_state, self.recurrent_state, self.offset = other.conv_state, other.recurrent_state, other.offset

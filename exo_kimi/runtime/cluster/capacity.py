@@ -31,6 +31,7 @@ class StageMemory:
         waiting_bytes: what features take at most that wait for a draft head.
         state_bytes: what a sequence of any length takes beside.
         snapshot_bytes: what a snapshot of its states takes.
+        kept_bytes: what caches of an epoch before take now; they are no less free than if they had been dropped.
     """
 
     stage: int
@@ -43,6 +44,7 @@ class StageMemory:
     waiting_bytes: int = 0
     state_bytes: int = 0
     snapshot_bytes: int = 0
+    kept_bytes: int = 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -171,8 +173,11 @@ def _by_host(stages: Iterable[StageMemory]) -> list[list[StageMemory]]:
 def _host_free_bytes(neighbours: Sequence[StageMemory]) -> int:
     """A stage that knows Metal's limit and its own share of it does not see what its neighbours hold."""
     active_bytes = sum(stage.active_bytes for stage in neighbours)
+    kept_bytes = sum(stage.kept_bytes for stage in neighbours)
     return min(
-        stage.free_bytes - (active_bytes - stage.active_bytes if stage.free_scope == "process" else 0)
+        stage.free_bytes + stage.kept_bytes - (active_bytes - stage.active_bytes)
+        if stage.free_scope == "process"
+        else stage.free_bytes + kept_bytes
         for stage in neighbours
     )
 

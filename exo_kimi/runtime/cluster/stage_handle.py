@@ -84,7 +84,7 @@ class ConnectedStage:
         return loaded
 
     async def join(self, epoch: int, next_address: str | None, *, block_tokens: int) -> Joined:
-        """Have the stage drop its sequences and link to the next one.
+        """Have the stage end its sequences, keep their caches, and link to the next one.
 
         Raises:
             RuntimeFault: as the stage reported it.
@@ -92,6 +92,7 @@ class ConnectedStage:
         directory = self._options.prefix_directory
         join = Join(
             epoch=epoch,
+            keep=True,
             next_address=next_address,
             link=self._options.link,
             block_tokens=block_tokens,
@@ -115,6 +116,7 @@ class ConnectedStage:
             waiting_bytes=self.loaded.waiting_bytes if self.loaded is not None else 0,
             state_bytes=self.loaded.state_bytes if self.loaded is not None else 0,
             snapshot_bytes=self.loaded.snapshot_bytes if self.loaded is not None else 0,
+            kept_bytes=self.joined.kept_bytes if self.joined is not None else 0,
         )
 
 

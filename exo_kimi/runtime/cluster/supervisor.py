@@ -1,7 +1,7 @@
 """The cluster of stages behind the Pipeline protocol: brought up, watched, and brought up again after a fault.
 
 A fault ends an epoch: requests in flight are told, broken stages are started or connected anew, the others keep their
-weights and only drop their sequences.
+weights and caches and only end their sequences.
 """
 
 from __future__ import annotations
@@ -276,7 +276,8 @@ class StageCluster:
         self._unanswered.clear()
         logger.info("%d stages are ready after %.1f s", self.stages, time.monotonic() - started_s)
         blocks = tuple(unpack_keys(one.blocks) for one in joined)
-        self._events.put_nowait(Ready(epoch=self._epoch, info=self._info, blocks=blocks))
+        held = tuple(tuple(caches.held() for caches in one.kept) for one in joined)
+        self._events.put_nowait(Ready(epoch=self._epoch, info=self._info, blocks=blocks, held=held))
         if not self._first.done():
             self._first.set_result(None)
 

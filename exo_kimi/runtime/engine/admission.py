@@ -160,6 +160,11 @@ class KvLedger:
         self._snapshots[seq_id] -= 1
         self.reserved_tokens -= self.limits.snapshot_tokens
 
+    def take(self, seq_id: int, cached_tokens: int) -> None:
+        """Count what the stages hold already, whether it fits or not: cached tokens, in whole steps."""
+        self._held[seq_id] = self.held(seq_id) + cached_tokens
+        self.reserved_tokens += cached_tokens
+
     def transfer(self, seq_id: int, to: int) -> None:
         """Let a new name hold all that another held."""
         for held in (self._held, self._snapshots):

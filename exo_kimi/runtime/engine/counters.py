@@ -84,6 +84,7 @@ class Counters:
             requests_resumed_total=survival.resumed,
             prompt_tokens_total=counts.prompt_tokens,
             cached_tokens_total=counts.prefixes.cached_tokens,
+            resumed_tokens_total=counts.prefixes.resumed_tokens,
             prefix_evictions_total=counts.prefixes.evictions,
             prefix_snapshots=len(current.prefixes.snapshots) if current is not None else 0,
             prefix_snapshots_total=counts.prefixes.snapshots,

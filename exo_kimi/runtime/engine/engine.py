@@ -272,7 +272,7 @@ class Engine:
         if self._scheduler.epoch is not None:  # no Failed came before
             self._fail(StageError("the stages started again"))
         self._limits = Limits.of(event.info, context=self._context)
-        self._scheduler.open(event, self._limits)
+        kept_tokens = self._scheduler.open(event, self._limits)
         self._pacer.forget()
         self._counters.epochs += 1
         self._down = None
@@ -280,6 +280,7 @@ class Engine:
         self._ready.set()
         self._counters.note(
             f"ready: {self.pipeline.stages} stages, KV memory for {self._limits.kv_capacity_tokens} tokens"
+            + (f", {kept_tokens} tokens still cached" if kept_tokens else "")
         )
         for sequence in list(self._scheduler.waiting):
             try:

@@ -9,9 +9,11 @@ see `snapshots`.
 from __future__ import annotations
 
 from collections.abc import Container, Iterable, Iterator
+from collections.abc import Sequence as Stages
 from dataclasses import dataclass, replace
 
 from exo_kimi.runtime.engine.admission import KvLedger
+from exo_kimi.runtime.engine.kept_caches import KnownCaches, held_by_all
 from exo_kimi.runtime.engine.prefix_index import (
     CachedPrefix,
     DiskBlockIndex,
@@ -23,7 +25,7 @@ from exo_kimi.runtime.engine.sequence import DiskRestore, PrefixSource, Sequence
 from exo_kimi.runtime.engine.snapshots import MOST_SNAPSHOTS, Snapshot, SnapshotTable, positions_of, thinned
 from exo_kimi.runtime.pipeline import DiskBlocks, Ready
 from exo_kimi.runtime.prefix_key import block_keys, snapshot_key
-from exo_kimi.runtime.steps import Blocks
+from exo_kimi.runtime.steps import Blocks, HeldCaches
 
 RESTORE_BLOCKS = 8  # read within one step, so that what decodes beside waits for no more
 STORE_BLOCKS, IDLE_STORE_BLOCKS = 2, 8  # copied within one step that has other work, or none
@@ -43,13 +45,21 @@ class PrefixOptions:
 
 @dataclass(slots=True, kw_only=True)
 class PrefixCounts:
-    """Totals since the start: prompt tokens that were not computed, cached prefixes that gave way to something else, snapshots of
-    states that were taken, and such on disk that some stage had lost."""
+    """Totals since the start.
+
+    Args:
+        cached_tokens: prompt tokens that were not computed.
+        evictions: cached prefixes that gave way to something else.
+        snapshots: of states, that were taken.
+        lost_snapshots: of states, on disk, that some stage had lost.
+        resumed_tokens: tokens of interrupted sequences that were not computed again.
+    """
 
     cached_tokens: int = 0
     evictions: int = 0
     snapshots: int = 0
     lost_snapshots: int = 0
+    resumed_tokens: int = 0
 
 
 class PrefixCache:
@@ -100,6 +110,38 @@ class PrefixCache:
         else:
             self.blocks = DiskBlockIndex(block_tokens=ledger.limits.cache_step)
 
+    def known(self) -> Iterator[KnownCaches]:
+        """What is cached of sequences that ended, the one that was not used for longest first."""
+        for kept in self.index:
+            yield KnownCaches(seq_id=kept.seq_id, tokens=kept.tokens, reserved_tokens=self._ledger.held(kept.seq_id))
+
+    def adopt(self, known: Iterable[KnownCaches], stages: Stages[Stages[HeldCaches]]) -> int:
+        """Offer the caches of the epoch before that every stage still holds, and have the others freed.
+
+        Args:
+            known: what the leader knew of them; what was used last comes last.
+            stages: what each stage holds.
+
+        Returns:
+            How many tokens they hold.
+        """
+        unknown = {each.seq_id for held in stages for each in held}
+        for each in held_by_all(known, stages) if self.options is not None else ():
+            if not self._worthwhile(len(each.tokens) - self._held_back):
+                continue
+            unknown.discard(each.seq_id)
+            self._ledger.take(each.seq_id, each.reserved_tokens)
+            kept = CachedPrefix(each.seq_id, each.tokens)
+            covered = self.index.add(kept)
+            if kept not in covered:
+                self._request_stores(kept)
+            for other in covered:
+                self._drop(other)
+        while self._ledger.free_tokens < 0 and self.evict_one():
+            pass  # less memory came back
+        self._frees += sorted(unknown)
+        return sum(len(kept.tokens) for kept in self.index)
+
     @property
     def kept_tokens(self) -> int:
         """KV memory, in tokens, that caches of ended sequences take."""
@@ -135,7 +177,7 @@ class PrefixCache:
         kept = CachedPrefix(sequence.seq_id, sequence.prefix_ids(known))
         covered = self.index.add(kept)
         if kept not in covered:
-            self._request_stores(sequence)
+            self._request_stores(kept)
         for other in covered:
             self._drop(other)
         while self._budget_tokens is not None and self.kept_tokens > self._budget_tokens:
@@ -349,7 +391,8 @@ class PrefixCache:
     def on_prompt_sent(self, sequence: Sequence) -> None:
         """All that was known of a sequence has been sent."""
         if sequence.request.use_prefix_cache:
-            self._request_stores(sequence)
+            sent = sequence.prefix_ids(sequence.num_computed_tokens)
+            self._request_stores(CachedPrefix(sequence.seq_id, sent))
 
     def on_begin(self, sequence: Sequence) -> None:
         """A sequence is about to be registered on the stages: it holds the snapshot where it begins, too."""
@@ -434,6 +477,8 @@ class PrefixCache:
         if sequence.cached_tokens is None:
             sequence.cached_tokens = min(tokens, sequence.prompt_tokens)
             self.counts.cached_tokens += sequence.cached_tokens
+        if sequence.interruption is not None:
+            self.counts.resumed_tokens += tokens
 
     def _best(self, tokens: Tokens) -> tuple[CachedPrefix, int] | None:
         best = self._best_states(tokens) if self._recurrent else self.index.best(tokens)
@@ -455,15 +500,14 @@ class PrefixCache:
     def _worthwhile(self, count: int) -> bool:
         return count >= max(1, self._block_tokens // FEW_BLOCKS)
 
-    def _request_stores(self, sequence: Sequence) -> None:
+    def _request_stores(self, kept: CachedPrefix) -> None:
         if not self.blocks.capacity_blocks:
             return
-        snapshots = self.snapshots.keys(sequence.seq_id)
-        end = sequence.num_computed_tokens
+        snapshots = self.snapshots.keys(kept.seq_id)
+        tokens = kept.tokens
         if self._recurrent:  # what lies after the last snapshot would never be read
-            end = max((position for position, _ in snapshots), default=0)
-        keys = block_keys(sequence.prefix_ids(end), self._block_tokens)
-        self.blocks.request_stores(sequence.seq_id, keys, snapshots)
+            tokens = tokens[: max((position for position, _ in snapshots), default=0)]
+        self.blocks.request_stores(kept.seq_id, block_keys(tokens, self._block_tokens), snapshots)
 
     def _evict(self, kept: CachedPrefix) -> None:
         self.counts.evictions += 1

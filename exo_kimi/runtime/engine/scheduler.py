@@ -22,6 +22,7 @@ import numpy as np
 
 from exo_kimi.errors import ExpertReadError, ProtocolError
 from exo_kimi.runtime.engine.admission import KvLedger, Limits
+from exo_kimi.runtime.engine.kept_caches import KnownCaches
 from exo_kimi.runtime.engine.prefix_cache import PrefixCache, PrefixCounts, PrefixOptions
 from exo_kimi.runtime.engine.sequence import ScheduledChunk, Sequence, StepInFlight, StepOutcome
 from exo_kimi.runtime.engine.speculation import Drafter
@@ -71,6 +72,7 @@ class Scheduler:
         self.current: EpochScheduler | None = None
         """What runs; None while the stages are not ready."""
         self._prefixes = prefixes
+        self._known: list[KnownCaches] = []
         # Of all epochs, so that nothing late is taken for something new.
         self._seq_ids = count()
         self._step_ids = count()
@@ -85,8 +87,12 @@ class Scheduler:
         """Sequences with caches, by arrival."""
         return self.current.running if self.current is not None else []
 
-    def open(self, ready: Ready, limits: Limits) -> None:
-        """The stages are ready, and empty but for their disks."""
+    def open(self, ready: Ready, limits: Limits) -> int:
+        """The stages are ready, and hold what is on their disks and what they kept of the epoch before.
+
+        Returns:
+            Of how many tokens all of them kept the caches.
+        """
         ledger, frees = KvLedger(limits), list[int]()
         self.current = EpochScheduler(
             ready.epoch,
@@ -108,9 +114,11 @@ class Scheduler:
             seq_ids=self._seq_ids,
             step_ids=self._step_ids,
         )
+        known, self._known = self._known, []
+        return self.current.prefixes.adopt(known, ready.held)
 
     def fail(self) -> list[tuple[Sequence, bool]]:
-        """The stages lost everything: no step until `open`, and all sequences wait.
+        """The stages lost every sequence: no step until `open`, and all of them wait.
 
         Returns:
             The sequences that touched the stages in this epoch, by arrival, and whether each was part of a step in flight.
@@ -118,6 +126,8 @@ class Scheduler:
         every = [*self.running, *self.waiting]
         every.sort(key=_by_arrival)
         in_flight = self.current.sequences_in_flight() if self.current is not None else set()
+        if self.current is not None:
+            self._known = list(self.current.known_caches())
         touched = [(s, s in in_flight) for s in every if s.epoch is not None and s.epoch == self.epoch]
         for sequence in every:
             sequence.state = "waiting"
@@ -284,6 +294,21 @@ class EpochScheduler:
         """Those with tokens in a step that was not answered, or that read from disk in it."""
         chunks = {chunk.sequence for step in self.in_flight for chunk in step.chunks}
         return chunks | {sequence for step in self.in_flight for sequence, _ in step.restores}
+
+    def known_caches(self) -> Iterator[KnownCaches]:
+        """What the stages hold, or some of them, that another sequence may begin from: what is used now comes last."""
+        yield from self.prefixes.known()
+        for sequence in self.running:
+            if sequence.damaged or not sequence.request.use_prefix_cache:
+                continue
+            tokens, reserved = sequence.prefix_ids(-1), self.ledger.held(sequence.seq_id)
+            source, before = sequence.source, None
+            if source is not None and source.move:
+                before = KnownCaches(seq_id=source.seq_id, tokens=tokens[: source.tokens], reserved_tokens=reserved)
+            if sequence.registered:
+                yield KnownCaches(seq_id=sequence.seq_id, tokens=tokens, reserved_tokens=reserved, before=before)
+            elif before is not None:
+                yield before
 
     def failures(self, result: StepResult) -> list[tuple[Sequence, ExpertReadError]]:
         """See Scheduler.failures. One that only began from the caches of another that failed is not told: it begins again."""

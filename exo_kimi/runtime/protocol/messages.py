@@ -5,7 +5,7 @@
                        <-                 HelloAck, or Refused
       Load             ->
                        <-                 Progress ... Loaded, or StageFault
-      Join(epoch)      ->                 drops every sequence, connects to the next stage
+      Join(epoch)      ->                 ends every sequence, connects to the next stage
                        <-                 Joined, or StageFault
       Ping             ->                 each heartbeat
                        <-                 Progress, each heartbeat
@@ -30,6 +30,7 @@ from msgspec import Meta, Struct
 from exo_kimi.experts.budget import DEFAULT_PREFETCH, ExpertCache, LayerProfile
 from exo_kimi.experts.policies import DEFAULT_POLICY
 from exo_kimi.runtime.requests import StageState
+from exo_kimi.runtime.steps import HeldCaches
 
 PROTOCOL_VERSION: Literal[9] = 9
 
@@ -225,10 +226,11 @@ class Loaded(Header, frozen=True, kw_only=True, tag="loaded"):
 
 
 class Join(Header, frozen=True, kw_only=True, tag="join"):
-    """Begins a new epoch: the stage drops every sequence and links to the next stage.
+    """Begins a new epoch: the stage ends every sequence and links to the next stage.
 
     Args:
         epoch: counts from 1.
+        keep: keep what is whole of the sequences' caches, for others to begin from; False drops them.
         next_address: of the next stage; None for the last one.
         link: how hidden states go to the next stage.
         block_tokens: tokens of a block of a prefix on disk.
@@ -237,6 +239,7 @@ class Join(Header, frozen=True, kw_only=True, tag="join"):
     """
 
     epoch: Count
+    keep: bool = False
     next_address: DirectoryPath | None
     link: LinkKind
     block_tokens: Count
@@ -244,11 +247,24 @@ class Join(Header, frozen=True, kw_only=True, tag="join"):
     prefix_directory: DirectoryPath | None
 
 
+class KeptCaches(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """`steps.HeldCaches` with its bounds."""
+
+    seq_id: Count
+    tokens: Count
+    least_tokens: Count = 0
+
+    def held(self) -> HeldCaches:
+        """As the leader takes it."""
+        return HeldCaches(seq_id=self.seq_id, tokens=self.tokens, least_tokens=self.least_tokens)
+
+
 class Joined(Header, frozen=True, kw_only=True, tag="joined"):
-    """The stage is empty and linked to the next.
+    """The stage runs no sequence and is linked to the next.
 
     Args:
         epoch: of the Join.
+        kept: caches that it kept; `kept_bytes` is what they take.
         free_bytes: what the stage could still allocate.
         free_scope: `host`: of the machine as a whole; `process`: as if no other stage ran there.
         disk_blocks: blocks of tokens for which its disk has room.
@@ -257,6 +273,8 @@ class Joined(Header, frozen=True, kw_only=True, tag="joined"):
     """
 
     epoch: Count
+    kept: Annotated[tuple[KeptCaches, ...], Meta(max_length=1_000_000)] = ()
+    kept_bytes: Count = 0
     free_bytes: Count
     free_scope: FreeScope
     disk_blocks: Count

@@ -43,7 +43,7 @@ from exo_kimi.runtime.stage.route_recorder import RouteRecorder
 from exo_kimi.runtime.stage.stage_model import expert_health
 from exo_kimi.runtime.stage.warmup import warm_up
 from exo_kimi.runtime.stage.worker import StageWorker
-from exo_kimi.runtime.steps import Step, StepResult
+from exo_kimi.runtime.steps import HeldCaches, Step, StepResult
 from exo_kimi.units import format_bytes
 
 logger = logging.getLogger(__name__)
@@ -284,13 +284,18 @@ class MlxBackend:
                 self._loaded.recorder.close()
             self._loaded = None
 
-    def reset(self, epoch: int) -> None:
+    def reset(self, epoch: int, *, keep: bool = False) -> tuple[HeldCaches, ...]:
         loaded = self._require()
-        loaded.worker.reset(epoch)
+        held: tuple[HeldCaches, ...] = ()
+        if keep:
+            held = loaded.worker.keep(epoch)
+        else:
+            loaded.worker.reset(epoch)
         path = self._trace_of(loaded.order)
         if path is not None and loaded.recorder is None:  # what warmed the stage up is no trace of anybody's texts
             loaded.recorder = RouteRecorder(loaded.resident.model, path)
             loaded.worker.asks_all = loaded.recorder.is_recording
+        return held
 
     def _trace_of(self, order: Load) -> Path | None:
         return self._expert_trace or (None if order.expert_trace is None else decode_path(order.expert_trace))

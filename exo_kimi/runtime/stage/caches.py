@@ -40,6 +40,11 @@ def room(caches: Sequence[Any]) -> int:
     return held - int(growing.offset)
 
 
+def least_length(caches: Sequence[Any]) -> int:
+    """The fewest tokens down to which `trim` can go back: 0, but for states."""
+    return max((cache.least_offset for cache in caches if isinstance(cache, RecurrentCache)), default=0)
+
+
 def has_states(caches: Sequence[Any]) -> bool:
     """Whether some of them are states, which are not cut."""
     return any(isinstance(cache, RecurrentCache) for cache in caches)

@@ -26,6 +26,7 @@ from exo_kimi.runtime.protocol.messages import (
     HelloAck,
     Join,
     Joined,
+    KeptCaches,
     Load,
     Loaded,
     Progress,
@@ -36,7 +37,7 @@ from exo_kimi.runtime.reserve import host_free_bytes
 from exo_kimi.runtime.stage.memory import FreeMemory
 from exo_kimi.runtime.stage.prefix_disk import Changed, OpenedDisk
 from exo_kimi.runtime.stage.worker import as_fault
-from exo_kimi.runtime.steps import NO_EPOCH, Step, StepResult
+from exo_kimi.runtime.steps import NO_EPOCH, HeldCaches, Step, StepResult
 from exo_kimi.units import format_gb, format_seconds
 
 logger = logging.getLogger(__name__)
@@ -46,7 +47,7 @@ LOOK_EVERY_S = 0.5
 
 @dataclass(frozen=True, slots=True)
 class DropSequences:
-    """The leader is lost: free the caches, keep the weights."""
+    """Another leader comes: free the caches, keep the weights."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -132,8 +133,16 @@ class Backend(Protocol):
         """Give all memory back."""
         ...
 
-    def reset(self, epoch: int) -> None:
-        """Drop every sequence and take the steps of an epoch."""
+    def reset(self, epoch: int, *, keep: bool = False) -> tuple[HeldCaches, ...]:
+        """End every sequence and take the steps of an epoch.
+
+        Args:
+            epoch: of the steps to come.
+            keep: keep what is whole of their caches.
+
+        Returns:
+            What was kept.
+        """
         ...
 
     def open_disk(self, order: Join, changed: Changed) -> OpenedDisk:
@@ -239,13 +248,15 @@ class StageCompute:
         elif isinstance(order, Load):
             self._load(order)
         elif isinstance(order, Join):
-            self._backend.reset(order.epoch)
+            held = self._backend.reset(order.epoch, keep=order.keep)
             self._status.epoch = order.epoch
             disk = self._backend.open_disk(order, self._tell_blocks)
             self._status.state = "ready"
             free = self._status.free = self._backend.free()
             joined = Joined(
                 epoch=order.epoch,
+                kept=tuple(KeptCaches(**asdict(each)) for each in held),
+                kept_bytes=self._backend.held()[0] if held else 0,
                 free_bytes=free.free_bytes,
                 free_scope=free.scope,
                 disk_blocks=disk.blocks,

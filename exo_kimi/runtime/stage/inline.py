@@ -21,7 +21,7 @@ from exo_kimi.runtime.stage.pictures import PictureTower
 from exo_kimi.runtime.stage.prefix_disk import Changed, PrefixDisk
 from exo_kimi.runtime.stage.stage_model import StageModel, expert_health
 from exo_kimi.runtime.stage.worker import StageWorker, as_fault
-from exo_kimi.runtime.steps import Step, StepResult
+from exo_kimi.runtime.steps import HeldCaches, Step, StepResult
 
 logger = logging.getLogger(__name__)
 Post = Callable[[PipelineEvent], None]
@@ -168,10 +168,9 @@ class InlinePipeline:
                 fault = as_fault(error, stage=None)
                 logger.warning("a step failed: %s", fault, exc_info=not isinstance(error, type(fault)))
                 self._epoch += 1
-                for worker in workers:
-                    worker.reset(self._epoch)
+                held = tuple(worker.keep(self._epoch) for worker in workers)
                 post(Failed(error=fault))
-                self._ready(workers, info, post)
+                self._ready(workers, info, post, held)
         for disk in disks:
             disk.close()
 
@@ -186,11 +185,17 @@ class InlinePipeline:
             worker.disk = self._open_disk(stage, worker.model, functools.partial(changed, stage))
         return [worker.disk for worker in workers if worker.disk is not None]
 
-    def _ready(self, workers: list[StageWorker], info: PipelineInfo, post: Post) -> None:
+    def _ready(
+        self,
+        workers: list[StageWorker],
+        info: PipelineInfo,
+        post: Post,
+        held: tuple[tuple[HeldCaches, ...], ...] = (),
+    ) -> None:
         self._info = info
         self._look(workers, "ready")
         blocks = tuple(worker.disk.keys() if worker.disk is not None else () for worker in workers)
-        post(Ready(epoch=self._epoch, info=info, blocks=blocks))
+        post(Ready(epoch=self._epoch, info=info, blocks=blocks, held=held))
 
     def _look(self, workers: list[StageWorker], state: StageState) -> None:
         self._health = tuple(

@@ -31,6 +31,7 @@ class SequenceState:
         restoring: True until its first segment, which may start before the end of what came from disk.
         draft: as the stage's draft head follows it; None where there is none, or where it does not hold all of it.
         snapshots: its states after some of its tokens, by position, where layers have states.
+        moved_from: the name under which another had these caches before, and of how many tokens.
     """
 
     caches: list[Any]
@@ -41,6 +42,19 @@ class SequenceState:
     restoring: bool = True
     draft: DraftState | None = None
     snapshots: dict[int, Snapshot] = field(default_factory=dict)
+    moved_from: tuple[int, int] | None = None
+
+    def end(self) -> None:
+        """Stop as a sequence, and hold what is certain, without guesses, for another to begin from.
+
+        Raises:
+            StageError: states that cannot go back so far.
+        """
+        trim(self.caches, self.length - self.drafts)
+        self.length, self.drafts, self.sampler = self.length - self.drafts, 0, None
+        self.snapshots.clear()
+        if self.draft is not None:
+            self.draft.keep(self.length)
 
     def settle(self, offset: int) -> None:
         """Drop what is beyond `offset`: guesses that were wrong, or that the leader has no use for."""

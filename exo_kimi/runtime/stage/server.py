@@ -35,7 +35,7 @@ from exo_kimi.runtime.transport.zmq_listener import ZmqListener
 
 logger = logging.getLogger(__name__)
 CONNECT_DEADLINE_S = 10.0  # the leader has reached the next stage already
-KEEP_WEIGHTS_S = 60.0  # after a leader is lost, for one that comes back with the same plan
+KEEP_WEIGHTS_S = 60.0  # after a leader is lost, for one that comes back with the same plan; caches for the same one
 
 
 @dataclass(slots=True)
@@ -82,6 +82,7 @@ class StageServer:
         self._leader: _Leader | None = None
         self._upstream: bytes | None = None
         self._lost_s: float | None = None
+        self._session: str | None = None  # of the leader whose sequences the main thread holds
         self._next: Link | None = None
         self._joining: asyncio.Task[None] | None = None
         self._pairing: asyncio.Task[None] | None = None
@@ -183,6 +184,9 @@ class StageServer:
         else:
             if self._leader is None:
                 logger.info("a leader joined (exo-kimi %s)", hello.exo_kimi)
+            if hello.session != self._session:
+                self._session = hello.session
+                self._orders.put(DropSequences())
             self._leader = _Leader(peer, hello, time.monotonic())
             self._lost_s = None
         self._send(peer, self._status.hello_ack(self._versions))
@@ -285,10 +289,9 @@ class StageServer:
                 self._lose_leader()
 
     def _lose_leader(self) -> None:
-        logger.warning("the leader is gone: its sequences are dropped, the next one may come")
+        logger.warning("the leader is gone: what it had here is kept for %.0f s, another one may come", KEEP_WEIGHTS_S)
         self._forget_leader()
         self._lost_s = time.monotonic()
-        self._orders.put(DropSequences())
 
     def _forget_leader(self) -> None:
         self._leader = self._upstream = None

@@ -22,6 +22,7 @@ from exo_kimi.runtime.stage.caches import (
     Snapshot,
     capacity_for,
     copy_prefix,
+    least_length,
     snapshot_nbytes,
     take_snapshot,
     trim,
@@ -34,7 +35,17 @@ from exo_kimi.runtime.stage.prefix_disk import PrefixDisk, read_blocks, write_bl
 from exo_kimi.runtime.stage.sampling import SequenceSampler, sample_runs
 from exo_kimi.runtime.stage.sequence_state import SequenceState, SequenceTable, check_step
 from exo_kimi.runtime.stage.stage_model import StageModel, forward_tapped, pack, unpack, width_of
-from exo_kimi.runtime.steps import Blocks, FailedSequence, Proposal, Sampled, Segment, SequenceStart, Step, StepResult
+from exo_kimi.runtime.steps import (
+    Blocks,
+    FailedSequence,
+    HeldCaches,
+    Proposal,
+    Sampled,
+    Segment,
+    SequenceStart,
+    Step,
+    StepResult,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -80,6 +91,8 @@ class StageWorker:
         self._sequences: SequenceTable[int, SequenceState] = SequenceTable()
         self._failed: dict[int, FailedSequence] = {}
         self._answered: tuple[Step, StepResult] | None = None
+        self._is_whole = True
+        """Whether no work was broken off that may have left caches half written."""
 
     @property
     def sequences(self) -> int:
@@ -89,10 +102,10 @@ class StageWorker:
     @property
     def kv_nbytes(self) -> int:
         """Bytes that the caches hold, and snapshots of them."""
-        sequences = self._sequences.values()
-        snapshots = [each for sequence in sequences for each in sequence.snapshots.values()]
-        return snapshot_nbytes((sequence.caches for sequence in sequences), snapshots) + sum(
-            self.model.cache_nbytes(sequence.caches) + sequence.draft_nbytes for sequence in sequences
+        once = {id(sequence): sequence for sequence in self._sequences.values()}  # one may have two names after `keep`
+        snapshots = [each for sequence in once.values() for each in sequence.snapshots.values()]
+        return snapshot_nbytes((sequence.caches for sequence in once.values()), snapshots) + sum(
+            self.model.cache_nbytes(sequence.caches) + sequence.draft_nbytes for sequence in once.values()
         )
 
     def reset(self, epoch: int) -> None:
@@ -101,7 +114,40 @@ class StageWorker:
         self._answered = None
         self._sequences.drop_all()
         self._failed.clear()
+        self._is_whole = True
         self.epoch = epoch
+
+    def keep(self, epoch: int) -> tuple[HeldCaches, ...]:
+        """End every sequence and go on in `epoch`, with what is whole of their caches for others to begin from.
+
+        Where work was broken off, everything is dropped: layers may differ in what they hold, and what MLX enqueued may fail yet.
+
+        Returns:
+            What is held. Caches that were moved have both names, since a stage behind this one may not have heard of the newer.
+        """
+        if not self._is_whole:
+            self.reset(epoch)
+            return ()
+        self.ahead.take_back(self._sequences)
+        self._answered = None
+        self.epoch = epoch
+        self._sequences.drop(self._failed)
+        self._failed.clear()
+        held: dict[int, HeldCaches] = {}
+        for seq_id, sequence in list(self._sequences.items()):
+            try:
+                sequence.end()
+            except StageError as error:
+                logger.warning("the caches of sequence %d are dropped: %s", seq_id, error)
+                self._sequences.drop([seq_id])
+                continue
+            least = least_length(sequence.caches)
+            before, tokens = sequence.moved_from or (seq_id, sequence.length)
+            for name, count in ((seq_id, sequence.length), (before, min(tokens, sequence.length))):
+                self._sequences[name] = sequence
+                held[name] = HeldCaches(seq_id=name, tokens=count, least_tokens=least)
+        mx.clear_cache()
+        return tuple(held.values())
 
     def execute(self, step: Step) -> Step | StepResult:
         """Carry out a step; what it asks for is evaluated when it returns.
@@ -116,6 +162,7 @@ class StageWorker:
         """
         if step.epoch != self.epoch:
             raise ProtocolError("a step of another epoch", stage=self.stage, expected=self.epoch, found=step.epoch)
+        self._is_whole = False
         try:
             prepared = self.ahead.settle(step, self._sequences)
             # An id that is not there was never begun: its sequence ended before its first segment.
@@ -133,6 +180,7 @@ class StageWorker:
             for blocks in step.store:
                 self._store(blocks)
             self._answered = (step, result) if isinstance(result, StepResult) else None
+            self._is_whole = True
             return result
         except RuntimeFault as fault:
             fault.stage = self.stage if fault.stage is None else fault.stage
@@ -148,8 +196,10 @@ class StageWorker:
         """
         answered, self._answered = self._answered, None
         if answered is not None:
+            self._is_whole = False
             try:
                 self.ahead.enqueue(*answered, self._sequences)
+                self._is_whole = True
             except (RuntimeError, ValueError, MemoryError) as error:
                 raise as_fault(error, stage=self.stage) from error
 
@@ -214,8 +264,15 @@ class StageWorker:
         total = start.prompt_tokens + len(start.history)
         if start.request_id:  # a warm-up has none
             logger.info("%s begins: %d tokens, %d of them held", start.request_id, total, start.restore)
+        moved_from = (start.source, start.restore) if start.move and start.source is not None else None
         self._sequences[start.seq_id] = SequenceState(
-            caches, length=start.restore, sampler=sampler, total=total, draft=draft, snapshots=snapshots
+            caches,
+            length=start.restore,
+            sampler=sampler,
+            total=total,
+            draft=draft,
+            snapshots=snapshots,
+            moved_from=moved_from,
         )
 
     def _prefix(self, start: SequenceStart, source: int) -> tuple[list[Any], DraftState | None]:

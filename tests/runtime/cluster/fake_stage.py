@@ -69,8 +69,8 @@ class FakeBackend:
     def unload(self):
         self.order = None
 
-    def reset(self, epoch):
-        pass
+    def reset(self, epoch, *, keep=False):
+        return ()
 
     def open_disk(self, order, changed):
         return OpenedDisk()
