@@ -39,7 +39,8 @@ with http.stream("POST", "/v1/chat/completions", json=body) as answer:
     for line in answer.iter_lines():
         print(line, flush=True)
 found = http.get("/metrics").text
-print([each for each in found.splitlines() if each.startswith("exo_kimi_requests_resumed_total")][0], flush=True)
+for name in ("exo_kimi_resumed_tokens_total", "exo_kimi_requests_resumed_total"):
+    print([each for each in found.splitlines() if each.startswith(name)][0], flush=True)
 """
 
 
@@ -105,6 +106,8 @@ def test_an_answer_outlives_a_pulled_cable(tmp_path: Path) -> None:
             lines = asking.end()
             assert words_of(lines) == right
             assert lines[-1] == "exo_kimi_requests_resumed_total 1.0"
+            kept = float(lines[-2].removeprefix("exo_kimi_resumed_tokens_total "))
+            assert kept > 30, "both sides kept the caches of the prompt and of the tokens before the cut"
             assert ": ping" in lines, "the stream says meanwhile that it lives"
             assert stage.process.poll() is None, "the stage was cut off, and keeps its layers"
         finally:

@@ -88,8 +88,8 @@ class Blocks:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class HeldCaches:
-    """Caches that a stage holds over an epoch, under the name of their sequence: of its first `tokens` tokens, and of any fewer down
-    to `least_tokens`, which is 0 but for states of one size."""
+    """Caches that a stage holds over an epoch, under the name of their sequence: of its first `tokens` tokens, and of any fewer
+    down to `least_tokens`, which is 0 but for states of one size."""
 
     seq_id: int
     tokens: int

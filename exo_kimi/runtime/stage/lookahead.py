@@ -97,16 +97,8 @@ class Ahead:
         self.used = self.dropped = 0
 
     def forget(self) -> None:
-        """Everything that is held was dropped."""
+        """Every sequence was dropped, or ended as the leader knows it."""
         self._enqueued = None
-
-    def take_back(self, sequences: Mapping[int, SequenceState]) -> None:
-        """No step follows: all caches are as the leader knows them."""
-        rows = self._enqueued[0] if self._enqueued is not None else {}
-        self._enqueued = None
-        for seq_id in rows:
-            if seq_id in sequences:
-                trim(sequences[seq_id].caches, sequences[seq_id].length)
 
     def settle(self, step: Step, sequences: Mapping[int, SequenceState]) -> PreparedStep | None:
         """What of a step is computed already; all other caches are as the leader knows them.

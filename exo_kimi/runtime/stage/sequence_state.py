@@ -45,7 +45,7 @@ class SequenceState:
     moved_from: tuple[int, int] | None = None
 
     def end(self) -> None:
-        """Stop as a sequence, and hold what is certain, without guesses, for another to begin from.
+        """Stop as a sequence, and hold what is certain, without guesses and what ran ahead, for another to begin from.
 
         Raises:
             StageError: states that cannot go back so far.

@@ -128,7 +128,7 @@ class StageWorker:
         if not self._is_whole:
             self.reset(epoch)
             return ()
-        self.ahead.take_back(self._sequences)
+        self.ahead.forget()
         self._answered = None
         self.epoch = epoch
         self._sequences.drop(self._failed)

@@ -62,7 +62,7 @@ def expected(tiny: Path) -> list[int]:
     worker = StageWorker(model, epoch=1, stage=0)
     tokens: list[int] = []
     while len(tokens) < 12:
-        tokens.append(run_chain([worker], next_step(1, tokens)).sampled[0].token_id)
+        tokens.append(run_chain([worker], next_step(1, tokens, 1)).sampled[0].token_id)
     return tokens
 
 
@@ -94,8 +94,9 @@ async def clusters() -> AsyncIterator[list[StageCluster]]:
         await one.close()
 
 
-def next_step(epoch: int, generated: Sequence[int], seq_id: int = 1) -> Step:
+def next_step(epoch: int, generated: Sequence[int], seq_id: int | None = None) -> Step:
     """The prompt, or the next token after it."""
+    seq_id = next(step_ids) if seq_id is None else seq_id  # no name is used twice
     tokens = np.array(generated[-1:] if generated else PROMPT, np.int32)
     offset = len(PROMPT) + len(generated) - 1 if generated else 0
     start = SequenceStart(seq_id=seq_id, prompt_tokens=len(PROMPT), sampling=SamplingParams(temperature=0))

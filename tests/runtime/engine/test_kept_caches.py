@@ -1,4 +1,4 @@
-"""Caches over an epoch: what every stage still holds is begun from, nothing stale or half written ever is, and tokens stay the same."""
+"""Caches over an epoch: what all stages still hold is begun from, what is stale or half written never: the same tokens."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import asyncio
 import random
 from collections import deque
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from itertools import cycle, pairwise
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,7 @@ from exo_kimi.runtime.engine.speculation import Drafter, StepBytes
 from exo_kimi.runtime.pipeline import Failed, PipelineEvent, PipelineInfo, Ready
 from exo_kimi.runtime.requests import EngineSnapshot, GenerationRequest, SamplingParams, StageHealth
 from exo_kimi.runtime.stage.caches import has_states
+from exo_kimi.runtime.stage.inline import run_chain
 from exo_kimi.runtime.stage.worker import StageWorker, as_fault
 from exo_kimi.runtime.steps import HeldCaches, Segment, SequenceStart, Step, StepResult
 
@@ -249,21 +251,55 @@ def test_after_work_that_was_broken_off_a_worker_keeps_nothing(directories: dict
     (model,) = models_of(directories, "kimi", 1)
     chain = Chain([model], seed=0)
     worker = chain.workers[0]
-    def step(seq_id: int, tokens: Sequence[int]) -> Step:
-        start = SequenceStart(seq_id=seq_id, prompt_tokens=len(tokens), sampling=SamplingParams(temperature=0))
-        segment = Segment(seq_id=seq_id, offset=0, length=len(tokens), sample=True)
-        ids = np.array(tokens, np.int32)
-        return Step(epoch=worker.epoch, step_id=seq_id, segments=(segment,), tokens=ids, begin=(start,))
-
-    worker.execute(step(1, [5, 6, 7]))
-    assert worker.keep(2) == (HeldCaches(seq_id=1, tokens=3),)
-    assert worker.keep(3) == (HeldCaches(seq_id=1, tokens=3),), "the leader failed twice"
+    guessing = step_of(1, [5, 6, 7], epoch=1)
+    worker.execute(replace(guessing, segments=(replace(guessing.segments[0], drafts=2),)))
+    assert worker.keep(2) == (HeldCaches(seq_id=1, tokens=1),), "guesses are not certain"
+    assert worker.keep(3) == (HeldCaches(seq_id=1, tokens=1),), "the leader failed twice"
     assert worker.kv_nbytes > 0
     with pytest.raises(StageError), pytest.MonkeyPatch.context() as patch:
         patch.setattr(worker, "_forward", lambda step: mx.array([1]) + mx.array([1, 2, 3]).reshape(5, 5))
-        worker.execute(step(2, [8, 9]))
+        worker.execute(step_of(2, [8, 9], epoch=3))
     assert worker.keep(4) == ()
     assert worker.sequences == 0
+
+
+def test_caches_that_moved_on_some_stages_alone_are_held_under_the_name_that_all_know(
+    directories: dict[str, Path],
+) -> None:
+    models = models_of(directories, "kimi", 3)
+    workers = [StageWorker(model, epoch=1, stage=stage) for stage, model in enumerate(models)]
+    tokens = [5, 6, 7, 8, 9, 10]
+    run_chain(workers, step_of(1, tokens, epoch=1))
+    alone = run_chain(
+        [StageWorker(model, epoch=1, stage=stage) for stage, model in enumerate(models)],
+        step_of(3, [*tokens[:4], 50, 51], epoch=1),
+    )
+    # The first stage alone hears that sequence 2 goes on with four of the six tokens, and then the link is cut.
+    workers[0].execute(step_of(2, [60, 61, 62], epoch=1, begins_with=(1, 4)))
+    held = [worker.keep(2) for worker in workers]
+    assert set(held[0]) == {HeldCaches(seq_id=1, tokens=4), HeldCaches(seq_id=2, tokens=7)}
+    assert held[1] == held[2] == (HeldCaches(seq_id=1, tokens=6),)
+    before = known(1, tokens[:4])
+    (found,) = held_by_all([known(2, [*tokens[:4], 60, 61, 62, 63], before)], held)
+    assert (found.seq_id, found.tokens.tolist()) == (1, tokens[:4])
+    third = step_of(3, [50, 51], epoch=2, begins_with=(1, 4))
+    assert run_chain(workers, replace(third, free=(2,))).sampled == alone.sampled
+    assert [worker.sequences for worker in workers] == [1, 1, 1]
+
+
+def step_of(seq_id: int, tokens: Sequence[int], *, epoch: int, begins_with: tuple[int, int] | None = None) -> Step:
+    """A sequence's first step; `begins_with` are whose caches it takes over, and how many of their tokens."""
+    source, offset = begins_with or (None, 0)
+    start = SequenceStart(
+        seq_id=seq_id,
+        prompt_tokens=offset + len(tokens),
+        sampling=SamplingParams(temperature=0),
+        source=source,
+        restore=offset,
+        move=source is not None,
+    )
+    segment = Segment(seq_id=seq_id, offset=offset, length=len(tokens), sample=True)
+    return Step(epoch=epoch, step_id=seq_id, segments=(segment,), tokens=np.array(tokens, np.int32), begin=(start,))
 
 
 def known(seq_id: int, tokens: Sequence[int], before: KnownCaches | None = None) -> KnownCaches:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import itertools
 import os
 import shlex
 import shutil
@@ -140,13 +141,17 @@ async def open_cluster(tiny: Path) -> AsyncIterator[OpenCluster]:
         await cluster.close()
 
 
+names = itertools.count(1)
+
+
 def first_step(epoch: int) -> Step:
+    seq_id = next(names)  # none is used twice
     return Step(
         epoch=epoch,
         step_id=1,
-        segments=(Segment(seq_id=1, offset=0, length=5, sample=True),),
+        segments=(Segment(seq_id=seq_id, offset=0, length=5, sample=True),),
         tokens=np.arange(40, 45, dtype=np.int32),
-        begin=(SequenceStart(seq_id=1, prompt_tokens=5, sampling=SamplingParams(temperature=0)),),
+        begin=(SequenceStart(seq_id=seq_id, prompt_tokens=5, sampling=SamplingParams(temperature=0)),),
     )
 
 
