@@ -60,9 +60,9 @@ class Chain:
         return len(self.models)
 
     def info(self) -> PipelineInfo:
-        whole = any(has_states(model.make_cache()) for model in self.models)
+        recurrent = any(has_states(model.make_cache()) for model in self.models)
         return PipelineInfo(
-            context=4096, kv_capacity_tokens=400 * STEP, cache_step=STEP, vocab_size=1000, whole_prefixes=whole
+            context=4096, kv_capacity_tokens=400 * STEP, cache_step=STEP, vocab_size=1000, recurrent=recurrent
         )
 
     def health(self) -> tuple[StageHealth, ...]:
