@@ -65,6 +65,7 @@ COMMANDS = (
     "train tiny",
     "train draft",
     "train grpo",
+    "train lora",
     "train compare",
     "train requantize",
     "exo status",

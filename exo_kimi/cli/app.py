@@ -17,6 +17,7 @@ from exo_kimi.cli import (
     exo_commands,
     expert_commands,
     fetch_commands,
+    lora_commands,
     owner_commands,
     page_commands,
     print_version,
@@ -137,6 +138,7 @@ def build_app() -> typer.Typer:
     train.command("tiny")(train_commands.tiny)
     train.command("draft")(train_commands.draft)
     train.command("grpo")(train_commands.grpo)
+    train.command("lora")(lora_commands.lora)
     train.command("compare")(train_commands.compare)
     train.command("requantize")(train_commands.requantize)
     return app

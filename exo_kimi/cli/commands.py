@@ -416,6 +416,15 @@ def serve(
             panel=SPEED,
         ),
     ] = "auto",
+    adapter: Annotated[
+        list[str],
+        option(
+            "--adapter",
+            metavar="[NAME=]PATH",
+            help="a LoRA or DoRA adapter of this model, for requests that ask for NAME as their model (repeatable)",
+            panel=SPLIT,
+        ),
+    ] = [],  # noqa: B006 (typer's way to say none)
     draft: Annotated[
         Path | None,
         option(

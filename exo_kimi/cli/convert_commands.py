@@ -32,6 +32,12 @@ def convert(
         Path | None,
         option("--calibration", metavar="FILE", help="of `calibrate --inputs`: how much each input column counts"),
     ] = None,
+    adapter: Annotated[
+        Path | None,
+        option(
+            "--adapter", metavar="PATH", help="put this LoRA or DoRA adapter into the weights; nothing else changes"
+        ),
+    ] = None,
     layers: Annotated[
         Any,
         option("--layers", parser=layer_range, metavar="A:B", help="only these layers, half-open: a machine's share"),
@@ -74,5 +80,6 @@ def convert(
         budget_bytes=budget,
         recipe_out=recipe_out,
         calibration=calibration,
+        adapter=adapter,
     )
     print(run_convert(options))

@@ -24,7 +24,14 @@ from exo_kimi.dialogue.reasoning import check_reasoning, settle_effort
 from exo_kimi.dialogue.request import ConversationRequest, ReplyOptions, TextRequest, ToolMode
 from exo_kimi.dialogue.speaker import Speaker
 from exo_kimi.errors import RequestError
-from exo_kimi.runtime.requests import GenerationRequest, SamplingParams, TextEngine, TokenConstraint, TokenEvent
+from exo_kimi.runtime.requests import (
+    GenerationRequest,
+    SamplingParams,
+    ServedAdapter,
+    TextEngine,
+    TokenConstraint,
+    TokenEvent,
+)
 
 _SEED_RANGE = 2**63
 _COUNTED_CONTEXTS = 2  # a prompt over the context is counted so far, for the error's sake
@@ -76,6 +83,13 @@ class PreparedRequest:
             replace(choice, request=replace(choice.request, request_id=name))
             for choice, name in zip(self.choices, names, strict=True)
         ]
+        return replace(self, choices=tuple(choices))
+
+    def through(self, adapter: ServedAdapter | None) -> PreparedRequest:
+        """This request with the weights of an adapter; None for those of the base."""
+        if adapter is None:
+            return self
+        choices = [replace(choice, request=replace(choice.request, adapter=adapter)) for choice in self.choices]
         return replace(self, choices=tuple(choices))
 
     def checked(self, engine: TextEngine) -> PreparedRequest:

@@ -44,7 +44,8 @@ class Attention(Adaptable):
     """
 
     together: ClassVar = ("q_a_proj", "kv_a_proj_with_mqa")
-    projections: ClassVar = (*together, "q_proj", "q_b_proj", "kv_b_proj", "embed_q", "unembed_out", "o_proj")
+    called: ClassVar = (*together, "q_proj", "q_b_proj", "o_proj")
+    projections: ClassVar = (*called, "kv_b_proj", "embed_q", "unembed_out")
 
     def __init__(self, config: LatentAttentionConfig, rope: Rope | None, *, inputs: int | None = None) -> None:
         super().__init__()

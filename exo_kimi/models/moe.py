@@ -29,6 +29,7 @@ class MLP(Adaptable):
 
     together: ClassVar = ("gate_proj", "up_proj")
     projections: ClassVar = (*together, "down_proj")
+    called: ClassVar = projections
 
     def __init__(self, hidden: int, width: int) -> None:
         super().__init__()

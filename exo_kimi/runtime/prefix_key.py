@@ -41,11 +41,27 @@ def mark_pictures(ids: npt.NDArray[np.int64], pictures: Iterable[PromptPicture])
     return ids
 
 
+def mark_adapter(ids: npt.NDArray[np.int64], fingerprint: str) -> npt.NDArray[np.int64]:
+    """Put what tells adapters apart in the place of the first token: a prefix with one has nothing in common with one without.
+
+    Args:
+        ids: token ids from the first of a prompt on; changed in place.
+        fingerprint: of the adapter's files.
+
+    Returns:
+        `ids`, with a negative number first: 63 bits of a hash of the adapter and the token.
+    """
+    if len(ids):
+        digest = hashlib.sha256(f"{fingerprint} {int(ids[0])}".encode()).digest()
+        ids[0] = int.from_bytes(digest[:8], "little", signed=True) | -(2**63)
+    return ids
+
+
 def block_keys(tokens: Sequence[int] | npt.NDArray[np.int64], block_tokens: int) -> tuple[str, ...]:
     """A key for each whole block of the tokens: the hash of the key before it and the block's own ids.
 
     Args:
-        tokens: ids, those of pictures as `mark_pictures` writes them.
+        tokens: ids, as `mark_pictures` and `mark_adapter` write them.
         block_tokens: of a block.
     """
     ids = np.asarray(tokens, "<i8")

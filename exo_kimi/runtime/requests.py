@@ -66,6 +66,15 @@ class PromptPicture:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class ServedAdapter:
+    """An adapter that the stages hold, by the name under which clients ask for it. `fingerprint` is of its files: what was cached
+    with it is of use to nobody else."""
+
+    name: str
+    fingerprint: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class GenerationRequest:
     """One sequence to generate.
 
@@ -76,6 +85,7 @@ class GenerationRequest:
         stop_ids: token ids that end the generation; the id itself is still returned as the last event.
         constraint: a grammar to obey, used by this request only.
         pictures: of the prompt, by position; the stages must have a vision tower.
+        adapter: whose weights to generate with; None for those of the base.
         use_prefix_cache: begin from what is cached of other prompts, and leave its own caches for others. Without, every prompt
             token is computed: for measurements.
     """
@@ -87,6 +97,7 @@ class GenerationRequest:
     stop_ids: frozenset[int] = frozenset()
     constraint: TokenConstraint | None = None
     pictures: tuple[PromptPicture, ...] = ()
+    adapter: ServedAdapter | None = None
     use_prefix_cache: bool = True
 
 

@@ -49,7 +49,7 @@ class SequenceStart:
     or with `move` the caches themselves, and `source` is gone. `seen` are the ids among them, where a penalty asks for them.
     A state cannot be cut: where layers have any, `restore` is where those of `source` are now, or where a snapshot of them was
     taken. `snapshots` are the positions of those that it holds on to, by reference.
-    `request_id` is for the stages' logs.
+    `request_id` is for the stages' logs. `adapter` is the name of the adapter that all its tokens go through.
     """
 
     seq_id: int
@@ -62,6 +62,7 @@ class SequenceStart:
     seen: tuple[int, ...] = ()
     snapshots: tuple[int, ...] = ()
     request_id: str = ""
+    adapter: str | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Annotated, Any
@@ -24,7 +24,7 @@ from exo_kimi.dialogue.speaker import Speaker
 from exo_kimi.errors import ExoKimiError
 from exo_kimi.page.files import PageFile, page_files, page_routes, root_response
 from exo_kimi.planner.plan import Plan
-from exo_kimi.runtime.requests import TextEngine
+from exo_kimi.runtime.requests import ServedAdapter, TextEngine
 from exo_kimi.serve import models, page, tokens
 from exo_kimi.serve.answer.formats import ChatFormat, Format, TextFormat
 from exo_kimi.serve.answer.frames import ChunkFrames
@@ -72,6 +72,7 @@ def create_app(
     model_id: str,
     further_names: Sequence[str] = (),
     any_model: bool = False,
+    adapters: Mapping[str, ServedAdapter] | None = None,
     api_key: str | None = None,
     max_body_bytes: int = MAX_BODY_BYTES,
     ping_interval_s: float = 5.0,
@@ -90,6 +91,7 @@ def create_app(
         model_id: the one model served.
         further_names: under which clients may ask for it, too.
         any_model: take any other name.
+        adapters: that the engine's stages hold, by the name under which clients ask for them.
         api_key: asked of every client when given; without it, /health only says whether all is well.
         max_body_bytes: larger bodies get 413.
         ping_interval_s: a silent stream gets a ping this often.
@@ -104,7 +106,11 @@ def create_app(
         engine=engine,
         speaker=speaker,
         metrics=Metrics(engine.snapshot),
-        names=ServedNames(names=tuple(dict.fromkeys((model_id, *further_names))), any_name=any_model),
+        names=ServedNames(
+            names=tuple(dict.fromkeys((model_id, *further_names, *(adapters or {})))),
+            any_name=any_model,
+            adapters=adapters or {},
+        ),
         ping_interval_s=ping_interval_s,
         created=int(time.time()),
         fingerprint=_fingerprint(model_id, fingerprint),
@@ -217,7 +223,7 @@ class _CompletionsDoor:
     async def chat(self, request: Request, chat: Annotated[ChatRequest, Depends(read_chat)]) -> Response:
         """Answer a conversation, whole or as server-sent events."""
         model = self.service.names.resolve(chat.model)
-        prepared = await self.service.prepared(request, partial(prepare_chat, chat))
+        prepared = await self.service.prepared(request, partial(prepare_chat, chat), model=model)
         style = ChatFormat(
             head=self.service.head("chatcmpl", model),
             tokenizer=self.service.speaker.tokenizer,
@@ -230,7 +236,7 @@ class _CompletionsDoor:
     ) -> Response:
         """Continue one text or several, whole or as server-sent events."""
         model = self.service.names.resolve(completion.model)
-        prepared = await self.service.prepared(request, partial(prepare_completion, completion))
+        prepared = await self.service.prepared(request, partial(prepare_completion, completion), model=model)
         style = TextFormat(
             head=self.service.head("cmpl", model),
             tokenizer=self.service.speaker.tokenizer,

@@ -210,7 +210,8 @@ class TextCompletion(CompletionHead):
 
 
 class ModelCard(BaseModel):
-    """A name of the model that is served; `context_length` and `max_model_len` (vLLM's word) are its context in tokens."""
+    """A name of the model that is served, or of an adapter, whose `parent` the model is (vLLM's word); `context_length` and
+    `max_model_len` (vLLM's too) are its context in tokens."""
 
     id: str
     object: Literal["model"]
@@ -218,6 +219,7 @@ class ModelCard(BaseModel):
     owned_by: str
     context_length: int
     max_model_len: int
+    parent: str | None = None
 
 
 class ModelList(BaseModel):

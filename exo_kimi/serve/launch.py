@@ -37,6 +37,7 @@ from exo_kimi.runtime.engine.speculation import Drafter, Speculate
 from exo_kimi.runtime.engine.survival import SURVIVE_S
 from exo_kimi.runtime.protocol.messages import LinkKind
 from exo_kimi.runtime.transport.keys import ENVIRONMENT_NAME, find_key
+from exo_kimi.serve.adapters import check_planned_room, find_adapters, served
 from exo_kimi.serve.app import create_app
 from exo_kimi.serve.drafts import check_room as check_draft_room
 from exo_kimi.serve.drafts import draft_need, find_head, head_policy, is_planned, planned_scratch_bytes
@@ -83,6 +84,7 @@ class ServeOptions:
     stall_deadline: float = 30.0
     survive: float = SURVIVE_S
     speculate: Speculate = "auto"
+    adapter: Sequence[str] = field(default_factory=tuple)
     draft: Path | None = None
     draft_tokens: DraftTokens = "auto"
     link: LinkKind | None = None
@@ -123,6 +125,11 @@ def serve(options: ServeOptions, *, announce: Callable[[str], None] | None = Non
             caching.sized(None if stage.expert_slots is None else stage.expert_cache_bytes) for stage in planned.stages
         )
     tower = _tower(options, checkpoint)
+    names = _names(options)
+    adapters = find_adapters(options.adapter, checkpoint, taken=names)
+    for name, each in adapters.items():
+        for note in each.notes:
+            print(f"adapter {name}: {note}", file=sys.stderr, flush=True)
     head = find_head(options.draft, options.draft_tokens, checkpoint)
     if planned is not None:
         check_tower_planned(planned, checkpoint.manifest(), tower)
@@ -153,13 +160,14 @@ def serve(options: ServeOptions, *, announce: Callable[[str], None] | None = Non
         planned_caches=planned_caches,
         expert_trace=options.trace_experts,
         draft=head,
+        adapters=adapters,
     )
+    if planned is not None and adapters:
+        check_planned_room(planned, plan, adapters)
     _begin_traces(options.trace_experts, stages=len(plan.stages), local=len(plan.stages) - len(options.stage))
     speaker = Speaker.from_directory(options.directory, raw_config=checkpoint.raw_config)
     speaker = replace(speaker, pictures=_pictures(options, tower))
     _check_texts(checkpoint)
-    names = [_utf8(options.model_id)] if options.model_id else []
-    names += [*options.served_model_name] or ([] if names else [_utf8(options.directory.resolve().name)])
     disk = prefix_disk_options(options.prefix_disk_bytes, options.prefix_dir, check=not options.stage)
     cluster_options = ClusterOptions(
         context=options.context,
@@ -193,6 +201,7 @@ def serve(options: ServeOptions, *, announce: Callable[[str], None] | None = Non
             model_id=names[0],
             further_names=names[1:],
             any_model=options.any_model,
+            adapters=served(adapters),
             api_key=options.api_key,
             hosts=hosts,
             cors_origins=options.cors_origin,
@@ -249,6 +258,12 @@ def _pictures(options: ServeOptions, tower: VisionManifest | NoVision) -> Pictur
         return tower
     rules = PixelRules.from_directory(tower.config, options.directory, tower=tower_fingerprint(tower))
     return PicturePrompts(tower.config, PictureReader(rules, fetch=fetch_picture if options.fetch_images else None))
+
+
+def _names(options: ServeOptions) -> list[str]:
+    """Of the model, the first its own."""
+    names = [_utf8(options.model_id)] if options.model_id else []
+    return names + ([*options.served_model_name] or ([] if names else [_utf8(options.directory.resolve().name)]))
 
 
 def _utf8(name: str) -> str:

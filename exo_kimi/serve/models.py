@@ -1,4 +1,4 @@
-"""GET /v1/models: the names of the one model, in OpenAI's shape and in Anthropic's."""
+"""GET /v1/models: the names of the one model and of its adapters, in OpenAI's shape and in Anthropic's."""
 
 from __future__ import annotations
 
@@ -58,4 +58,6 @@ class _ModelsDoor:
                 "max_tokens": context,
             }
         card = {"id": name, "object": "model", "created": created, "owned_by": "exo-kimi"}
+        if name in self.service.names.adapters:
+            card["parent"] = self.service.names.first
         return {**card, "context_length": context, "max_model_len": context}

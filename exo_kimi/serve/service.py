@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 
@@ -13,7 +13,7 @@ from starlette.requests import Request
 from exo_kimi.checkpoint.vision import NoVision
 from exo_kimi.dialogue.prepare import PreparedRequest
 from exo_kimi.dialogue.speaker import Speaker
-from exo_kimi.runtime.requests import TextEngine
+from exo_kimi.runtime.requests import ServedAdapter, TextEngine
 from exo_kimi.serve.answer.formats import Head
 from exo_kimi.serve.answer.frames import Frames
 from exo_kimi.serve.answer.generation import Generation
@@ -30,15 +30,17 @@ LONGEST_CONTEXT = 2**18  # tokens, of every Kimi since K2-Instruct-0905
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ServedNames:
-    """The names under which clients may ask for the one model.
+    """The names under which clients may ask for the one model, or for an adapter of it.
 
     Args:
-        names: at least one; the first is the model's own.
+        names: at least one; the first is the model's own. Adapters' come last.
         any_name: take every other name, too (clients that ask for names of their own).
+        adapters: those of `names` that are adapters'.
     """
 
     names: tuple[str, ...]
     any_name: bool = False
+    adapters: Mapping[str, ServedAdapter] = field(default_factory=dict)
 
     @property
     def first(self) -> str:
@@ -94,11 +96,13 @@ class Service:
         """What a request may hold beside its text."""
         return 0 if isinstance(self.speaker.pictures, NoVision) else PICTURE_BYTES
 
-    async def prepared(self, request: Request, prepare: Callable[..., PreparedRequest]) -> PreparedRequest:
+    async def prepared(
+        self, request: Request, prepare: Callable[..., PreparedRequest], *, model: str
+    ) -> PreparedRequest:
         """What `prepare(speaker, context=...)` makes of a request, off the event loop and for as long as the client waits; its
-        sequences have the answer's `x-request-id`."""
+        sequences have the answer's `x-request-id`, and the adapter that `model`, a name of `names`, stands for."""
         prepared = await self.workers.run(request, partial(prepare, self.speaker, context=self.context))
-        return prepared.named(request.scope[REQUEST_ID])
+        return prepared.named(request.scope[REQUEST_ID]).through(self.names.adapters.get(model))
 
     def head(self, prefix: str, model: str, *, separator: str = "-") -> Head:
         """A fresh head of an answer; `model` is the name that was asked for."""

@@ -89,7 +89,7 @@ def _run(trainer: Trainer, state: Path) -> None:
         trainer.save(state)
 
 
-def draw_curve(losses: Sequence[float], path: Path) -> bool:
+def draw_curve(losses: Sequence[float], path: Path, *, title: str = "Training of the tiny Kimi K2") -> bool:
     """Write a PNG of the loss per step, with its running mean; False when matplotlib is not installed."""
     try:
         from matplotlib.figure import Figure
@@ -102,7 +102,7 @@ def draw_curve(losses: Sequence[float], path: Path) -> bool:
     if len(losses) > _MEAN_STEPS:
         mean = np.convolve(losses, np.ones(_MEAN_STEPS) / _MEAN_STEPS, mode="valid")
         axes.plot(steps[_MEAN_STEPS - 1 :], mean, linewidth=1.4, label=f"mean of {_MEAN_STEPS}")
-    axes.set(xlabel="step", ylabel="nats a token of the assistant", yscale="log", title="Training of the tiny Kimi K2")
+    axes.set(xlabel="step", ylabel="nats a token of the assistant", yscale="log", title=title)
     axes.grid(visible=True, which="both", alpha=0.25)
     axes.legend()
     figure.tight_layout()

@@ -7,6 +7,7 @@ import shutil
 import sys
 import time
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -29,6 +30,7 @@ from exo_kimi.compress.convert.budget import choose, recipe_of, recipe_text
 from exo_kimi.compress.convert.conversion import Conversion, make_conversion
 from exo_kimi.compress.convert.draft import DraftConversion, convert_draft
 from exo_kimi.compress.convert.encoding import encode
+from exo_kimi.compress.convert.fuse import FusedModule, fuse, plan_fusion
 from exo_kimi.compress.convert.importance import read_importance, read_worth
 from exo_kimi.compress.convert.link import link_job
 from exo_kimi.compress.convert.measure import ModuleErrors, errors_text, measure
@@ -65,6 +67,7 @@ class ConvertOptions:
         budget_bytes: choose bits for so many bytes of the text model.
         recipe_out: where the chosen recipe goes.
         calibration: mean squares of the inputs' columns, see `read_importance`.
+        adapter: put this adapter into the weights, and change nothing else.
     """
 
     directory: Path
@@ -81,6 +84,7 @@ class ConvertOptions:
     budget_bytes: int | None = None
     recipe_out: Path | None = None
     calibration: Path | None = None
+    adapter: Path | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -149,6 +153,8 @@ def run_convert(options: ConvertOptions) -> str:
     output = options.output
     if output is None:
         raise UsageError("say where to", expected="OUT, a new directory", where="convert")
+    if options.adapter is not None:
+        return _fuse(checkpoint, options.adapter, output, dry_run=options.dry_run)
     if options.link:
         return _link(options, checkpoint, output)
     if options.recipe is None:
@@ -240,11 +246,19 @@ def _check(options: ConvertOptions) -> None:
             ("--link", options.link),
             ("--measure", options.measure),
             ("--budget", options.budget_bytes is not None),
+            ("--adapter", options.adapter is not None),
         )
         if given
     ]
     if len(ways) > 1:
-        raise UsageError("these contradict each other", expected="one of them", found=" and ".join(ways))
+        fix = "put the adapter in first, then convert what comes out" if options.adapter is not None else None
+        raise UsageError("these contradict each other", expected="one of them", found=" and ".join(ways), fix=fix)
+    if options.adapter is not None and (options.layers is not None or options.keep_kv_b or options.calibration):
+        raise UsageError(
+            "--adapter keeps layout and bits of every layer",
+            fix="leave --layers, --keep-kv-b and --calibration out",
+            where="--adapter",
+        )
     if options.recipe_out is not None and options.budget_bytes is None:
         raise UsageError("--recipe-out is for --budget", where="--recipe-out")
     if options.calibration is not None and (options.link or options.rounding != "search"):
@@ -331,6 +345,39 @@ def _link(options: ConvertOptions, checkpoint: Checkpoint, output: Path) -> str:
     with CheckpointWriter(job) as writer:
         written = writer.finish()
     return _report(written, 0.0)
+
+
+def _fuse(checkpoint: Checkpoint, adapter: Path, output: Path, *, dry_run: bool) -> str:
+    fusion = plan_fusion(checkpoint, adapter, output)
+    for note in fusion.adapter.notes:
+        print(f"note: {note}", file=sys.stderr)
+    if dry_run:
+        size = format_bytes(sum(shard.file_bytes for shard in fusion.job.shards))
+        return f"files     {len(fusion.job.shards)}, {size}; {len(fusion.sources)} modules change"
+    began = time.monotonic()
+    with _bar(fusion.job.weight_bytes) as bar:
+        task = bar.add_task("", total=fusion.job.weight_bytes)
+        written, modules = fuse(fusion, lambda count: bar.advance(task, count))
+    return "\n".join([_report(written, time.monotonic() - began), *_fused_lines(modules)])
+
+
+def _fused_lines(modules: Sequence[FusedModule]) -> list[str]:
+    """What became of the modules that were changed now; none after a run that found everything there."""
+    if not modules:
+        return []
+    worst = max(modules, key=lambda each: each.error)
+    lost = [each for each in modules if each.error > each.change]
+    lines = [
+        f"{len(modules)} modules have the adapter in them, every other tensor is the source's",
+        f"they change by {np.mean([each.change for each in modules]):.2%} in the mean, and are stored to "
+        f"{np.mean([each.error for each in modules]):.3%} (worst {worst.error:.3%}, {worst.path})",
+    ]
+    if lost:
+        lines.append(
+            f"{len(lost)} modules change by less than their bits can hold: serve the adapter beside the base, or fuse it "
+            "into a base of more bits"
+        )
+    return lines
 
 
 def _report(written: Written, seconds: float) -> str:

@@ -64,7 +64,8 @@ class Encoder:
         return cls(tokenizer, ChatTemplate.from_directory(directory, tokenizer))
 
     def encode(self, conversation: Conversation, *, domain: str = "") -> Encoded:
-        """Encode prompt and reply; earlier replies are counted unless the template took their reasoning away."""
+        """Encode prompt and reply; earlier replies are counted unless the template took their reasoning away. An assistant's
+        message with the weight 0 is not counted, as in OpenAI's files for fine-tuning."""
         *earlier, last = conversation.messages
         rendered = self.template.render(earlier, conversation.tools)
         prompt, reply = rendered.ids, self.reply(last, rendered.reasoning)
@@ -72,10 +73,10 @@ class Encoder:
         replies = [message for message in earlier if message["role"] == "assistant"]
         starts = [place for place, token in enumerate(prompt) if token == self._assistant]
         for message, start in zip(replies, starts, strict=False):
-            if not message.get("reasoning_content"):
+            if not message.get("reasoning_content") and message.get("weight", 1):
                 first = prompt.index(self._middle, start) + 1
                 counted[first : prompt.index(self._end, first) + 1] = True
-        counted[len(prompt) :] = True
+        counted[len(prompt) :] = bool(last.get("weight", 1))
         return Encoded(ids=np.array(prompt + reply, np.int32), counted=counted, domain=domain)
 
     def reply(self, message: Mapping[str, Any], mode: ReasoningMode) -> list[int]:
@@ -89,7 +90,7 @@ class Encoder:
         if mode != "none":
             ids = [special["<think>"]] if mode == "may_open" else []
             ids += [*encode(message.get("reasoning_content") or ""), special["</think>"]]
-        ids += encode(message["content"] or "")
+        ids += encode(message.get("content") or "")
         if message.get("tool_calls"):
             ids.append(special["<|tool_calls_section_begin|>"])
             for call in message["tool_calls"]:

@@ -30,8 +30,8 @@ def read_texts(files: Sequence[Path], encoder: Encoder, *, most_tokens: int | No
     """Read files as texts. The domain of each is the file's stem, or what its line says.
 
     Args:
-        files: `.jsonl` with {"messages": [...], "tools": [...]}, {"text": "..."} or {"ids": [...]} on each line, each with
-            "domain" if wanted; any other file is prose.
+        files: `.jsonl` with {"messages": [...], "tools": [...]}, {"prompt": "...", "completion": "..."}, {"text": "..."} or
+            {"ids": [...]} on each line, each with "domain" if wanted; any other file is prose.
         encoder: of the model.
         most_tokens: stop there, in the middle of the files' texts if need be; None takes all.
 
@@ -82,7 +82,11 @@ def _entry(raw: Mapping[str, Any], stem: str, encoder: Encoder) -> Encoded:
         return _plain(ids, domain)
     if "text" in raw:
         return _plain(np.array(encoder.tokenizer.encode(str(raw["text"])), np.int32), domain)
-    messages = raw["messages"]
+    if "prompt" in raw and "completion" in raw:
+        asked, answer = str(raw["prompt"]), str(raw["completion"])
+        messages = [{"role": "user", "content": asked}, {"role": "assistant", "content": answer}]
+    else:
+        messages = raw["messages"]
     if not messages or messages[-1]["role"] != "assistant":
         raise ValueError("the last message is not an assistant's")
     return encoder.encode(GivenConversation(messages=messages, tools=raw.get("tools")), domain=domain)

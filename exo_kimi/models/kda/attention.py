@@ -49,6 +49,7 @@ class DeltaAttention(Adaptable):
 
     together: ClassVar = ("q_proj", "k_proj", "v_proj", "f_a_proj", "g_a_proj", "b_proj")
     projections: ClassVar = (*together, "f_b_proj", "g_b_proj", "o_proj")
+    called: ClassVar = projections
 
     def __init__(self, config: KimiConfig, linear: LinearAttention) -> None:
         super().__init__()

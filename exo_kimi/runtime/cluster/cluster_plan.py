@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 
 from exo_kimi.arch.config import KimiConfig
 from exo_kimi.arch.geometry import check_quantizable
+from exo_kimi.checkpoint.adapters.manifest import AdapterManifest
 from exo_kimi.checkpoint.checkpoint import Checkpoint
 from exo_kimi.checkpoint.drafts.manifest import DraftManifest
 from exo_kimi.checkpoint.fingerprint import stage_fingerprint
@@ -20,7 +21,7 @@ from exo_kimi.experts.layout import FLOAT_NAMES, layouts_of
 from exo_kimi.experts.traces.growing import trace_file
 from exo_kimi.planner.split import balanced_split, parse_split
 from exo_kimi.planner.weights.bytes import bytes_of_manifest
-from exo_kimi.runtime.protocol.messages import Load, PinnedExperts, encode_path
+from exo_kimi.runtime.protocol.messages import Load, LoadAdapter, PinnedExperts, encode_path
 from exo_kimi.runtime.transport.address import Address, parse_address
 from exo_kimi.runtime.transport.keys import ClusterKey, require_key
 
@@ -82,6 +83,7 @@ def make_plan(
     planned_caches: Sequence[ExpertCache | None] = (),
     expert_trace: Path | None = None,
     draft: DraftManifest | None = None,
+    adapters: Mapping[str, AdapterManifest] | None = None,
 ) -> ClusterPlan:
     """Place every layer of a checkpoint.
 
@@ -102,6 +104,7 @@ def make_plan(
         expert_trace: where the stages of this machine write which experts are asked for, each into a file of its own if there
             are several (see `trace_file`).
         draft: the draft head, which the last stage holds; None guesses from the text so far alone.
+        adapters: by name; each stage holds its layers' part of them.
 
     Raises:
         CheckpointError: the directory cannot be served.
@@ -157,12 +160,17 @@ def make_plan(
             feature_layers=feature_layers,
             draft_directory=None if head is None else encode_path(head.directory.resolve()),
             draft_fingerprint=None if head is None else head.fingerprint,
+            adapters=tuple(
+                LoadAdapter(name=name, directory=encode_path(each.directory.resolve()), fingerprint=each.fingerprint)
+                for name, each in (adapters or {}).items()
+            ),
         )
         weights_bytes = manifest.resident_bytes + manifest.widened_bytes
         if tower is not None:
             weights_bytes += tower.resident_bytes + tower.kept_bytes
         if head is not None:
             weights_bytes += head.resident_bytes + borrowed_bytes(head, checkpoint, manifest)
+        weights_bytes += sum(each.bytes_within(start, end) for each in (adapters or {}).values())
         expert_bytes = sum(each.resident_bytes for each in manifest.sources if each.spec.kind == "experts")
         plans.append(StagePlan(load=load, remote=remote, resident_bytes=weights_bytes, expert_bytes=expert_bytes))
     return ClusterPlan(directory=checkpoint.directory, config=config, stages=tuple(plans), key=key)

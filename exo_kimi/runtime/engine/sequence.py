@@ -13,7 +13,7 @@ from exo_kimi.pictures.picture import Picture
 from exo_kimi.runtime.engine.draft_policy import HeadState
 from exo_kimi.runtime.engine.prefix_index import CachedPrefix, Tokens, as_tokens
 from exo_kimi.runtime.engine.speculation import PromptLookup
-from exo_kimi.runtime.prefix_key import mark_pictures
+from exo_kimi.runtime.prefix_key import mark_adapter, mark_pictures
 from exo_kimi.runtime.requests import FinishReason, GenerationRequest, RequestProgress
 from exo_kimi.runtime.steps import PictureSpan, Sampled, Segment, SequenceStart
 
@@ -159,8 +159,9 @@ class Sequence:
         return self.prompt_tokens + self.max_new_tokens - 1
 
     def prefix_ids(self, end: int | None) -> Tokens:
-        """Its first tokens as prefixes are compared: equal only where the pictures are too. `end` as in a slice."""
-        return mark_pictures(as_tokens(self.tokens[:end]), self.request.pictures)
+        """Its first tokens as prefixes are compared: equal only where pictures and adapter are too. `end` as in a slice."""
+        ids, adapter = mark_pictures(as_tokens(self.tokens[:end]), self.request.pictures), self.request.adapter
+        return ids if adapter is None else mark_adapter(ids, adapter.fingerprint)
 
     def next_tokens(self, length: int) -> list[int]:
         """The next tokens to send, with the drafts after the newest one."""
@@ -187,6 +188,7 @@ class Sequence:
             snapshots=self.source.snapshots if self.source is not None else (),
             seen=self._seen(),
             request_id=self.request.request_id[:REQUEST_ID_CHARACTERS],
+            adapter=None if self.request.adapter is None else self.request.adapter.name,
         )
 
     def _seen(self) -> tuple[int, ...]:

@@ -119,6 +119,20 @@ class PinnedExperts(Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
     experts: Annotated[tuple[Count, ...], Meta(max_length=65_536)]
 
 
+class LoadAdapter(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """An adapter that a stage is to hold its layers' part of.
+
+    Args:
+        name: by which sequences ask for it.
+        directory: the leader's.
+        fingerprint: of its files (see `adapters.manifest`).
+    """
+
+    name: Name
+    directory: DirectoryPath
+    fingerprint: Name
+
+
 class Load(Header, frozen=True, kw_only=True, tag="load"):
     """Asks the stage to hold the layers `[start_layer, end_layer)`. Loading again what is held costs nothing.
 
@@ -139,6 +153,7 @@ class Load(Header, frozen=True, kw_only=True, tag="load"):
         feature_layers: whose features a draft head reads, ascending; empty without one.
         draft_directory: the leader's directory of the head, which this stage, the last, holds too; None for all others.
         draft_fingerprint: of the head's tensors.
+        adapters: LoRA and DoRA adapters, which sequences may ask for.
     """
 
     stage: Count
@@ -160,6 +175,7 @@ class Load(Header, frozen=True, kw_only=True, tag="load"):
     feature_layers: tuple[Count, ...] = ()
     draft_directory: DirectoryPath | None = None
     draft_fingerprint: Name | None = None
+    adapters: Annotated[tuple[LoadAdapter, ...], Meta(max_length=64)] = ()
 
     def expert_cache(self) -> ExpertCache | None:
         """None where all experts are held."""

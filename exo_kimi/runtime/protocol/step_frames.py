@@ -66,7 +66,7 @@ class SamplingHeader(Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
 
 SegmentRow = tuple[Count, Count, Positive, bool, bool, Count, Count, tuple[bool, ...], bool]
 SourceRow = tuple[Count | None, Tokens31, bool, tuple[Count, ...], tuple[Tokens31, ...]]
-BeginRow = tuple[Count, Count, Count, SamplingHeader, SourceRow | None, Name]
+BeginRow = tuple[Count, Count, Count, SamplingHeader, SourceRow | None, Name, Name | None]
 BlocksRow = tuple[Count, Count, BlockTokens, tuple[Digest, ...], SnapshotKey | None]
 RestoredRow = tuple[Count, Count]
 ForgetRow = tuple[Count, Tokens31]
@@ -85,7 +85,7 @@ _BLOCKS_COLUMNS = ("seq_id", "offset", "block_tokens", "keys", "snapshot")
 _RESTORED_COLUMNS = ("seq_id", "tokens")
 COLUMNS = {
     "segments[]": ("seq_id", "offset", "length", "sample", "mask", "drafts", "propose", "draft_masks", "snapshot"),
-    "begin[]": ("seq_id", "prompt_tokens", "history", "sampling", "source", "request_id"),
+    "begin[]": ("seq_id", "prompt_tokens", "history", "sampling", "source", "request_id", "adapter"),
     "begin[].source": ("source", "restore", "move", "seen", "snapshots"),
     "prefix": ("restore", "store", "drop", "restored", "forget"),
     "prefix.restore[]": _BLOCKS_COLUMNS,
@@ -312,13 +312,13 @@ def _begin_row(start: SequenceStart) -> BeginRow:
     source = None
     if start.source is not None or start.seen:
         source = (start.source, start.restore, start.move, start.seen, start.snapshots)
-    return (start.seq_id, start.prompt_tokens, len(start.history), sampling, source, start.request_id)
+    return (start.seq_id, start.prompt_tokens, len(start.history), sampling, source, start.request_id, start.adapter)
 
 
 def _decode_begin(rows: tuple[BeginRow, ...], history: npt.NDArray[np.int32]) -> tuple[SequenceStart, ...]:
     starts = []
     taken = 0
-    for seq_id, prompt_tokens, count, sampling, source_row, request_id in rows:
+    for seq_id, prompt_tokens, count, sampling, source_row, request_id, adapter in rows:
         if sampling.seed is not None and not -(2**63) <= sampling.seed < 2**64:
             raise malformed("seed", expected=f"an integer from {-(2**63)} to {2**64 - 1}", found=sampling.seed)
         source, restore, move, seen, snapshots = source_row or (None, 0, False, (), ())
@@ -337,6 +337,7 @@ def _decode_begin(rows: tuple[BeginRow, ...], history: npt.NDArray[np.int32]) ->
                 seen=seen,
                 snapshots=snapshots,
                 request_id=request_id,
+                adapter=adapter,
             )
         )
         taken += count

@@ -15,10 +15,12 @@ import mlx.core as mx
 
 from exo_kimi.arch.draft_modules import draft_kv_bytes_per_token
 from exo_kimi.arch.geometry import kv_bytes_per_token, served_state_bytes, state_bytes_per_sequence
+from exo_kimi.checkpoint.adapters.config import read_adapter_config
+from exo_kimi.checkpoint.adapters.manifest import AdapterManifest, resolve_for
 from exo_kimi.checkpoint.drafts.manifest import DraftManifest, resolve_draft
 from exo_kimi.checkpoint.fingerprint import stage_fingerprint
 from exo_kimi.checkpoint.index import CheckpointIndex, open_index
-from exo_kimi.checkpoint.manifest import resolve
+from exo_kimi.checkpoint.manifest import StageManifest, resolve
 from exo_kimi.checkpoint.vision import NoVision, VisionManifest, find_vision
 from exo_kimi.errors import CheckpointError, StageError
 from exo_kimi.experts.budget import ExpertCache
@@ -119,6 +121,7 @@ class CheckpointLayers:
             vision=_vision(index, order),
             expert_cache=self._expert_cache or order.expert_cache(),
             draft=_draft(order, self._draft_directory),
+            adapters=_adapters(order, manifest),
         )
 
     def drop(self) -> None:
@@ -151,6 +154,23 @@ def _draft(order: Load, directory: Path | None) -> DraftManifest | None:
             where=found.directory,
             fix="copy the leader's head to this machine, or give the right folder with --draft",
         )
+    return found
+
+
+def _adapters(order: Load, stage: StageManifest) -> dict[str, AdapterManifest]:
+    found = {}
+    for each in order.adapters:
+        directory = decode_path(each.directory)
+        adapter = resolve_for(directory, read_adapter_config(directory), stage.config)
+        if adapter.fingerprint != each.fingerprint:
+            raise CheckpointError(
+                f"adapter {each.name!r} on this machine is not the leader's",
+                expected=f"fingerprint {each.fingerprint[:16]} (leader)",
+                found=f"fingerprint {adapter.fingerprint[:16]}",
+                where=directory,
+                fix="copy the leader's adapter to this machine, under the same path",
+            )
+        found[each.name] = adapter
     return found
 
 
@@ -202,7 +222,8 @@ class MlxBackend:
         model = resident.model
         scratch_bytes = order.scratch_bytes or default_scratch_bytes(self.free().free_bytes)
         # Metal runs a graph while the next is built: what one has let go, the other may still hold.
-        model.set_scratch_bytes(scratch_bytes // 2 if mx.metal.is_available() else scratch_bytes)
+        for each in (model, *resident.adapted.values()):
+            each.set_scratch_bytes(scratch_bytes // 2 if mx.metal.is_available() else scratch_bytes)
         model.set_kv_bits(order.kv_bits)
         tower = None
         if resident.vision is not None:
@@ -255,6 +276,7 @@ class MlxBackend:
             ahead=model.streamed is None and path is None,
             feature_layers=order.feature_layers,
             drafts=drafts,
+            adapted=resident.adapted,
         )
         self._loaded = _LoadedStage(order, answer, resident, worker)
         return answer

@@ -9,7 +9,7 @@ import asyncio
 import functools
 import logging
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from queue import SimpleQueue
 
 from exo_kimi.errors import EngineStoppedError, StageError
@@ -44,6 +44,7 @@ class InlinePipeline:
         feature_layers: see `StageWorker`.
         load_drafts: makes the draft head of the last stage, in the thread, from that stage's model; None has none.
         state_tokens, snapshot_tokens: see `PipelineInfo`.
+        load_adapted: makes a stage's model with each adapter, by name, in the thread, from the one without; None has none.
     """
 
     def __init__(
@@ -61,11 +62,13 @@ class InlinePipeline:
         load_drafts: Callable[[StageModel], DraftRunner] | None = None,
         state_tokens: int = 0,
         snapshot_tokens: int = 0,
+        load_adapted: Callable[[StageModel], Mapping[str, StageModel]] | None = None,
     ) -> None:
         self._load = load
         self._state_tokens, self._snapshot_tokens = state_tokens, snapshot_tokens
         self._feature_layers = tuple(feature_layers)
         self._load_drafts = load_drafts
+        self._load_adapted = load_adapted
         self._stages = stages
         self._context = context
         self._kv_capacity_tokens = kv_capacity_tokens
@@ -127,7 +130,12 @@ class InlinePipeline:
         try:
             workers = [
                 StageWorker(
-                    model, epoch=self._epoch, stage=stage, ahead=self._ahead, feature_layers=self._feature_layers
+                    model,
+                    epoch=self._epoch,
+                    stage=stage,
+                    ahead=self._ahead,
+                    feature_layers=self._feature_layers,
+                    adapted=None if self._load_adapted is None else self._load_adapted(model),
                 )
                 for stage, model in enumerate(self._load())
             ]

@@ -19,7 +19,7 @@ import numpy as np
 
 from exo_kimi.runtime.stage.caches import room, trim
 from exo_kimi.runtime.stage.sequence_state import SequenceState
-from exo_kimi.runtime.stage.stage_model import StageModel, forward_tapped
+from exo_kimi.runtime.stage.stage_model import AdaptedModels, StageModel
 from exo_kimi.runtime.steps import Segment, Step, StepResult
 
 MOST_SEQUENCES = 64
@@ -83,12 +83,20 @@ class Ahead:
 
     Args:
         model: of the stage; one that is not the whole model never runs ahead.
+        models: the same with the adapters that it holds.
         enabled: False is the oracle: every step is computed when it is asked for.
         feature_layers: whose features a draft head reads.
     """
 
-    def __init__(self, model: StageModel, *, enabled: bool = True, feature_layers: Sequence[int] = ()) -> None:
-        self._model = model
+    def __init__(
+        self,
+        model: StageModel,
+        models: AdaptedModels,
+        *,
+        enabled: bool = True,
+        feature_layers: Sequence[int] = (),
+    ) -> None:
+        self._model, self._models = model, models
         self._feature_layers = tuple(feature_layers)
         self._enabled = enabled and model.is_first and model.is_last
         self._enqueued: tuple[Mapping[int, tuple[int, int]], mx.array, mx.array | None] | None = None
@@ -154,8 +162,11 @@ class Ahead:
             return
         tokens = [sampled.token_id for sampled in result.sampled]
         segments = [(1, entry.caches) for entry in entries]
-        hidden, features = forward_tapped(
-            self._model, mx.array(tokens, mx.int32), segments, feature_layers=self._feature_layers
+        hidden, features = self._models.forward(
+            mx.array(tokens, mx.int32),
+            segments,
+            [entry.adapter for entry in entries],
+            feature_layers=self._feature_layers,
         )
         logits = self._model.logits(hidden).astype(mx.float32)
         mx.async_eval(logits, [] if features is None else features)  # type: ignore[no-untyped-call]

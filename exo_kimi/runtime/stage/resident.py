@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import gc
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 
 import mlx.core as mx
 
+from exo_kimi.checkpoint.adapters.manifest import AdapterManifest
 from exo_kimi.checkpoint.checkpoint import Checkpoint
 from exo_kimi.checkpoint.drafts.manifest import DraftManifest
 from exo_kimi.checkpoint.manifest import StageManifest
@@ -18,6 +19,7 @@ from exo_kimi.experts.budget import ExpertCache
 from exo_kimi.models.draft_head import DraftHead
 from exo_kimi.models.kimi_k2 import Model
 from exo_kimi.models.vision import VisionModel
+from exo_kimi.runtime.loading.adapters import adapted_view
 from exo_kimi.runtime.loading.draft import load_draft_head
 from exo_kimi.runtime.loading.loader import load_stage
 from exo_kimi.runtime.loading.vision import load_tower
@@ -37,6 +39,7 @@ class ResidentStage:
         load_s: how long loading took.
         vision: the tower for pictures, if this stage holds one.
         draft: the draft head, if this stage, the last, holds one; `draft_fingerprint` is of its files.
+        adapted: the same layers with each adapter, by name; all but the adapters' own arrays is shared.
     """
 
     manifest: StageManifest
@@ -46,6 +49,7 @@ class ResidentStage:
     vision: VisionModel | None = None
     draft: DraftHead | None = None
     draft_fingerprint: str | None = None
+    adapted: Mapping[str, Model] = field(default_factory=dict)
 
     @property
     def dtype(self) -> mx.Dtype:
@@ -66,6 +70,7 @@ class ResidentStage:
         vision: VisionManifest | None = None,
         expert_cache: ExpertCache | None = None,
         draft: DraftManifest | None = None,
+        adapters: Mapping[str, AdapterManifest] | None = None,
     ) -> ResidentStage:
         """Load the layers of a manifest, in the thread that will run them: MLX's streams belong to threads.
 
@@ -75,6 +80,7 @@ class ResidentStage:
             dtype, progress, fuse, alone, expert_cache: see `load_stage`.
             vision: the tower to load with them.
             draft: the draft head to load with them.
+            adapters: those to load with them, by name.
 
         Raises:
             CheckpointError: the tensors are not what the manifest says.
@@ -92,6 +98,7 @@ class ResidentStage:
                 target = Checkpoint(manifest.directory)
                 head = load_draft_head(draft.directory, target, model=model, dtype=dtype)
                 head.set_dtype(model.layers[0].input_layernorm.weight.dtype)
+            adapted = {name: adapted_view(model, each) for name, each in (adapters or {}).items()}
         except (RuntimeError, ValueError, MemoryError) as error:  # what MLX raises
             raise as_fault(error, stage=stage) from error
         if mx.metal.is_available():
@@ -105,6 +112,7 @@ class ResidentStage:
             vision=tower,
             draft=head,
             draft_fingerprint=None if draft is None else draft.fingerprint,
+            adapted=adapted,
         )
 
 

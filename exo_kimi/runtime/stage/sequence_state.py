@@ -29,6 +29,7 @@ class SequenceState:
         sampler: on the last stage of the runtime.
         total: tokens that were known when it began.
         restoring: True until its first segment, which may start before the end of what came from disk.
+        adapter: whose weights its tokens go through; None for the base's.
         draft: as the stage's draft head follows it; None where there is none, or where it does not hold all of it.
         snapshots: its states after some of its tokens, by position, where layers have states.
         moved_from: the name under which another had these caches before, and of how many tokens.
@@ -43,6 +44,7 @@ class SequenceState:
     draft: DraftState | None = None
     snapshots: dict[int, Snapshot] = field(default_factory=dict)
     moved_from: tuple[int, int] | None = None
+    adapter: str | None = None
 
     def end(self) -> None:
         """Stop as a sequence, and hold what is certain, without guesses and what ran ahead, for another to begin from.

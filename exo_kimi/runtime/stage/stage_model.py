@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
 import mlx.core as mx
@@ -105,6 +105,62 @@ def forward_tapped(
     if not columns:
         return hidden, None
     return hidden, columns[0] if len(columns) == 1 else mx.concatenate(columns, axis=1)
+
+
+class AdaptedModels:
+    """A stage's layers without an adapter and with each of those that it holds; all but the adapters' own arrays is shared.
+
+    Args:
+        base: without one.
+        adapted: by name.
+    """
+
+    def __init__(self, base: StageModel, adapted: Mapping[str, StageModel] | None = None) -> None:
+        self._models: dict[str | None, StageModel] = {None: base}
+        self._models.update(adapted or {})
+
+    def __contains__(self, name: str | None) -> bool:
+        return name in self._models
+
+    def forward(
+        self,
+        x: mx.array,
+        segments: Sequence[tuple[int, list[Any]]],
+        adapters: Sequence[str | None],
+        *,
+        feature_layers: Sequence[int],
+        asked: Sequence[int] | None = None,
+    ) -> tuple[mx.array, mx.array | None]:
+        """One pass as `forward_tapped`, each segment through its adapter. Where they differ, segments of one adapter go together,
+        those of one after those of another: a step without adapters is what it was, and one with `n` reads shared weights `n`
+        times, and experts no more often than their tokens ask for.
+
+        Args:
+            adapters: of each segment, a name that this object has or None.
+        """
+        groups = list(dict.fromkeys(adapters))
+        if len(groups) == 1:
+            model = self._models[groups[0]]
+            return forward_tapped(model, x, segments, feature_layers=feature_layers, asked=asked)
+        ends = np.cumsum([length for length, _ in segments])
+        hidden, features, order = list[mx.array](), list[mx.array](), list[np.ndarray[Any, Any]]()
+        for group in groups:
+            chosen = [index for index, name in enumerate(adapters) if name == group]
+            rows = np.concatenate([np.arange(ends[index] - segments[index][0], ends[index]) for index in chosen])
+            out, noted = forward_tapped(
+                self._models[group],
+                x[mx.array(rows.astype(np.int32))],
+                [segments[index] for index in chosen],
+                feature_layers=feature_layers,
+                asked=None if asked is None else [asked[index] for index in chosen],
+            )
+            if len(rows) > len(chosen):
+                mx.eval(out, [] if noted is None else noted)  # or both groups' scratch would be held
+            hidden.append(out)
+            features += [] if noted is None else [noted]
+            order.append(rows)
+        back = mx.array(np.argsort(np.concatenate(order)).astype(np.int32))
+        return mx.concatenate(hidden)[back], mx.concatenate(features)[back] if features else None
 
 
 def pack(array: mx.array) -> Hidden:

@@ -34,7 +34,7 @@ from exo_kimi.runtime.stage.pictures import PictureTower, without_pictures
 from exo_kimi.runtime.stage.prefix_disk import PrefixDisk, read_blocks, write_blocks
 from exo_kimi.runtime.stage.sampling import SequenceSampler, sample_runs
 from exo_kimi.runtime.stage.sequence_state import SequenceState, SequenceTable, check_step
-from exo_kimi.runtime.stage.stage_model import StageModel, forward_tapped, pack, unpack, width_of
+from exo_kimi.runtime.stage.stage_model import AdaptedModels, StageModel, pack, unpack, width_of
 from exo_kimi.runtime.steps import (
     Blocks,
     FailedSequence,
@@ -62,6 +62,7 @@ class StageWorker:
         ahead: whether `run_ahead` does anything on a stage that is the whole model.
         feature_layers: whose features a draft head on the last stage reads, ascending; empty without one.
         drafts: that head, on the last stage.
+        adapted: these layers with adapters, by the names by which sequences ask for them.
 
     Attributes:
         asks_all: take all tokens of a prompt through the whole last layer, for somebody who looks at what it does with them.
@@ -78,15 +79,17 @@ class StageWorker:
         ahead: bool = True,
         feature_layers: Sequence[int] = (),
         drafts: DraftRunner | None = None,
+        adapted: Mapping[str, StageModel] | None = None,
     ) -> None:
         self.model = model
+        self.models = AdaptedModels(model, adapted)
         self.feature_layers = tuple(feature_layers)
         self.drafts = drafts
         self.epoch = epoch
         self.stage = stage
         self.disk = disk
         self.tower = tower
-        self.ahead = Ahead(model, enabled=ahead, feature_layers=feature_layers)
+        self.ahead = Ahead(model, self.models, enabled=ahead, feature_layers=feature_layers)
         self.asks_all = False
         self._sequences: SequenceTable[int, SequenceState] = SequenceTable()
         self._failed: dict[int, FailedSequence] = {}
@@ -252,6 +255,12 @@ class StageWorker:
     def _begin(self, start: SequenceStart) -> None:
         if start.seq_id in self._sequences:
             raise ProtocolError(f"sequence {start.seq_id} began twice", stage=self.stage)
+        if start.adapter not in self.models:
+            raise ProtocolError(
+                f"sequence {start.seq_id} asks for an adapter that this stage does not hold",
+                stage=self.stage,
+                found=start.adapter,
+            )
         sampler = SequenceSampler(start) if self.model.is_last else None
         draft = self.drafts.begin(prompt_tokens=start.prompt_tokens) if self.drafts is not None else None
         snapshots: dict[int, Snapshot] = {}
@@ -273,6 +282,7 @@ class StageWorker:
             draft=draft,
             snapshots=snapshots,
             moved_from=moved_from,
+            adapter=start.adapter,
         )
 
     def _prefix(self, start: SequenceStart, source: int) -> tuple[list[Any], DraftState | None]:
@@ -283,6 +293,13 @@ class StageWorker:
             if start.move:
                 del self._sequences[source], self._failed[source]
             return self.model.make_cache(), None
+        if sequence.adapter != start.adapter:
+            raise ProtocolError(
+                f"sequence {start.seq_id} begins from one of another adapter",
+                stage=self.stage,
+                expected=start.adapter,
+                found=sequence.adapter,
+            )
         if sequence.length < start.restore:
             raise ProtocolError(
                 f"sequence {start.seq_id} begins with more than sequence {source} has",
@@ -389,7 +406,8 @@ class StageWorker:
             x = unpack(step.hidden, tokens=len(step.tokens), hidden_size=width)
         asked = [_asked(segment) for segment in step.segments] if model.is_last and not self.asks_all else None
         segments = [(segment.length, self._sequences[segment.seq_id].caches) for segment in step.segments]
-        return forward_tapped(model, x, segments, feature_layers=self.feature_layers, asked=asked)
+        adapters = [self._sequences[segment.seq_id].adapter for segment in step.segments]
+        return self.models.forward(x, segments, adapters, feature_layers=self.feature_layers, asked=asked)
 
     def _embed(self, step: Step) -> mx.array:
         if self.tower is None:

@@ -71,8 +71,9 @@ class _MessagesDoor:
 
     async def message(self, request: Request, asked: Annotated[MessagesRequest, Depends(read_messages)]) -> Response:
         """Answer a conversation of content blocks, whole or as server-sent events."""
-        head = self.service.head("msg", self.service.names.resolve(asked.model), separator="_")
-        prepared = await self.service.prepared(request, partial(_prepare, asked))
+        model = self.service.names.resolve(asked.model)
+        head = self.service.head("msg", model, separator="_")
+        prepared = await self.service.prepared(request, partial(_prepare, asked), model=model)
 
         def write(checked: PreparedRequest) -> MessageFrames:
             return MessageFrames(head, prompt_tokens=checked.prompt_tokens, warnings=checked.warnings)
@@ -86,8 +87,8 @@ class _MessagesDoor:
 
     async def count_tokens(self, request: Request, asked: Annotated[CountRequest, Depends(read_count)]) -> JSONResponse:
         """Count the tokens that a request would have."""
-        self.service.names.resolve(asked.model)
-        prepared = await self.service.prepared(request, partial(_prepare, asked))
+        model = self.service.names.resolve(asked.model)
+        prepared = await self.service.prepared(request, partial(_prepare, asked), model=model)
         return JSONResponse({"input_tokens": prepared.prompt_tokens})
 
 

@@ -155,7 +155,7 @@ class _OllamaDoor:
     async def _answer(
         self, request: Request, asked: OllamaFields, prepare_it: Any, model: str, *, chat: bool
     ) -> Response:
-        prepared = await self.service.prepared(request, prepare_it)
+        prepared = await self.service.prepared(request, prepare_it, model=self._resolved(model))
         head = self.service.head("ollama", model)
 
         def write(checked: PreparedRequest) -> OllamaFrames:
@@ -165,10 +165,13 @@ class _OllamaDoor:
 
     def _name(self, asked: str | None) -> str:
         """Clients of Ollama add its tag to names."""
+        self._resolved(asked)
+        return asked or self.service.names.first
+
+    def _resolved(self, asked: str | None) -> str:
         names = self.service.names
         known = asked is None or asked in names.names or not asked.endswith(_LATEST)
-        names.resolve(asked if known or asked is None else asked.removesuffix(_LATEST))
-        return asked or names.first
+        return names.resolve(asked if known or asked is None else asked.removesuffix(_LATEST))
 
     def _thinks(self) -> bool:
         prompt = self.service.speaker.template.render([{"role": "user", "content": "Hi"}])

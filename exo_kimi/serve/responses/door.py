@@ -117,11 +117,12 @@ class _ResponsesDoor:
 
     async def create(self, request: Request, asked: Annotated[ResponsesRequest, Depends(read_responses)]) -> Response:
         """Answer the items of a conversation, whole or as server-sent events."""
-        head = self.service.head("resp", self.service.names.resolve(asked.model), separator="_")
+        model = self.service.names.resolve(asked.model)
+        head = self.service.head("resp", model, separator="_")
         read = await self._read(request, asked)
         write = partial(self._frames, head, read)
         try:
-            prepared = await self.service.prepared(request, read.prepare)
+            prepared = await self.service.prepared(request, read.prepare, model=model)
             return self.service.answer(prepared, lambda checked: write(checked.warnings), stream=bool(asked.stream))
         except ContextLengthError as error:
             if not asked.stream:
@@ -134,9 +135,9 @@ class _ResponsesDoor:
         self, request: Request, asked: Annotated[ResponsesRequest, Depends(read_responses)]
     ) -> JSONResponse:
         """Count the tokens that a request would have."""
-        self.service.names.resolve(asked.model)
+        model = self.service.names.resolve(asked.model)
         read = await self._read(request, asked)
-        prepared = await self.service.prepared(request, read.prepare)
+        prepared = await self.service.prepared(request, read.prepare, model=model)
         return JSONResponse({"object": "response.input_tokens", "input_tokens": prepared.prompt_tokens})
 
     async def get(self, response_id: str) -> JSONResponse:
