@@ -27,6 +27,7 @@ from exo_kimi.checkpoint.packing import (
     store,
     unpack_bits,
 )
+from exo_kimi.checkpoint.quantization import QuantSpec
 from exo_kimi.checkpoint.safetensors_io import TensorEntry, read_header
 from exo_kimi.checkpoint.shards import INDEX_NAME
 from exo_kimi.checkpoint.sources import ModuleSource
@@ -44,6 +45,7 @@ from exo_kimi.errors import UsageError
 
 _ARITHMETIC = 1  # of what is written; another version is another output
 _SIXTEEN_BITS = ("BF16", "F16")
+_Stored = dict[str, Any]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -191,35 +193,38 @@ def _fused(source: ModuleSource, own: LowRank, reader: RangeReader) -> tuple[dic
     return {source.parts[part][0].name: data for part, data in stored.items()}, told
 
 
-def _encoded(source: ModuleSource, exact: Floats, rows: SourceRows) -> tuple[dict[str, NDArray[Any]], Floats]:
+def _encoded(source: ModuleSource, exact: Floats, rows: SourceRows) -> tuple[_Stored, Floats]:
     """What is stored of exact weights, by the source's parts, and what a reader makes of it."""
     if source.layout == "plain":
         tensor = store(exact, source.parts["weight"][0].dtype)
         return {"weight": tensor.data}, restore(tensor)
     if source.layout == "fp8":
-        codes, scales = quantize_fp8(exact)
-        kept = store(scales, source.parts["weight_scale_inv"][0].dtype)
-        return {"weight": codes, "weight_scale_inv": kept.data}, dequantize_fp8(codes, restore(kept))
-    quant = rows.quant
+        codes, block_scales = quantize_fp8(exact)
+        blocks = store(block_scales, source.parts["weight_scale_inv"][0].dtype)
+        return {"weight": codes, "weight_scale_inv": blocks.data}, dequantize_fp8(codes, restore(blocks))
     if source.layout == "int4":
-        dtype = source.parts["weight_scale"][0].dtype
+        dtype, quant = source.parts["weight_scale"][0].dtype, rows.quant
         words, kept = quantize_int4(exact, dtype=dtype)
         whole, _ = int4_codes(exact, dtype=dtype, symmetric=False)
         values = whole.reshape(len(exact), -1, quant.group_size).astype(np.float32) * restore(kept)[..., None]
         return {"weight_packed": words, "weight_scale": kept.data}, values.reshape(exact.shape)
-    if quant.mode == "affine" and source.parts["scales"][0].dtype not in _SIXTEEN_BITS:
-        packed, scales, biases = quantize_affine(exact, bits=quant.bits, group_size=quant.group_size, dtype="F32")
-        parts = {"weight": packed, "scales": scales.data, "biases": biases.data}
-        values = dequantize_affine(
-            packed, restore(scales), restore(biases), bits=quant.bits, group_size=quant.group_size
-        )
-        return parts, values
-    dtype = source.parts["scales"][0].dtype if quant.mode == "affine" else "BF16"
-    made = pack_rows(exact, ModuleTarget(source.spec, source, quant, dtype, ""), "search")
-    parts = {"weight": made.words, "scales": np.asarray(made.scales)}
-    if made.biases is None:
-        columns = unpack_bits(made.words, quant.bits).reshape(-1, quant.group_size).T
-        return parts, float_modes.decode(columns, made.scales.reshape(-1), quant.mode).T.reshape(exact.shape)
-    parts["biases"] = np.asarray(made.biases)
-    scales_of, biases_of = (np.asarray(each, np.float32) for each in (made.scales, made.biases))
-    return parts, dequantize_affine(made.words, scales_of, biases_of, bits=quant.bits, group_size=quant.group_size)
+    return _packed(source, exact, rows.quant)
+
+
+def _packed(source: ModuleSource, exact: Floats, quant: QuantSpec) -> tuple[_Stored, Floats]:
+    """The same of MLX's packing."""
+    bits, group = quant.bits, quant.group_size
+    if quant.mode != "affine":
+        made = pack_rows(exact, ModuleTarget(source.spec, source, quant, "BF16", ""), "search")
+        columns = unpack_bits(made.words, bits).reshape(-1, group).T
+        values = float_modes.decode(columns, made.scales.reshape(-1), quant.mode).T.reshape(exact.shape)
+        return {"weight": made.words, "scales": made.scales}, values
+    dtype = source.parts["scales"][0].dtype
+    if dtype not in _SIXTEEN_BITS:
+        words, scales, biases = quantize_affine(exact, bits=bits, group_size=group, dtype=dtype)
+        values = dequantize_affine(words, restore(scales), restore(biases), bits=bits, group_size=group)
+        return {"weight": words, "scales": scales.data, "biases": biases.data}, values
+    found = pack_rows(exact, ModuleTarget(source.spec, source, quant, dtype, ""), "search")
+    parts: _Stored = {"weight": found.words, "scales": found.scales, "biases": found.biases}
+    steps, lowest = (np.asarray(parts[part], np.float32) for part in ("scales", "biases"))
+    return parts, dequantize_affine(found.words, steps, lowest, bits=bits, group_size=group)
