@@ -53,6 +53,7 @@ LEFT_OUT = {
     "expert-peers": "needs the environment of mlx-vlm",
     "conformance": "checks and no ratios",
     "link-speed": "needs a listener on another machine",
+    "share": "needs root and network namespaces",
     "plan": "a deviation and no ratio",
     "soak": "takes as long as one likes",
 }

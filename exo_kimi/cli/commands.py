@@ -74,6 +74,7 @@ Bench = Literal[  # modules of exo_kimi.bench, with - for _
     "prefill-memory",
     "prefix-restart",
     "router",
+    "share",
     "soak",
     "speculation",
     "step",

@@ -83,8 +83,8 @@ class HeldFile:
         """Whether all bytes [start, end) of the whole file are here."""
         return self._places(start, end) is not None
 
-    def read(self, start: int, end: int, *, piece_bytes: int = PIECE_BYTES) -> Iterator[bytes]:
-        """The bytes [start, end) of the whole file, in pieces.
+    def read(self, start: int, end: int, *, piece_bytes: int = PIECE_BYTES) -> Iterator[bytes | memoryview]:
+        """The bytes [start, end) of the whole file, in pieces; each lasts until the next one is asked for.
 
         Raises:
             NotHeldError: some are not here.
@@ -97,6 +97,7 @@ class HeldFile:
                 expected=f"bytes {start:,} to {end:,}",
                 where=self.path.parent,
             )
+        buffer = memoryview(bytearray(min(piece_bytes, end - start)))
         descriptor = open_regular(self.path)
         try:
             for place, count in places:
@@ -105,8 +106,8 @@ class HeldFile:
                     continue
                 for offset in range(0, count, piece_bytes):
                     wanted = min(piece_bytes, count - offset)
-                    piece = os.pread(descriptor, wanted, place + offset)
-                    if len(piece) < wanted:
+                    piece = buffer[:wanted]
+                    if os.preadv(descriptor, [piece], place + offset) < wanted:
                         raise OSError(errno.EIO, "the file ends early", str(self.path))
                     yield piece
         finally:

@@ -58,7 +58,7 @@ class ShareSource:
             FetchError: nobody shares there, or the answer is none.
         """
         try:
-            raw = json.loads(b"".join(self._ask({"do": "list"}, most_bytes=MOST_LIST_BYTES)))
+            raw = json.loads(self._answer_to({"do": "list"}, most_bytes=MOST_LIST_BYTES))
             files = {name: _remote(name, fields) for name, fields in raw[FILE_LIST].items() if is_wanted(name)}
             revision = str(raw["revision"])
         except TryAgainError as error:
@@ -68,8 +68,8 @@ class ShareSource:
         _, _, name = self._open_session()
         return Listing(model=self._model or name, revision=revision, files=files, where=str(self._address))
 
-    def read(self, file: RemoteFile, start: int, end: int) -> Iterator[bytes]:
-        """The bytes [start, end) of a whole file.
+    def read(self, file: RemoteFile, start: int, end: int) -> Iterator[memoryview]:
+        """The bytes [start, end) of a whole file, in pieces that last until the next one is asked for.
 
         Raises:
             TryAgainError: the connection broke.
@@ -88,7 +88,7 @@ class ShareSource:
         request = {"do": "digest", "file": file.name, "ranges": ranges}
         for attempt in range(3):
             try:
-                return b"".join(self._ask(request, most_bytes=64, silence_s=DIGEST_S)).decode("ascii")
+                return self._answer_to(request, most_bytes=64, silence_s=DIGEST_S).decode("ascii")
             except TryAgainError as error:
                 if attempt == 2:
                     raise FetchError("the other machine does not answer", found=error.reason) from error
@@ -101,7 +101,12 @@ class ShareSource:
             while self._idle:
                 self._idle.pop().close()
 
-    def _ask(self, request: Mapping[str, Any], *, most_bytes: int, silence_s: float = SILENCE_S) -> Iterator[bytes]:
+    def _answer_to(self, request: Mapping[str, Any], *, most_bytes: int, silence_s: float = SILENCE_S) -> bytes:
+        return b"".join(bytes(data) for data in self._ask(request, most_bytes=most_bytes, silence_s=silence_s))
+
+    def _ask(
+        self, request: Mapping[str, Any], *, most_bytes: int, silence_s: float = SILENCE_S
+    ) -> Iterator[memoryview]:
         """The records of one answer, on a connection that is kept where the answer was read to its end."""
         with self._named_errors():
             stream = self._stream()

@@ -33,7 +33,7 @@ from exo_kimi.planner.plan import Plan
 from exo_kimi.units import format_bytes
 
 _WORK = Path(".cache") / "exo-kimi"
-_RECORDS = Path(".cache") / "huggingface" / "download"  # where huggingface_hub keeps the same records
+RECORDS = Path(".cache") / "huggingface" / "download"  # where huggingface_hub keeps the same records
 
 Say = Callable[[str], None]
 Watch = Callable[[TransferProgress], AbstractContextManager[None]]
@@ -261,7 +261,7 @@ def _known(directory: Path) -> dict[str, str]:
         return {}
     hashes = hub_hashes(directory)
     for name in list(hashes):
-        path, record = directory / name, directory / _RECORDS / f"{name}.metadata"
+        path, record = directory / name, directory / RECORDS / f"{name}.metadata"
         if not path.exists() or (record.exists() and path.stat().st_mtime > record.stat().st_mtime + 1):
             del hashes[name]
     return hashes
@@ -285,7 +285,7 @@ class _Records:
 
     def _add_whole(self, file: RemoteFile, sha256: str | None) -> None:
         tag = file.git_sha1 or sha256
-        folder = self.directory / _RECORDS
+        folder = self.directory / RECORDS
         folder.mkdir(parents=True, exist_ok=True)
         (folder / f"{file.name}.metadata").write_text(f"{self._listing.revision}\n{tag}\n{time.time()}\n")
 

@@ -32,7 +32,7 @@ from exo_kimi.runtime.end_signals import EndSignals
 from exo_kimi.runtime.transport.address import Address, numeric_host
 from exo_kimi.runtime.transport.control import ControlListener
 from exo_kimi.runtime.transport.keys import ClusterKey
-from exo_kimi.runtime.transport.sealed import ID_BYTES, MOST_RECORD_BYTES, NUMBER_BYTES, SealedStream, SessionKey
+from exo_kimi.runtime.transport.sealed import ID_BYTES, NUMBER_BYTES, SealedStream, SessionKey
 
 VERSION = 1
 MOST_SESSIONS = 64
@@ -40,7 +40,7 @@ MOST_CONNECTIONS = 128
 GREETING_S = 5.0
 SILENCE_S = 60.0
 _DATA, _END, _ERROR = range(3)  # kinds of records
-DATA_BYTES = MOST_RECORD_BYTES
+DATA_BYTES = 1 << 19
 FILE_LIST = "files"
 
 logger = logging.getLogger(__name__)
@@ -209,12 +209,11 @@ class _BulkServer:
         try:
             stream = self._greet(connection)
             if stream is not None:
-                connection.settimeout(None)
                 while True:
-                    request = json.loads(stream.receive()[1])
-                    connection.settimeout(SILENCE_S)
+                    stream.set_timeout(None)
+                    request = json.loads(bytes(stream.receive()[1]))
+                    stream.set_timeout(SILENCE_S)
                     self._carry_out(request, stream)
-                    connection.settimeout(None)
         except (OSError, ValueError, TypeError, KeyError, ProtocolError) as error:
             if not isinstance(error, ConnectionError):
                 logger.debug("a connection ended: %s", error)
@@ -266,13 +265,14 @@ class _BulkServer:
             logger.warning("cannot read %s: %s", request.get("file"), error.strerror)
             stream.send(json.dumps({"what": f"cannot be read there: {error.strerror}"}).encode(), _ERROR)
 
-    def _send_all(self, stream: SealedStream, data: bytes) -> None:
-        for start in range(0, len(data), DATA_BYTES):
-            stream.send(data[start : start + DATA_BYTES] if len(data) > DATA_BYTES else data, _DATA)
+    def _send_all(self, stream: SealedStream, data: bytes | memoryview) -> None:
+        view = memoryview(data)
+        for start in range(0, len(view), DATA_BYTES):
+            stream.send(view[start : start + DATA_BYTES], _DATA)
 
 
-def read_answer(stream: SealedStream) -> bytes | None:
-    """One record of an answer: data, or None at its end.
+def read_answer(stream: SealedStream) -> memoryview | None:
+    """One record of an answer: data, which lasts until the next call, or None at its end.
 
     Raises:
         NotHeldError: the other machine does not have what was asked for.
@@ -283,7 +283,7 @@ def read_answer(stream: SealedStream) -> bytes | None:
         return body
     if kind == _END:
         return None
-    fields = json.loads(body)
+    fields = json.loads(bytes(body))
     if fields.get("held") is False:
         raise NotHeldError(str(fields["what"]))
     raise OSError(str(fields["what"]))

@@ -158,7 +158,7 @@ class _KeptBytes:
     data: bytearray = field(default_factory=bytearray)
     stream: BinaryIO | None = None
 
-    def add(self, piece: bytes) -> None:
+    def add(self, piece: bytes | memoryview) -> None:
         self.data += piece
         if self.stream is not None:
             self.stream.write(piece)

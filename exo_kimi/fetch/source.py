@@ -57,8 +57,8 @@ class Source(Protocol):
         """What it has. Raises FetchError."""
         ...
 
-    def read(self, file: RemoteFile, start: int, end: int) -> Iterator[bytes]:
-        """The bytes [start, end) of a whole file, in pieces as they come.
+    def read(self, file: RemoteFile, start: int, end: int) -> Iterator[bytes | memoryview]:
+        """The bytes [start, end) of a whole file, in pieces as they come; each lasts until the next one is asked for.
 
         Raises:
             TryAgainError: it may work later, from the byte after the last one that came.

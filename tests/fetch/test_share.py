@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
+import os
 import socket
 import threading
 from collections.abc import Callable, Iterator
@@ -26,7 +27,7 @@ from exo_kimi.fetch.sharing import SharedDirectory, serve_share
 from exo_kimi.fetch.source import RemoteFile, TryAgainError
 from exo_kimi.runtime.transport.address import Address
 from exo_kimi.runtime.transport.keys import ClusterKey
-from exo_kimi.runtime.transport.sealed import SessionKey
+from exo_kimi.runtime.transport.sealed import MOST_RECORD_BYTES, SessionKey
 
 Hub = Callable[..., HubStandIn]
 Share = Callable[..., Address]
@@ -212,6 +213,35 @@ def test_recorded_bytes_cannot_be_replayed_or_changed() -> None:
     with pytest.raises(ProtocolError):
         changed.receive()
     assert session.secret.hex() not in repr(session)
+
+
+def test_the_longest_record_passes_and_a_longer_one_is_refused() -> None:
+    session = SessionKey.generate()
+    left, right = socket.socketpair()
+    one, other = session.stream(left, 7, listens=False), session.stream(right, 7, listens=True)
+    data = os.urandom(MOST_RECORD_BYTES)
+    sending = threading.Thread(target=one.send, args=(data, 3))
+    sending.start()
+    assert other.receive() == (3, data)
+    sending.join()
+    with pytest.raises(ProtocolError, match="too long"):
+        one.send(data + b".")
+    for text in (b"", b"last"):  # nothing of an earlier record stays
+        one.send(text)
+        assert other.receive() == (0, text)
+
+
+def test_a_side_that_is_silent_is_given_up() -> None:
+    session = SessionKey.generate()
+    left, right = socket.socketpair()
+    one, other = session.stream(left, 7, listens=False), session.stream(right, 7, listens=True)
+    other.set_timeout(0.05)
+    with pytest.raises(TimeoutError):
+        other.receive()
+    one.set_timeout(0.05)
+    with pytest.raises(TimeoutError):
+        for _ in range(100):  # more than lies in the socket's buffers
+            one.send(bytes(MOST_RECORD_BYTES))
 
 
 def test_pull_from_says_what_it_needs(tmp_path: Path) -> None:
