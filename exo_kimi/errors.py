@@ -38,6 +38,7 @@ ExoKimiError                    everything that exo-kimi raises on purpose
 |   +-- ExoLoadError            an instance did not become ready; it was taken back
 |       +-- ExoDeletedError     somebody deleted an instance before it had answered once
 +-- FetchError                  files cannot be fetched from the hub or from another machine
+|   +-- HubUnreachableError     nothing answers as the hub, or it is switched off
 |   +-- NotHeldError            the other machine does not hold a part of the model that was asked of it
 +-- PairingError                two machines cannot be paired
 +-- MachineError                the machine has no memory, descriptor, process or room left for what a command needs
@@ -300,6 +301,10 @@ class ExoDeletedError(ExoLoadError):
 
 class FetchError(ExoKimiError):
     """Raised when files cannot be fetched from the hub or from another machine."""
+
+
+class HubUnreachableError(FetchError):
+    """Raised when nothing answers as the hub, or when it is switched off by HF_HUB_OFFLINE."""
 
 
 class NotHeldError(FetchError):

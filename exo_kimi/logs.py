@@ -58,7 +58,8 @@ def log_to(stream: TextIO | None = None, *, as_json: bool = False) -> None:
     handler.setFormatter(JsonLines() if as_json else logging.Formatter(TEXT_FORMAT))
     logging.basicConfig(level=logging.INFO, handlers=[handler])
     logging.raiseExceptions = False  # a full disk under the log is no reason for a traceback a line
-    logging.getLogger("httpx").setLevel(logging.WARNING)
+    for client in ("httpx", "httpx2"):  # a line a request; huggingface_hub brings the second
+        logging.getLogger(client).setLevel(logging.WARNING)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -91,7 +91,9 @@ def read_config(directory: str | Path) -> dict[str, Any]:
     root = Path(directory)
     if not root.is_dir():
         raise NotACheckpointError(
-            "no such checkpoint directory", found=root, fix="give the folder that holds config.json and *.safetensors"
+            "no such checkpoint directory",
+            found=root,
+            fix="give the folder that holds config.json and *.safetensors, or a model of the hub as ORG/NAME",
         )
     path = root / CONFIG_NAME
     try:

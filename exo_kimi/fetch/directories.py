@@ -15,7 +15,7 @@ from exo_kimi.checkpoint.checkpoint import Checkpoint
 from exo_kimi.checkpoint.shares import is_share
 from exo_kimi.checkpoint.text_files import CONFIG_NAME
 from exo_kimi.checkpoint.vision import VisionManifest, chosen_tower
-from exo_kimi.errors import CheckpointError, UsageError
+from exo_kimi.errors import CheckpointError, HubUnreachableError, UsageError
 from exo_kimi.fetch.names import directory_of, model_of
 from exo_kimi.planner.plan import read_plan
 
@@ -54,11 +54,18 @@ def headers_directory(given: Path, *, derive: bool = False) -> Path:
     for directory in _pulled(model):
         return directory
     from exo_kimi.fetch.hub import HubSource
-    from exo_kimi.fetch.skeleton import is_derived, read_skeleton
+    from exo_kimi.fetch.skeleton import is_derived, last_skeleton, read_skeleton
 
     source = HubSource(model)
     print(f"reading the headers of {model} from {source.endpoint}", file=sys.stderr, flush=True)
-    skeleton = read_skeleton(source, source.listing(), derive=derive)
+    try:
+        skeleton = read_skeleton(source, source.listing(), derive=derive)
+    except HubUnreachableError as error:
+        known = last_skeleton(model)
+        if known is None or (is_derived(known) and not derive):
+            raise
+        skeleton = known
+        print(f"{error.what}: taking the headers of {known.parent.name[:12]}, read before", file=sys.stderr, flush=True)
     if is_derived(skeleton):
         said = (
             "where headers are large, those of layers alike are derived from one of them, by size, length and beginning"

@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import importlib
 import re
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from huggingface_hub import HfApi, constants, hf_hub_url
+from huggingface_hub import HfApi, ModelInfo, constants, hf_hub_url
 from huggingface_hub.errors import (
     GatedRepoError,
     HfHubHTTPError,
@@ -22,10 +23,12 @@ from huggingface_hub.errors import (
 )
 from huggingface_hub.utils import build_hf_headers, close_session, get_session, hf_raise_for_status
 
-from exo_kimi.errors import FetchError, TensorFileError
+from exo_kimi.errors import FetchError, HubUnreachableError, TensorFileError
 from exo_kimi.fetch.source import Listing, RemoteFile, TryAgainError, is_wanted
 
 LISTING_S = 30.0
+LISTING_TRIES = 3
+MOST_LISTING_WAIT_S = 60.0  # a hub that asks for more is left alone, and the user told
 SILENCE_S = 30.0  # of a connection that has begun to answer
 _TRY_AGAIN = (408, 425, 429, 500, 502, 503, 504)
 _CONTENT_RANGE = re.compile(r"bytes (\d+)-(\d+)/(\d+)")
@@ -51,19 +54,18 @@ class HubSource:
         """The files of the newest commit, or of the revision that was asked for.
 
         Raises:
-            FetchError: no such model, no access, no connection, or a hub that will not answer.
+            HubUnreachableError: no connection, or HF_HUB_OFFLINE.
+            FetchError: no such model, no access, or a hub that will not answer.
         """
         with self._named_errors():
             try:
-                info = HfApi(endpoint=self.endpoint).model_info(
-                    self.model, revision=self._revision, files_metadata=True, timeout=LISTING_S
-                )
+                info = self._model_info()
             except self._client_error as error:
-                raise FetchError(
+                raise HubUnreachableError(
                     f"the hub cannot be reached for {self.model}",
                     found=_one_line(error),
                     where=self.endpoint,
-                    fix="check the connection; a mirror is named by HF_ENDPOINT",
+                    fix="check the connection; HF_ENDPOINT names a mirror by its URL, https:// and all",
                 ) from error
         if not info.sha:
             raise FetchError("the hub names no commit of the model", where=f"{self.endpoint}/{self.model}")
@@ -79,6 +81,20 @@ class HubSource:
             sha256 = lfs.sha256 if lfs is not None else None
             files[name] = RemoteFile(name=name, size=size, sha256=sha256, git_sha1=None if sha256 else sibling.blob_id)
         return Listing(model=self.model, revision=info.sha, files=files, where=self.endpoint)
+
+    def _model_info(self) -> ModelInfo:
+        """Asked again where the hub says for how many seconds it wants to be left alone."""
+        for attempt in range(1, LISTING_TRIES + 1):
+            try:
+                return HfApi(endpoint=self.endpoint).model_info(
+                    self.model, revision=self._revision, files_metadata=True, timeout=LISTING_S
+                )
+            except HfHubHTTPError as error:
+                wait_s = _wait_s(error.response.headers) if _status(error) in _TRY_AGAIN else None
+                if wait_s is None or wait_s > MOST_LISTING_WAIT_S or attempt == LISTING_TRIES:
+                    raise
+            time.sleep(wait_s)
+        raise AssertionError("the last try returns or raises")
 
     def read(self, file: RemoteFile, start: int, end: int) -> Iterator[bytes]:
         """The bytes [start, end) of a file.
@@ -153,13 +169,16 @@ class HubSource:
                 fix="give a branch, a tag or a commit of it with --revision",
             ) from error
         except OfflineModeIsEnabled as error:
-            raise FetchError("the hub is switched off by HF_HUB_OFFLINE", where=where, fix="unset it") from error
+            raise HubUnreachableError(
+                "the hub is switched off by HF_HUB_OFFLINE", where=where, fix="unset it"
+            ) from error
         except HfHubHTTPError as error:
-            status = _status(error)
+            status, asked_s = _status(error), _wait_s(error.response.headers)
+            wait = "some minutes" if asked_s is None else f"{asked_s:.0f} s, as it asks for,"
             fix = {
                 401: "`hf auth login`, or put a token into HF_TOKEN",
                 403: "the token has no right to this model: accept its terms on the model's page, or use another token",
-                429: "wait some minutes and run the same command again: it goes on where it was",
+                429: f"wait {wait} and run the same command again: it goes on where it was",
             }.get(status, "run the same command again later: it goes on where it was")
             raise FetchError("the hub refused", found=_status_words(status), where=where, fix=fix) from error
 

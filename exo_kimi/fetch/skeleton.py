@@ -90,7 +90,7 @@ def read_skeleton(
     root = skeleton_directory(listing)
     missing = _missing(wanted, root)
     if missing and derive and not _missing(wanted, skeleton_directory(listing, derived=True)):
-        return skeleton_directory(listing, derived=True)
+        return _noted(skeleton_directory(listing, derived=True))
     with ThreadPoolExecutor(READERS, thread_name_prefix="headers") as pool:
         begun = list(pool.map(lambda file: _begin(source, file), missing))
         known = _KnownHeaders(begun) if derive else None
@@ -102,7 +102,27 @@ def read_skeleton(
         for done, _ in enumerate(fetched, start=1):
             if progress is not None:
                 progress(done, len(missing))
+    return _noted(root)
+
+
+def last_skeleton(model: str) -> Path | None:
+    """The headers that were read last of a model, for when its source cannot be asked; None where there are none."""
+    note = _note(cache_directory() / model)
+    root = note.parent / note.read_text().strip() / note.stem if note.exists() else None
+    return root if root is not None and root.is_dir() else None
+
+
+def _noted(root: Path) -> Path:
+    """A skeleton that is complete, noted as the last of its model."""
+    note = _note(root.parents[1] / root.name)
+    temporary = note.with_name(f".{note.name}.{os.getpid()}")
+    temporary.write_text(root.parent.name)
+    temporary.replace(note)
     return root
+
+
+def _note(place: Path) -> Path:
+    return place.with_name(f"{place.name}.last")
 
 
 def skeleton_directory(listing: Listing, *, derived: bool = False) -> Path:

@@ -60,6 +60,7 @@ class HubStandIn:
     listing_fault: Fault | None = None
     sent_bytes: int = 0
     requests: int = 0
+    listings: int = 0
     tokens: set[str] = field(default_factory=set)
     url: str = ""
     lock: threading.Lock = field(default_factory=threading.Lock)
@@ -112,6 +113,7 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _list(self, path: str) -> None:
         fault = self.hub.listing_fault
+        self.hub.listings += 1
         model, _, revision = path.removeprefix("/api/models/").partition("/revision/")
         if fault is not None and fault.status is not None:
             self._answer(fault.status, {**fault.headers, "Content-Length": "0"})

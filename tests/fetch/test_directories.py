@@ -118,6 +118,22 @@ def test_a_pulled_model_is_found_by_its_name_without_the_hub(
     assert served.requests
 
 
+def test_headers_that_were_read_are_planned_from_without_the_hub(
+    at_hub: Hub, whole: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    at_hub(whole)
+    plan = ["plan", "org/kimi", "--cluster", CLUSTER, "--context", "64"]
+    assert main(plan) == 0
+    online = capsys.readouterr().out
+    monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")
+    assert main(plan) == 0
+    said = capsys.readouterr()
+    assert said.out == online
+    assert "the hub cannot be reached for org/kimi: taking the headers of 0123456789ab, read before" in said.err
+    assert main(["plan", "org/other", *plan[2:]]) == 1
+    assert "cannot be reached for org/other" in capsys.readouterr().err
+
+
 def test_a_model_in_the_hubs_own_cache_is_found(tmp_path: Path, whole: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     cache = tmp_path / "hub-cache"
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(cache))
@@ -238,6 +254,7 @@ def test_serve_fetches_its_share_and_answers_with_the_rest_elsewhere(hub: Hub, w
     assert f"{named} begins: " in stage_log.read_text()  # the other machine's own log
     assert f"stage 0: INFO {named} begins: " in server_log.read_text()
     assert f"INFO {named} POST " in server_log.read_text()
+    assert "HTTP Request" not in server_log.read_text()  # a line for each range that came
     share = Checkpoint(tmp_path / "here" / "org" / "kimi")
     share.manifest(0, 3).check_here()
     total = sum(path.stat().st_size for path in whole.iterdir() if path.is_file())

@@ -234,6 +234,19 @@ def test_a_refused_list_is_one_clear_message(
     assert fix in str(error.value.fix) and str(status) in str(error.value.found)
 
 
+@pytest.mark.parametrize(("asked", "tries"), [("0", 3), ("3600", 1)])
+def test_a_busy_list_is_asked_again_when_the_hub_says_when(
+    hub: Hub, whole: Path, tmp_path: Path, asked: str, tries: int
+) -> None:
+    served = hub(whole, listing_fault=Fault(status=429, headers={"Retry-After": asked}))
+    with pytest.raises(FetchError, match="the hub refused") as error:
+        fetch(served, tmp_path / "here")
+    assert served.listings == tries
+    assert f"wait {asked} s, as it asks for, and run the same command again" in str(error.value.fix)
+    served.listing_fault = None
+    assert fetch(served, tmp_path / "here").fetched_bytes
+
+
 def test_403_of_a_file_ends_it_and_what_came_is_kept(hub: Hub, whole: Path, tmp_path: Path) -> None:
     name = "model-00005-of-00005.safetensors"
     served = hub(whole, fault=lambda file, number: Fault(status=403) if file == name else None)
