@@ -123,12 +123,12 @@ KINDS: dict[str, Callable[[Random], RewardedPrompt]] = {
 """Kind -> draws a prompt of it."""
 
 FOCUSED_SHARES = {
-    FOCUS: 8.0,
-    "sums": 1.0,
-    "tasks": 4.0,
-    "brief": 1.5,
-    "names": 0.5,
-    "tool_calls": 0.5,
-    "tool_results": 0.5,
+    FOCUS: 4.0,
+    "sums": 4.0,
+    "tasks": 2.0,
+    "brief": 1.0,
+    "names": 0.25,
+    "tool_calls": 0.25,
+    "tool_results": 0.25,
 }
-"""Half of the prompts are of the focus; the others are there so that nothing else is forgotten."""
+"""A third of the prompts are of the focus, a third are other sums, which lie nearest; the rest keeps what is known."""

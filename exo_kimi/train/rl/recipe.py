@@ -43,8 +43,8 @@ class GrpoRecipe:
         shares: of the kinds of prompts, see `prompts.KINDS`.
     """
 
-    steps: int = 60
-    prompts_per_step: int = 16
+    steps: int = 20
+    prompts_per_step: int = 12
     num_generations: int = 8
     max_completion_length: int = 64
     max_waves: int = 1
@@ -63,7 +63,7 @@ class GrpoRecipe:
     clip_norm: float = 1.0
     bias_rate: float = 1e-4
     matrices: Matrices = "muon"
-    replay_tokens: int = 0
+    replay_tokens: int = 1024
     replay_weight: float = 1.0
     reward_weights: tuple[float, float, float] = (1.0, 0.1, 0.1)
     shares: dict[str, float] = field(default_factory=lambda: dict(FOCUSED_SHARES))
