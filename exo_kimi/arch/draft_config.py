@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from exo_kimi.arch.config import KimiConfig
+from exo_kimi.arch.keys import check_unknown_keys
 from exo_kimi.arch.llama_rope import LlamaRope, read_llama_rope
 from exo_kimi.arch.numbers import is_number
 from exo_kimi.arch.rope import RopeScaling, read_rope, yarn_mscale
@@ -446,15 +447,4 @@ def _check_other_keys(raw: Mapping[str, Any], where: object, problems: list[Chec
         if raw.get(key) is not None and raw[key] != value
     ]
     known = _READ | _HARMLESS | _ONLY_VALUE.keys()
-    unknown = [key for key, value in raw.items() if key not in known and not key.startswith("_") and value]
-    problems += [
-        ConfigError(
-            f"unknown key {key} may change the maths",
-            found=repr(raw[key])[:80],
-            where=where,
-            fix="this head needs a newer exo-kimi; if the key is harmless, set it to null",
-        )
-        for key in unknown
-        if _CHANGES_MATHS.search(key)
-    ]
-    return tuple(key for key in unknown if not _CHANGES_MATHS.search(key))
+    return check_unknown_keys(raw, known, _CHANGES_MATHS, where, problems, what="head")

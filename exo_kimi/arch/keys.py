@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -303,18 +303,40 @@ def check_other_keys(
                 )
             )
     known = {*_REQUIRED, *family.only_value, *family.optional, *family.harmless, *_HARMLESS}
+    return check_unknown_keys(text, known, _CHANGES_MATHS, where, problems)
+
+
+def check_unknown_keys(
+    text: Mapping[str, Any],
+    known: Container[str],
+    changes_maths: re.Pattern[str],
+    where: object,
+    problems: list[CheckpointError],
+    *,
+    what: str = "checkpoint",
+) -> tuple[str, ...]:
+    """Refuse keys that are not known and may change the maths; return those that cannot.
+
+    Args:
+        text: of a config.json.
+        known: its keys that are read, fixed or harmless.
+        changes_maths: found in the names of keys that may matter.
+        where: for the errors.
+        problems: that the errors are added to.
+        what: the config is of, for people.
+    """
     unknown = [key for key, value in text.items() if key not in known and not key.startswith("_") and value]
     problems += [
         ConfigError(
             f"unknown key {key} may change the maths",
             found=repr(text[key])[:80],
             where=where,
-            fix="this checkpoint needs a newer exo-kimi; if the key is harmless, set it to null",
+            fix=f"this {what} needs a newer exo-kimi; if the key is harmless, set it to null",
         )
         for key in unknown
-        if _CHANGES_MATHS.search(key)
+        if changes_maths.search(key)
     ]
-    return tuple(key for key in unknown if not _CHANGES_MATHS.search(key))
+    return tuple(key for key in unknown if not changes_maths.search(key))
 
 
 def contradictions(values: Mapping[str, Any], where: object) -> list[CheckpointError]:

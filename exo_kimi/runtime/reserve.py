@@ -11,6 +11,8 @@ MOST_RUNNING = 128
 """Sequences that hold caches at a time, at most."""
 MOST_WAITING = 16
 """Positions of a sequence whose features wait for a draft head, at most."""
+MOST_WAITING_ROWS = MOST_RUNNING * MOST_WAITING
+"""Of all sequences, where no plan has room for fewer."""
 RESERVE_FRACTION = 0.1
 MIN_SCRATCH_BYTES = 64 * 2**20
 MAX_SCRATCH_BYTES = 2 * 2**30

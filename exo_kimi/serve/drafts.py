@@ -14,7 +14,7 @@ from exo_kimi.planner.plan import Plan
 from exo_kimi.planner.weights.bytes import ModelBytes, bytes_of_manifest
 from exo_kimi.runtime.cluster.cluster_plan import borrowed_bytes
 from exo_kimi.runtime.engine.draft_policy import DraftTokens, HeadPolicy, guess_bytes
-from exo_kimi.runtime.reserve import MOST_RUNNING, MOST_WAITING
+from exo_kimi.runtime.reserve import MOST_WAITING, MOST_WAITING_ROWS
 from exo_kimi.units import format_bytes
 
 FEATURE_COPIES = 2
@@ -85,7 +85,7 @@ def draft_need(
     return DraftNeed(
         weights_bytes=head.resident_bytes + borrowed_bytes(head, checkpoint, manifest),
         kv_bytes=tokens * draft_kv_bytes_per_token(head.config, bytes_per_element=element_bytes),
-        features_bytes=row_bytes * (MOST_RUNNING * MOST_WAITING + FEATURE_COPIES * prefill_chunk),
+        features_bytes=row_bytes * (MOST_WAITING_ROWS + FEATURE_COPIES * prefill_chunk),
     )
 
 
@@ -109,9 +109,14 @@ def planned_scratch_bytes(plan: Plan, head: DraftManifest | None) -> int:
     for stage in plan.stages:
         rows = plan.workload.prefill_chunk * sum(each < stage.end_layer for each in layers) / len(layers)
         if stage is plan.stages[-1]:
-            rows = plan.workload.prefill_chunk + plan.workload.concurrency * MOST_WAITING
+            rows = plan.workload.prefill_chunk + planned_waiting_rows(plan)
         found.append(stage.scratch_bytes - round(rows * row_bytes))
     return min(found)
+
+
+def planned_waiting_rows(plan: Plan) -> int:
+    """Positions of all sequences whose features a plan made with a head has room for, while they wait for it."""
+    return plan.workload.concurrency * MOST_WAITING
 
 
 def check_room(need: DraftNeed, plan: Plan) -> None:

@@ -40,7 +40,14 @@ from exo_kimi.runtime.transport.keys import ENVIRONMENT_NAME, find_key
 from exo_kimi.serve.adapters import check_planned_room, find_adapters, served
 from exo_kimi.serve.app import create_app
 from exo_kimi.serve.drafts import check_room as check_draft_room
-from exo_kimi.serve.drafts import draft_need, find_head, head_policy, is_planned, planned_scratch_bytes
+from exo_kimi.serve.drafts import (
+    draft_need,
+    find_head,
+    head_policy,
+    is_planned,
+    planned_scratch_bytes,
+    planned_waiting_rows,
+)
 from exo_kimi.serve.gate import allowed_hosts
 from exo_kimi.serve.prefixes import prefix_disk_options
 from exo_kimi.serve.server import DEFAULT_HOST, DEFAULT_PORT, Served, run
@@ -161,6 +168,7 @@ def serve(options: ServeOptions, *, announce: Callable[[str], None] | None = Non
         expert_trace=options.trace_experts,
         draft=head,
         adapters=adapters,
+        draft_waiting_rows=planned_waiting_rows(planned) if planned is not None and in_plan else None,
     )
     if planned is not None and adapters:
         check_planned_room(planned, plan, adapters)

@@ -84,6 +84,7 @@ def make_plan(
     expert_trace: Path | None = None,
     draft: DraftManifest | None = None,
     adapters: Mapping[str, AdapterManifest] | None = None,
+    draft_waiting_rows: int | None = None,
 ) -> ClusterPlan:
     """Place every layer of a checkpoint.
 
@@ -105,6 +106,7 @@ def make_plan(
             are several (see `trace_file`).
         draft: the draft head, which the last stage holds; None guesses from the text so far alone.
         adapters: by name; each stage holds its layers' part of them.
+        draft_waiting_rows: see `messages.Load`.
 
     Raises:
         CheckpointError: the directory cannot be served.
@@ -164,6 +166,7 @@ def make_plan(
                 LoadAdapter(name=name, directory=encode_path(each.directory.resolve()), fingerprint=each.fingerprint)
                 for name, each in (adapters or {}).items()
             ),
+            draft_waiting_rows=None if head is None else draft_waiting_rows,
         )
         weights_bytes = manifest.resident_bytes + manifest.widened_bytes
         if tower is not None:

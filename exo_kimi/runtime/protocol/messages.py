@@ -154,6 +154,8 @@ class Load(Header, frozen=True, kw_only=True, tag="load"):
         draft_directory: the leader's directory of the head, which this stage, the last, holds too; None for all others.
         draft_fingerprint: of the head's tensors.
         adapters: LoRA and DoRA adapters, which sequences may ask for.
+        draft_waiting_rows: positions of all sequences whose features wait for the head, at most, as a plan has room for; None has
+            room for those of as many sequences as may run.
     """
 
     stage: Count
@@ -176,6 +178,7 @@ class Load(Header, frozen=True, kw_only=True, tag="load"):
     draft_directory: DirectoryPath | None = None
     draft_fingerprint: Name | None = None
     adapters: Annotated[tuple[LoadAdapter, ...], Meta(max_length=64)] = ()
+    draft_waiting_rows: Count | None = None
 
     def expert_cache(self) -> ExpertCache | None:
         """None where all experts are held."""

@@ -28,7 +28,7 @@ from exo_kimi.models import ops
 from exo_kimi.models.kimi_k2 import CACHE_STEP
 from exo_kimi.runtime.protocol.messages import Join, Load, Loaded, decode_path
 from exo_kimi.runtime.requests import ExpertHealth
-from exo_kimi.runtime.reserve import MOST_RUNNING, MOST_WAITING, default_scratch_bytes
+from exo_kimi.runtime.reserve import MOST_WAITING_ROWS, default_scratch_bytes
 from exo_kimi.runtime.stage.drafting import DraftRunner
 from exo_kimi.runtime.stage.memory import FreeMemory, free_memory
 from exo_kimi.runtime.stage.pictures import PictureTower
@@ -231,10 +231,11 @@ class MlxBackend:
             tower.model.scratch_bytes = model.scratch_bytes
         drafts = None
         draft_bytes = 0
+        waiting_rows = MOST_WAITING_ROWS if order.draft_waiting_rows is None else order.draft_waiting_rows
         if resident.draft is not None and order.feature_layers:
             head = resident.draft
             head.set_scratch_bytes(model.scratch_bytes)
-            drafts = DraftRunner(head, vocab_size=model.args.vocab_size)
+            drafts = DraftRunner(head, vocab_size=model.args.vocab_size, most_waiting=waiting_rows)
             draft_bytes = draft_kv_bytes_per_token(head.config, bytes_per_element=resident.dtype.size)
         row_bytes = resident.dtype.size * model.args.hidden_size * len(order.feature_layers)
         answer = Loaded(
@@ -250,7 +251,7 @@ class MlxBackend:
                 kv_bits=order.kv_bits,
             )
             + draft_bytes,
-            waiting_bytes=0 if drafts is None else MOST_RUNNING * MOST_WAITING * row_bytes,
+            waiting_bytes=0 if drafts is None else waiting_rows * row_bytes,
             state_bytes=served_state_bytes(
                 resident.manifest.config,
                 order.start_layer,

@@ -17,12 +17,13 @@ from __future__ import annotations
 from collections.abc import Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
+from weakref import WeakSet
 
 import mlx.core as mx
 import numpy as np
 import numpy.typing as npt
 
-from exo_kimi.runtime.reserve import MOST_WAITING
+from exo_kimi.runtime.reserve import MOST_WAITING, MOST_WAITING_ROWS
 from exo_kimi.runtime.stage.caches import Leaves, append, capacity_for, copy_prefix, cut, room
 from exo_kimi.runtime.stage.sampling import SequenceSampler, guess_token
 from exo_kimi.runtime.steps import Proposal, Sampled, Segment, Step
@@ -53,7 +54,7 @@ class DraftModel(Protocol):
     def to_target_ids(self, draft_ids: mx.array) -> mx.array: ...
 
 
-@dataclass(slots=True, eq=False)
+@dataclass(slots=True, eq=False, weakref_slot=True)
 class DraftState:
     """One sequence, as the head follows it.
 
@@ -115,16 +116,21 @@ class DraftRunner:
     Args:
         model: the head.
         vocab_size: of the model that it guesses for.
+        most_waiting: rows of all sequences together that wait after a step.
     """
 
-    def __init__(self, model: DraftModel, *, vocab_size: int) -> None:
+    def __init__(self, model: DraftModel, *, vocab_size: int, most_waiting: int = MOST_WAITING_ROWS) -> None:
         self.model = model
         self._vocab_size = vocab_size
+        self._most_waiting = most_waiting
+        self._states: WeakSet[DraftState] = WeakSet()
         self._target_ids: npt.NDArray[np.int64] | None = None
 
     def begin(self, *, prompt_tokens: int) -> DraftState:
         """A sequence without tokens."""
-        return DraftState(self.model.make_cache(), prompt_tokens)
+        state = DraftState(self.model.make_cache(), prompt_tokens)
+        self._states.add(state)
+        return state
 
     def copy(self, source: DraftState, *, length: int, total: int, prompt_tokens: int) -> DraftState | None:
         """A sequence that begins as the first `length` tokens of another, and is to hold `total`; None where that is not held."""
@@ -175,6 +181,7 @@ class DraftRunner:
                 asked.append((segment, state, sampler))
         self._take(taken, features)
         outs = self._enter_due([state for state, _, _ in taken], [state for _, state, _ in asked])
+        self._make_room()
         found = {segment.seq_id: guesses for segment, guesses in self._chains(asked, outs)}
         proposals = []
         for segment, (state, _) in zip(step.segments, sequences, strict=True):
@@ -252,6 +259,23 @@ class DraftRunner:
             state.following += following
             made.append(state.rows)
         mx.eval(made)
+
+    def _make_room(self) -> None:
+        """Enter rows, those of the sequence with the most first, until there is room for what waits. A row whose next token is
+        not known cannot be entered: where even those are too many, the head loses the newest of these sequences."""
+        states = sorted(self._states, key=lambda state: state.waiting, reverse=True)
+        total = sum(state.waiting for state in states)
+        for state in states:
+            if total <= self._most_waiting:
+                return
+            before = state.waiting
+            self.enter([state], judged=[state])
+            total -= before - state.waiting
+        for state in sorted(self._states, key=lambda state: state.entered):
+            if total <= self._most_waiting:
+                return
+            total -= state.waiting
+            state.keep(state.entered)
 
     def _enter_due(self, states: Sequence[DraftState], asked: Sequence[DraftState]) -> list[mx.array]:
         """Enter what cannot wait any longer; what the head gives for the last rows of those that are asked."""

@@ -27,6 +27,8 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
+import exo_kimi
+from exo_kimi.checkpoint.checkpoint import Checkpoint
 from exo_kimi.checkpoint.index import open_index
 from exo_kimi.checkpoint.manifest import resolve
 from exo_kimi.checkpoint.tiny.make import make_tiny
@@ -52,6 +54,7 @@ MODEL, CALLER, BROKEN, SEEING, LLAMA = (
 PROMPTS = ("Tell me about the sea.", "How many layers has a cake?", "今天天气怎么样?")
 LONG = "river"  # what the tiny Kimi answers to this is long
 TOKENS = 24
+TRAINED = Path(exo_kimi.__file__).parent / "data" / "tiny-kimi-k2"
 DEADLINES = Deadlines(poll_s=0.3, connect_s=150.0, quiet_s=180.0)
 LOST = "model.layers.6.self_attn.o_proj.weight"
 WEATHER = {
@@ -184,6 +187,31 @@ def test_nodes_that_read_experts_from_disk_answer_the_same(
         place(client, tiny, MODEL, (5, 2))
         assert {prompt: text_of(ask(running.url, prompt)) for prompt in PROMPTS} == alone
         assert all("have a slot, the others are read" in _log(node) for node in running.nodes)
+
+
+def test_a_draft_head_beside_the_last_rank_answers_the_same(
+    exo_head: Any, real_exo: Any, exo_shapes: Any, tmp_path: Path
+) -> None:
+    """The trained tiny Kimi with its head, by EXO_KIMI_DRAFT on both nodes: the tokens are those without, in far fewer steps."""
+    if isinstance(exo_head, str) or (reason := exo_head.cannot_import_us()):
+        pytest.skip(exo_head if isinstance(exo_head, str) else reason)
+    (tmp_path / "models").mkdir()
+    prepare(TRAINED, tmp_path / "models", model_id=MODEL)
+    question = "What is 17 + 25?"
+    expected = exo_shapes.greedy_text(TRAINED, question, 64)
+    extra = {"EXO_KIMI_DRAFT": str(TRAINED.with_name("tiny-kimi-k2-draft")), "EXO_KIMI_DRAFT_TOKENS": "3"}
+    with (
+        real_exo.exo_cluster(exo_head, tmp_path, tmp_path / "models", plugin=real_exo.BIND_US, extra=extra) as running,
+        ExoClient(running.url) as client,
+    ):
+        layers = Checkpoint(TRAINED).config.num_hidden_layers
+        place(client, TRAINED, MODEL, (layers - 2, 2))
+        reply = ask(running.url, question, tokens=64)
+        assert text_of(reply) == expected.rpartition("</think>")[2]
+        details = reply["usage"]["completion_tokens_details"]
+        accepted, generated = details["accepted_prediction_tokens"], reply["usage"]["completion_tokens"]
+        assert accepted >= generated // 2, (details, reply)
+        assert any("draft head" in _log(node) for node in running.nodes)
 
 
 def test_one_node_with_all_layers_answers_the_same(

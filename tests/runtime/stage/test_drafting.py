@@ -28,6 +28,7 @@ from exo_kimi.runtime.engine.prefix_cache import PrefixOptions
 from exo_kimi.runtime.engine.speculation import Drafter, StepBytes
 from exo_kimi.runtime.loading.draft import load_draft_head
 from exo_kimi.runtime.requests import EngineSnapshot, GenerationRequest, SamplingParams, TokenEvent
+from exo_kimi.runtime.reserve import MOST_WAITING_ROWS
 from exo_kimi.runtime.stage.drafting import DraftRunner, DraftState
 from exo_kimi.runtime.stage.inline import InlinePipeline
 from exo_kimi.runtime.stage.prefix_disk import PrefixDisk
@@ -91,9 +92,15 @@ class TableHead:
 class Watched(DraftRunner):
     """A runner that remembers what it follows."""
 
-    def __init__(self, model: Any, *, vocab_size: int) -> None:
-        super().__init__(model, vocab_size=vocab_size)
+    def __init__(self, model: Any, *, vocab_size: int, most_waiting: int = MOST_WAITING_ROWS) -> None:
+        super().__init__(model, vocab_size=vocab_size, most_waiting=most_waiting)
         self.states: list[DraftState] = []
+        self.waited: list[int] = []
+
+    def follow(self, *given: Any) -> Any:
+        found = super().follow(*given)
+        self.waited.append(sum(state.waiting for state in self._states))
+        return found
 
     def begin(self, *, prompt_tokens: int) -> DraftState:
         state = super().begin(prompt_tokens=prompt_tokens)
@@ -141,6 +148,7 @@ def pipeline_of(checkpoint: Path) -> Make:
         cache_step: int = CACHE_STEP,
         directory: Path | None = None,
         head: Path | None = None,
+        most_waiting: int = MOST_WAITING_ROWS,
     ) -> tuple[InlinePipeline, list[Watched]]:
         runners: list[Watched] = []
 
@@ -158,7 +166,8 @@ def pipeline_of(checkpoint: Path) -> Make:
                 loaded = load_draft_head(head, Checkpoint(checkpoint), model=model, dtype="float32")
                 runners.append(Watched(loaded, vocab_size=vocab_size))
                 return runners[-1]
-            runners.append(Watched(TableHead(follows or {}, vocab_size), vocab_size=vocab_size))
+            table = TableHead(follows or {}, vocab_size)
+            runners.append(Watched(table, vocab_size=vocab_size, most_waiting=most_waiting))
             return runners[-1]
 
         def open_disk(stage: int, model: StageModel, changed: Any) -> PrefixDisk:
@@ -528,3 +537,22 @@ async def test_a_stage_that_fails_and_comes_back(pipeline_of: Make, monkeypatch:
     after, snapshot = await generate(pipeline, [request], drafter=drafter_of(3), survive_s=60.0)
     assert ids(after) == ids(before)
     assert snapshot.requests_resumed_total == 1 and snapshot.head_undrafted_total == 0
+
+
+@pytest.mark.parametrize("most", [5, 0])
+async def test_features_that_wait_are_never_more_than_a_plan_has_room_for(
+    whole: Model, pipeline_of: Make, plain: list[list[int]], most: int
+) -> None:
+    """Nothing is guessed for three sequences, so rows of all wait until as many do as may. The last row of a piece of a prompt
+    cannot be entered yet: where there is no room for it either, the head loses the sequence, and no token changes."""
+    requests = [request_of(i, length) for i, length in enumerate(LENGTHS)]
+    pipeline, runners = pipeline_of(2, follows={}, most_waiting=most)
+    events, snapshot = await generate(pipeline, requests, drafter=drafter_of(0), prefill_chunk=16)
+    assert ids(events) == plain
+    runner = runners[0]
+    assert max(runner.waited) <= most and (max(runner.waited) == most or most == 0)
+    held = sum(state.entered for state in runner.states)
+    whole_length = sum(len(p) + NEW - 2 for p in (r.prompt_ids for r in requests))
+    assert (held >= whole_length - 3 - most) == (most > 0)
+    check_entries(whole, runners, [[*r.prompt_ids, *one] for r, one in zip(requests, plain, strict=True)])
+    assert snapshot.draft_tokens_total == 0

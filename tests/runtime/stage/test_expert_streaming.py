@@ -11,20 +11,27 @@ from pathlib import Path
 
 import pytest
 
+from exo_kimi.checkpoint.checkpoint import Checkpoint
+from exo_kimi.checkpoint.drafts.manifest import resolve_draft
 from exo_kimi.checkpoint.index import open_index
 from exo_kimi.checkpoint.manifest import resolve
+from exo_kimi.checkpoint.tiny.draft import make_tiny_draft
 from exo_kimi.checkpoint.tiny.make import make_tiny
 from exo_kimi.errors import ExpertReadError
 from exo_kimi.experts.budget import ExpertCache
 from exo_kimi.experts.layout import layouts_of
 from exo_kimi.models.kimi_k2 import CACHE_STEP, Model
 from exo_kimi.planner.weights.bytes import bytes_of_manifest
+from exo_kimi.runtime.engine.draft_policy import HeadPolicy
 from exo_kimi.runtime.engine.engine import Engine
 from exo_kimi.runtime.engine.prefix_cache import PrefixOptions
 from exo_kimi.runtime.engine.speculation import Drafter
+from exo_kimi.runtime.loading.draft import load_draft_head
 from exo_kimi.runtime.loading.loader import load_stage
 from exo_kimi.runtime.requests import GenerationRequest, SamplingParams, TokenEvent
+from exo_kimi.runtime.stage.drafting import DraftRunner
 from exo_kimi.runtime.stage.inline import InlinePipeline
+from exo_kimi.runtime.stage.stage_model import StageModel
 
 SMALL = {
     "num_hidden_layers": 4,
@@ -79,7 +86,9 @@ def disk() -> Disk:
 
 @pytest.fixture
 def make(checkpoint: Path, disk: Disk) -> Make:
-    def pipeline(slots: int | None, *, stages: int = 1, kv_bits: int | None = None) -> InlinePipeline:
+    def pipeline(
+        slots: int | None, *, stages: int = 1, kv_bits: int | None = None, head: Path | None = None
+    ) -> InlinePipeline:
         bounds = [layer * 4 // stages for layer in range(stages + 1)]
 
         def load() -> list[Model]:
@@ -95,8 +104,21 @@ def make(checkpoint: Path, disk: Disk) -> Make:
                 models.append(model)
             return models
 
+        def load_drafts(model: StageModel) -> DraftRunner:
+            assert head is not None and isinstance(model, Model)
+            drafts = load_draft_head(head, Checkpoint(checkpoint), model=model, dtype="float32")
+            return DraftRunner(drafts, vocab_size=model.args.vocab_size)
+
         sizes = {"kv_capacity_tokens": 40 * CACHE_STEP, "cache_step": CACHE_STEP}
-        return InlinePipeline(load, stages=stages, context=4096, ahead=slots is None, **sizes)
+        return InlinePipeline(
+            load,
+            stages=stages,
+            context=4096,
+            ahead=slots is None,
+            feature_layers=() if head is None else resolve_draft(head).config.feature_layers(4),
+            load_drafts=None if head is None else load_drafts,
+            **sizes,
+        )
 
     return pipeline
 
@@ -147,6 +169,28 @@ async def test_batches_chunks_prefixes_and_drafts_give_the_same_tokens(
     assert drafts is None or snapshot.draft_tokens_total > 0
     experts = [stage.experts for stage in snapshot.stages if stage.experts is not None]
     assert experts and all(each.misses and each.read_bytes for each in experts)
+
+
+async def test_a_draft_head_beside_experts_on_disk_gives_the_same_tokens(
+    make: Make, checkpoint: Path, disk: Disk, tmp_path: Path
+) -> None:
+    """Guesses read experts of their own, and a read that fails in their midst ends who asked for it and no other."""
+    expected = await expected_of(make)
+    head = make_tiny_draft(tmp_path / "head", Checkpoint(checkpoint).config, kind="mla", dtype="F32")
+    model = bytes_of_manifest(resolve(open_index(checkpoint)))
+    drafter = Drafter.of("off", model, head=HeadPolicy.of(3, draft_bytes=1.0))
+    pipeline = make(2, stages=2, head=head)
+    async with Engine(pipeline, prefill_chunk=16, drafter=drafter, prefixes=PrefixOptions()) as engine:
+        assert await answers(engine) == expected
+        snapshot = engine.snapshot()
+        assert snapshot.draft_tokens_total > 100 and snapshot.head_undrafted_total == 0
+        assert all(stage.experts is not None and stage.experts.misses for stage in snapshot.stages)
+        disk.faults = 1
+        results = await asyncio.gather(*(collect(engine, prompt) for prompt in PROMPTS), return_exceptions=True)
+        failed = [result for result in results if isinstance(result, BaseException)]
+        assert len(failed) <= 1 and all(isinstance(each, ExpertReadError) for each in failed)
+        assert all(isinstance(a, BaseException) or a == b for a, b in zip(results, expected, strict=False))
+        assert await answers(engine) == expected
 
 
 async def test_a_read_that_fails_ends_its_request_and_no_other(make: Make, disk: Disk) -> None:
