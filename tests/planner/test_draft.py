@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -14,9 +15,9 @@ from mlx.utils import tree_flatten
 from exo_kimi.checkpoint.checkpoint import Checkpoint
 from exo_kimi.checkpoint.tiny.draft import make_tiny_draft
 from exo_kimi.checkpoint.tiny.make import make_tiny
-from exo_kimi.errors import CheckpointProblems, UsageError
+from exo_kimi.errors import CheckpointProblems, PlanError, UsageError
 from exo_kimi.planner.command import plan_answer
-from exo_kimi.planner.search.cost import PlacedSplit, decode_stages_s, drafted_step_s, hops_s
+from exo_kimi.planner.search.cost import PlacedSplit, decode_stages_s, drafted_step_s, hops_s, ttft_s
 from exo_kimi.planner.search.tables import need_table
 from exo_kimi.planner.show.draft import break_even, chance_of, drafted_tokens_per_s, expected_tokens
 from exo_kimi.planner.weights.draft import WAITING_ROWS, draft_bytes
@@ -93,6 +94,22 @@ def test_features_travel_with_the_hidden_state() -> None:
         )
     # A boundary at a feature's layer sends it anyway: it is the hidden state.
     assert planned(split="30,31", force=True).question.draft.features_before(30) == 1  # type: ignore[union-attr]
+
+
+def test_the_search_knows_what_features_cost_on_a_slow_link(tmp_path: Path) -> None:
+    """A boundary behind layer 30 sends one more row of every token; the search finds the least of all splits that fit."""
+    entry = '[[machine]]\nname = "{}"\nchip = "m3-ultra"\nmemory = "512GiB"\n'
+    link = '[[link]]\nbetween = ["a", "b"]\nlatency_s = 1e-4\nbandwidth_bytes_per_s = 2e7\n'
+    (tmp_path / "cluster.toml").write_text(entry.format("a") + entry.format("b") + link)
+    asked: dict[str, Any] = {"cluster": tmp_path / "cluster.toml", "recipe": None, "objective": "ttft"}
+    best, bare = planned(**asked), planned(None, **asked)
+    times = {}
+    for cut in range(24, 38):
+        with suppress(PlanError):
+            times[cut] = ttft_s(planned(**asked, split=f"{cut},{61 - cut}"))
+    assert min(times) < 30 < 31 < max(times)
+    assert ttft_s(best) == pytest.approx(min(times.values()), rel=1e-6)
+    assert best.stages[0].end_layer <= 30 < bare.stages[0].end_layer, "another one than without a head"
 
 
 def test_a_step_with_guesses_costs_what_it_reads() -> None:

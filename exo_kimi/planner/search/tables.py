@@ -133,7 +133,27 @@ def split_problem(question: Question, *, stages: int = 0) -> SplitProblem:
         fits = (need <= machine.limit_bytes) | (slots > 0)
         return np.where(fits & _proper(model.layers), total, INFINITE), peak
 
+    def features(machine: Machine) -> Int64s:
+        """(L+1,) what a boundary behind each layer costs on top, for a draft head's features travel over it; by the machine's fastest
+        link, for which machine is next is not known here."""
+        found, others = np.zeros(model.layers + 1, np.int64), [m for m in question.machines if m is not machine]
+        for end in range(1, model.layers) if question.draft is not None and others else ():
+            count = question.draft.features_before(end)
+            further = [
+                [
+                    hop_s(question, machine, other, n, features=count) - hop_s(question, machine, other, n)
+                    for other in others
+                ]
+                for n in (batch, tokens)
+            ]
+            found[end] = decodes * _ticks(min(further[0])) + (_ticks(min(further[1])) if chunks else 0)
+        return found
+
     pairs = [tables_of(machine.kind) for machine in question.machines]
+    totals = [
+        np.where(total < INFINITE, total + features(machine)[None], total)
+        for machine, (total, _) in zip(question.machines, pairs, strict=True)
+    ]
 
     def hop(one: Machine, other: Machine) -> tuple[int, int]:
         step = _ticks(hop_s(question, one, other, batch))
@@ -144,7 +164,7 @@ def split_problem(question: Question, *, stages: int = 0) -> SplitProblem:
     hop_total = _only_in_order(question, np.array([[cost[0] for cost in row] for row in hops], np.int64))
     hop_peak = np.array([[cost[1] for cost in row] for row in hops], np.int64)
     return SplitProblem(
-        total=np.stack([pair[0] for pair in pairs]),
+        total=np.stack(totals),
         peak=np.stack([pair[1] for pair in pairs]),
         hop_total=hop_total,
         hop_peak=hop_peak,
