@@ -150,8 +150,8 @@ def decode_stages_s(split: PlacedSplit, *, batch: int = 1, cached_tokens: float 
 
 
 def hops_s(split: PlacedSplit, tokens: float) -> list[float]:
-    """Seconds of each boundary, with the features that a draft head behind it is sent. The token's id comes back in 4 bytes and is
-    not counted."""
+    """Seconds of each boundary, with the features that a draft head behind it is sent. The token's id comes back in 4 bytes and
+    is not counted."""
     draft = split.question.draft
     return [
         hop_s(

@@ -133,27 +133,24 @@ def split_problem(question: Question, *, stages: int = 0) -> SplitProblem:
         fits = (need <= machine.limit_bytes) | (slots > 0)
         return np.where(fits & _proper(model.layers), total, INFINITE), peak
 
-    def features(machine: Machine) -> Int64s:
-        """(L+1,) what a boundary behind each layer costs on top, for a draft head's features travel over it; by the machine's fastest
-        link, for which machine is next is not known here."""
-        found, others = np.zeros(model.layers + 1, np.int64), [m for m in question.machines if m is not machine]
-        for end in range(1, model.layers) if question.draft is not None and others else ():
-            count = question.draft.features_before(end)
-            further = [
-                [
-                    hop_s(question, machine, other, n, features=count) - hop_s(question, machine, other, n)
-                    for other in others
-                ]
+    def with_features(machine: Machine, total: Int64s, peak: Int64s) -> tuple[Int64s, Int64s]:
+        """Both, where the boundary behind a range carries features of a draft head: more time, and no peak below the hop. It
+        is that of the machine's fastest link, for which machine is next is not known here."""
+        draft, others = question.draft, [m for m in question.machines if m is not machine]
+        if draft is None or not others:
+            return total, peak
+        more, least = (np.zeros(model.layers + 1, np.int64) for _ in range(2))
+        for end in range(1, model.layers):
+            count = draft.features_before(end)
+            steps, sweeps = (
+                (_fastest(question, machine, others, n, count), _fastest(question, machine, others, n, 0))
                 for n in (batch, tokens)
-            ]
-            found[end] = decodes * _ticks(min(further[0])) + (_ticks(min(further[1])) if chunks else 0)
-        return found
+            )
+            more[end] = decodes * (steps[0] - steps[1]) + (sweeps[0] - sweeps[1] if chunks else 0)
+            least[end] = sweeps[0] if chunks else steps[0] if objective == "throughput" else 0
+        return np.where(total < INFINITE, total + more, total), np.maximum(peak, least)
 
-    pairs = [tables_of(machine.kind) for machine in question.machines]
-    totals = [
-        np.where(total < INFINITE, total + features(machine)[None], total)
-        for machine, (total, _) in zip(question.machines, pairs, strict=True)
-    ]
+    pairs = [with_features(machine, *tables_of(machine.kind)) for machine in question.machines]
 
     def hop(one: Machine, other: Machine) -> tuple[int, int]:
         step = _ticks(hop_s(question, one, other, batch))
@@ -164,13 +161,18 @@ def split_problem(question: Question, *, stages: int = 0) -> SplitProblem:
     hop_total = _only_in_order(question, np.array([[cost[0] for cost in row] for row in hops], np.int64))
     hop_peak = np.array([[cost[1] for cost in row] for row in hops], np.int64)
     return SplitProblem(
-        total=np.stack(totals),
+        total=np.stack([pair[0] for pair in pairs]),
         peak=np.stack([pair[1] for pair in pairs]),
         hop_total=hop_total,
         hop_peak=hop_peak,
         kinds=_kinds(question.machines, hop_total, hop_peak),
         stages=len(question.order) or stages,
     )
+
+
+def _fastest(question: Question, machine: Machine, others: Sequence[Machine], tokens: float, features: int) -> int:
+    """Ticks of a hop from a machine, over the best of its links."""
+    return _ticks(min(hop_s(question, machine, other, tokens, features=features) for other in others))
 
 
 def shortage_problem(question: Question) -> SplitProblem:
