@@ -58,13 +58,13 @@ class PartFile:
         self.target = target
         self.final_path = directory / target.file.name
         self.path = work / f"{target.file.name}.part"
-        self._journal_path = work / f"{target.file.name}.journal"
+        self._journal_path = _journal_path(target, work)
         self.pieces = _pieces(target, held)
         self._done = [0] * len(self.pieces)
         self._lock = threading.Lock()
         self._file = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
         self._journal = os.open(self._journal_path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
-        self._go_on(self._identity(revision))
+        self._go_on(_identity(target, self.pieces, revision))
         for each in held:
             self._take_from(each)
 
@@ -139,25 +139,14 @@ class PartFile:
                 os.close(descriptor)
         self._file = self._journal = -1
 
-    def _identity(self, revision: str) -> bytes:
-        """Equal for parts that may be gone on with."""
-        file = self.target.file
-        content = file.sha256 or file.git_sha1
-        boot = "" if self.target.is_whole and content else _boot()
-        text = f"{file.name} {file.size} {content or revision} {self.pieces} {boot}"
-        return hashlib.sha256(text.encode() + self.target.head).digest()
-
     def _go_on(self, identity: bytes) -> None:
         """Take up what is here of this part, or begin it."""
         journal_bytes = _ID_BYTES + _COUNT_BYTES * len(self.pieces)
         journal = os.pread(self._journal, journal_bytes + 1, 0)
-        fits = len(journal) == journal_bytes and journal[:_ID_BYTES] == identity
-        if fits and os.fstat(self._file).st_size == self.target.size:
-            counts = (journal[start : start + _COUNT_BYTES] for start in range(_ID_BYTES, journal_bytes, _COUNT_BYTES))
-            found = [int.from_bytes(count, "little") for count in counts]
-            if all(count <= piece.length for count, piece in zip(found, self.pieces, strict=True)):
-                self._done = found
-                return
+        found = _counts(journal, identity, self.pieces)
+        if found is not None and os.fstat(self._file).st_size == self.target.size:
+            self._done = found
+            return
         # The identity comes last: a journal that has it is one of this part.
         os.ftruncate(self._journal, 0)
         os.ftruncate(self._file, 0)
@@ -187,13 +176,38 @@ def held_before(target: FileTarget, directory: Path, skeleton: Path | None) -> l
     return [HeldFile.open(place) for place in places if place.exists()]
 
 
-def missing_bytes(target: FileTarget, held: Sequence[HeldFile]) -> int:
-    """Bytes of a target that must come from its source."""
+def missing_bytes(target: FileTarget, work: Path, held: Sequence[HeldFile], *, revision: str) -> int:
+    """Bytes of a target that must come from its source, where a `PartFile` of it were made."""
+    pieces, journal = _pieces(target, held), _journal_path(target, work)
+    found = _counts(journal.read_bytes() if journal.exists() else b"", _identity(target, pieces, revision), pieces)
     return sum(
-        piece.length
-        for piece in _pieces(target, held)
-        if not any(each.holds(piece.source_start, piece.source_start + piece.length) for each in held)
+        piece.length - done
+        for piece, done in zip(pieces, found or [0] * len(pieces), strict=True)
+        if not any(each.holds(piece.source_start + done, piece.source_start + piece.length) for each in held)
     )
+
+
+def _journal_path(target: FileTarget, work: Path) -> Path:
+    return work / f"{target.file.name}.journal"
+
+
+def _identity(target: FileTarget, pieces: Sequence[FetchPiece], revision: str) -> bytes:
+    """Equal for parts that may be gone on with."""
+    file = target.file
+    content = file.sha256 or file.git_sha1
+    boot = "" if target.is_whole and content else _boot()
+    text = f"{file.name} {file.size} {content or revision} {pieces} {boot}"
+    return hashlib.sha256(text.encode() + target.head).digest()
+
+
+def _counts(journal: bytes, identity: bytes, pieces: Sequence[FetchPiece]) -> list[int] | None:
+    """What a journal says of each piece; None where it is another part's, or none."""
+    end = _ID_BYTES + _COUNT_BYTES * len(pieces)
+    if len(journal) != end or journal[:_ID_BYTES] != identity:
+        return None
+    counts = (journal[start : start + _COUNT_BYTES] for start in range(_ID_BYTES, end, _COUNT_BYTES))
+    found = [int.from_bytes(count, "little") for count in counts]
+    return found if all(count <= piece.length for count, piece in zip(found, pieces, strict=True)) else None
 
 
 def _pieces(target: FileTarget, held: Sequence[HeldFile]) -> tuple[FetchPiece, ...]:

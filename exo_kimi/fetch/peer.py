@@ -47,6 +47,7 @@ class ShareSource:
         self._address, self._key, self._model = address, key, model
         self._lock = threading.Lock()
         self._idle: list[SealedStream] = []
+        self._open: set[SealedStream] = set()
         self._session: tuple[SessionKey, int, str] | None = None
         self._closed = False
 
@@ -62,7 +63,9 @@ class ShareSource:
             files = {name: _remote(name, fields) for name, fields in raw[FILE_LIST].items() if is_wanted(name)}
             revision = str(raw["revision"])
         except TryAgainError as error:
-            raise FetchError("the other machine does not answer", found=error.reason, where=self._address) from error
+            raise FetchError(
+                "the other machine does not answer", found=error.reason, where=self._address, fix=_SHARE_FIX
+            ) from error
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise FetchError("the other machine's list cannot be read", found=error, where=self._address) from error
         _, _, name = self._open_session()
@@ -95,11 +98,12 @@ class ShareSource:
         return None
 
     def close(self) -> None:
-        """Close the connections that wait; idempotent."""
+        """Close every connection, also under one that reads from it; idempotent."""
         with self._lock:
             self._closed = True
-            while self._idle:
-                self._idle.pop().close()
+            self._idle.clear()
+            for stream in self._open:
+                stream.end()
 
     def _answer_to(self, request: Mapping[str, Any], *, most_bytes: int, silence_s: float = SILENCE_S) -> bytes:
         return b"".join(bytes(data) for data in self._ask(request, most_bytes=most_bytes, silence_s=silence_s))
@@ -140,7 +144,10 @@ class ShareSource:
             raise TryAgainError(f"no connection: {error.strerror or error}") from error
         connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         connection.sendall(session.id + number.to_bytes(NUMBER_BYTES, "little"))
-        return session.stream(connection, number, listens=False)
+        stream = session.stream(connection, number, listens=False)
+        with self._lock:
+            self._open.add(stream)
+        return stream
 
     def _give_back(self, stream: SealedStream, *, usable: bool) -> None:
         with self._lock:
@@ -149,6 +156,7 @@ class ShareSource:
                 return
             if not usable:
                 self._session = None
+            self._open.discard(stream)
         stream.close()
 
     def _open_session(self) -> tuple[SessionKey, int, str]:

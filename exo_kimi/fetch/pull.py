@@ -118,7 +118,15 @@ def pull(
     skeleton, targets = _targets(source, listing, options, say)
     if options.dry_run:
         waiting, kept = _missing(targets, directory)
-        fetched = sum(missing_bytes(target, held_before(target, directory, skeleton)) for target in waiting)
+        fetched = sum(
+            missing_bytes(
+                target,
+                directory / _WORK,
+                held_before(target, directory, skeleton),
+                revision=listing.revision,
+            )
+            for target in waiting
+        )
         free = free_bytes(directory) - fetched
     else:
         work = directory / _WORK

@@ -29,6 +29,7 @@ from exo_kimi.fetch.source import Listing, RemoteFile, Source, TryAgainError
 READERS = 16  # headers are small: what they take is the way there and back
 TRIES = 6
 BEGIN_BYTES = 4096  # of every weight file: a whole header, where a tensor holds all experts of a layer
+MOST_OF_A_KIND = 3  # headers of one size, from which others may follow
 READ_ALL_BYTES = 1 << 20  # headers that are together no more than this are all read
 _LENGTH_BYTES = 8
 _DERIVED = "-derived"
@@ -259,19 +260,22 @@ class _KnownHeaders:
         large = [each for each in begun if each.header_bytes and each.header is None]
         self.derives = sum(each.header_bytes for each in large) > READ_ALL_BYTES
         self._locks = {each.tensor_bytes: threading.Lock() for each in large}
-        self._known: dict[int, bytes] = {}
+        self._known: dict[int, list[bytes]] = {}
 
     def header(self, begun: _Begun, read: Callable[[], bytes]) -> bytes:
         """The header of one file: derived where one of as many bytes is known, else read."""
         if not self.derives:
             return read()
-        with self._locks[begun.tensor_bytes]:  # those of one kind wait for its first
-            known = self._known.get(begun.tensor_bytes)
-            if known is None:
-                self._known[begun.tensor_bytes] = header = read()
-                return header
-        derived = derive_header(known, begin=begun.data[_LENGTH_BYTES:], length=begun.header_bytes)
-        return read() if derived is None else derived
+        with self._locks[begun.tensor_bytes]:  # those of one kind wait for its first ones
+            known = self._known.setdefault(begun.tensor_bytes, [])
+            for other in known:
+                derived = derive_header(other, begin=begun.data[_LENGTH_BYTES:], length=begun.header_bytes)
+                if derived is not None:
+                    return derived
+            if len(known) < MOST_OF_A_KIND:
+                known.append(read())
+                return known[-1]
+        return read()
 
 
 def _begin(source: Source, file: RemoteFile) -> _Begun:

@@ -93,6 +93,28 @@ def test_plan_of_native_int4_of_k2s_size_reads_less_than_5_mb(
     assert {name: header_of(derived, name) for name in headers} == headers
 
 
+def test_an_odd_file_among_those_of_one_size_is_read_and_the_others_follow(
+    native: Callable[..., HubStandIn], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The first of a kind, from which no other follows."""
+    monkeypatch.setattr(skeleton, "READ_ALL_BYTES", 0)
+    monkeypatch.setattr(skeleton, "READERS", 1)
+    served = native(num_hidden_layers=12)
+    name = sorted(name for name in served.files if name.endswith(".safetensors"))[1]
+    sound = served.files[name]
+    one, other = b"experts.0.up_proj.weight_packed", b"experts.1.up_proj.weight_packed"
+    odd = BigFile(sound.header.replace(one, b"@").replace(other, one).replace(b"@", other), sound.size)
+    served.files = {**served.files, name: odd}
+    source = HubSource("org/kimi")
+    before = served.sent_bytes
+    derived = read_skeleton(source, source.listing(), derive=True)
+    headers = {name: file.header for name, file in served.files.items() if isinstance(file, BigFile)}
+    assert {name: header_of(derived, name) for name in headers} == headers
+    texts = sum(path.stat().st_size for path in derived.iterdir() if path.suffix != ".safetensors")
+    begun = len(headers) * skeleton.BEGIN_BYTES
+    assert served.sent_bytes - before - texts - begun < 4 * max(map(len, headers.values()))
+
+
 def test_pull_holds_a_plan_of_derived_headers_against_every_header(
     native: Callable[..., HubStandIn],
     tmp_path: Path,

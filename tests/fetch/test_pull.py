@@ -254,9 +254,10 @@ def test_403_of_a_file_ends_it_and_what_came_is_kept(hub: Hub, whole: Path, tmp_
         fetch(served, tmp_path / "here", PullOptions(connections=1))
     before = served.sent_bytes
     served.fault = lambda file, number: None
-    fetch(served, tmp_path / "here", PullOptions())
+    told = fetch(served, tmp_path / "here", PullOptions(dry_run=True))
+    report = fetch(served, tmp_path / "here", PullOptions())
     assert files(tmp_path / "here") == files(whole)
-    assert served.sent_bytes - before < 0.5 * before
+    assert served.sent_bytes - before == report.fetched_bytes == told.fetched_bytes < 0.5 * before
 
 
 def test_429_for_ever_is_one_clear_message(

@@ -134,6 +134,21 @@ def test_a_cut_in_the_middle_is_gone_on_with(
     assert sum(sent) < 1.15 * sum(map(len, files(whole).values()))
 
 
+def test_ctrl_c_does_not_wait_for_a_silent_machine(shared: Share, whole: Path, key: ClusterKey) -> None:
+    """`close` ends a read that waits for bytes; without it that takes as long as silence may last."""
+    source = ShareSource(shared(whole), key=key)
+    file = source.listing().files["config.json"]
+    reading = source.read(file, 0, 10)
+    assert len(next(reading)) == 10  # the answer's end is still to come
+    stream = next(iter(source._open))
+    source.close()
+    with pytest.raises(ConnectionError):
+        while True:
+            stream.receive()
+    reading.close()
+    assert not source._open
+
+
 def test_a_share_that_was_started_again_is_found_again(whole: Path, key: ClusterKey, tmp_path: Path) -> None:
     with sharing_of(whole, key) as address:
         source = ShareSource(address, key=key)

@@ -11,6 +11,7 @@ A record is 3 bytes of little-endian length and one of its kind, then the sealed
 
 from __future__ import annotations
 
+import contextlib
 import os
 import socket
 import struct
@@ -136,6 +137,11 @@ class SealedStream:
         whole, part = divmod(seconds or 0.0, 1)
         for option in (socket.SO_RCVTIMEO, socket.SO_SNDTIMEO):
             self._connection.setsockopt(socket.SOL_SOCKET, option, struct.pack("@ll", int(whole), int(part * 1e6)))
+
+    def end(self) -> None:
+        """End the connection, from any thread: a call that waits fails at once. `close` is still to come."""
+        with contextlib.suppress(OSError):
+            self._connection.shutdown(socket.SHUT_RDWR)
 
     def close(self) -> None:
         """Close the connection; idempotent."""
