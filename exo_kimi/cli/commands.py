@@ -9,8 +9,6 @@ import os
 import signal
 import sys
 from collections.abc import Sequence
-from contextlib import AbstractContextManager
-from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
@@ -23,7 +21,7 @@ from exo_kimi.cli.expert_options import (
     ReadsOption,
     TraceOption,
 )
-from exo_kimi.cli.output import write_text
+from exo_kimi.cli.output import awake, write_text
 from exo_kimi.cli.values import (
     DEFAULT_PORT,
     Dtype,
@@ -457,7 +455,7 @@ def serve(
     options["api_key"] = find_api_key(
         key_file=options.pop("api_key_file"), option=api_key, environment_text=os.environ.get(ENVIRONMENT_NAME)
     )
-    with _awake():
+    with awake():
         serve(ServeOptions(**options))
 
 
@@ -502,7 +500,7 @@ def stage(
     )
     place = stage_place(listen, pair=pair, key_file=key_file)
     log_to(as_json=log_json)
-    with announced_stage(place.listen), _awake():
+    with announced_stage(place.listen), awake():
         _serve_stage(place, _weights(model), experts, trace_experts, draft)
 
 
@@ -778,13 +776,6 @@ def bench(
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # the servers and nodes that it started end with it
     module = "all" if name == "all" else f"claims.{name.replace('-', '_')}"
     return int(import_module(f"exo_kimi.bench.{module}").main(rest) or 0)
-
-
-def _awake() -> AbstractContextManager[None]:
-    from exo_kimi.owner.awake import KEPT_ENVIRONMENT_NAME, awake_while_serving
-
-    kept = KEPT_ENVIRONMENT_NAME in os.environ
-    return awake_while_serving(os.getpid(), already_kept=kept, say=partial(print, file=sys.stderr, flush=True))
 
 
 def _find_stages_and_weights(options: dict[str, Any]) -> None:

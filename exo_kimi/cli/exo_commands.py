@@ -8,6 +8,7 @@ from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
+from exo_kimi.cli.output import awake
 from exo_kimi.cli.values import (
     DEFAULT_PORT,
     Objective,
@@ -195,7 +196,8 @@ def run(
     from exo_kimi.plugin.runner.options import EngineOptions
 
     options = EngineOptions(context=context, kv_bytes=kv_bytes, prefix_cache_bytes=prefix_cache_bytes)
-    run(_without_dashes(rest), options=options, kept=[*([keep] if keep else []), *fallbacks], no_plan=no_plan)
+    with awake():
+        run(_without_dashes(rest), options=options, kept=[*([keep] if keep else []), *fallbacks], no_plan=no_plan)
 
 
 def legacy(
@@ -231,7 +233,8 @@ def legacy(
     from exo_kimi.plugin.legacy.launch import run
     from exo_kimi.plugin.legacy.setup import LegacyOptions
 
-    run(LegacyOptions(**options), _without_dashes(rest))
+    with awake():
+        run(LegacyOptions(**options), _without_dashes(rest))
 
 
 def _without_dashes(rest: Sequence[str]) -> list[str]:

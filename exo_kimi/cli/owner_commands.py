@@ -145,12 +145,12 @@ def verify(
 
 def _server(url: str | None, api_key_file: Path | None) -> Any:
     """The server that was named, by its address or its key."""
-    from exo_kimi.owner.status import DEFAULT_URL, ServerToAsk
+    from exo_kimi.owner.asking import server_at
     from exo_kimi.runtime.transport.api_key import ENVIRONMENT_NAME, find_api_key
 
     text = os.environ.get(ENVIRONMENT_NAME)
     key = find_api_key(key_file=api_key_file, option=None, environment_text=text)
-    return ServerToAsk(url=url or DEFAULT_URL, key=key) if url or key else None
+    return server_at(url, key) if url or key else None
 
 
 def _services() -> Any:

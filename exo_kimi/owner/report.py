@@ -2,25 +2,28 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 import os
 import zipfile
+import zlib
+from collections import deque
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import httpx
-
 from exo_kimi.checkpoint.doctor.report import inspect
 from exo_kimi.errors import ExoKimiError, UsageError
+from exo_kimi.owner.asking import DEFAULT_URL, NoAnswer, ServerToAsk, ask_server
 from exo_kimi.owner.cleaning import Cleaner
 from exo_kimi.owner.service.install import Services
 from exo_kimi.owner.service.spec import SECRETS, ServiceSpec, installed, read_spec
 from exo_kimi.owner.service_logs import LogQuery, log_files, read_log
-from exo_kimi.owner.status import ANSWER_S, DEFAULT_URL, ServerToAsk, option_of, server_of, status_lines
+from exo_kimi.owner.status import option_of, server_of, status_lines
 from exo_kimi.runtime.transport.keys import default_key_file
 
 ENCLOSED_BYTES = 4 << 20
+GZIP = b"\x1f\x8b"
 _SECRET_VARIABLES = (*SECRETS, "HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "OPENAI_API_KEY", "ANTHROPIC_API_KEY")
 
 
@@ -59,11 +62,12 @@ def write_report(options: ReportOptions, services: Services, environment: Mappin
             lines = read_log(spec.name, services.directories.logs, LogQuery(lines=options.lines))
             parts[f"logs/{spec.name}.log"] = "\n".join(cleaner.log(lines))
         parts |= _spec_parts(spec, cleaner)
-    for path in options.logs:
-        lines = _read(path, "--log").splitlines()[-options.lines :]
-        parts[f"logs/{path.stem}.log"] = "\n".join(cleaner.log(lines))
-    for path in options.enclosed:
-        parts[f"enclosed/{path.name}"] = cleaner.text(_read(path, "--with"))
+    # Names of files are their owner's words: what is in a report has a number.
+    for number, path in enumerate(options.logs, start=1):
+        lines = _read(path, "--log", last_lines=options.lines).splitlines()
+        parts[f"logs/given-{number}.log"] = "\n".join(cleaner.log(lines))
+    for number, path in enumerate(options.enclosed, start=1):
+        parts[f"enclosed/{number}.txt"] = cleaner.text(_read(path, "--with"))
     try:
         descriptor = os.open(options.output, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
         with os.fdopen(descriptor, "wb") as stream, zipfile.ZipFile(stream, "w", zipfile.ZIP_DEFLATED) as archive:
@@ -96,15 +100,11 @@ def known_secrets(
 
 
 def _server_parts(server: ServerToAsk, cleaner: Cleaner) -> dict[str, str]:
-    headers = {"authorization": f"Bearer {server.key}"} if server.key else {}
-    parts = {}
-    try:
-        with httpx.Client(base_url=server.url, headers=headers, timeout=ANSWER_S, trust_env=False) as client:
-            parts["health.json"] = json.dumps(cleaner.values(client.get("/health").json()), indent=1)
-            parts["metrics.txt"] = cleaner.text(client.get("/metrics").text)
-    except (httpx.HTTPError, ValueError) as error:
-        parts["server.txt"] = cleaner.text(f"no server answers at {server.url} ({type(error).__name__})")
-    return parts
+    answer = ask_server(server)
+    if isinstance(answer, NoAnswer):
+        return {"server.txt": cleaner.text(f"no exo-kimi server answers at {server.url}: {answer.reason}")}
+    health = json.dumps(cleaner.values(json.loads(answer.health_json)), indent=1)
+    return {"health.json": health, "metrics.txt": cleaner.text(answer.metrics)}
 
 
 def _spec_parts(spec: ServiceSpec, cleaner: Cleaner) -> dict[str, str]:
@@ -123,9 +123,21 @@ def _spec_parts(spec: ServiceSpec, cleaner: Cleaner) -> dict[str, str]:
     return parts
 
 
-def _read(path: Path, option: str) -> str:
+def _read(path: Path, option: str, *, last_lines: int | None = None) -> str:
+    """A text, packed by gzip or not: its beginning, or its last lines.
+
+    Raises:
+        UsageError: it cannot be read, or is no text.
+    """
+    where = f"{option} {path}"
     try:
-        with path.open(encoding="utf-8", errors="replace") as stream:
-            return stream.read(ENCLOSED_BYTES)
-    except OSError as error:
-        raise UsageError("cannot read the file", found=error.strerror, where=f"{option} {path}") from None
+        with path.open("rb") as raw:
+            packed = raw.read(2) == GZIP
+        with gzip.open(path, "rb") if packed else path.open("rb") as stream:
+            data = stream.read(ENCLOSED_BYTES) if last_lines is None else b"".join(deque(stream, maxlen=last_lines))
+    except (OSError, EOFError, zlib.error) as error:
+        found = getattr(error, "strerror", None) or error
+        raise UsageError("cannot read the file", found=found, where=where) from None
+    if b"\0" in data:
+        raise UsageError("not a text, and what is in it cannot be looked through", where=where)
+    return data.decode(errors="replace")

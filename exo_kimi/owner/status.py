@@ -4,15 +4,13 @@ from __future__ import annotations
 
 import platform
 import time
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
-import httpx
 from prometheus_client.parser import text_string_to_metric_families
 
 from exo_kimi.errors import ExoKimiError, UsageError
+from exo_kimi.owner.asking import DEFAULT_URL, NoAnswer, ServerAnswer, ServerToAsk, StageWords, ask_server
 from exo_kimi.owner.service.install import Services
 from exo_kimi.owner.service.spec import ServiceSpec, installed, read_spec
 from exo_kimi.owner.service_logs import LogQuery, read_log
@@ -21,18 +19,8 @@ from exo_kimi.runtime.protocol.versions import Versions
 from exo_kimi.runtime.transport.api_key import find_api_key
 from exo_kimi.units import format_bytes
 
-DEFAULT_URL = "http://127.0.0.1:52415"
 LOOK_S = 1.0
-ANSWER_S = 5.0
 FAULTS_SHOWN = 5
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ServerToAsk:
-    """A server, and the key that it wants."""
-
-    url: str
-    key: str | None = None
 
 
 def status_lines(services: Services, server: ServerToAsk | None, *, faults: bool = True) -> list[str]:
@@ -84,58 +72,58 @@ def option_of(words: Sequence[str], name: str) -> str | None:
 
 def server_lines(server: ServerToAsk) -> list[str]:
     """What a server says of itself; one line where none answers."""
-    headers = {"authorization": f"Bearer {server.key}"} if server.key else {}
-    try:
-        with httpx.Client(base_url=server.url, headers=headers, timeout=ANSWER_S, trust_env=False) as client:
-            health: dict[str, Any] = client.get("/health").json()
-            first, began_s = _samples(client), time.monotonic()
-            time.sleep(LOOK_S)
-            second, passed_s = _samples(client), time.monotonic() - began_s
-    except (httpx.HTTPError, ValueError) as error:
-        return [f"no server answers at {server.url} ({type(error).__name__})"]
-    lines = [f"server at {server.url}: {health.get('status')}"]
-    if health.get("reason"):
-        lines.append(f"  because  {health['reason']}")
-    if "stages" not in health:
-        return [*lines, "  it tells the rest with its key only: --api-key-file FILE"]
-    lines.append(f"  model    {health['model']}, exo-kimi {health['version']}, context {health['context']}")
-    lines += [f"  stage {_stage_line(stage)}" for stage in health["stages"]]
-    requests = ", ".join(f"{count} {state}" for state, count in health["requests"].items())
+    first, began_s = ask_server(server), time.monotonic()
+    time.sleep(0.0 if isinstance(first, NoAnswer) else LOOK_S)
+    second, passed_s = first if isinstance(first, NoAnswer) else ask_server(server), time.monotonic() - began_s
+    if isinstance(first, NoAnswer) or isinstance(second, NoAnswer):
+        reason = first.reason if isinstance(first, NoAnswer) else second.reason if isinstance(second, NoAnswer) else ""
+        return [f"no exo-kimi server answers at {server.url}: {reason}"]
+    health = second.health
+    lines = [f"server at {server.url}: {health.status}"]
+    if health.reason:
+        lines.append(f"  because  {health.reason}")
+    if health.stages is None:
+        what = "it does not take this key" if server.key else "it tells the rest with its key only"
+        return [*lines, f"  {what}: --api-key-file FILE"]
+    lines.append(f"  model    {health.model}, exo-kimi {health.version}, context {health.context}")
+    lines += [f"  stage {_stage_line(stage)}" for stage in health.stages]
+    requests = ", ".join(f"{count} {state}" for state, count in health.requests.items())
     lines.append(f"  requests {requests}")
-    lines.append(f"  KV       {health['kv_reserved_tokens']} of {health['kv_capacity_tokens']} tokens held")
+    lines.append(f"  KV       {health.kv_reserved_tokens} of {health.kv_capacity_tokens} tokens held")
+    before, now = _samples(first), _samples(second)
 
     def rate(name: str) -> float:
-        return (second.get(name, 0.0) - first.get(name, 0.0)) / passed_s
+        return (now.get(name, 0.0) - before.get(name, 0.0)) / passed_s
 
     lines.append(
         f"  speed    {rate('exo_kimi_generated_tokens_total'):.1f} tokens/s generated, "
         f"{rate('exo_kimi_prompt_tokens_total'):.1f} tokens/s of prompts, now"
     )
-    totals = {name: int(second.get(f"exo_kimi_requests{name}_total", 0)) for name in ("", "_failed", "_interrupted")}
+    totals = {name: int(now.get(f"exo_kimi_requests{name}_total", 0)) for name in ("", "_failed", "_interrupted")}
     lines.append(
         f"  so far   {totals['']} requests, {totals['_failed']} failed, {totals['_interrupted']} times one waited for "
-        f"stages, {int(second.get('exo_kimi_generated_tokens_total', 0))} tokens"
+        f"stages, {int(now.get('exo_kimi_generated_tokens_total', 0))} tokens"
     )
-    lines += [f"  event    {event}" for event in health["events"][-FAULTS_SHOWN:]]
+    lines += [f"  event    {event}" for event in health.events[-FAULTS_SHOWN:]]
     return lines
 
 
-def _stage_line(stage: Mapping[str, Any]) -> str:
-    fault = f", last error: {stage['last_error'].splitlines()[0]}" if stage.get("last_error") else ""
-    loading = "" if stage["state"] != "loading" else f" {100 * stage['loading_progress']:.0f} %"
+def _stage_line(stage: StageWords) -> str:
+    fault = f", last error: {stage.last_error.splitlines()[0]}" if stage.last_error else ""
+    loading = "" if stage.state != "loading" else f" {100 * stage.loading_progress:.0f} %"
     return (
-        f"{stage['stage']}  {stage['state']}{loading}, layers {stage['start_layer']}:{stage['end_layer']}, "
-        f"{format_bytes(stage['weights_bytes'])} weights, {format_bytes(stage['kv_bytes'])} caches, "
-        f"heard {stage['silent_s']:.1f} s ago, {stage['restarts']} restarts{fault}"
+        f"{stage.stage}  {stage.state}{loading}, layers {stage.start_layer}:{stage.end_layer}, "
+        f"{format_bytes(stage.weights_bytes)} weights, {format_bytes(stage.kv_bytes)} caches, "
+        f"heard {stage.silent_s:.1f} s ago, {stage.restarts} restarts{fault}"
     )
 
 
-def _samples(client: httpx.Client) -> dict[str, float]:
-    """Metrics without labels."""
-    answer = client.get("/metrics")
-    if answer.status_code != 200:
+def _samples(answer: ServerAnswer) -> dict[str, float]:
+    """Metrics without labels; none of what is no text of metrics."""
+    try:
+        families = list(text_string_to_metric_families(answer.metrics))
+    except ValueError:
         return {}
-    families = text_string_to_metric_families(answer.text)
     return {sample.name: sample.value for family in families for sample in family.samples if not sample.labels}
 
 

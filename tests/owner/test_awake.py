@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from exo_kimi.cli import exo_commands
 from exo_kimi.owner import awake
 from exo_kimi.owner.awake import awake_while_serving, kept_awake
 from exo_kimi.owner.service.running import run_service
@@ -96,3 +97,22 @@ def test_what_watches_on_linux_ends_with_the_process(tmp_path: Path) -> None:
     watched.kill()
     watched.wait()
     assert watching.wait(60) == 0
+
+
+@pytest.mark.parametrize("command", ["run", "legacy"])
+def test_exo_s_commands_keep_it_awake_too(command: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv(awake.KEPT_ENVIRONMENT_NAME, raising=False)
+    monkeypatch.setattr(awake, "awake_command", lambda pid: sleeper(tmp_path / "pid"))
+    ran: list[int] = []
+
+    def run(*_: object, **__: object) -> None:
+        ran.append(pid_in(tmp_path / "pid"))
+        assert lives(ran[0])
+
+    monkeypatch.setattr("exo_kimi.plugin.node.command.run", run)
+    monkeypatch.setattr("exo_kimi.plugin.legacy.launch.run", run)
+    if command == "run":
+        exo_commands.run([])
+    else:
+        exo_commands.legacy(tmp_path / "plan.json", [])
+    assert ran and not lives(ran[0])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 import stat
 import zipfile
@@ -12,13 +13,13 @@ import pytest
 from exo_kimi.checkpoint.tiny.make import make_tiny
 from exo_kimi.errors import UsageError
 from exo_kimi.owner import status
+from exo_kimi.owner.asking import ServerToAsk
 from exo_kimi.owner.cleaning import Cleaner
 from exo_kimi.owner.directories import OwnerDirectories
 from exo_kimi.owner.report import ReportOptions, write_report
 from exo_kimi.owner.service.install import Services
 from exo_kimi.owner.service.manager import Systemd
 from exo_kimi.owner.service.spec import ServiceSpec
-from exo_kimi.owner.status import ServerToAsk
 from tests.owner.test_service import System
 
 PROMPT, ANSWER = "tell me of my divorce, please", "Dear Sir, I am sorry to hear of it"
@@ -87,13 +88,15 @@ def test_nothing_of_the_owner_s_is_in_it_and_what_helps_is(tmp_path: Path, monke
     )
     directories.logs.mkdir()
     (directories.logs / "serve.log").write_text(log_of(home))
-    (home / "by-hand.log").write_text(log_of(home))
+    (home / "serve.log").write_text(log_of(home))
+    (home / f"{PROMPT}.gz").write_bytes(gzip.compress(log_of(home).encode()))
+    (home / f"{OWNERS[0]} {API_KEY}.json.gz").write_bytes(gzip.compress(f'"{API_KEY} {home}"'.encode()))
     (home / "verify.json").write_text(json.dumps({"exo_kimi_verify": 1, "found": f"read {home}/kimi"}))
     output = tmp_path / "report.zip"
     options = ReportOptions(
         output=output,
-        enclosed=(home / "verify.json",),
-        logs=(home / "by-hand.log",),
+        enclosed=(home / "verify.json", home / f"{OWNERS[0]} {API_KEY}.json.gz"),
+        logs=(home / "serve.log", home / f"{PROMPT}.gz"),
         server=ServerToAsk(url="http://127.0.0.1:9", key=API_KEY),
     )
     names = write_report(options, services, {"EXO_KIMI_API_KEY": API_KEY})
@@ -105,7 +108,8 @@ def test_nothing_of_the_owner_s_is_in_it_and_what_helps_is(tmp_path: Path, monke
     words_of_theirs = {*PROMPT.split(), *ANSWER.split()} - {"me", "of", "my", "I", "am", "to", "it", "sorry"}
     for secret in (PROMPT, ANSWER, API_KEY, CLUSTER_KEY, TOKEN, "hf-tok", str(home), *OWNERS, *words_of_theirs):
         assert secret not in everything, secret
-    for log in (texts["logs/serve.log"], texts["logs/by-hand.log"]):
+    assert output.read_bytes().count(b"\x1f\x8b\x08") == 0, "nothing packed within, which nobody looked into"
+    for log in (texts["logs/serve.log"], texts["logs/given-1.log"], texts["logs/given-2.log"]):
         assert f"{ID} stop: 3 prompt tokens" in log
         assert "WARNING a step failed in ~/models/kimi" in log
         assert "task failed: '<29 characters>'" in log
@@ -115,8 +119,22 @@ def test_nothing_of_the_owner_s_is_in_it_and_what_helps_is(tmp_path: Path, monke
     assert "exo-kimi " in texts["status.txt"] and "active (running)" in texts["status.txt"]
     assert '"split": "5,2"' in texts["plans/serve.json"]
     assert "layers" in texts["doctor/serve.txt"]
-    assert "~/kimi" in texts["enclosed/verify.json"]
-    assert "no server answers" in texts["server.txt"]
+    assert "~/kimi" in texts["enclosed/1.txt"]
+    assert texts["enclosed/2.txt"] == '"<key> ~"\n'
+    assert "no exo-kimi server answers" in texts["server.txt"]
+
+
+def test_of_a_long_log_its_end_is_taken(tmp_path: Path) -> None:
+    lines = "".join(f"2026-11-28 07:00:00,000 INFO line {number} {'x' * 90}\n" for number in range(60_000))
+    (tmp_path / "long.log").write_text(lines)
+    directories = OwnerDirectories(services=tmp_path / "s", logs=tmp_path / "l", units=tmp_path / "u")
+    options = ReportOptions(
+        output=tmp_path / "r.zip", lines=3, logs=(tmp_path / "long.log",), server=ServerToAsk(url="http://127.0.0.1:9")
+    )
+    write_report(options, Services(directories, Systemd(directories, System())), {})
+    with zipfile.ZipFile(tmp_path / "r.zip") as archive:
+        found = archive.read("logs/given-1.log").decode().splitlines()
+    assert [line.split()[4] for line in found] == ["59997", "59998", "59999"]
 
 
 def test_a_server_s_words_are_cleaned_too(tmp_path: Path) -> None:
@@ -137,6 +155,12 @@ def test_what_cannot_be_read_or_written_is_one_message(tmp_path: Path) -> None:
     gone = ReportOptions(output=tmp_path / "r.zip", enclosed=(tmp_path / "gone",), server=server)
     with pytest.raises(UsageError, match="cannot read the file"):
         write_report(gone, services, {})
+    (tmp_path / "zip").write_bytes(b"PK\x03\x04\0\0")
+    (tmp_path / "half.gz").write_bytes(gzip.compress(b"a text" * 1000)[:40])
+    for name, words in (("zip", "not a text"), ("half.gz", "cannot read the file")):
+        for given in ({"enclosed": (tmp_path / name,)}, {"logs": (tmp_path / name,)}):
+            with pytest.raises(UsageError, match=words):
+                write_report(ReportOptions(output=tmp_path / "r.zip", server=server, **given), services, {})
     with pytest.raises(UsageError, match="cannot be written"):
         write_report(ReportOptions(output=tmp_path / "no" / "r.zip", server=server), services, {})
 

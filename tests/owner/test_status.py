@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import socket
 import threading
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -11,12 +12,14 @@ from typing import Any
 
 import pytest
 
-from exo_kimi.owner import status
+from exo_kimi.errors import UsageError
+from exo_kimi.owner import asking, status
+from exo_kimi.owner.asking import ServerToAsk, server_at
 from exo_kimi.owner.directories import OwnerDirectories
 from exo_kimi.owner.service.install import Services
 from exo_kimi.owner.service.manager import Systemd
 from exo_kimi.owner.service.spec import ServiceSpec
-from exo_kimi.owner.status import ServerToAsk, option_of, server_lines, server_of, status_lines
+from exo_kimi.owner.status import option_of, server_lines, server_of, status_lines
 from exo_kimi.runtime.requests import EngineSnapshot, RequestProgress, StageHealth
 from exo_kimi.serve.health import health_report
 from exo_kimi.serve.metrics import Metrics
@@ -100,8 +103,88 @@ def test_a_server_tells_its_stages_speed_memory_and_faults(url: str) -> None:
 
 
 def test_without_the_key_it_says_so_and_without_a_server_too(url: str) -> None:
-    assert "with its key only" in server_lines(ServerToAsk(url=url))[-1]
-    assert "no server answers" in server_lines(ServerToAsk(url="http://127.0.0.1:9"))[0]
+    assert "it tells the rest with its key only" in server_lines(ServerToAsk(url=url))[-1]
+    assert "it does not take this key" in server_lines(ServerToAsk(url=url, key="another"))[-1]
+    (line,) = server_lines(ServerToAsk(url="http://127.0.0.1:9"))
+    assert "no exo-kimi server answers at http://127.0.0.1:9: it cannot be reached" in line
+
+
+class Stranger(BaseHTTPRequestHandler):
+    """Answers /health with whatever the test says, and /metrics with the same."""
+
+    body, status = b"", 200
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+    def do_GET(self) -> None:
+        self.send_response(Stranger.status)
+        self.send_header("content-length", str(len(Stranger.body)))
+        self.end_headers()
+        self.wfile.write(Stranger.body)
+
+
+@pytest.fixture
+def stranger() -> Iterator[str]:
+    with ThreadingHTTPServer(("127.0.0.1", 0), Stranger) as server:
+        thread = threading.Thread(target=server.serve_forever)
+        thread.start()
+        yield f"http://127.0.0.1:{server.server_address[1]}"
+        server.shutdown()
+        thread.join()
+
+
+@pytest.mark.parametrize(
+    ("body", "found"),
+    [
+        (b"[1, 2]", "another program answers there"),
+        (b"<html>", "another program answers there"),
+        (b"\xff\xfe", "another program answers there"),
+        (b'{"ok": true}', "another program answers there"),
+        (b'{"status": "ok", "version": "9.9", "stages": "many"}', "of another version (9.9, this is "),
+        (b'{"status": "ok", "version": "9.9", "stages": [{"stage": 0}]}', "of another version (9.9, this is "),
+        (b'{"status": "ok"}', "it tells the rest with its key only"),
+    ],
+)
+def test_what_answers_in_other_words_is_one_line(stranger: str, body: bytes, found: str) -> None:
+    Stranger.body = body
+    lines = server_lines(ServerToAsk(url=stranger))
+    assert found in lines[-1] and len(lines) <= 2
+
+
+@pytest.mark.parametrize(
+    ("answer", "found"), [(b"\0\1\2 no HTTP\r\n", "no HTTP server"), (None, "it says nothing for 0.2 s")]
+)
+def test_a_port_that_speaks_no_http_or_says_nothing_is_told(
+    answer: bytes | None, found: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(asking, "ANSWER_S", 0.2)
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+        kept = []
+
+        def serve() -> None:
+            connection, _ = listening.accept()
+            kept.append(connection)
+            if answer is not None:
+                connection.recv(4096)
+                connection.sendall(answer)
+                connection.close()
+
+        thread = threading.Thread(target=serve)
+        thread.start()
+        (line,) = server_lines(ServerToAsk(url=f"http://127.0.0.1:{listening.getsockname()[1]}"))
+        thread.join()
+        for connection in kept:
+            connection.close()
+    assert found in line
+
+
+def test_an_address_is_taken_as_it_is_typed_and_nonsense_refused() -> None:
+    assert server_at("127.0.0.1:52415", None).url == server_at(None, None).url == "http://127.0.0.1:52415"
+    assert server_at("http://mac.local:1/", "k") == ServerToAsk(url="http://mac.local:1", key="k")
+    for wrong in ("http://", "ftp://x", "http://[::1", "http://x:port"):
+        with pytest.raises(UsageError, match="not a server's address"):
+            server_at(wrong, None)
 
 
 def test_the_server_of_a_service_is_asked_with_its_key(url: str, tmp_path: Path) -> None:

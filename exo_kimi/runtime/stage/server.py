@@ -249,7 +249,9 @@ class StageServer:
     def _send_fault(self, epoch: int, error: RuntimeFault) -> None:
         if epoch == self._status.newest_epoch:
             logger.warning("a link between stages: %s", error)
-            self._send_to_leader(structs.replace(to_message(error, epoch, None), cause="link"))
+            message = to_message(error, epoch, None)
+            what = f"a link with its neighbour: {message.what}"
+            self._send_to_leader(structs.replace(message, cause="link", what=what))
 
     def _deliver(self, message: Message, parts: list[Part]) -> None:
         epoch = getattr(message, "epoch", None)
