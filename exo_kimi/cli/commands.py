@@ -645,6 +645,10 @@ def plan(
             help="a draft head beside it: its bytes, what it sends, and from which acceptance on it pays",
         ),
     ] = None,
+    adapter: Annotated[
+        list[Path],
+        option("--adapter", metavar="PATH", help="an adapter that is served beside it, counted too (repeatable)"),
+    ] = [],  # noqa: B006 (typer's way to say none)
     stream: Annotated[
         bool,
         flag("--stream", help="where layers do not fit, read experts from disk, with the same weights", panel=STREAM),

@@ -174,6 +174,9 @@ def evaluate(
         list[Path],
         option("--text", metavar="FILE", help="perplexity and KL on these, as `calibrate` reads them (repeatable)"),
     ] = [],  # noqa: B006 (typer's way to say none)
+    adapter: Annotated[
+        Path | None, option("--adapter", metavar="PATH", help="with this LoRA or DoRA adapter of DIR")
+    ] = None,
     count: Annotated[
         int, option("--count", parser=positive, metavar="N", help="questions of each task (default 100)")
     ] = 100,
@@ -188,7 +191,7 @@ def evaluate(
         given = {"requests": requests, "count": count, "seed": seed, "api_key": api_key}
         report = evaluate_tools(tools, say=_progress, against=against, **given)  # type: ignore[arg-type]
     elif directory is not None:
-        options = {"count": count, "seed": seed, "files": text}
+        options = {"count": count, "seed": seed, "files": text, "adapter": adapter}
         report = _evaluated(directory, against, **options)
     else:
         raise UsageError("nothing to evaluate", expected="a checkpoint, or --tools URL")

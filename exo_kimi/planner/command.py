@@ -11,6 +11,8 @@ from dataclasses import replace
 from pathlib import Path
 
 from exo_kimi.arch.geometry import check_quantizable
+from exo_kimi.checkpoint.adapters.config import read_adapter_config
+from exo_kimi.checkpoint.adapters.manifest import resolve_for
 from exo_kimi.checkpoint.checkpoint import Checkpoint
 from exo_kimi.checkpoint.vision import chosen_tower
 from exo_kimi.errors import UsageError
@@ -58,6 +60,7 @@ def plan_answer(
     ssd_bytes_per_s: float | None = None,
     hits: Path | None = None,
     draft: str | Path | None = None,
+    adapter: Sequence[Path] = (),
 ) -> Answer:
     """The best plan for a checkpoint directory, or for a published model in a recipe.
 
@@ -87,6 +90,7 @@ def plan_answer(
         ssd_bytes_per_s: of every disk that was neither measured nor set in the cluster file.
         hits: hit rates, as `exo-kimi trace replay -o` writes them; what others have published when not given.
         draft: a head's directory or a published one's name: its bytes are counted, and its speeds by acceptance shown.
+        adapter: directories of adapters to serve beside it, whose bytes are counted.
 
     Raises:
         UsageError: arguments that contradict each other or cannot be read, or a split that cannot be.
@@ -99,6 +103,9 @@ def plan_answer(
     if kv_bits is not None:
         check_quantizable(weights.config)
         weights = replace(weights, kv_bits=kv_bits)
+    if adapter and ends_everywhere:
+        raise UsageError("exo's own engine serves no adapters", found="--adapter", fix="plan for exo-kimi's engine")
+    weights = weights.with_adapters(resolve_for(each, read_adapter_config(each), weights.config) for each in adapter)
     machines = read_cluster(cluster)
     if ssd_bytes_per_s is not None:
         machines = machines.with_ssd(ssd_bytes_per_s)

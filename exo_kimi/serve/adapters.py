@@ -45,7 +45,7 @@ def served(adapters: Mapping[str, AdapterManifest]) -> dict[str, ServedAdapter]:
 
 
 def check_planned_room(planned: Plan, cluster: ClusterPlan, adapters: Mapping[str, AdapterManifest]) -> None:
-    """Refuse adapters for which a plan's machines have no room.
+    """Refuse adapters that a plan does not count and has no room for.
 
     Raises:
         UsageError: a stage is short, with the numbers.
@@ -53,13 +53,15 @@ def check_planned_room(planned: Plan, cluster: ClusterPlan, adapters: Mapping[st
     for stage, made in zip(planned.stages, cluster.stages, strict=True):
         load = made.load
         needed = sum(each.bytes_within(load.start_layer, load.end_layer) for each in adapters.values())
-        if needed > stage.headroom_bytes:
+        counted = stage.weight_bytes + stage.expert_cache_bytes
+        short = min(needed, made.bytes_with(None) - counted) - stage.headroom_bytes
+        if short > 0:
             raise UsageError(
                 f"the plan has no room for the adapters on stage {load.stage}",
-                expected=f"{needed} bytes ({format_bytes(needed)}) beside what is planned",
-                found=f"{stage.headroom_bytes} bytes ({format_bytes(stage.headroom_bytes)})",
+                expected=f"{format_bytes(needed)} beside what is planned",
+                found=f"{format_bytes(stage.headroom_bytes)}",
                 where=WHERE,
-                fix="plan again with a smaller --context or --concurrency, or with fewer layers on that machine",
+                fix="plan again with --adapter, and with a smaller --context or --concurrency if it does not fit",
             )
 
 

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
 from exo_kimi.arch.config import KimiConfig
 from exo_kimi.arch.geometry import kv_bytes_per_token, served_state_bytes, state_bytes_per_sequence
 from exo_kimi.arch.modules import stage_modules
+from exo_kimi.checkpoint.adapters.manifest import AdapterManifest
 from exo_kimi.checkpoint.manifest import StageManifest
 from exo_kimi.checkpoint.vision import NoVision, VisionManifest
 from exo_kimi.errors import UsageError
@@ -32,7 +33,7 @@ class ModelBytes:
         head_bytes: final norm and lm_head, held by the stage of the last layer.
         kv_bits: of its cache; None for bf16.
         vision_bytes: of the vision tower and the vectors that it keeps, held by the stage of layer 0.
-        widened_bytes: one per decoder layer, what serving holds on top: routers become float32.
+        widened_bytes: one per decoder layer, what serving holds on top: routers become float32, and adapters.
     """
 
     name: str
@@ -124,6 +125,14 @@ class ModelBytes:
         if not isinstance(tower, VisionManifest):
             return self
         return replace(self, vision_bytes=tower.resident_bytes + tower.kept_bytes)
+
+    def with_adapters(self, adapters: Iterable[AdapterManifest]) -> ModelBytes:
+        """The same model with adapters beside it, each layer's part on the stage of the layer."""
+        counts = list(self.widened_bytes)
+        for adapter in adapters:
+            for layer in range(self.layers):
+                counts[layer] += adapter.bytes_within(layer, layer + 1)
+        return replace(self, widened_bytes=tuple(counts))
 
     def with_weights(self, weights: ModelBytes) -> ModelBytes:
         """Other weights of the same model, with this one's cache and vision tower."""

@@ -20,6 +20,7 @@ EXPERT_CACHE, EXPERT_POLICY = "EXO_KIMI_EXPERT_CACHE", "EXO_KIMI_EXPERT_POLICY"
 EXPERT_PREFETCH, EXPERT_READS = "EXO_KIMI_EXPERT_PREFETCH", "EXO_KIMI_EXPERT_READS"
 EXPERT_PROFILE, EXPERT_TRACE = "EXO_KIMI_EXPERT_PROFILE", "EXO_KIMI_TRACE_EXPERTS"
 DRAFT, DRAFT_TOKENS = "EXO_KIMI_DRAFT", "EXO_KIMI_DRAFT_TOKENS"
+ADAPTER = "EXO_KIMI_ADAPTER"
 CONTEXT, KV_BYTES, PREFIX_BYTES = "EXO_KIMI_CONTEXT", "EXO_KIMI_KV_BYTES", "EXO_KIMI_PREFIX_CACHE_BYTES"
 
 
@@ -46,9 +47,16 @@ class EngineOptions:
         """Those of a runner.
 
         Raises:
-            UsageError: a variable does not hold a number that makes sense.
+            UsageError: a variable does not hold a number that makes sense, or asks for an adapter.
         """
         given = os.environ if environment is None else environment
+        if given.get(ADAPTER):
+            raise UsageError(
+                "adapters are not served inside exo, whose requests name one model",
+                found=given[ADAPTER],
+                where=ADAPTER,
+                fix="place what `exo-kimi convert DIR OUT --adapter PATH` makes, or serve by `exo-kimi serve --adapter`",
+            )
         context = given.get(CONTEXT)
         if context is not None and (not context.isdecimal() or int(context) < 1):
             raise UsageError(

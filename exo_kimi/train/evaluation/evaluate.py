@@ -8,13 +8,17 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from random import Random
 
+from exo_kimi.checkpoint.adapters.manifest import AdapterManifest, resolve_adapter
 from exo_kimi.checkpoint.checkpoint import Checkpoint
 from exo_kimi.compress.compare.replies import ModelReplier
 from exo_kimi.compress.compare.score import score
-from exo_kimi.compress.layers import LayerWalk
+from exo_kimi.compress.layers import Change, LayerWalk
 from exo_kimi.compress.texts.encoding import Encoded, Encoder
 from exo_kimi.compress.texts.reading import read_texts
 from exo_kimi.compress.texts.vocabulary import check_same_vocabulary
+from exo_kimi.models.adapters import AdaptedLinear
+from exo_kimi.models.kimi_k2 import DecoderLayer
+from exo_kimi.runtime.loading.adapters import adapt, arrays_of
 from exo_kimi.runtime.loading.loader import load
 from exo_kimi.train.data.conversations import TrainingConversation, single, tool_exchange
 from exo_kimi.train.evaluation.cases import ToolCase, question_cases, tool_cases
@@ -32,6 +36,7 @@ def evaluate(
     against: Path | None,
     count: int,
     seed: int,
+    adapter: Path | None = None,
     texts: int = 200,
     files: Sequence[Path] = (),
     max_tokens: int = 96,
@@ -42,6 +47,7 @@ def evaluate(
     Args:
         directory: any Kimi checkpoint; activations are float32.
         against: a reference checkpoint with the same vocabulary.
+        adapter: of this checkpoint, asked and measured with; the reference is without.
         count: the most questions of each task.
         texts: held-out answers that perplexity, KL and loads are measured on.
         files: texts to measure those on instead.
@@ -55,8 +61,12 @@ def evaluate(
     if against is not None:
         check_same_vocabulary(Checkpoint(directory), Checkpoint(against))
     encoder = Encoder.from_directory(directory)
+    model = load(directory, dtype="float32")
+    own = None if adapter is None else resolve_adapter(adapter, Checkpoint(directory))
+    if own is not None:
+        adapt(model, own)
     subject = ModelReplier(
-        model=load(directory, dtype="float32"),
+        model=model,
         tokenizer=encoder.tokenizer,
         template=encoder.template,
         max_tokens=max_tokens,
@@ -72,15 +82,14 @@ def evaluate(
         if not right:
             wrong.append((case.messages[-1]["content"], case.accepted[0], f"<{reply.reasoning}> {reply.content}"))
     used = _use_tools(subject, tool_cases(count, seed), say)
-    del subject  # texts are read a layer at a time
+    del subject, model  # texts are read a layer at a time
     measured_texts = read_texts(files, encoder) if files else held_out_texts(encoder, texts, seed)
     say(f"{len(measured_texts)} texts")
-    walks = [
-        LayerWalk(checkpoint=Checkpoint(path), dtype="float32") for path in (directory, against) if path is not None
-    ]
+    walks = [LayerWalk(checkpoint=Checkpoint(directory), dtype="float32", change=None if own is None else _with(own))]
+    walks += [] if against is None else [LayerWalk(checkpoint=Checkpoint(against), dtype="float32")]
     measured = likelihood(walks[0], measured_texts, walks[1] if len(walks) > 1 else None)
     return EvaluationReport(
-        directory=str(directory),
+        directory=str(directory) if adapter is None else f"{directory} with {adapter}",
         against=None if against is None else str(against),
         tasks={task: score(results) for task, results in by_task.items()},
         calls_valid=score(used.valid),
@@ -90,6 +99,20 @@ def evaluate(
         likelihood=measured,
         wrong=wrong + used.wrong,
     )
+
+
+def _with(adapter: AdapterManifest) -> Change:
+    """Puts an adapter into layers as they are loaded, one by one."""
+
+    def change(layer: int, decoder: DecoderLayer) -> None:
+        for path, arrays in arrays_of(adapter.read(layer, layer + 1)).items():
+            owner, name = decoder, path.split(".")[3:]
+            for step in name[:-1]:
+                owner = owner[step]
+            owner[name[-1]] = AdaptedLinear(owner[name[-1]], arrays)
+        decoder.eval()
+
+    return change
 
 
 def held_out_texts(encoder: Encoder, count: int, seed: int) -> list[Encoded]:
