@@ -28,7 +28,7 @@ SHAPE: dict[str, Any] = {
     "rope_scaling": None,
 }
 WORDS = "red green blue amber violet teal coral ivory lime plum".split()
-RECIPE = LoraRecipe(rank=8, scale=4.0, learning_rate=0.004, batch_size=20, iters=100)
+RECIPE = LoraRecipe(rank=8, scale=4.0, learning_rate=0.005, batch_size=20, iters=150)
 
 
 def conversations(count: int = 20) -> list[dict[str, Any]]:
