@@ -159,6 +159,10 @@ class Router(nn.Module):
             self.pop(leaf, None)
         mx.eval(self.weight)
 
+    def logits(self, x: mx.array) -> mx.array:
+        """(N, E) float32 of tokens (N, D)."""
+        return x.astype(mx.float32) @ self._whole().T
+
     def _whole(self) -> mx.array:
         """(E, D) float32."""
         if "scales" not in self:
@@ -170,8 +174,7 @@ class Router(nn.Module):
 
     def __call__(self, x: mx.array) -> tuple[mx.array, mx.array]:
         """Experts (N, K) uint32 and weights (N, K) float32 of tokens (N, D)."""
-        logits = x.astype(mx.float32) @ self._whole().T
-        indices, weights = self.choose(logits, self.e_score_correction_bias.astype(mx.float32))
+        indices, weights = self.choose(self.logits(x), self.e_score_correction_bias.astype(mx.float32))
         if self.on_choice is not None:
             self.on_choice(indices)
         return indices, weights * self.factor
@@ -189,7 +192,8 @@ class Router(nn.Module):
 
     def best(self, x: mx.array, count: int) -> mx.array:
         """(N, count) experts of tokens (N, D), the one that ranks highest first."""
-        matrix, _, bias = self._operands(self["weight"], self["e_score_correction_bias"])
+        weight = self["weight"] if "scales" not in self else self._whole()
+        matrix, _, bias = self._operands(weight, self["e_score_correction_bias"])
         _, ranking = ops.scores_and_ranking(x.astype(mx.float32) @ matrix, bias.reshape(-1))
         return mx.argsort(-self.choose.eligible(ranking), axis=-1)[..., :count]
 

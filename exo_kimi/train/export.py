@@ -14,13 +14,14 @@ import numpy as np
 
 from exo_kimi.arch.config import KimiConfig
 from exo_kimi.arch.modules import ModuleSpec, stage_modules
+from exo_kimi.checkpoint.checkpoint import Checkpoint
 from exo_kimi.checkpoint.safetensors_io import write_file
 from exo_kimi.checkpoint.text_files import read_json
 from exo_kimi.checkpoint.tiny.layouts import LayoutWriter
 from exo_kimi.checkpoint.tiny.make import stated_quantization, template_text
 from exo_kimi.checkpoint.tiny.tokenizer import write_tokenizer
 from exo_kimi.checkpoint.tiny.weights import Recipe, own_recipe, resolve_recipe
-from exo_kimi.errors import UsageError
+from exo_kimi.errors import UnsupportedModelError, UsageError
 from exo_kimi.planner.weights.recipes import load_recipe
 from exo_kimi.runtime.loading.loader import load
 from exo_kimi.train.model.layers import Floats, Parameters
@@ -122,12 +123,29 @@ def requantize(directory: Path, output: Path, *, recipe: str) -> None:
         raise UsageError("the checkpoint cannot be written", found=error.strerror, where=output) from error
 
 
+def check_trainable(checkpoint: Checkpoint) -> None:
+    """Refuse a family that NumPy does not learn here.
+
+    Raises:
+        UnsupportedModelError: it is no Kimi K2.
+    """
+    if checkpoint.config.has_states:
+        raise UnsupportedModelError(
+            "a Kimi K2 alone is trained here, and draft heads for one",
+            found=f"model_type {checkpoint.config.model_type}",
+            where=checkpoint.directory,
+            fix="`exo-kimi convert` writes it with other bits",
+        )
+
+
 def read_parameters(directory: Path) -> Parameters:
     """Read the float32 values of every parameter of a checkpoint in any layout, by the names of `models.kimi_k2.Model`.
 
     Raises:
         CheckpointError: see `runtime.loading.loader.load`.
+        UnsupportedModelError: see `check_trainable`.
     """
+    check_trainable(Checkpoint(directory))
     model = load(directory, dtype="float32")
     values: Parameters = {}
     for path, module in model.named_modules():

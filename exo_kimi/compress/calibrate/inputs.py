@@ -213,7 +213,8 @@ def _places(decoder: DecoderLayer, checkpoint: Checkpoint, layer: int) -> dict[s
     """Modules of a layer that can be packed, by path: their place in it, and that of the module to watch in their stead."""
     prefix, places = f"model.layers.{layer}.", dict[str, tuple[str, str]]()
     for source in checkpoint.manifest(layer, layer + 1).sources:
-        if source.spec.quantizable and source.spec.path.startswith(prefix):
+        # A router that is packed chooses experts: it has no output that an error could be put on.
+        if source.spec.quantizable and source.spec.kind != "router" and source.spec.path.startswith(prefix):
             inside = source.spec.path.removeprefix(prefix)
             place = _LATENT if inside in _KV_B else inside
             holder, name = _holder(decoder, place)

@@ -62,7 +62,7 @@ def route(moe: MoE, x: mx.array) -> RoutedTokens:
 
 
 def _logits(router: Router, x: mx.array) -> tuple[mx.array, mx.array]:
-    return x.astype(mx.float32) @ router.weight.astype(mx.float32).T, router.e_score_correction_bias.astype(mx.float32)
+    return router.logits(x), router.e_score_correction_bias.astype(mx.float32)
 
 
 def _with_next(router: Router, switch: ExpertGLU, x: mx.array, indices: mx.array, weights: mx.array) -> RoutedTokens:

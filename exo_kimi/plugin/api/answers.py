@@ -20,7 +20,7 @@ from typing import Any
 
 from exo_kimi.plugin.api.refusal import INTERNAL, Refusal
 from exo_kimi.plugin.api.shapes import ErrorShape, shape_of
-from exo_kimi.plugin.control.model_names import FAMILY
+from exo_kimi.plugin.control.model_names import names_a_kimi
 
 logger = logging.getLogger(__name__)
 Message = MutableMapping[str, Any]
@@ -110,7 +110,7 @@ def watch_sending(send_generation: Callable[[Any, Any], Awaitable[Any]]) -> Call
     @functools.wraps(send_generation)
     async def _send_text_generation_with_images(self: Any, task_params: Any) -> Any:
         command, answering = await send_generation(self, task_params), _answering.get()
-        if answering is not None and FAMILY in str(task_params.model).lower():
+        if answering is not None and names_a_kimi(str(task_params.model)):
             answering.command_id = str(command.command_id)
         return command
 

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from exo_kimi.plugin.control.model_card import CARD_FILE
-from exo_kimi.plugin.control.model_names import FAMILY, directory_name
+from exo_kimi.plugin.control.model_names import directory_name, names_a_kimi
 
 logger = logging.getLogger(__name__)
 _CARDS = "exo.shared.models.model_cards"
@@ -121,7 +121,7 @@ def placed_contexts(instances: Iterable[Any]) -> dict[str, int]:
     for instance in instances:
         assigned = instance.shard_assignments
         cards = [shard.model_card for shard in assigned.runner_to_shard.values()]
-        if FAMILY in str(assigned.model_id).lower() and cards and cards[0].context_length:
+        if names_a_kimi(str(assigned.model_id)) and cards and cards[0].context_length:
             context = int(cards[0].context_length)
             found[assigned.model_id] = min(found.get(assigned.model_id, context), context)
     return found

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import tomli_w
 
 from exo_kimi.arch.config import KimiConfig
+from exo_kimi.plugin.ours_alone import runs_on_ours_alone
 
 if TYPE_CHECKING:
     from exo_kimi.dialogue.speaker import Speaker
@@ -36,7 +37,7 @@ def make_card(model_id: str, config: KimiConfig, total_bytes: int, speaker: Spea
         "storageSize": {"inBytes": total_bytes},
         "nLayers": config.num_hidden_layers,
         "hiddenSize": config.hidden_size,
-        "supportsTensor": True,
+        "supportsTensor": runs_on_ours_alone(config) is None,
         "numKeyValueHeads": config.num_attention_heads,
         "contextLength": config.max_position_embeddings,
         "tasks": ["TextGeneration"],
@@ -44,7 +45,8 @@ def make_card(model_id: str, config: KimiConfig, total_bytes: int, speaker: Spea
         "family": "kimi",
         "trustRemoteCode": True,
     }
-    return card if speaker is None else card | _chat_fields(speaker)
+    card |= {} if speaker is None else _chat_fields(speaker)
+    return card | ({"baseModel": "Kimi Linear"} if config.has_states and speaker is not None else {})
 
 
 def _chat_fields(speaker: Speaker) -> Card:

@@ -11,6 +11,9 @@ from pathlib import Path
 from exo_kimi.errors import UsageError
 
 FAMILY = "kimi-k2"
+LINEAR = (
+    "kimi-linear"  # which exo knows no tokenizer of: its own engine cannot run the model, and ours asks it for none
+)
 # The only end of a turn that exo's own engine knows for it, whatever the tokenizer's files say.
 # Source: exo `worker/engines/mlx/utils_mlx.py: get_eos_token_ids_for_model` at b5375f8ce.
 EXO_END_TOKEN = 163586
@@ -18,11 +21,17 @@ _ORGANIZATION = "local"
 _ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*/[A-Za-z0-9][A-Za-z0-9._-]*")
 
 
+def names_a_kimi(model_id: str) -> bool:
+    """Whether an id is one of ours."""
+    return FAMILY in model_id.lower() or LINEAR in model_id.lower()
+
+
 def check_model_id(model_id: str) -> str:
     """The id, if exo will take it for a Kimi.
 
     Raises:
-        UsageError: not `org/name`, or without `kimi-k2`: exo then uses another tokenizer and never stops at a turn's end.
+        UsageError: not `org/name`, or without `kimi-k2` or `kimi-linear`: exo then uses another tokenizer and never stops where a
+            turn ends.
     """
     if not _ID.fullmatch(model_id) or "--" in model_id:
         raise UsageError(
@@ -31,7 +40,7 @@ def check_model_id(model_id: str) -> str:
             found=repr(model_id),
             fix="--model-id ORG/NAME",
         )
-    if FAMILY not in model_id.lower():
+    if not names_a_kimi(model_id):
         raise UsageError(
             f"exo knows a Kimi by `{FAMILY}` in its id",
             expected=f"an id with {FAMILY}, in any case",
@@ -53,7 +62,7 @@ def default_model_id(directory: Path) -> str:
     organization, separator, rest = name.partition("--")
     owner, model = (organization, rest) if separator else (_ORGANIZATION, name)
     owner, model = _plain(owner) or _ORGANIZATION, _plain(model) or FAMILY
-    return f"{owner}/{model}" if FAMILY in f"{owner}/{model}".lower() else f"{owner}/{FAMILY}-{model}"
+    return f"{owner}/{model}" if names_a_kimi(f"{owner}/{model}") else f"{owner}/{FAMILY}-{model}"
 
 
 def _plain(text: str) -> str:

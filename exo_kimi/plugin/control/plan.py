@@ -22,6 +22,7 @@ from exo_kimi.plugin.control.cluster import cluster_of_state
 from exo_kimi.plugin.control.exo_default_split import layers_by_memory, nodes_by_memory
 from exo_kimi.plugin.control.model_names import check_model_id, default_model_id, directory_name
 from exo_kimi.plugin.control.state import ClusterState
+from exo_kimi.plugin.ours_alone import runs_on_ours_alone
 from exo_kimi.units import format_bytes
 
 # exo prefills 4,096 tokens at once, divided by up to 4 nodes. Source: exo `generator/generate.py` at b5375f8ce.
@@ -107,11 +108,12 @@ def exo_plan(
         PlanInfeasibleError: nothing fits, or the given split does not.
     """
     weights, cluster = _weights(model, model_id, recipe, models_dirs), cluster_of_state(state)
-    if not (our_engine or weights.config.is_even):
+    alone = runs_on_ours_alone(weights.config)
+    if alone is not None and not our_engine:
         raise UsageError(
-            "layers with different numbers of experts run on exo-kimi's engine alone",
+            f"{alone} run on exo-kimi's engine alone",
             expected="--our-engine, in an exo that `exo-kimi exo run` started",
-            found="exo's own engine, which builds every layer by one n_routed_experts",
+            found="exo's own engine, which does not know them",
             where=weights.name,
         )
     count = len(split or nodes or cluster.machines)
@@ -122,7 +124,7 @@ def exo_plan(
     named = [state.names.get(node, node) for node in nodes]
     question = everywhere.with_order(named, called="nodes") if named else everywhere
     ours = answer(question) if split is None else Answer.given(question, split, force=force, called="nodes")
-    tensors = tensor_options(question) if weights.config.is_even else ()  # exo's own engine alone places them
+    tensors = tensor_options(question) if alone is None else ()  # exo's own engine alone places them
     best = min(tensors, key=lambda option: option.tpot_s, default=None)
     return ExoPlan(
         answer=ours,

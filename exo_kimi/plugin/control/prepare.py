@@ -24,6 +24,7 @@ from exo_kimi.checkpoint.text_files import read_bytes, read_json
 from exo_kimi.errors import MissingTensorError, TokenizerError, UsageError
 from exo_kimi.plugin.control.model_card import CARD_FILE, card_toml, make_card
 from exo_kimi.plugin.control.model_names import EXO_END_TOKEN, check_model_id, default_model_id, directory_name
+from exo_kimi.plugin.ours_alone import runs_on_ours_alone
 
 if TYPE_CHECKING:
     from exo_kimi.dialogue.speaker import Speaker
@@ -97,8 +98,8 @@ def prepare(
     index, manifest = checkpoint.index, checkpoint.manifest(start_layer, end_layer)
     entries = [entry for part in manifest.sources for held in part.parts.values() for entry in held] + _ends(index)
     notes = list(manifest.notes)
-    if not index.config.is_even:
-        notes.append("layers have different numbers of experts: exo-kimi's engine alone runs it (`exo-kimi exo run`)")
+    if (alone := runs_on_ours_alone(index.config)) is not None:
+        notes.append(f"{alone}: exo-kimi's engine alone runs it (`exo-kimi exo run`)")
     target = root / directory_name(name)
     _make_way(target, source)
     share = {"version": 1, "layers": [manifest.start_layer, manifest.end_layer], "fingerprint": manifest.fingerprint}

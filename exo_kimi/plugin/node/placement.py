@@ -35,7 +35,7 @@ from exo_kimi.plugin.control.instance import (
     unmeasured,
 )
 from exo_kimi.plugin.control.model_card import Card
-from exo_kimi.plugin.control.model_names import FAMILY, directory_name
+from exo_kimi.plugin.control.model_names import directory_name, names_a_kimi
 from exo_kimi.plugin.control.plan import ExoPlan, exo_plan
 from exo_kimi.plugin.control.state import ClusterState, parse_state
 from exo_kimi.plugin.node.keeper import KeptPlan
@@ -94,7 +94,7 @@ class PlacementPlanner:
 
     def takes(self, card: Card) -> bool:
         """Whether a model is for our engine, as `not_ours` judges it in its runners."""
-        if "kimi" not in str(card.get("family", "")).lower() and FAMILY not in str(card["modelId"]).lower():
+        if "kimi" not in str(card.get("family", "")).lower() and not names_a_kimi(str(card["modelId"])):
             return False
         directory = self._directory(str(card["modelId"]))
         if directory is None:

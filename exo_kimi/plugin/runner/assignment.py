@@ -15,6 +15,8 @@ from zmq.utils import z85
 
 from exo_kimi.checkpoint.text_files import read_kimi_config
 from exo_kimi.errors import CheckpointError, ExoPlacementError
+from exo_kimi.plugin.control.model_names import names_a_kimi
+from exo_kimi.plugin.ours_alone import runs_on_ours_alone
 from exo_kimi.runtime.transport.address import Address
 from exo_kimi.runtime.transport.keys import ClusterKey, find_key
 
@@ -78,16 +80,16 @@ def not_ours(bound_instance: Any, directory: Path | None) -> str | None:
         directory: the model's files on this node, or None where they are still to come.
     """
     card = bound_instance.bound_shard.model_card
-    if "kimi" not in str(card.family).lower() and "kimi-k2" not in str(card.model_id).lower():
-        return "not a Kimi K2"
+    if "kimi" not in str(card.family).lower() and not names_a_kimi(str(card.model_id)):
+        return "not a Kimi"
     config = None
     if directory is not None and (directory / "config.json").exists():
         try:
             config = read_kimi_config(directory)
         except CheckpointError as error:
             return error.what
-    if config is not None and not config.is_even:
-        return None  # exo's engine would build every layer alike; a placement that ours cannot take is refused by `connect`
+    if config is not None and runs_on_ours_alone(config) is not None:
+        return None  # a placement that ours cannot take is refused by `connect`
     return _not_our_placement(bound_instance)
 
 
@@ -100,7 +102,7 @@ def check_placement(bound_instance: Any) -> None:
     reason = _not_our_placement(bound_instance)
     if reason is not None:
         raise ExoPlacementError(
-            "layers with different numbers of experts run on exo-kimi's engine alone",
+            "this model is placed in a way that exo-kimi's engine does not take, and exo's own does not know it",
             expected="an instance over layers: TCP, or RDMA between two nodes",
             found=reason,
             where=bound_instance.bound_shard.model_card.model_id,

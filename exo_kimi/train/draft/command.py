@@ -16,6 +16,7 @@ from exo_kimi.errors import UsageError
 from exo_kimi.train.draft.acceptance import AcceptanceReport, measure_acceptance, read_target
 from exo_kimi.train.draft.recipe import DraftRecipe
 from exo_kimi.train.draft.trainer import DraftProgress, DraftTrainer, common_tokens
+from exo_kimi.train.export import check_trainable
 from exo_kimi.train.resumable import training_bar
 from exo_kimi.units import format_bytes
 
@@ -55,6 +56,7 @@ def train_draft(directory: Path, output: Path, recipe: DraftRecipe) -> TrainedDr
         UsageError: the target is too large, the output is of another training, or cannot be written.
     """
     checkpoint = Checkpoint(directory)
+    check_trainable(checkpoint)
     fingerprint = norms_fingerprint(checkpoint.manifest())
     _check_size(checkpoint)
     raw = recipe.raw_config(checkpoint.config, fingerprint)

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from exo_kimi.checkpoint.checkpoint import Checkpoint
 from exo_kimi.errors import UsageError
+from exo_kimi.train.export import check_trainable
 from exo_kimi.train.resumable import training_bar
 from exo_kimi.train.rl.curves import draw_curves
 from exo_kimi.train.rl.recipe import GrpoRecipe
@@ -61,11 +62,12 @@ def train_grpo(directory: Path, output: Path, recipe: GrpoRecipe, *, stages: int
         stages: of the engine that draws the rollouts.
 
     Raises:
-        CheckpointError: the checkpoint cannot be read.
+        CheckpointError: the checkpoint cannot be read, or is of a family that is not trained.
         UsageError: it is too large, the output is of another training, or cannot be written.
         RuntimeFault: a stage failed.
     """
     checkpoint = Checkpoint(directory)
+    check_trainable(checkpoint)
     _check_size(checkpoint)
     weights = _digest(directory)
     try:
