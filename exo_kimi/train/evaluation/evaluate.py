@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from random import Random
+from typing import Any
 
 from exo_kimi.checkpoint.adapters.manifest import AdapterManifest, resolve_adapter
 from exo_kimi.checkpoint.checkpoint import Checkpoint
@@ -101,6 +102,14 @@ def evaluate(
     )
 
 
+def _parsed(arguments: str) -> Any:
+    """A call's arguments; None for text that is no JSON, which a model that forgot how to call writes."""
+    try:
+        return json.loads(arguments)
+    except ValueError:
+        return None
+
+
 def _with(adapter: AdapterManifest) -> Change:
     """Puts an adapter into layers as they are loaded, one by one."""
 
@@ -150,9 +159,9 @@ def _use_tools(subject: ModelReplier, cases: list[ToolCase], say: Say) -> _ToolU
     asked = [tool_exchange(case.request, 0) for case in cases]
     replies = subject.answer([(messages[:1], case.tools) for messages, case in zip(asked, cases, strict=True)])
     for case, reply in zip(cases, replies, strict=True):
-        arguments = [(call.name, json.loads(call.arguments)) for call in reply.calls]
+        arguments = [(call.name, _parsed(call.arguments)) for call in reply.calls]
         made.closed.append(reply.closed)
-        made.valid.append(len(arguments) == 1)
+        made.valid.append(len(arguments) == 1 and arguments[0][1] is not None)
         made.called.append(arguments == [(case.request.tool, case.request.arguments)])
         if not made.called[-1]:
             made.wrong.append((case.request.question, str(case.request.arguments), f"{arguments} {reply.content}"))
