@@ -176,6 +176,31 @@ def test_a_large_malformed_body_is_refused_and_the_server_goes_on(server: Server
     assert server.ask().status_code == 200
 
 
+@pytest.mark.parametrize(
+    ("path", "body"),
+    [
+        ("/v1/messages", {"messages": [{"role": "user", "content": "hi"}], "max_tokens": 4}),
+        ("/v1/responses", {"input": "hi", "max_output_tokens": 16}),
+        ("/api/chat", {"messages": [{"role": "user", "content": "hi"}], "options": {"num_predict": 4}}),
+        ("/api/generate", {"prompt": "hi", "options": {"num_predict": 4}}),
+        ("/v1/completions", {"prompt": "hi", "max_tokens": 4}),
+    ],
+)
+@pytest.mark.parametrize("stream", [False, True])
+def test_at_every_door_a_request_has_one_id(server: Server, path: str, body: dict[str, Any], stream: bool) -> None:
+    answer = server.http.post(path, json={**body, "model": server.health()["model"], "stream": stream})
+    assert answer.status_code == 200, answer.text
+    found = answer.headers["x-request-id"]
+
+    def said(words: str) -> bool:
+        return any(words in line for line in server.log)
+
+    for stage in (0, 1):
+        wait_until(lambda stage=stage: said(f"stage {stage}: INFO {found} begins: "), 30)  # type: ignore[misc]
+    wait_until(lambda: said(f"INFO {found} POST '{path}' 200"), 30)
+    wait_until(lambda: said(f"INFO {found} length: ") or said(f"INFO {found} stop: "), 30)
+
+
 def test_a_request_has_one_id_in_its_answer_and_in_every_log(server: Server) -> None:
     found = server.ask(n=2).headers["x-request-id"]
     wait_until(lambda: sum(found in line for line in server.log) >= 7, 10)

@@ -74,7 +74,7 @@ def test_an_operation_that_is_off_by_a_little_is_found(monkeypatch: pytest.Monke
 def test_no_operation_of_the_model_is_left_out() -> None:
     used = set()
     for folder in ("models", "runtime/stage"):
-        for path in (PACKAGE / folder).glob("*.py"):
+        for path in (PACKAGE / folder).rglob("*.py"):
             used |= set(re.findall(r"\bmx\.((?:fast\.)?[a-z_0-9]+)\(", path.read_text()))
     covered = {name for operation in OPERATIONS.values() for name in operation.covers}
     machinery = {name for name in used if re.search("memory|cache|device|stream|limit|default", name)}

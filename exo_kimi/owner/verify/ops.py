@@ -24,7 +24,7 @@ BARS = {mx.bfloat16: 2e-2, mx.float32: 2e-4}
 """Of the greatest error by the standard deviation of the answer: some five roundings in bf16, whose step is 2**-8."""
 
 MOVES = frozenset(
-    "array arange zeros full stack concatenate split take pad repeat broadcast_to contiguous where take_along_axis "
+    "array arange zeros ones full stack concatenate split take pad repeat broadcast_to contiguous where take_along_axis "
     "put_along_axis inf eval async_eval compile finfo isfinite load random from_fp8 eye stop_gradient "
     "bfloat16 float16 float32 int32 uint8 uint16 uint32 int64 uint64 Dtype dtype bool_ floating issubdtype".split()
 )
@@ -233,6 +233,11 @@ OPERATIONS: Mapping[str, Operation] = {
     "quantize": Operation(covers=("quantize",), run=_quantize, exact=True),
     "softmax": Operation(covers=("softmax",), run=_softmax),
     "sigmoid": _pointwise("sigmoid", lambda x: mx.sigmoid(x), _sigmoid),
+    "exp": _pointwise("exp", lambda x: mx.exp(x), np.exp),
+    "sqrt": _pointwise("sqrt", lambda x: mx.sqrt(x * x + 1), lambda x: np.asarray(np.sqrt(x * x + 1))),
+    "minimum": _pointwise("minimum", lambda x: mx.minimum(x, 0.5), lambda x: np.minimum(x, 0.5)),
+    "cumsum": _pointwise("cumsum", lambda x: mx.cumsum(x, axis=-1), lambda x: np.cumsum(x, -1)),
+    "tril": _pointwise("tril", lambda x: mx.tril(x, -1), lambda x: np.tril(x, -1)),
     "tanh": _pointwise("tanh", lambda x: mx.tanh(x), np.tanh),
     "rsqrt": _pointwise("rsqrt", lambda x: mx.rsqrt(x * x + 1), lambda x: np.asarray(1 / np.sqrt(x * x + 1))),
     "swiglu, compiled": Operation(covers=("compile",), run=_swiglu),
