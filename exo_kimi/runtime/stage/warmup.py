@@ -14,6 +14,7 @@ import numpy as np
 
 from exo_kimi.arch.scratch import AttentionShape
 from exo_kimi.arch.vision import CHANNELS, Grid
+from exo_kimi.models.decode import LONGEST_RUN
 from exo_kimi.models.kimi_k2 import Model
 from exo_kimi.pictures.picture import Picture
 from exo_kimi.runtime.requests import SamplingParams
@@ -28,7 +29,8 @@ LAYERS_AT_ONCE = 2
 LENGTHS = (1, 5, 20, 96, 256)
 """Tokens of a chunk: backends take other kernels from about 8 rows on and from about 32, and attention goes another way for
 more than some 170 after others."""
-FEW, MANY = 5, 96
+FEW, MANY = LONGEST_RUN + 1, 96
+"""Tokens of a short chunk, longer than what goes the way of decoding, and of a long one."""
 _SEQUENCES = (1, 3, 12, 40)
 """How many sequences get a token each in one step: the same classes of rows."""
 _MOST_KEYS = 4096
