@@ -10,39 +10,59 @@ import pytest
 
 from exo_kimi.checkpoint.checkpoint import Checkpoint
 from exo_kimi.checkpoint.fingerprint import norms_fingerprint
-from exo_kimi.client.demo import shipped_model
 from exo_kimi.errors import UsageError
-from exo_kimi.train.export import read_parameters
-from exo_kimi.train.model.parameters import BIAS, is_expert
-from exo_kimi.train.rl import command
+from exo_kimi.train.export import read_parameters, write_checkpoint
+from exo_kimi.train.model.parameters import BIAS, first_values, is_expert
+from exo_kimi.train.rl import command, rewards
 from exo_kimi.train.rl.command import train_grpo
 from exo_kimi.train.rl.prompts import FOCUS
 from exo_kimi.train.rl.recipe import GrpoRecipe
 from exo_kimi.train.rl.trainer import GrpoProgress, GrpoTrainer, is_trained
+from tests.train.conftest import RECIPE as SMALL
 
 RECIPE = GrpoRecipe(
     steps=2,
-    prompts_per_step=1,
-    num_generations=6,
-    max_completion_length=40,
+    prompts_per_step=2,
+    num_generations=4,
+    max_completion_length=12,
     learning_rate=2e-3,
+    replay_tokens=100,
     warmup_steps=1,
     shares={FOCUS: 1.0},
     seed=3,
 )
 
 
-def trained(recipe: GrpoRecipe, scratch: Path, *, until: int) -> GrpoTrainer:
-    trainer = GrpoTrainer(recipe, shipped_model(), scratch)
+@pytest.fixture(scope="module")
+def small(vocabulary: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A checkpoint of random weights, whose completions differ."""
+    directory = tmp_path_factory.mktemp("grpo") / "small"
+    rng = np.random.default_rng(0)
+    values = {
+        name: value if "norm" in name else value + np.float32(0.05) * rng.standard_normal(value.shape, np.float32)
+        for name, value in first_values(SMALL.config, 0).items()
+    }
+    write_checkpoint(directory, vocabulary, values, layout="int4")
+    return directory
+
+
+@pytest.fixture(autouse=True)
+def coins(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Right is about every second reply of a model that knows nothing."""
+    monkeypatch.setattr(rewards, "is_right", lambda prompt, reply: len(reply.reasoning + reply.content) % 2 == 0)
+
+
+def trained(recipe: GrpoRecipe, directory: Path, scratch: Path, *, until: int) -> GrpoTrainer:
+    trainer = GrpoTrainer(recipe, directory, scratch)
     trainer.run(lambda _: None, until=until)
     return trainer
 
 
-def test_a_resumed_training_is_the_training_and_the_seed_decides_the_file(tmp_path: Path) -> None:
-    whole = trained(RECIPE, tmp_path / "whole", until=2)
-    half = trained(RECIPE, tmp_path / "half", until=1)
+def test_a_resumed_training_is_the_training_and_the_seed_decides_the_file(small: Path, tmp_path: Path) -> None:
+    whole = trained(RECIPE, small, tmp_path / "whole", until=2)
+    half = trained(RECIPE, small, tmp_path / "half", until=1)
     half.save(tmp_path / "state.npz")
-    rest = GrpoTrainer(RECIPE, shipped_model(), tmp_path / "rest")
+    rest = GrpoTrainer(RECIPE, small, tmp_path / "rest")
     rest.resume(tmp_path / "state.npz")
     assert rest.history == half.history
     rest.run(lambda _: None)
@@ -59,17 +79,15 @@ def test_a_resumed_training_is_the_training_and_the_seed_decides_the_file(tmp_pa
     assert moved <= {name for name in whole.parameters if is_trained(name) or BIAS in name}
     assert any(is_expert(name) for name in moved)
     assert any(BIAS in name for name in moved)
-    assert norms_fingerprint(Checkpoint(tmp_path / "a").manifest()) == norms_fingerprint(
-        Checkpoint(shipped_model()).manifest()
-    )
+    assert norms_fingerprint(Checkpoint(tmp_path / "a").manifest()) == norms_fingerprint(Checkpoint(small).manifest())
     exported, effective = read_parameters(tmp_path / "a"), whole.effective()
     for name in (name for name in effective if is_expert(name)):
         np.testing.assert_array_equal(exported[name], effective[name], err_msg=name)
 
 
-def test_a_step_reports_groups_ratios_and_weights(tmp_path: Path) -> None:
+def test_a_step_reports_groups_ratios_and_weights(small: Path, tmp_path: Path) -> None:
     seen: list[GrpoProgress] = []
-    trainer = GrpoTrainer(replace(RECIPE, steps=1, num_iterations=3), shipped_model(), tmp_path / "sampler")
+    trainer = GrpoTrainer(replace(RECIPE, steps=1, num_iterations=3), small, tmp_path / "sampler")
     trainer.run(seen.append)
     (step,) = seen
     assert step.mixed + step.all_right + step.all_wrong == RECIPE.prompts_per_step
@@ -81,39 +99,39 @@ def test_a_step_reports_groups_ratios_and_weights(tmp_path: Path) -> None:
 
 
 def test_a_step_without_a_mixed_group_draws_more_waves_and_changes_nothing(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    small: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("exo_kimi.train.rl.rewards.is_right", lambda prompt, reply: True)
+    monkeypatch.setattr(rewards, "is_right", lambda prompt, reply: True)
     recipe = replace(RECIPE, steps=1, max_waves=2, prompts_per_step=1, num_generations=2)
-    trainer = trained(recipe, tmp_path, until=1)
+    trainer = trained(recipe, small, tmp_path, until=1)
     assert (trainer.history[0].mixed, trainer.history[0].all_right) == (0, 2)
     for name, value in trainer.reference.items():
         np.testing.assert_array_equal(trainer.parameters[name], value)
 
 
-def test_a_stale_sampler_keeps_the_weights_it_got(tmp_path: Path) -> None:
-    trainer = trained(replace(RECIPE, weight_sync_steps=2), tmp_path / "sampler", until=2)
+def test_a_stale_sampler_keeps_the_weights_it_got(small: Path, tmp_path: Path) -> None:
+    trainer = trained(replace(RECIPE, weight_sync_steps=2), small, tmp_path / "sampler", until=2)
     stale = read_parameters(tmp_path / "sampler")
     for name, value in trainer.reference.items():
         np.testing.assert_array_equal(stale[name], value)
     assert trainer.history[0].difference < 1e-3 < trainer.history[1].difference
 
 
-def test_the_command_writes_a_checkpoint_and_refuses_another_recipe(tmp_path: Path) -> None:
+def test_the_command_writes_a_checkpoint_and_refuses_another_recipe(small: Path, tmp_path: Path) -> None:
     recipe = replace(RECIPE, steps=1, prompts_per_step=1, num_generations=2, max_completion_length=8)
-    made = train_grpo(shipped_model(), tmp_path, recipe)
-    assert Checkpoint(made.native).config == Checkpoint(shipped_model()).config
+    made = train_grpo(small, tmp_path, recipe)
+    assert Checkpoint(made.native).config == Checkpoint(small).config
     assert made.checksum in made.to_text()
     assert (tmp_path / "curves.png").exists() is (made.curves is not None)
-    assert train_grpo(shipped_model(), tmp_path, recipe).checksum == made.checksum  # it had ended
+    assert train_grpo(small, tmp_path, recipe).checksum == made.checksum  # it had ended
     with pytest.raises(UsageError, match="another recipe"):
-        train_grpo(shipped_model(), tmp_path, replace(recipe, beta=0.5))
+        train_grpo(small, tmp_path, replace(recipe, beta=0.5))
 
 
-def test_a_large_model_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_large_model_is_refused(small: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(command, "_MOST_PARAMETERS", 1000)
     with pytest.raises(UsageError, match="too large"):
-        train_grpo(shipped_model(), tmp_path, RECIPE)
+        train_grpo(small, tmp_path, RECIPE)
 
 
 @pytest.mark.parametrize(

@@ -25,11 +25,11 @@ GROUP = 4
 
 @pytest.fixture(scope="module")
 def exported(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The shipped model, moved a little, as the trainer exports it."""
+    """The shipped model, disturbed so that it is unsure, as the trainer exports it."""
     directory = tmp_path_factory.mktemp("rollouts") / "policy"
     rng = np.random.default_rng(0)
     values = {
-        name: value * (1 + np.float32(0.01) * rng.standard_normal(value.shape, np.float32))
+        name: value * (1 + np.float32(0.3 if "_proj" in name else 0) * rng.standard_normal(value.shape, np.float32))
         for name, value in read_parameters(shipped_model()).items()
     }
     write_checkpoint(directory, shipped_model(), values, layout="int4")
@@ -94,7 +94,7 @@ def test_the_same_seeds_draw_the_same_to_the_last_bit(
     exported: Path, requests: list[RolloutRequest], drawn: list[list[Completion]]
 ) -> None:
     assert sampler(exported).draw(requests) == drawn
-    assert len({each.ids for each in drawn[0]}) > 1
+    assert any(len({each.ids for each in group}) > 1 for group in drawn)
 
 
 def test_two_stages_in_processes_draw_the_same_tokens(
