@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from exo_kimi.arch.config import KimiConfig
+from exo_kimi.arch.scratch import scratch_needed
 from exo_kimi.errors import UsageError
 from exo_kimi.units import GIB
 
@@ -19,6 +20,9 @@ DEFAULT_NEW = 512
 CACHE_STEP = 256
 # One block of attention scores never exceeds this. Source: `SCRATCH_BYTES` of exo_kimi.models.ops.
 SCORE_BYTES = 512 << 20
+# What expanded keys and values take at most where less will do: a stage expands as many heads at a time as its budget holds.
+EXPANDED_BYTES = 4 * GIB
+FEW_QUERIES = 128  # few enough to attend in latent space, where nothing is expanded
 # What a stage needs beside what is counted: Python, Metal's heaps, MLX's buffer cache, message buffers.
 RESERVE_BYTES = 8 * GIB
 # `exo-kimi serve` runs on the machine of stage 0: the API, the tokenizer and the requests that wait.
@@ -78,14 +82,17 @@ class Workload:
         """Peak of a prefill step beside weights and caches.
 
         One block of scores, and twice (the graph of one layer is built while another runs) the keys and values of the
-        whole context expanded from the latent, queries and outputs of a chunk, and the experts' activations. bf16.
+        whole context expanded from the latent, queries and outputs of a chunk, and the experts' activations. bf16. Of a long
+        context no more than `EXPANDED_BYTES`, or twice what a step cannot do without.
         """
         heads, chunk = config.num_attention_heads, self.prefill_chunk
         expanded = self.context * heads * (config.qk_head_dim + config.v_head_dim) * 2
         queries = chunk * heads * (config.qk_head_dim + config.v_head_dim) * 2
         routed = chunk * config.num_experts_per_tok * (3 * config.moe_intermediate_size + config.hidden_size) * 2
         hidden = 4 * chunk * config.hidden_size * 2
-        return SCORE_BYTES + 2 * (expanded + queries + routed + hidden)
+        whole = SCORE_BYTES + 2 * (expanded + queries + routed + hidden)
+        least = 2 * scratch_needed(config, min(chunk, FEW_QUERIES), self.context)
+        return min(whole, max(EXPANDED_BYTES, least))
 
 
 def make_workload(
