@@ -35,7 +35,7 @@ CACHED_SHARE = 0.5
 byte takes h / 2.5 + (1 - h) / 1.1 through the cache and 1 / 1.8 past it, which are equal at h = .7; popular experts are read more
 often, so half of the bytes make more than half of the reads."""
 
-_F_NOCACHE: int = getattr(fcntl, "F_NOCACHE", 48)
+F_NOCACHE: int = getattr(fcntl, "F_NOCACHE", 48)
 """Of macOS's fcntl.h."""
 
 Read = Callable[[int, Sequence[memoryview], int], int]
@@ -91,7 +91,7 @@ class DirectReader:
             descriptor = os.open(self._directory / file, os.O_RDONLY | os.O_CLOEXEC | self._direct_flag)
             self._descriptors[file] = descriptor
             if not self._direct_flag:
-                fcntl.fcntl(descriptor, _F_NOCACHE, 1)
+                fcntl.fcntl(descriptor, F_NOCACHE, 1)
         except OSError as failure:
             self._give_up(failure)
 

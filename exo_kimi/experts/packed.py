@@ -2,10 +2,12 @@
 
 They lie in `experts.packed` inside the checkpoint's directory, a file of records and one of JSON for each layer, and hold the
 very bytes of the tensors. The JSON names the tensors, their files and when they were written, and records of others are not used.
+A layer's records are read back from the disk and compared with a checksum of what was written before they count.
 """
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import json
 import logging
@@ -20,35 +22,40 @@ from exo_kimi.checkpoint.checkpoint import Checkpoint
 from exo_kimi.checkpoint.index import TensorEntry
 from exo_kimi.checkpoint.tensor_files import TensorFiles
 from exo_kimi.errors import UsageError
+from exo_kimi.experts.direct import F_NOCACHE
 from exo_kimi.experts.layout import LayerLayout, StoredPart, layouts_of
 from exo_kimi.units import format_bytes
 
 logger = logging.getLogger(__name__)
 
 FOLDER = "experts.packed"
-VERSION = 1
+VERSION = 2
 ALIGN_BYTES = 16 * 1024
 """The page of a Mac, and a multiple of every disk's block."""
 
 
-def pack_directory(directory: Path, *, say: Callable[[str], None]) -> str:
+PIECE_BYTES = 8 * 1024**2
+
+
+def pack_directory(directory: Path, *, say: Callable[[str], None], verify: bool = False) -> str:
     """Write the records of every layer that has none of these weights yet; what was written before stays.
 
     Args:
         directory: the checkpoint.
         say: called with a line of progress after each layer.
+        verify: read those of before again, and write anew the layers whose checksum is another.
 
     Returns:
         What there is to say of it.
 
     Raises:
         CheckpointError: the checkpoint cannot be read.
-        UsageError: it has no routed experts, or there is no room, or the files cannot be written.
+        UsageError: it has no routed experts, or there is no room, or the files cannot be written, or read back.
     """
     layouts = layouts_of(Checkpoint(directory).manifest().sources)
     if not layouts:
         raise UsageError("a model without routed experts has nothing to pack", where=directory)
-    missing = [layout for layout in layouts.values() if _described(layout, directory) is None]
+    missing = [layout for layout in layouts.values() if not _is_there(layout, directory, verify=verify, say=say)]
     need_bytes = sum(layout.experts * _record_bytes(layout) for layout in missing)
     free_bytes = shutil.disk_usage(directory).free
     if need_bytes > free_bytes:
@@ -119,6 +126,7 @@ def _write(layout: LayerLayout, directory: Path, files: TensorFiles) -> None:
     records = _records_file(layout, directory)
     part = records.with_suffix(".part")
     buffer = memoryview(bytearray(_record_bytes(layout)))
+    digest = hashlib.sha256()
     with part.open("wb") as out:
         for expert in range(layout.experts):
             start = 0
@@ -126,13 +134,44 @@ def _write(layout: LayerLayout, directory: Path, files: TensorFiles) -> None:
                 _read(files, each.entry, each.start, buffer[start : start + each.nbytes])
                 start += each.nbytes
             out.write(buffer)
+            digest.update(buffer)
         out.flush()
         os.fsync(out.fileno())
+    wanted = digest.hexdigest()
+    if _checksum(part) != wanted:
+        part.unlink()
+        raise UsageError(
+            "the disk does not give back what was written", expected=f"sha256 {wanted}", found="another", where=part
+        )
     part.replace(records)
     described = _json_file(layout, directory)
     draft = described.with_suffix(".part")
-    draft.write_text(json.dumps(_description(layout, directory), indent=1) + "\n")
+    draft.write_text(json.dumps({**_description(layout, directory), "sha256": wanted}, indent=1) + "\n")
     draft.replace(described)
+
+
+def _is_there(layout: LayerLayout, directory: Path, *, verify: bool, say: Callable[[str], None]) -> bool:
+    described = _described(layout, directory)
+    if described is None or not verify:
+        return described is not None
+    if _checksum(_records_file(layout, directory)) == described["sha256"]:
+        say(f"layer {layout.layer} is as it was written")
+        return True
+    say(f"layer {layout.layer} is damaged, and written anew")
+    return False
+
+
+def _checksum(path: Path) -> str:
+    """SHA-256 of a file as the disk gives it, not memory."""
+    digest = hashlib.sha256()
+    with path.open("rb", buffering=0) as file:
+        if hasattr(os, "posix_fadvise"):
+            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+        else:
+            fcntl.fcntl(file.fileno(), F_NOCACHE, 1)
+        while piece := file.read(PIECE_BYTES):
+            digest.update(piece)
+    return digest.hexdigest()
 
 
 def _read(files: TensorFiles, entry: TensorEntry, position: int, view: memoryview) -> None:
@@ -152,7 +191,8 @@ def _described(layout: LayerLayout, directory: Path) -> dict[str, Any] | None:
     except (OSError, ValueError):
         return None
     wanted = _description(layout, directory)
-    return wanted if found == wanted and size_bytes == layout.experts * wanted["record_bytes"] else None
+    is_same = isinstance(found, dict) and {**wanted, "sha256": found.get("sha256")} == found
+    return found if is_same and size_bytes == layout.experts * wanted["record_bytes"] else None
 
 
 def _description(layout: LayerLayout, directory: Path) -> dict[str, Any]:

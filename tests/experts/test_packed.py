@@ -5,6 +5,9 @@ from __future__ import annotations
 import json
 import logging
 import os
+import signal
+import subprocess
+import sys
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -30,6 +33,23 @@ SMALL = {
     "q_lora_rank": 64,
     "kv_lora_rank": 64,
 }
+KILLED = """
+import os, signal, sys
+from pathlib import Path
+from exo_kimi.experts import packed
+left = int(sys.argv[2])
+def counted(real):
+    def call(*arguments, **options):
+        global left
+        left -= 1
+        if left == 0:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return real(*arguments, **options)
+    return call
+packed._read, os.fsync = counted(packed._read), counted(os.fsync)
+Path.replace, Path.write_text = counted(Path.replace), counted(Path.write_text)
+packed.pack_directory(Path(sys.argv[1]), say=print)
+"""
 LAYOUTS: dict[str, dict[str, Any]] = {"mlx": {}, "int4": {"layout": "int4", "shards": 3}, "fp8": {"layout": "fp8"}}
 
 
@@ -96,6 +116,66 @@ def test_what_was_written_before_stays(tmp_path: Path, monkeypatch: pytest.Monke
     run(["experts", "pack", str(directory)])
     assert written == [2]
     assert json.loads((directory / FOLDER / "layer-00002.json").read_text())["experts"] == 8
+
+
+def test_what_the_disk_does_not_give_back_is_not_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    directory = make_tiny(tmp_path / "tiny", config=SMALL)
+    real = packed._checksum
+
+    def damaged(path: Path) -> str:
+        with path.open("r+b") as file:
+            file.seek(100_000)
+            file.write(b"\xff")
+        return real(path)
+
+    with monkeypatch.context() as patch, pytest.raises(UsageError, match="does not give back what was written"):
+        patch.setattr(packed, "_checksum", damaged)
+        run(["experts", "pack", str(directory)])
+    assert list((directory / FOLDER).iterdir()) == []
+    layout = layouts(directory)[1]
+    assert packed_layout(layout, directory) is layout
+    run(["experts", "pack", str(directory)])
+    assert packed_layout(layout, directory) is not layout
+
+
+def test_records_that_the_disk_changed_are_found_and_written_anew(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    directory = make_tiny(tmp_path / "tiny", config=SMALL)
+    run(["experts", "pack", str(directory)])
+    records = directory / FOLDER / "layer-00002.records"
+    whole = records.read_bytes()
+    with records.open("r+b") as file:
+        file.seek(1000)
+        file.write(bytes([whole[1000] ^ 1]))
+    run(["experts", "pack", str(directory)])
+    assert records.read_bytes() != whole  # its size says nothing
+    capsys.readouterr()
+    run(["experts", "pack", str(directory), "--verify"])
+    assert records.read_bytes() == whole
+    told = capsys.readouterr()
+    assert "layer 1 is as it was written" in told.err and "layer 2 is damaged, and written anew" in told.err
+
+
+def test_killed_at_any_moment_it_goes_on_to_the_same_bytes(tmp_path: Path) -> None:
+    directory, other = (make_tiny(tmp_path / name, config=SMALL, layout="int4", shards=3) for name in ("a", "b"))
+    run(["experts", "pack", str(other)])
+    expected = {path.name: path.read_bytes() for path in (other / FOLDER).glob("*.records")}
+    layout = layouts(directory)[1]
+    for calls in (
+        20,
+        49,
+        50,
+        51,
+        60,
+    ):  # while reading, at the end of records, at their name, at their JSON, and in the next layer
+        killed = subprocess.run([sys.executable, "-c", KILLED, str(directory), str(calls)], check=False)
+        assert killed.returncode == -signal.SIGKILL
+        moved = packed_layout(layout, directory)
+        assert all(bytes_of(directory, moved, each) == bytes_of(directory, layout, each) for each in range(8))
+    run(["experts", "pack", str(directory)])
+    assert {path.name: path.read_bytes() for path in (directory / FOLDER).glob("*.records")} == expected
+    assert not list((directory / FOLDER).glob("*.part"))
 
 
 def test_without_room_nothing_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
