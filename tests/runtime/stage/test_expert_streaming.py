@@ -8,6 +8,7 @@ import threading
 from collections.abc import Callable, Sequence
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -22,6 +23,7 @@ from exo_kimi.experts.budget import ExpertCache
 from exo_kimi.experts.layout import layouts_of
 from exo_kimi.models.kimi_k2 import CACHE_STEP, Model
 from exo_kimi.planner.weights.bytes import bytes_of_manifest
+from exo_kimi.runtime.engine import engine as engine_module
 from exo_kimi.runtime.engine.draft_policy import HeadPolicy
 from exo_kimi.runtime.engine.engine import Engine
 from exo_kimi.runtime.engine.prefix_cache import PrefixOptions
@@ -32,6 +34,7 @@ from exo_kimi.runtime.requests import GenerationRequest, SamplingParams, TokenEv
 from exo_kimi.runtime.stage.drafting import DraftRunner
 from exo_kimi.runtime.stage.inline import InlinePipeline
 from exo_kimi.runtime.stage.stage_model import StageModel
+from tests.runtime.stage.test_drafting import TableHead
 
 SMALL = {
     "num_hidden_layers": 4,
@@ -87,7 +90,12 @@ def disk() -> Disk:
 @pytest.fixture
 def make(checkpoint: Path, disk: Disk) -> Make:
     def pipeline(
-        slots: int | None, *, stages: int = 1, kv_bits: int | None = None, head: Path | None = None
+        slots: int | None,
+        *,
+        stages: int = 1,
+        kv_bits: int | None = None,
+        head: Path | None = None,
+        follows: dict[int, int] | None = None,
     ) -> InlinePipeline:
         bounds = [layer * 4 // stages for layer in range(stages + 1)]
 
@@ -105,18 +113,21 @@ def make(checkpoint: Path, disk: Disk) -> Make:
             return models
 
         def load_drafts(model: StageModel) -> DraftRunner:
+            if follows is not None:
+                return DraftRunner(TableHead(follows, model.args.vocab_size), vocab_size=model.args.vocab_size)
             assert head is not None and isinstance(model, Model)
             drafts = load_draft_head(head, Checkpoint(checkpoint), model=model, dtype="float32")
             return DraftRunner(drafts, vocab_size=model.args.vocab_size)
 
         sizes = {"kv_capacity_tokens": 40 * CACHE_STEP, "cache_step": CACHE_STEP}
+        layers: tuple[int, ...] = () if follows is None else (0, 2)
         return InlinePipeline(
             load,
             stages=stages,
             context=4096,
             ahead=slots is None,
-            feature_layers=() if head is None else resolve_draft(head).config.feature_layers(4),
-            load_drafts=None if head is None else load_drafts,
+            feature_layers=layers if head is None else resolve_draft(head).config.feature_layers(4),
+            load_drafts=None if head is None and follows is None else load_drafts,
             **sizes,
         )
 
@@ -191,6 +202,32 @@ async def test_a_draft_head_beside_experts_on_disk_gives_the_same_tokens(
         assert len(failed) <= 1 and all(isinstance(each, ExpertReadError) for each in failed)
         assert all(isinstance(a, BaseException) or a == b for a, b in zip(results, expected, strict=False))
         assert await answers(engine) == expected
+
+
+@pytest.mark.parametrize(("stages", "lookups"), [(1, False), (3, False), (2, True)])
+async def test_a_draft_head_gives_the_same_tokens_and_counts_what_its_guesses_would_read(
+    make: Make, checkpoint: Path, monkeypatch: pytest.MonkeyPatch, stages: int, lookups: bool
+) -> None:
+    monkeypatch.setattr(engine_module, "DISK_COST_STEPS", 1)
+    expected = await expected_of(make)
+    after = {token: following for text in expected for token, following in pairwise(text)}
+    step_bytes = Drafter.of(3, bytes_of_manifest(resolve(open_index(checkpoint)))).step_bytes
+    drafter = Drafter(
+        step_bytes=step_bytes, lookups=lookups, always=lookups, limit=3, head=HeadPolicy.of(3, draft_bytes=1)
+    )
+    async with Engine(make(3, stages=stages, follows=after), drafter=drafter, prefixes=PrefixOptions()) as engine:
+        await engine.wait_ready()
+        assert await answers(engine) == expected
+        snapshot = engine.snapshot()
+    tries, hits = zip(*snapshot.head_drafts_by_position, strict=True)
+    assert tries[0] > hits[0] > 5, "guesses of the head are right now and then, and wrong now and then"
+    experts = [stage.experts for stage in snapshot.stages if stage.experts is not None]
+    assert experts and all(each.misses and each.read_bytes for each in experts)
+    # What the slots missed is in the price of a guess: a step of 4 tokens costs more of the disk than one of 1.
+    assert drafter.disk_cost > 0
+    line = [step_bytes.cost(1 + count, sequences=1, cached_tokens=0, disk_cost=drafter.disk_cost) for count in (0, 3)]
+    without = [step_bytes.cost(1 + count, sequences=1, cached_tokens=0) for count in (0, 3)]
+    assert line[1] - line[0] > without[1] - without[0] > 0
 
 
 async def test_a_read_that_fails_ends_its_request_and_no_other(make: Make, disk: Disk) -> None:
