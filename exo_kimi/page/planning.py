@@ -10,12 +10,15 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from exo_kimi.errors import ExoKimiError, RequestError
 from exo_kimi.planner.command import plan_answer
 from exo_kimi.planner.machines.hardware import chip_memories, chip_names
+from exo_kimi.planner.streaming import parse_curve
 from exo_kimi.planner.weights.catalog import model_names
 from exo_kimi.planner.weights.recipes import recipe_names
 from exo_kimi.planner.workload import OBJECTIVES, Objective
 from exo_kimi.units import format_seconds
 
 MOST_TOKENS = 2**24  # beyond any context; numbers in the bounds of what can be computed with
+MOST_HITS = 2**16  # characters
+HITS_NAME = "hits.toml"
 TokenNumber = Annotated[int, Field(ge=1, le=MOST_TOKENS)]
 
 
@@ -28,6 +31,7 @@ class PlanRequest(BaseModel):
         split: layers of each machine, the largest first; the best when left out.
         stream: where layers do not fit, read experts from disk.
         ssd_bytes_per_s: of the machines' disks; as published of the chip when left out.
+        hits: the text of a file of hit rates, as `exo-kimi trace replay -o` writes it; as published when left out.
     """
 
     model_config = ConfigDict(extra="forbid", strict=True)
@@ -45,6 +49,7 @@ class PlanRequest(BaseModel):
     split: Annotated[str, Field(max_length=100)] | None = None
     stream: bool = False
     ssd_bytes_per_s: Annotated[float, Field(ge=1e6, le=1e12)] | None = None
+    hits: Annotated[str, Field(max_length=MOST_HITS)] | None = None
 
 
 class PlanAnswer(BaseModel):
@@ -113,7 +118,8 @@ def make_plan(asked: PlanRequest) -> PlanAnswer:
         RequestError: nothing fits, or something is not known; with the planner's words.
     """
     try:
-        answer = plan_answer(**asked.model_dump(), explained=True)
+        hits = None if asked.hits is None else parse_curve(asked.hits, HITS_NAME)
+        answer = plan_answer(**asked.model_dump(exclude={"hits"}), hits=hits, explained=True)
     except ExoKimiError as error:
         raise RequestError(str(error), param=None, code="plan_infeasible") from None
     plan, made, text = answer.plan, answer.plan.prediction, answer.plan.to_json()
@@ -149,6 +155,7 @@ def _command(asked: PlanRequest) -> str:
             words.append(f"--{name.replace('_', '-')} {value}")
     if asked.ssd_bytes_per_s is not None:
         words.append(f"--ssd {asked.ssd_bytes_per_s / 1e9:g}GB/s")
+    words += [f"--hits {HITS_NAME}"] if asked.hits is not None else []
     words += ["--raise-limits"] if asked.raise_limits else []
     words += ["--stream"] if asked.stream else []
     return " ".join([*words, "--explain", "-o plan.json"])

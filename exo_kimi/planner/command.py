@@ -58,7 +58,7 @@ def plan_answer(
     no_vision: bool = False,
     stream: bool = False,
     ssd_bytes_per_s: float | None = None,
-    hits: Path | None = None,
+    hits: Path | HitCurve | None = None,
     draft: str | Path | None = None,
     adapter: Sequence[Path] = (),
 ) -> Answer:
@@ -88,7 +88,7 @@ def plan_answer(
         no_vision: count none.
         stream: machines whose layers do not fit may read experts from disk.
         ssd_bytes_per_s: of every disk that was neither measured nor set in the cluster file.
-        hits: hit rates, as `exo-kimi trace replay -o` writes them; what others have published when not given.
+        hits: hit rates, or their file, as `exo-kimi trace replay -o` writes it; what others have published when not given.
         draft: a head's directory or a published one's name: its bytes are counted, and its speeds by acceptance shown.
         adapter: directories of adapters to serve beside it, whose bytes are counted.
 
@@ -128,7 +128,7 @@ def plan_answer(
     if raise_limits:
         question = question.with_raised_limits()
     if stream:
-        curve = default_curve() if hits is None else read_curve(hits)
+        curve = default_curve() if hits is None else hits if isinstance(hits, HitCurve) else read_curve(hits)
         question = replace(question, streaming=_streaming(question, curve))
         if prefill_chunk is None:
             question = with_best_chunk(question, split)

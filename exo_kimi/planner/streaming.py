@@ -7,6 +7,7 @@ experts are in the slots is a matter of the workload: `HitCurve` says how many o
 
 from __future__ import annotations
 
+import tomllib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -95,7 +96,27 @@ def read_curve(path: str | Path) -> HitCurve:
     Raises:
         UsageError: it cannot be read, has unknown keys, or is no curve.
     """
-    table = data.read(path, "hit rates")
+    return _curve(data.read(path, "hit rates"), path)
+
+
+def parse_curve(text: str, name: str) -> HitCurve:
+    """The same, of the text of such a file.
+
+    Args:
+        text: of it.
+        name: what errors and the plan call it.
+
+    Raises:
+        UsageError: as of `read_curve`.
+    """
+    try:
+        table = tomllib.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise UsageError("hit rates that are no TOML", found=str(error), where=name) from None
+    return _curve(table, name)
+
+
+def _curve(table: dict[str, Any], path: str | Path) -> HitCurve:
     data.refuse_unknown(table, CURVE_KEYS, path)
     missing = sorted(set(CURVE_KEYS) - set(table))
     if missing or table["version"] != CURVE_VERSION:

@@ -55,6 +55,7 @@ class PlannerView {
         field("objective", words.objective, select("objective", choices.objectives.map((name) => [name, words[`objective_${name}`] ?? name]))),
         field("kv_bits", words.kvBits, select("kv_bits", [["", words.kv16], ["8", words.kv8]])),
         field("ssd", words.ssd, h("input", { id: "plan-ssd", type: "number", min: "0.1", max: "1000", step: "any", value: this.asked.ssd ?? "", placeholder: words.ssdKnown, oninput: (event) => (this.asked.ssd = event.target.value) })),
+        field("hits", words.hits, h("input", { id: "plan-hits", type: "file", accept: ".toml", onchange: async (event) => (this.hits = await event.target.files[0]?.text()) })),
         field("split", words.split, h("input", { id: "plan-split", type: "text", inputmode: "numeric", value: this.asked.split ?? "", placeholder: "44,17", oninput: (event) => (this.asked.split = event.target.value) })),
       ),
       h("label", { class: "check" }, raise, ` ${words.raiseLimits}`),
@@ -120,6 +121,7 @@ class PlannerView {
     if (asked.raise_limits) body.raise_limits = true;
     if (asked.stream) body.stream = true;
     if (asked.stream && asked.ssd) body.ssd_bytes_per_s = Number(asked.ssd) * 1e9;
+    if (asked.stream && this.hits) body.hits = this.hits;
     if (asked.split?.trim()) body.split = asked.split.trim();
     localStorage.setItem(NAME, JSON.stringify(asked));
     this.button.disabled = true;

@@ -111,6 +111,24 @@ async def test_a_plan_reads_experts_from_disk_where_it_is_asked_to(
     assert "--ssd 3GB/s --stream" in made[1]["command"]
     speeds = [Plan.from_json(each["plan_json"]).prediction.decode_tokens_per_s for each in made]
     assert speeds[1] < speeds[0]
+    measured = """
+        version = 1
+        source = "chats"
+        policy = "lru"
+        experts = 384
+        chosen = 8
+        tokens = 9000
+        slots = [8, 56, 384]
+        low = [0.3, 0.7, 1]
+        hits = [0.4, 0.8, 1]
+        high = [0.5, 0.9, 1]
+    """
+    own = (await client.post("/v1/plan", json={**small, "stream": True, "hits": measured})).json()
+    assert "--hits hits.toml --stream" in own["command"] and "chats, lru, 9000 tokens" in own["text"]
+    assert Plan.from_json(own["plan_json"]).prediction.decode_tokens_per_s > speeds[0]
+    for wrong, told in (("x =", "no TOML"), ("version = 1", "hit rates of another version")):
+        answer = await client.post("/v1/plan", json={**small, "stream": True, "hits": wrong})
+        assert answer.status_code == 400 and told in answer.json()["error"]["message"]
 
 
 def state(**changes: Any) -> ClusterPicture:

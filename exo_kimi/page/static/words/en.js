@@ -139,6 +139,7 @@ export default {
   raiseLimits: "Count on raised wired limits",
   streamExperts: "Read experts from disk where layers do not fit",
   ssd: "Disk, GB/s (for experts from disk)",
+  hits: "Hit rates (trace replay -o)",
   ssdKnown: "as published",
   split: "Split (empty: the best)",
   plan: "Plan",

@@ -139,6 +139,7 @@ export default {
   raiseLimits: "wired 上限を引き上げる前提で計算",
   streamExperts: "収まらない層の専門家をディスクから読む",
   ssd: "ディスク, GB/s (専門家をディスクから読む場合)",
+  hits: "ヒット率（trace replay -o）",
   ssdKnown: "公表値",
   split: "分割 (空欄なら最良)",
   plan: "計算する",

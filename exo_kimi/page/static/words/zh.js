@@ -139,6 +139,7 @@ export default {
   raiseLimits: "假定提高 wired 上限",
   streamExperts: "放不下的层从磁盘读取专家",
   ssd: "磁盘, GB/s (用于从磁盘读取专家)",
+  hits: "命中率（trace replay -o）",
   ssdKnown: "按发布",
   split: "划分 (留空则取最佳)",
   plan: "规划",
