@@ -51,6 +51,7 @@ PARTS = (
 )
 LEFT_OUT = {
     "expert-peers": "needs the environment of mlx-vlm",
+    "expert-reads": "a disk's figures, not a comparison",
     "conformance": "checks and no ratios",
     "link-speed": "needs a listener on another machine",
     "share": "needs root and network namespaces",

@@ -62,6 +62,7 @@ Bench = Literal[  # modules of exo_kimi.bench, with - for _
     "drafts",
     "exo",
     "expert-peers",
+    "expert-reads",
     "expert-streaming",
     "grammar",
     "kv-b",
