@@ -18,8 +18,9 @@ from exo_kimi.compress.convert.conversion import Conversion
 from exo_kimi.compress.convert.encoding import encode
 from exo_kimi.compress.convert.rows import SourceRows
 from exo_kimi.compress.convert.targets import ModuleTarget, RowBlock
+from exo_kimi.compress.output.shard_file import Progress, ShardFile
 from exo_kimi.compress.output.shards import OutputShard
-from exo_kimi.compress.output.writer import CheckpointWriter, Progress, ShardFile, Written
+from exo_kimi.compress.output.writer import CheckpointWriter, Written
 from exo_kimi.compress.ranges import RangeReader
 from exo_kimi.errors import QuantizationError
 

@@ -7,8 +7,9 @@ with CheckpointWriter(job) as writer:
             file.put("lm_head.weight", rows, at=first_byte)
     writer.finish()
 
-`missing` leaves out the shards that an earlier run has finished. A shard is written as `NAME.part`, read again from the disk,
-compared, and only then renamed; config.json comes last, so that nothing takes an unfinished output for a checkpoint.
+`missing` leaves out the shards that an earlier run has finished. A shard is written as `NAME.part`, read again from the disk
+behind the writing, compared, and only then renamed; config.json comes last, so that nothing takes an unfinished output for a
+checkpoint.
 """
 
 from __future__ import annotations
@@ -19,126 +20,22 @@ import hashlib
 import os
 import shutil
 import sys
-import threading
-import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Any
-
-import numpy as np
 
 from exo_kimi.checkpoint.text_files import CONFIG_NAME
 from exo_kimi.compress.output.job import OutputJob
 from exo_kimi.compress.output.journal import PART, copy_whole, open_journal, write_whole
+from exo_kimi.compress.output.shard_file import Progress, ShardFile
 from exo_kimi.compress.output.shards import OutputShard
-from exo_kimi.errors import MachineError, TensorFileError, UsageError
+from exo_kimi.errors import MachineError, UsageError
 from exo_kimi.units import format_bytes
 
-_BLOCK_BYTES = 2**20
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-
-Progress = Callable[[int], None]
-
-
-@dataclass(frozen=True, slots=True)
-class _Piece:
-    start: int
-    end: int
-    crc: int
-
-
-class ShardFile:
-    """A shard that is being written, at any place and from any thread.
-
-    Args:
-        shard: what it will hold.
-        descriptor: of the file.
-        progress: called with the bytes of each piece.
-    """
-
-    def __init__(self, shard: OutputShard, descriptor: int, progress: Progress | None) -> None:
-        self.shard = shard
-        self._descriptor = descriptor
-        self._progress = progress
-        self._sizes = {tensor.name: tensor.nbytes for tensor in shard.tensors}
-        self._pieces: list[_Piece] = []
-        self._lock = threading.Lock()
-
-    def put(self, name: str, data: Any, *, at: int = 0) -> None:
-        """Write bytes of a tensor.
-
-        Args:
-            name: of the tensor.
-            data: whatever has a contiguous buffer: bytes, a memoryview, a NumPy array.
-            at: first byte inside the tensor.
-
-        Raises:
-            KeyError, ValueError: the shard has no such tensor, or the bytes do not lie inside it.
-            OSError: they cannot be written.
-        """
-        view = data if isinstance(data, memoryview) else memoryview(_bytes_of(data))
-        view = view.cast("B") if view.nbytes else view
-        if at < 0 or at + len(view) > self._sizes[name]:
-            raise ValueError(f"{name}: bytes {at} to {at + len(view)} of {self._sizes[name]}")
-        start = self.shard.starts[name] + at
-        self._write(view, start)
-
-    def put_header(self) -> None:
-        """Write what stands before the tensors."""
-        self._write(memoryview(self.shard.header), 0)
-
-    def _write(self, view: memoryview, start: int) -> None:
-        position, rest = start, view
-        while len(rest):
-            count = os.pwrite(self._descriptor, rest, position)
-            position, rest = position + count, rest[count:]
-        piece = _Piece(start, position, zlib.crc32(view))
-        with self._lock:
-            if len(view):
-                self._pieces.append(piece)
-            if self._progress is not None:
-                self._progress(len(view))
-
-    def verify(self, path: Path) -> str:
-        """Read the file again and compare it with what was given.
-
-        Returns:
-            Its SHA-256.
-
-        Raises:
-            ValueError: bytes that nobody wrote, or that were written twice: a defect of the caller.
-            TensorFileError: the disk gives back other bytes.
-            OSError: it cannot be read.
-        """
-        digest, position = hashlib.sha256(), 0
-        with path.open("rb", buffering=0) as stream:
-            _read_from_disk(stream.fileno())
-            for piece in sorted(self._pieces, key=lambda piece: piece.start):
-                if piece.start != position:
-                    raise ValueError(f"{self.shard.file}: nobody wrote bytes {position} to {piece.start}")
-                crc = 0
-                while position < piece.end:
-                    block = stream.read(min(_BLOCK_BYTES, piece.end - position))
-                    if not block:
-                        break
-                    digest.update(block)
-                    crc = zlib.crc32(block, crc)
-                    position += len(block)
-                if crc != piece.crc or position != piece.end:
-                    raise TensorFileError(
-                        "the disk gave back other bytes than were written",
-                        expected=f"crc32 {piece.crc:08x} of bytes {piece.start:,} to {piece.end:,}",
-                        found=f"{crc:08x}",
-                        where=path,
-                        fix="the disk or its cable is not to be trusted: write to another one",
-                    )
-        if position != self.shard.file_bytes:
-            raise ValueError(f"{self.shard.file}: nobody wrote bytes {position} to {self.shard.file_bytes}")
-        return digest.hexdigest()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -210,7 +107,7 @@ class CheckpointWriter:
     def open(self, shard: OutputShard) -> Iterator[ShardFile]:
         """Write one shard; every byte of every tensor must be put before the block ends.
 
-        It is verified while the next one is written, and has its name when `finish` returns at the latest.
+        It is verified as it is written, its end while the next one is, and has its name when `finish` returns at the latest.
 
         Raises:
             MachineError: the disk is full; what is done stays, and a later run goes on.
@@ -222,14 +119,19 @@ class CheckpointWriter:
             descriptor = os.open(part, os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o666)
             try:
                 _reserve(descriptor, shard.file_bytes)
-                file = ShardFile(shard, descriptor, self._progress)
-                file.put_header()
-                yield file
-                self._wait()
+                file = ShardFile(shard, descriptor, part, behind=self._pool, progress=self._progress)
+                try:
+                    file.put_header()
+                    yield file
+                    self._wait()
+                except BaseException:
+                    file.abandon()
+                    raise
             except BaseException:
                 os.close(descriptor)
                 raise
-            self._verifying = self._pool.submit(self._settle, file, descriptor, part)
+            self._verifying = self._pool.submit(self._settle, file, part)
+            self._verifying.add_done_callback(lambda _: os.close(descriptor))
 
     def finish(self) -> Written:
         """Write the other files, config.json last, and the manifest.
@@ -270,14 +172,10 @@ class CheckpointWriter:
             write_whole(job.directory / name, data)
             self._journal.files[name] = {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
 
-    def _settle(self, file: ShardFile, descriptor: int, part: Path) -> None:
-        """Have a shard on the disk, verify it, note it, and give it its name: while the next one is written."""
+    def _settle(self, file: ShardFile, part: Path) -> None:
+        """Have a shard on the disk, verify what is left of it, note it, and give it its name: while the next one is written."""
         with self._failures(part):
-            try:
-                os.fsync(descriptor)
-            finally:
-                os.close(descriptor)
-            sha256 = file.verify(part)
+            sha256 = file.settle()
             self._journal.note(file.shard.file, file.shard.file_bytes, sha256)
             part.replace(self.job.directory / file.shard.file)
 
@@ -321,11 +219,6 @@ class CheckpointWriter:
             ) from error
 
 
-def _bytes_of(data: Any) -> Any:
-    """What has a buffer that memoryview takes: NumPy has none for bfloat16 and the like."""
-    return np.ascontiguousarray(data).reshape(-1).view(np.uint8) if isinstance(data, np.ndarray) else data
-
-
 def _lock(directory: Path) -> int:
     """Hold the directory for this process.
 
@@ -359,11 +252,3 @@ def _reserve(descriptor: int, size: int) -> None:
             if error.errno not in (errno.EOPNOTSUPP, errno.EINVAL, errno.ENOSYS):
                 raise
     os.ftruncate(descriptor, size)
-
-
-def _read_from_disk(descriptor: int) -> None:
-    """Have the next reads come from the disk, not from the memory that was written."""
-    if sys.platform == "linux":
-        os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
-    elif sys.platform == "darwin":
-        fcntl.fcntl(descriptor, fcntl.F_NOCACHE, 1)

@@ -12,8 +12,8 @@ from pathlib import Path
 from exo_kimi.checkpoint.index import CheckpointIndex, TensorEntry
 from exo_kimi.checkpoint.keys import TensorKey, layer_of, parse_fused, parse_key
 from exo_kimi.checkpoint.safetensors_io import read_header
+from exo_kimi.compress.output.shard_file import ShardFile
 from exo_kimi.compress.output.shards import OutputShard, OutputTensor
-from exo_kimi.compress.output.writer import ShardFile
 from exo_kimi.compress.prune.plan import PrunePlan
 from exo_kimi.compress.ranges import RangeReader
 

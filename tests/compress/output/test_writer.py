@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+from concurrent.futures import wait
 from pathlib import Path
 
 import numpy as np
@@ -12,8 +13,9 @@ import pytest
 from safetensors import safe_open
 
 from exo_kimi.checkpoint.safetensors_io import read_header
-from exo_kimi.compress.output import journal, writer
+from exo_kimi.compress.output import journal, shard_file, writer
 from exo_kimi.compress.output.job import JOURNAL_NAME, MANIFEST_NAME, OutputJob
+from exo_kimi.compress.output.shard_file import ShardFile
 from exo_kimi.compress.output.shards import OutputShard, OutputTensor, cut_shards, index_text
 from exo_kimi.compress.output.writer import CheckpointWriter, Written
 from exo_kimi.errors import MachineError, TensorFileError, UsageError
@@ -144,6 +146,11 @@ def test_bytes_that_nobody_wrote_are_an_error_not_zeros(tmp_path: Path) -> None:
             with out.open(shard) as file:
                 for tensor in shard.tensors[1:]:
                     file.put(tensor.name, content(tensor))
+    with CheckpointWriter(job(tmp_path)) as out, pytest.raises(ValueError, match="written twice"):
+        for shard in out.missing():
+            with out.open(shard) as file:
+                for _ in range(2):
+                    file.put(shard.tensors[0].name, content(shard.tensors[0]))
     with CheckpointWriter(job(tmp_path)) as out, pytest.raises(ValueError, match="bytes 0 to 999"):
         for shard in out.missing():
             with out.open(shard) as file:
@@ -167,6 +174,42 @@ def test_a_disk_that_gives_back_other_bytes_is_found(tmp_path: Path, monkeypatch
     monkeypatch.setattr(writer.os, "fsync", real)
     assert not (tmp_path / "model-00002-of-00003.safetensors").exists()
     run(job(tmp_path))
+
+
+def test_what_has_no_gap_before_it_is_verified_behind_the_writing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also of the only shard; and damage there is found, whenever it was read again."""
+    run(job(tmp_path / "whole", shard_bytes=10_000))
+    monkeypatch.setattr(shard_file, "STEP_BYTES", 300)
+    real, behind = ShardFile._verify, []
+
+    def verify(file: ShardFile, end: int) -> None:
+        real(file, end)
+        behind.append(end)
+
+    def write(directory: Path) -> None:
+        with CheckpointWriter(job(directory, shard_bytes=10_000)) as out:
+            for shard in out.missing():
+                with out.open(shard) as file:
+                    for tensor in shard.tensors:
+                        file.put(tensor.name, content(tensor))
+                    wait(file._verifying, timeout=60)
+            out.finish()
+
+    monkeypatch.setattr(ShardFile, "_verify", verify)
+    write(tmp_path / "out")
+    assert len(behind) > 3 and behind == sorted(behind)
+    assert everything(tmp_path / "out") == everything(tmp_path / "whole")
+
+    def damage(file: ShardFile, end: int) -> None:
+        os.pwrite(file._descriptor, b"\x5a", end - 7)
+        real(file, end)
+
+    monkeypatch.setattr(ShardFile, "_verify", damage)
+    with pytest.raises(TensorFileError, match="other bytes"):
+        write(tmp_path / "damaged")
+    assert not list((tmp_path / "damaged").glob("*.safetensors"))
 
 
 def test_a_full_disk_stops_it_and_room_lets_it_go_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
