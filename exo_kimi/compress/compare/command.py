@@ -28,7 +28,7 @@ from exo_kimi.compress.prune.plan import PLAN_NAME, PrunePlan, read_plan
 from exo_kimi.compress.texts.encoding import Encoded, Encoder
 from exo_kimi.compress.texts.prompts import DomainPrompt, domain_prompts
 from exo_kimi.compress.texts.reading import GivenConversation, read_texts
-from exo_kimi.compress.texts.vocabulary import check_same_vocabulary
+from exo_kimi.compress.texts.vocabulary import VocabularyPrint, check_same_vocabulary
 from exo_kimi.errors import UsageError
 from exo_kimi.planner.weights.bytes import ModelBytes, bytes_of_manifest
 from exo_kimi.planner.weights.measured import pruned_bytes
@@ -84,7 +84,7 @@ class _DirectorySide:
     @property
     def name(self) -> str:
         name = self.checkpoint.directory.name
-        return name if self.plan is None else f"{name}, {self.plan.keep} of {self.plan.experts} experts"
+        return name if self.plan is None else f"{name}, {self.plan.keep_text} of {self.plan.experts} experts"
 
     def walk(self, dtype: str | None) -> LayerWalk:
         if self.plan is None:
@@ -151,6 +151,8 @@ def compare(first: str, second: str | None, options: CompareOptions, *, say: Say
     subject = _side(first if second is None else second, options, masked=True)
     if isinstance(reference, _DirectorySide) and isinstance(subject, _DirectorySide):
         check_same_vocabulary(reference.checkpoint, subject.checkpoint)
+    elif (ours := _vocabulary(reference)) is not None and (theirs := _vocabulary(subject)) is not None:
+        ours.check_same(theirs, where=f"{_name(reference)} and {_name(subject)}")
     encoder = _encoder(reference, subject)
     prompts, texts = _texts(encoder, options)
     measured = _measure(reference, subject, texts, prompts, encoder, options, say)
@@ -265,6 +267,13 @@ def _encoder(*sides: _Side) -> Encoder | None:
 
 def _name(side: _Side) -> str:
     return side.url if isinstance(side, ModelServer) else side.name
+
+
+def _vocabulary(side: _Side) -> VocabularyPrint | None:
+    """None of a server, whose tokens come as text."""
+    if isinstance(side, _DirectorySide):
+        return VocabularyPrint.of(side.checkpoint)
+    return side.vocabulary if isinstance(side, SavedTokens) else None
 
 
 def _plan_of(side: _Side) -> PrunePlan | None:

@@ -20,9 +20,10 @@ from numpy.typing import NDArray
 
 from exo_kimi.compress.compare.intervals import Estimate, mean_of_texts
 from exo_kimi.compress.texts.encoding import Encoded
+from exo_kimi.compress.texts.vocabulary import VocabularyPrint
 from exo_kimi.errors import UsageError
 
-VERSION = 1
+VERSION = 2
 LEAST_PROBABILITY = 1e-6
 """What is left for all other tokens at least: float32 rounds the others, which may leave less than nothing."""
 
@@ -114,6 +115,7 @@ class SavedTokens:
         texts: what it read, as token ids: the second run reads the same.
         target: (M,) log p of each counted token.
         ids, logs: (M, T) the likeliest tokens, best first, and their log p.
+        vocabulary: of the model; None where a server chose the tokens and a directory of this machine read them.
         extra: what else the run said of its model, such as its replies.
     """
 
@@ -122,6 +124,7 @@ class SavedTokens:
     target: Floats
     ids: NDArray[np.int64]
     logs: Floats
+    vocabulary: VocabularyPrint | None = None
     extra: dict[str, Any] = field(default_factory=dict)
 
     def save(self, path: Path) -> None:
@@ -134,6 +137,7 @@ class SavedTokens:
             "version": VERSION,
             "name": self.name,
             "domains": [text.domain for text in self.texts],
+            "vocabulary": None if self.vocabulary is None else self.vocabulary.to_json(),
             "extra": self.extra,
         }
         stream = io.BytesIO()
@@ -167,6 +171,7 @@ class SavedTokens:
                 saved = cls(
                     name=str(head["name"]),
                     texts=_cut(data, list(map(str, head["domains"]))),
+                    vocabulary=None if head["vocabulary"] is None else VocabularyPrint.from_json(head["vocabulary"]),
                     extra=dict(head["extra"]),
                     target=data["target"].astype(np.float64),
                     ids=data["ids"].astype(np.int64),
@@ -177,7 +182,7 @@ class SavedTokens:
                 return saved
         except OSError as error:
             raise UsageError("the saved run cannot be read", found=error.strerror or error, where=path) from None
-        except (ValueError, KeyError, TypeError, EOFError, BadZipFile) as error:
+        except (ValueError, KeyError, TypeError, AttributeError, EOFError, BadZipFile) as error:
             raise UsageError(
                 "not a saved run",
                 expected=f"what `exo-kimi compare DIR --save FILE` writes, version {VERSION}",

@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from exo_kimi.compress.compare.tokens import SavedTokens, TokenPairs, bounded_kl, exact_kl, text_of
 from exo_kimi.compress.layers import LayerWalk, TokenGroup, attend, groups_of, log_probabilities
 from exo_kimi.compress.texts.encoding import Encoded
+from exo_kimi.compress.texts.vocabulary import VocabularyPrint
 from exo_kimi.errors import UsageError
 from exo_kimi.models.kimi_k2 import DecoderLayer, Model
 from exo_kimi.models.moe import MoE
@@ -248,6 +249,7 @@ def save_walk(
         target=np.concatenate(target),
         ids=np.concatenate(ids).astype(np.int64),
         logs=np.concatenate(logs),
+        vocabulary=VocabularyPrint.of(walk.checkpoint),
     )
 
 

@@ -52,8 +52,11 @@ def tensor_decode_s(model: ModelBytes, machines: Sequence[Machine], *, cached_to
 def tensor_options(question: Question) -> tuple[TensorOption, ...]:
     """Every degree that the machines allow: RDMA on all of them, memories nearly equal, and a slice that fits each.
 
-    Of the machines with RDMA the largest are taken.
+    Of the machines with RDMA the largest are taken. None where layers have different numbers of experts: exo's own engine, which
+    would run it, builds all layers alike.
     """
+    if not question.model.config.is_even:
+        return ()
     able = sorted((m for m in question.machines if m.rdma), key=lambda m: (-m.limit_bytes, -m.bandwidth.number, m.name))
     options = (_option(question, able[:degree]) for degree in DEGREES if degree <= len(able))
     return tuple(option for option in options if option is not None)

@@ -142,6 +142,9 @@ def _measured(split: PlacedSplit, measured: Sequence[MeasuredModel]) -> Iterator
 def _tensor(split: PlacedSplit) -> Iterator[str]:
     options = tensor_options(split.question)
     if not options:
+        if not split.question.model.config.is_even:
+            yield "not possible: exo's own engine, which would run it, builds all layers with as many experts."
+            return
         yield "not possible: it needs 2, 4 or 8 machines with RDMA and nearly equal memory, each with room for its slice."
     for option in options:
         speed = 1 / option.tpot_s

@@ -90,7 +90,7 @@ def test_two_runs_are_nearly_one(tiny: Maker, texts: list[Encoded]) -> None:
         compare_with_saved(replace(saved, ids=saved.ids + 5000), _walk(tiny("int4")))
 
 
-@pytest.mark.parametrize("command", ["compare", "eval"])
+@pytest.mark.parametrize("command", ["compare", "eval", "saved"])
 def test_other_tokenizers_and_vocabularies_are_refused_by_name(
     command: str, tiny: Maker, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -101,11 +101,18 @@ def test_other_tokenizers_and_vocabularies_are_refused_by_name(
     (left, a), (right, b) = lines[300].split(), lines[301].split()
     lines[300:302] = [f"{right} {a}", f"{left} {b}"]
     (second / "tiktoken.model").write_text("\n".join(lines) + "\n", encoding="utf-8")
-    sides = [str(first), str(second)] if command == "compare" else [str(first), "--against", str(second)]
+    saved = command == "saved"
+    if saved:
+        run = str(tmp_path / "run.npz")
+        assert main(["compare", str(first), "--save", run, *FAST]) == 0
+        command, sides = "compare", [run, str(second)]
+        assert main(["compare", run, str(first), *FAST]) == 0
+    else:
+        sides = [str(first), str(second)] if command == "compare" else [str(first), "--against", str(second)]
     assert main([command, *sides]) != 0
     said = capsys.readouterr().err
     assert "the models have other tokenizers" in said
-    assert "2 of the first's not alike" in said
+    assert ("as the run was saved with" if saved else "2 of the first's not alike") in said
     larger = make_tiny(tmp_path / "larger", layout="bf16", config={"vocab_size": 2048})
     sides[-1] = str(larger)
     assert main([command, *sides]) != 0
