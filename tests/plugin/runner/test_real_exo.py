@@ -19,6 +19,7 @@ import subprocess
 import threading
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -32,9 +33,14 @@ from exo_kimi.checkpoint.checkpoint import Checkpoint
 from exo_kimi.checkpoint.index import open_index
 from exo_kimi.checkpoint.manifest import resolve
 from exo_kimi.checkpoint.tiny.make import make_tiny
+from exo_kimi.compress.convert.conversion import make_conversion
+from exo_kimi.compress.convert.run import convert
+from exo_kimi.compress.prune.plan import everything
+from exo_kimi.compress.prune.prune import write_pruned
 from exo_kimi.dialogue.speaker import Speaker
 from exo_kimi.errors import ExoLoadError
 from exo_kimi.experts.layout import layouts_of
+from exo_kimi.planner.weights.recipes import load_recipe
 from exo_kimi.plugin.control.apply import Applied, apply_plan
 from exo_kimi.plugin.control.http import ExoClient
 from exo_kimi.plugin.control.plan import exo_plan
@@ -44,12 +50,14 @@ from tests.plugin.seeing import picture, text_about
 
 pytestmark = [pytest.mark.exo, pytest.mark.timeout(600)]
 
-MODEL, CALLER, BROKEN, SEEING, LLAMA = (
+MODEL, CALLER, BROKEN, SEEING, LLAMA, PRUNED, CONVERTED = (
     "lab/kimi-k2-tiny",
     "lab/kimi-k2-caller",
     "lab/kimi-k2-broken",
     "lab/kimi-k2-seeing",
     "lab/llama-tiny",
+    "lab/kimi-k2-pruned",
+    "lab/kimi-k2-converted",
 )
 PROMPTS = ("Tell me about the sea.", "How many layers has a cake?", "今天天气怎么样?")
 LONG = "river"  # what the tiny Kimi answers to this is long
@@ -73,10 +81,23 @@ WEATHER = {
 
 
 @pytest.fixture(scope="module")
-def models(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A tiny Kimi, one that makes a tool call, one that lacks a tensor, and a tiny Llama."""
+def smaller(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """What `prune` and `convert` made of the tiny Kimi, by exo's name: layers with 6 to 16 experts, and other bits."""
+    root, checkpoint = tmp_path_factory.mktemp("smaller"), Checkpoint(tiny)
+    full = everything(checkpoint.config)
+    kept = {layer: ids[: 6 + 2 * (layer % 6)] for layer, ids in full.kept.items()}
+    write_pruned(checkpoint, replace(full, kept=kept), root / "pruned")
+    convert(make_conversion(checkpoint, root / "converted", load_recipe("uniform-4")))
+    return {PRUNED: root / "pruned", CONVERTED: root / "converted"}
+
+
+@pytest.fixture(scope="module")
+def models(tiny: Path, smaller: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny Kimi, smaller ones of it, one that makes a tool call, one that lacks a tensor, and a tiny Llama."""
     folder = tmp_path_factory.mktemp("models")
     prepare(tiny, folder, model_id=MODEL)
+    for name, directory in smaller.items():
+        prepare(directory, folder, model_id=name)
     caller = make_tiny(tmp_path_factory.mktemp("caller") / "kimi", layout="bf16", dtype="F32")
     teach_a_call(caller)
     prepare(caller, folder, model_id=CALLER)
@@ -212,6 +233,15 @@ def test_a_draft_head_beside_the_last_rank_answers_the_same(
         accepted, generated = details["accepted_prediction_tokens"], reply["usage"]["completion_tokens"]
         assert accepted >= generated // 2, (details, reply)
         assert any("draft head" in _log(node) for node in running.nodes)
+
+
+@pytest.mark.parametrize(("model", "split"), [(PRUNED, (5, 2)), (PRUNED, (7,)), (CONVERTED, (2, 5))])
+def test_pruned_and_converted_directories_answer_as_one_process_does(
+    cluster: Any, client: ExoClient, smaller: dict[str, Path], exo_shapes: Any, model: str, split: tuple[int, ...]
+) -> None:
+    place(client, smaller[model], model, split)
+    found = {prompt: text_of(ask(cluster.url, prompt, model=model)) for prompt in PROMPTS}
+    assert found == {prompt: exo_shapes.greedy_text(smaller[model], prompt, TOKENS) for prompt in PROMPTS}
 
 
 def test_one_node_with_all_layers_answers_the_same(
