@@ -41,6 +41,9 @@ PARTS = (
     BenchPart(name="grammar", limit_s=60.0),
     BenchPart(name="step", options=("--rounds", "2"), limit_s=100.0),
     BenchPart(name="convert", options=("--rounds", "2", "--kills", "20"), limit_s=150.0),
+    BenchPart(
+        name="prune", options=("--texts", "100", "--held-out", "30", "--seeds", "4", "--questions", "1"), limit_s=240.0
+    ),
     BenchPart(name="load", options=("--rounds", "3"), limit_s=90.0),
     BenchPart(name="turns", limit_s=120.0),
     BenchPart(name="prefix-restart", options=("--rounds", "1"), limit_s=100.0),

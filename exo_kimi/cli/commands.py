@@ -72,6 +72,7 @@ Bench = Literal[  # modules of exo_kimi.bench, with - for _
     "plan",
     "prefill-memory",
     "prefix-restart",
+    "prune",
     "router",
     "share",
     "soak",
