@@ -38,8 +38,9 @@ from exo_kimi.compress.convert.rows import SourceRows
 from exo_kimi.compress.convert.targets import ModuleTarget
 from exo_kimi.compress.convert.texts import card_text
 from exo_kimi.compress.output.job import OutputJob, files_to_copy
+from exo_kimi.compress.output.shard_file import Progress
 from exo_kimi.compress.output.shards import OutputShard, OutputTensor
-from exo_kimi.compress.output.writer import CheckpointWriter, Progress, Written
+from exo_kimi.compress.output.writer import CheckpointWriter, Written
 from exo_kimi.compress.ranges import RangeReader
 from exo_kimi.errors import UsageError
 
