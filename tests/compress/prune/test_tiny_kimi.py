@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import pytest
 
-from exo_kimi.bench.claims import prune
-from exo_kimi.bench.claims.prune import PruneSizes
+from exo_kimi.bench.claims.prune import measure as prune
+from exo_kimi.bench.claims.prune.measure import PruneSizes
 from exo_kimi.compress.calibrate.scores import Criterion
 from exo_kimi.train.evaluation.cases import question_cases
 

@@ -10,7 +10,6 @@ chance. Ratios are KL over the median of random plans'; the last row's over weig
 from __future__ import annotations
 
 import argparse
-import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -196,7 +195,3 @@ def _row(name: str, cost: PruneCost, chance: float, *, bar: float | None = None)
 def _answers(right: Score) -> str:
     low, high = right.interval
     return f"{right.right} of {right.count} questions right ({low:.0%} to {high:.0%})"
-
-
-if __name__ == "__main__":
-    sys.exit(main())
