@@ -134,9 +134,15 @@ class _Steps:
 
     def together(self, count: int) -> Iterator[None]:
         """Short prompts of several sequences, then a token of each in one step, twice."""
-        ids = [self._begin() for _ in range(count)]
-        for offset, length in ((0, FEW), (FEW, 1), (FEW + 1, 1)):
-            yield from self._run([Segment(seq_id=seq_id, offset=offset, length=length, sample=True) for seq_id in ids])
+        # Beside one that is longer, a prompt that decoding would take goes the way of prompts too.
+        ids = {self._begin(): FEW if number % 2 == 0 else FEW // 2 for number in range(count)}
+        for step in range(3):
+            yield from self._run(
+                [
+                    Segment(seq_id=seq_id, offset=step and length + step - 1, length=1 if step else length, sample=True)
+                    for seq_id, length in ids.items()
+                ]
+            )
         self._freed += ids
 
     def mixed(self, lengths: Sequence[int]) -> Iterator[None]:
