@@ -81,11 +81,13 @@ def service_run(name: Annotated[str, argument("NAME")]) -> None:
 def status(
     url: Annotated[str | None, option("--url", metavar="URL", help="a server (default: this machine's)")] = None,
     api_key_file: KeyFile = None,
-) -> None:
-    """Services, stages, speed, memory, requests and the last faults."""
-    from exo_kimi.owner.status import status_lines
+) -> int:
+    """Services, stages, speed, memory, requests and the last faults; 1 where no server answers."""
+    from exo_kimi.owner.status import status_of
 
-    _say(status_lines(_services(), _server(url, api_key_file)))
+    lines, answered = status_of(_services(), _server(url, api_key_file))
+    _say(lines)
+    return 0 if answered else 1
 
 
 def report(

@@ -21,6 +21,13 @@ from exo_kimi.units import format_bytes
 
 LOOK_S = 1.0
 FAULTS_SHOWN = 5
+NO_SERVER = "no exo-kimi server answers"
+
+
+def status_of(services: Services, server: ServerToAsk | None) -> tuple[list[str], bool]:
+    """The whole status with the last faults, and whether the server answered; arguments as of `status_lines`."""
+    lines = status_lines(services, server)
+    return lines, not lines[-1].startswith(NO_SERVER)
 
 
 def status_lines(services: Services, server: ServerToAsk | None, *, faults: bool = True) -> list[str]:
@@ -77,7 +84,7 @@ def server_lines(server: ServerToAsk) -> list[str]:
     second, passed_s = first if isinstance(first, NoAnswer) else ask_server(server), time.monotonic() - began_s
     if isinstance(first, NoAnswer) or isinstance(second, NoAnswer):
         reason = first.reason if isinstance(first, NoAnswer) else second.reason if isinstance(second, NoAnswer) else ""
-        return [f"no exo-kimi server answers at {server.url}: {reason}"]
+        return [f"{NO_SERVER} at {server.url}: {reason}"]
     health = second.health
     lines = [f"server at {server.url}: {health.status}"]
     if health.reason:

@@ -12,6 +12,8 @@ from typing import Any
 
 import pytest
 
+from exo_kimi import cli
+from exo_kimi.cli import owner_commands
 from exo_kimi.errors import UsageError
 from exo_kimi.owner import asking, status
 from exo_kimi.owner.asking import ServerToAsk, server_at
@@ -212,6 +214,18 @@ def test_the_server_of_a_service_is_asked_with_its_key(url: str, tmp_path: Path)
     ):
         assert words_found in text, text
     assert "secret" not in text
+
+
+def test_the_exit_status_says_whether_a_server_answers(
+    url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    directories = OwnerDirectories(services=tmp_path / "s", logs=tmp_path / "l", units=tmp_path / "u")
+    monkeypatch.setattr(owner_commands, "_services", lambda: Services(directories, Systemd(directories, System(""))))
+    monkeypatch.delenv("EXO_KIMI_API_KEY", raising=False)
+    assert cli.main(["status", "--url", "http://127.0.0.1:9"]) == 1
+    assert "no exo-kimi server answers at http://127.0.0.1:9" in capsys.readouterr().out
+    assert cli.main(["status", "--url", url]) == 0
+    assert f"server at {url}: ok" in capsys.readouterr().out
 
 
 def test_options_are_found_among_words() -> None:
