@@ -1,8 +1,8 @@
 """How long steps take by the guesses in them: as timed, and where they were not, as counted on the scale of those that were.
 
 A step of one sequence alone is looked up by its number of guesses. Steps of several sequences have too many shapes for that: a
-line through counted cost and seconds stands for them. Other work of the machine makes steps longer and never shorter, so of the
-last few times the second smallest counts.
+line through counted cost and seconds stands for them. Of the last few times the median counts: other work of the machine makes
+some of them longer, and the least of few would promise more than most steps keep.
 """
 
 from __future__ import annotations
@@ -10,8 +10,9 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from statistics import median
 
-RECENT = 6
+RECENT = 7
 """Times that are kept of each number of guesses."""
 KNOWN = 2
 """Times from which on they count."""
@@ -94,8 +95,8 @@ class StepTimes:
         return len(self.recent[guesses]) >= KNOWN
 
     def seconds(self, guesses: int) -> float:
-        """The second smallest of the last times."""
-        return sorted(self.recent[guesses])[1]
+        """The median of the last times."""
+        return median(self.recent[guesses])
 
     def alone(self, counted: Sequence[float]) -> list[float]:
         """What steps of one sequence with 0, 1 ... guesses take: as timed; between two that were timed in proportion; above them

@@ -122,13 +122,6 @@ KINDS: dict[str, Callable[[Random], RewardedPrompt]] = {
 }
 """Kind -> draws a prompt of it."""
 
-FOCUSED_SHARES = {
-    FOCUS: 4.0,
-    "sums": 4.0,
-    "tasks": 2.0,
-    "brief": 1.0,
-    "names": 0.25,
-    "tool_calls": 0.25,
-    "tool_results": 0.25,
-}
-"""A third of the prompts are of the focus, a third are other sums, which lie nearest; the rest keeps what is known."""
+FOCUSED_SHARES = {FOCUS: 3.0, "sums": 6.0, "tasks": 2.0, "brief": 0.75}
+"""A quarter of the prompts are of the focus, half are other sums, which lie nearest and suffer first; the rest, and the
+supervised texts that are replayed beside them, keep what is known."""

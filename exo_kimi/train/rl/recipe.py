@@ -43,7 +43,7 @@ class GrpoRecipe:
         shares: of the kinds of prompts, see `prompts.KINDS`.
     """
 
-    steps: int = 20
+    steps: int = 60
     prompts_per_step: int = 12
     num_generations: int = 8
     max_completion_length: int = 64
@@ -56,14 +56,14 @@ class GrpoRecipe:
     importance_sampling_clip_max: float = 2.0
     scale_rewards: ScaleRewards = "group"
     weight_sync_steps: int = 1
-    learning_rate: float = 2e-4
+    learning_rate: float = 1e-4
     warmup_steps: int = 4
     decay_share: float = 0.5
     weight_decay: float = 0.0
     clip_norm: float = 1.0
     bias_rate: float = 1e-4
     matrices: Matrices = "muon"
-    replay_tokens: int = 1024
+    replay_tokens: int = 2048
     replay_weight: float = 1.0
     reward_weights: tuple[float, float, float] = (1.0, 0.1, 0.1)
     shares: dict[str, float] = field(default_factory=lambda: dict(FOCUSED_SHARES))

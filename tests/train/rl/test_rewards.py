@@ -41,8 +41,8 @@ def test_the_tasks_own_reply_earns_everything(encoder: Encoder, kind: str) -> No
 
 def test_no_prompt_is_held_out_and_all_kinds_come() -> None:
     rng = Random(0)
-    kinds = {draw_prompt(rng, FOCUSED_SHARES).kind for _ in range(400)}
-    assert kinds == set(KINDS)
+    assert {draw_prompt(rng, dict.fromkeys(KINDS, 1.0)).kind for _ in range(400)} == set(KINDS)
+    assert {draw_prompt(rng, FOCUSED_SHARES).kind for _ in range(400)} == set(FOCUSED_SHARES)
     for _ in range(200):
         question = KINDS[FOCUS](rng).accepted[0]
         a, b = (int(part) for part in question.partition(" =")[0].split(" + "))
