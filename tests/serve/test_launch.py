@@ -15,6 +15,7 @@ import pytest
 from exo_kimi.arch.config import KimiConfig
 from exo_kimi.arch.geometry import kv_bytes_per_token
 from exo_kimi.checkpoint import index
+from exo_kimi.checkpoint.adapters.manifest import resolve_adapter
 from exo_kimi.checkpoint.checkpoint import Checkpoint
 from exo_kimi.checkpoint.text_files import read_config
 from exo_kimi.checkpoint.tiny.draft import make_tiny_draft
@@ -27,6 +28,7 @@ from exo_kimi.runtime.cluster.cluster_plan import make_plan
 from exo_kimi.serve import launch
 from exo_kimi.serve.drafts import draft_need, find_head
 from exo_kimi.serve.launch import ServeOptions, serve
+from tests.runtime.adapters import write_random
 
 opened: list[Path] = []
 watching = False
@@ -127,6 +129,7 @@ FOLLOWED: dict[str, Any] = {
     "stall_deadline": 90.0,
     "speculate": 8,
     "draft": "a head of the tiny Kimi",
+    "adapter": "an adapter of the tiny Kimi",
     "draft_tokens": 3,
     "link": "jaccl",
     "prefix_cache_bytes": 1 << 40,
@@ -163,6 +166,8 @@ def planned(planned_tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     def start(**options: Any) -> tuple[Plan, list[int]]:
         if "draft" in options:
             options["draft"] = make_tiny_draft(tmp_path / "head", KimiConfig.from_dict(read_config(directory)))
+        if "adapter" in options:
+            options["adapter"] = (f"tuned={write_random(tmp_path / 'tuned', directory, seed=1)}",)
         serve(ServeOptions(directory=directory, **{"plan": tmp_path / "plan.json", **options}))
         cluster, settings = started.pop()
         element_bytes = 4 if options.get("dtype") == "float32" else 2
@@ -207,6 +212,26 @@ def test_no_option_makes_a_stage_take_more_kv_than_its_plan_says(planned: Any, o
 def test_what_contradicts_a_plan_is_refused_by_name(planned: Any, option: str) -> None:
     with pytest.raises(UsageError, match=f"--{option.replace('_', '-')}"):
         planned(**{option: REFUSED[option]})
+
+
+def test_adapters_that_the_plan_has_no_room_for_are_refused(
+    planned_tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plan = plan_answer(directory=planned_tiny, cluster="2x m1-max-64", context=256, split="4,3").plan
+    adapter = write_random(tmp_path / "tuned", planned_tiny, seed=1)
+    need_bytes = resolve_adapter(adapter, Checkpoint(planned_tiny)).bytes_within(0, 4)
+    started: list[object] = []
+    monkeypatch.setattr(launch, "run", lambda factory, **_: started.append(factory))
+    first, *others = plan.stages
+    for room_bytes in (need_bytes, need_bytes - 1):
+        replace(plan, stages=(replace(first, headroom_bytes=room_bytes), *others)).save(tmp_path / "plan.json")
+        options = ServeOptions(directory=planned_tiny, plan=tmp_path / "plan.json", adapter=(str(adapter),))
+        if room_bytes < need_bytes:
+            with pytest.raises(UsageError, match=r"no room for the adapters on stage 0(.|\n)*--adapter"):
+                serve(options)
+        else:
+            serve(options)
+    assert len(started) == 1
 
 
 def test_a_head_that_the_plan_has_no_room_for_is_refused_with_the_bytes(
