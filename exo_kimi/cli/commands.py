@@ -65,6 +65,7 @@ Bench = Literal[  # modules of exo_kimi.bench, with - for _
     "expert-reads",
     "expert-streaming",
     "grammar",
+    "kda",
     "kv-b",
     "link-speed",
     "load",
