@@ -75,5 +75,5 @@ class DeltaLayers:
 
 
 def arrays(cache: Any) -> list[mx.array]:
-    """The state that a cache holds."""
-    return [part for part in cache.state if isinstance(part, mx.array)]
+    """The state that a cache of either side holds, the recurrent one last; mlx-lm's `state` nests it by version."""
+    return [cache[index] for index in range(4)] if isinstance(cache, ArraysCache) else [*cache.state]
