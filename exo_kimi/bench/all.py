@@ -35,7 +35,7 @@ PARTS = (
     BenchPart(name="attention", options=("--lengths", "1,2,8,32,128"), limit_s=150.0),
     BenchPart(name="expert-streaming", limit_s=150.0),
     BenchPart(name="prefill-memory", limit_s=150.0),
-    BenchPart(name="kda", options=("--rounds", "1"), limit_s=60.0),
+    BenchPart(name="kda", options=("--rounds", "1"), limit_s=150.0),
     BenchPart(name="kv-b", limit_s=30.0),
     BenchPart(name="router", limit_s=40.0),
     BenchPart(name="cache-8bit", limit_s=60.0),

@@ -100,7 +100,7 @@ def prefill_rows(
     name: str, ours: Callable[[], list[mx.array]], theirs: Callable[[], list[mx.array]], rounds: int
 ) -> list[Row]:
     """Peak and time of runs taken in turn."""
-    pairs = taken_in_turn(lambda: measured(ours), lambda: measured(theirs), rounds=rounds, warm=0)
+    pairs = taken_in_turn(lambda: measured(ours), lambda: measured(theirs), rounds=rounds, warm=1)
     gap = max(gap_of(one.outputs, other.outputs) for one, other in pairs)
     peaks = [(float(one.peak_bytes), float(other.peak_bytes)) for one, other in pairs]
     times = [(one.processor_s, other.processor_s) for one, other in pairs]
