@@ -115,8 +115,12 @@ def rank_exactly(x: mx.array, weight: mx.array, bias: mx.array) -> tuple[Ids, np
     return np.sort(order[:, :CHOSEN]), last - after < TIE
 
 
+REST = 5e-5
+"""Deviations of the logits that are no eps of latents: 3.8e-6 in mlx-lm 0.32.2, 4.1e-5 in 0.31.3 with the mlx of its day."""
+
+
 @pytest.mark.parametrize(("factor", "least"), [(1.0, 1e-5), (0.01, 1e-2)])
-def test_mlx_lm_departs_by_the_eps_of_its_norm_of_latents_and_by_nothing_else(
+def test_mlx_lm_departs_by_the_eps_of_its_norm_of_latents_and_by_little_else(
     tmp_path: Path, factor: float, least: float
 ) -> None:
     """In float32, `rms_norm_eps` 1e-5 as published: it adds that to the norm of latents, where transformers adds 1e-6. The
@@ -137,8 +141,8 @@ def test_mlx_lm_departs_by_the_eps_of_its_norm_of_latents_and_by_nothing_else(
         attention.kv_a_layernorm.eps = 1e-5
     same = deviations(np.array(ours(ids)), expected)
     print(f"latents times {factor}: {departed:.1e} deviations of the logits; {same:.1e} where ours adds 1e-5 too")
-    assert same <= 1e-5
-    assert departed >= least
+    assert same <= REST
+    assert departed >= max(least, same)
 
 
 def deviations(found: npt.NDArray[Any], expected: npt.NDArray[Any]) -> float:
