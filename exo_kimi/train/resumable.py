@@ -13,6 +13,7 @@ import numpy as np
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from exo_kimi.errors import UsageError
 from exo_kimi.train.model.layers import Parameters
 from exo_kimi.train.optimizers import Optimizer
 
@@ -52,6 +53,31 @@ class ResumableTraining:
 
     def _take_more_state(self, saved: Mapping[str, Any]) -> None:
         """Take back what `_more_state` gave."""
+
+
+def claim_output(output: Path, stated: str, *, of: str) -> None:
+    """Make a training's directory and write in it what determines its steps, or find that there.
+
+    Args:
+        output: the directory.
+        stated: a line.
+        of: what it states, in words.
+
+    Raises:
+        UsageError: another training is there.
+        OSError: it cannot be written.
+    """
+    path = output / "recipe.txt"
+    output.mkdir(parents=True, exist_ok=True)
+    if path.exists() and path.read_text(encoding="utf-8") != stated:
+        raise UsageError(
+            f"the directory holds a training of another {of}",
+            expected=stated.strip(),
+            found=path.read_text(encoding="utf-8").strip(),
+            where=path,
+            fix="give another directory, or the same options",
+        )
+    path.write_text(stated, encoding="utf-8")
 
 
 @contextmanager

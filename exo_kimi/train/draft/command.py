@@ -17,12 +17,12 @@ from exo_kimi.train.draft.acceptance import AcceptanceReport, measure_acceptance
 from exo_kimi.train.draft.recipe import DraftRecipe
 from exo_kimi.train.draft.trainer import DraftProgress, DraftTrainer, common_tokens
 from exo_kimi.train.export import check_trainable
-from exo_kimi.train.resumable import training_bar
+from exo_kimi.train.resumable import claim_output, training_bar
 from exo_kimi.units import format_bytes
 
 _SAVE_EVERY = 100
 _MOST_PARAMETERS = 50_000_000
-_STATE, _STATED = "state.npz", "recipe.txt"
+_STATE = "state.npz"
 _BITS = 4
 _QUESTIONS = 10
 
@@ -63,7 +63,7 @@ def train_draft(directory: Path, output: Path, recipe: DraftRecipe) -> TrainedDr
     config = DraftConfig.from_dict(raw, where="the recipe")
     encoder = Encoder.from_directory(directory)
     try:
-        _check_output(output, f"{recipe} for {fingerprint}\n")
+        claim_output(output, f"{recipe} for {fingerprint}\n", of="recipe or target")
         ids = common_tokens(encoder, config.draft_vocab_size, recipe.seed)
         trainer = DraftTrainer(recipe, config, read_target(checkpoint, config), encoder, ids)
         state = output / _STATE
@@ -92,20 +92,6 @@ def _check_size(checkpoint: Checkpoint) -> None:
             where=checkpoint.directory,
             fix="published heads are trained with SpecForge on GPUs; `exo-kimi serve --draft` takes those",
         )
-
-
-def _check_output(output: Path, stated: str) -> None:
-    path = output / _STATED
-    output.mkdir(parents=True, exist_ok=True)
-    if path.exists() and path.read_text(encoding="utf-8") != stated:
-        raise UsageError(
-            "the directory holds a training of another recipe or target",
-            expected=stated.strip(),
-            found=path.read_text(encoding="utf-8").strip(),
-            where=path,
-            fix="give another directory, or the same options",
-        )
-    path.write_text(stated, encoding="utf-8")
 
 
 def _run(trainer: DraftTrainer, state: Path) -> None:

@@ -27,14 +27,14 @@ from exo_kimi.train.lora.mlx_gradients import MlxGradients
 from exo_kimi.train.lora.numpy_gradients import NumpyGradients, why_not
 from exo_kimi.train.lora.recipe import LoraRecipe
 from exo_kimi.train.lora.trainer import AdapterGradients, LoraProgress, LoraTrainer
-from exo_kimi.train.resumable import training_bar
+from exo_kimi.train.resumable import claim_output, training_bar
 from exo_kimi.train.trainer import one_blas_thread
 from exo_kimi.units import format_bytes
 
 Backend = Literal["auto", "mlx", "numpy"]
 
 _SAVE_EVERY = 100
-_STATE, _STATED, _CURVE = "state.npz", "recipe.txt", "loss.png"
+_STATE, _CURVE = "state.npz", "loss.png"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -133,7 +133,7 @@ def train_lora(
     )
     config = as_format(config, written_as)
     try:
-        _check_output(output, _stated(recipe, f"{fingerprint} by {used} {dtype}", texts))
+        claim_output(output, _stated(recipe, f"{fingerprint} by {used} {dtype}", texts), of="recipe, base or data")
         base: AdapterGradients
         if used == "numpy":
             base = NumpyGradients(recipe, checkpoint.config, read_parameters(directory))
@@ -195,20 +195,6 @@ def _stated(recipe: LoraRecipe, fingerprint: str, texts: Sequence[Encoded]) -> s
         digest.update(text.ids.tobytes() + text.counted.tobytes())
     told = replace(recipe, iters=1)
     return f"{told} for {fingerprint} on {digest.hexdigest()}\n"
-
-
-def _check_output(output: Path, stated: str) -> None:
-    path = output / _STATED
-    output.mkdir(parents=True, exist_ok=True)
-    if path.exists() and path.read_text(encoding="utf-8") != stated:
-        raise UsageError(
-            "the directory holds a training of another recipe, base or data",
-            expected=stated.strip(),
-            found=path.read_text(encoding="utf-8").strip(),
-            where=path,
-            fix="give another directory, or the same options",
-        )
-    path.write_text(stated, encoding="utf-8")
 
 
 def _used(backend: Backend, recipe: LoraRecipe, checkpoint: Checkpoint) -> Literal["mlx", "numpy"]:

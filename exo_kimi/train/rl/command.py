@@ -9,7 +9,7 @@ from pathlib import Path
 from exo_kimi.checkpoint.checkpoint import Checkpoint
 from exo_kimi.errors import UsageError
 from exo_kimi.train.export import check_trainable
-from exo_kimi.train.resumable import training_bar
+from exo_kimi.train.resumable import claim_output, training_bar
 from exo_kimi.train.rl.curves import draw_curves
 from exo_kimi.train.rl.recipe import GrpoRecipe
 from exo_kimi.train.rl.trainer import GrpoProgress, GrpoTrainer
@@ -17,7 +17,7 @@ from exo_kimi.train.rl.trainer import GrpoProgress, GrpoTrainer
 SAVE_EVERY = 5
 """Steps; rounded up to where the sampler gets new weights, for its old ones are not saved."""
 _MOST_PARAMETERS = 50_000_000
-_STATE, _STATED, _CURVES, _SAMPLER, _NATIVE = "state.npz", "recipe.txt", "curves.png", "sampler", "int4"
+_STATE, _CURVES, _SAMPLER, _NATIVE = "state.npz", "curves.png", "sampler", "int4"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -71,7 +71,7 @@ def train_grpo(directory: Path, output: Path, recipe: GrpoRecipe, *, stages: int
     _check_size(checkpoint)
     weights = _digest(directory)
     try:
-        _check_output(output, f"{recipe} from {weights}\n")
+        claim_output(output, f"{recipe} from {weights}\n", of="recipe or checkpoint")
         trainer = GrpoTrainer(recipe, directory, output / _SAMPLER, stages=stages)
         state = output / _STATE
         if state.exists():
@@ -135,17 +135,3 @@ def _check_size(checkpoint: Checkpoint) -> None:
             where=checkpoint.directory,
             fix="docs/post-training.md says what K2 would take",
         )
-
-
-def _check_output(output: Path, stated: str) -> None:
-    path = output / _STATED
-    output.mkdir(parents=True, exist_ok=True)
-    if path.exists() and path.read_text(encoding="utf-8") != stated:
-        raise UsageError(
-            "the directory holds a training of another recipe or checkpoint",
-            expected=stated.strip(),
-            found=path.read_text(encoding="utf-8").strip(),
-            where=path,
-            fix="give another directory, or the same options",
-        )
-    path.write_text(stated, encoding="utf-8")
